@@ -1,0 +1,1 @@
+"""anneal: cache_builder."""

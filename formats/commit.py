@@ -1,0 +1,84 @@
+"""Durable, all-or-nothing file operations: the primitives of the cache's commit protocol.
+
+A file becomes visible under its final name only when every byte of it is on the disk:
+write to a temporary name in the same directory, fsync the file, rename, fsync the directory.
+`commit_exclusive` never replaces an existing file, so two writers of the same shard cannot harm each other.
+"""
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def temporary_name(final: Path) -> Path:
+    """A unique sibling of `final`; hidden, and recognisable by its suffix when left behind by a crash."""
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+
+
+def fsync_directory(path: Path) -> None:
+    """Flush the directory entry table of `path`, without which a rename may not survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Flush the contents of `path` to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` with `data` such that a reader sees the old or the new contents, never a mixture.
+
+    Raises:
+        OSError: the directory is missing, read-only or full; `path` is then unchanged.
+    """
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def commit_exclusive(temporary: Path, final: Path) -> bool:
+    """Give the finished file `temporary` the name `final`, unless that name is taken.
+
+    Returns True when this call made `final`, False when it already existed; `temporary` is gone either way.
+    A hard link is used because, unlike a rename, it fails on an existing name.
+
+    Raises:
+        OSError: the file could not be flushed or linked; `final` does not exist then, `temporary` may.
+    """
+    fsync_file(temporary)
+    try:
+        os.link(temporary, final)
+        created = True
+    except FileExistsError:
+        created = False
+    except OSError:
+        # Some shared file systems have no hard links; a rename is the best they offer.
+        if final.exists():
+            created = False
+        else:
+            os.rename(temporary, final)
+            created = True
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    fsync_directory(final.parent)
+    return created

@@ -1,0 +1,37 @@
+"""Every error a user can cause, one class per kind.
+
+Messages follow one shape: the rule, what was got, what to do. The command line prints them as a single line
+and exits with 1; library users catch `AnnealError` or the precise class.
+"""
+
+
+class AnnealError(ValueError):
+    """Base of all errors that describe bad input rather than a defect of this program."""
+
+
+class ConfigError(AnnealError):
+    """A setting is out of range, unknown, or contradicts another one."""
+
+
+class CorpusError(AnnealError):
+    """The corpus is missing, empty, unreadable, or has no recognised columns."""
+
+
+class FormatError(AnnealError):
+    """A directory or file is not a teacher cache, or breaks a rule of docs/format.md."""
+
+
+class UnsupportedVersionError(FormatError):
+    """The cache was written by a format version or codec that this reader does not know."""
+
+
+class CorruptShardError(FormatError):
+    """Bytes do not match their checksum, or a length or count is outside its bounds."""
+
+
+class IncompleteCacheError(FormatError):
+    """The directory holds an unfinished build: shards without a manifest."""
+
+
+class IdentityMismatchError(AnnealError):
+    """The cache was built with another model, tokenizer, template, corpus or setting."""
