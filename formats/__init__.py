@@ -1,1 +1,49 @@
-"""anneal: formats."""
+"""What a teacher cache is: its on-disk format, reader, writer, identity and statistics.
+
+numpy, pyarrow and zstandard only; never torch, vLLM or transformers, so that a cache can be inspected
+anywhere.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "AnnealError": "errors",
+    "ConfigError": "errors",
+    "CorruptShardError": "errors",
+    "CorpusError": "errors",
+    "FormatError": "errors",
+    "IdentityMismatchError": "errors",
+    "IncompleteCacheError": "errors",
+    "UnsupportedVersionError": "errors",
+    "TokenRow": "rows",
+    "content_key": "rows",
+    "TAIL_BETAS": "tail",
+    "TopKLogprobs": "topk",
+    "CodecConfig": "codec",
+    "ShardInfo": "manifest",
+    "Manifest": "manifest",
+    "ShardWriter": "shard",
+    "ShardReader": "shard",
+    "CacheRow": "cache",
+    "CacheWriter": "writer",
+    "TeacherCache": "cache",
+    "TeacherIdentity": "identity",
+    "ModelFingerprint": "fingerprint",
+    "TokenizerFingerprint": "fingerprint",
+    "resolve_model": "fingerprint",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'formats' has no attribute {name!r}")
+    value = getattr(import_module(f"formats.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

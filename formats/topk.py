@@ -1,0 +1,216 @@
+"""Packed teacher logprobs of many positions: the ragged in-memory form that every part of the program
+exchanges.
+
+A position keeps its *head*, the tokens with p >= min_prob (always the most probable one), as ids and
+logprobs, and the *tail function* of everything else at a few temperatures (see `tail.py`). From these the
+T-softmax of the head and its exact mass follow at any temperature:
+
+    log Z_T = log(sum_head exp(beta * l_j) + exp(A(beta))),    p_T(j) = exp(beta * l_j) / Z_T,    beta = 1/T.
+
+No Python object per token: four flat arrays. P: positions, N: entries of all heads, K: tail nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from formats import segments, tail
+from formats.tail import TAIL_BETAS
+
+MAX_VOCAB_SIZE = 1 << 20
+_FIELDS = (("offsets", np.int64), ("token_ids", np.int32), ("logprobs", np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class TopKLogprobs:
+    """Heads and tails of P positions. The order of the entries within a head carries no meaning.
+
+    Raises:
+        ValueError: the arrays do not fit together; `validate` checks their contents as well.
+    """
+
+    offsets: np.ndarray
+    """int64 [P+1]: entries of position p are `offsets[p]:offsets[p + 1]`; starts at 0."""
+    token_ids: np.ndarray
+    """int32 [N]: token ids, distinct within a position."""
+    logprobs: np.ndarray
+    """float32 [N]: natural log, temperature 1, normalised over the whole vocabulary."""
+    log_tail_nodes: np.ndarray
+    """float32 [P, len(TAIL_BETAS)]: A(beta) at the nodes; -inf where the head is the whole vocabulary."""
+    vocab_size: int
+    """V: tokens the teacher can predict, without padding."""
+
+    def __post_init__(self) -> None:
+        for name, dtype in _FIELDS:
+            array = np.ascontiguousarray(getattr(self, name), dtype=dtype)
+            if array.ndim != 1:
+                raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
+            object.__setattr__(self, name, array)
+        nodes = np.ascontiguousarray(self.log_tail_nodes, dtype=np.float32)
+        object.__setattr__(self, "log_tail_nodes", nodes)
+        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.token_ids):
+            raise ValueError("offsets must run from 0 to the number of entries")
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(
+                f"token_ids and logprobs must be equally long, got {len(self.token_ids)} and
+                {len(self.logprobs)}"
+            )
+        if nodes.shape != (len(self), len(TAIL_BETAS)):
+            raise ValueError(
+                f"log_tail_nodes must have shape {(len(self), len(TAIL_BETAS))}, got {nodes.shape}"
+            )
+        if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, got {self.vocab_size}")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_entries(self) -> int:
+        """N: entries of all heads."""
+        return len(self.token_ids)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [P]: head size of each position."""
+        return np.diff(self.offsets)
+
+    @staticmethod
+    def empty(vocab_size: int) -> "TopKLogprobs":
+        """No positions at all."""
+        none = np.zeros(0)
+        return TopKLogprobs(np.zeros(1, np.int64), none, none, np.zeros((0, len(TAIL_BETAS))), vocab_size)
+
+    # --- at a temperature -------------------------------------------------------------------------------
+
+    def log_tail(self, temperature: float) -> np.ndarray:
+        """float32 [P]: A(1/temperature), the captured value at a node and interpolated between nodes.
+
+        Raises:
+            ValueError: the temperature is not finite or below 0.5.
+        """
+        return tail.interpolate(self.log_tail_nodes, self.vocab_size - self.counts, temperature)
+
+    def log_tail_bounds(self, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+        """float64 (lower [P], upper [P]) that A(1/temperature) cannot leave, by convexity."""
+        return tail.bracket(self.log_tail_nodes, self.vocab_size - self.counts, temperature)
+
+    def log_head(self, temperature: float) -> np.ndarray:
+        """float32 [P]: log sum_head exp(l_j / temperature), unnormalised."""
+        beta = np.float32(tail.check_temperature(temperature))
+        return segments.segment_logsumexp(beta * self.logprobs, self.offsets)
+
+    def log_partition(self, temperature: float) -> np.ndarray:
+        """float32 [P]: log Z_T; 0 up to rounding at temperature 1."""
+        return np.logaddexp(self.log_head(temperature), self.log_tail(temperature))
+
+    def head_mass(self, temperature: float) -> np.ndarray:
+        """float32 [P]: the probability P_T of the head at this temperature."""
+        with np.errstate(over="ignore"):
+            return 1 / (1 + np.exp(self.log_tail(temperature) - self.log_head(temperature)))
+
+    # --- selection --------------------------------------------------------------------------------------
+
+    def slice(self, start: int, stop: int) -> "TopKLogprobs":
+        """Positions start to stop, 0 <= start <= stop <= P; views, nothing is copied."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"slice must lie within 0..{len(self)}, got {start}:{stop}")
+        a, b = int(self.offsets[start]), int(self.offsets[stop])
+        return TopKLogprobs(
+            self.offsets[start : stop + 1] - a,
+            self.token_ids[a:b],
+            self.logprobs[a:b],
+            self.log_tail_nodes[start:stop],
+            self.vocab_size,
+        )
+
+    def take(self, positions: np.ndarray) -> "TopKLogprobs":
+        """The given positions (indices or boolean mask), in that order, copied."""
+        chosen = np.arange(len(self))[np.asarray(positions)]
+        offsets = segments.offsets_of(self.counts[chosen])
+        source = np.repeat(self.offsets[:-1][chosen], np.diff(offsets)) + segments.rank_in_segment(offsets)
+        return TopKLogprobs(
+            offsets, self.token_ids[source], self.logprobs[source], self.log_tail_nodes[chosen],
+            self.vocab_size
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence["TopKLogprobs"]) -> "TopKLogprobs":
+        """All positions of all parts.
+
+        Raises:
+            ValueError: no parts (use `empty`), or parts of different vocabularies.
+        """
+        if not parts:
+            raise ValueError("concatenate needs at least one part, got none; use TopKLogprobs.empty")
+        sizes = sorted({part.vocab_size for part in parts})
+        if len(sizes) > 1:
+            raise ValueError(f"all parts must share one vocabulary size, got {sizes}")
+        return TopKLogprobs(
+            segments.offsets_of(np.concatenate([part.counts for part in parts])),
+            np.concatenate([part.token_ids for part in parts]),
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate([part.log_tail_nodes for part in parts]),
+            sizes[0],
+        )
+
+    def sorted(self) -> "TopKLogprobs":
+        """Entries by descending logprob, ties by ascending id: the order in which people read a head."""
+        by_id = segments.segment_order(self.token_ids, self.offsets)
+        order = by_id[segments.segment_order(-self.logprobs[by_id], self.offsets)]
+        return TopKLogprobs(
+            self.offsets, self.token_ids[order], self.logprobs[order], self.log_tail_nodes, self.vocab_size
+        )
+
+    def prune(self, min_prob: float = 0.0, max_k: int = MAX_VOCAB_SIZE) -> "TopKLogprobs":
+        """What a capture with a higher `min_prob` or a lower `max_k` would have stored.
+
+        Entries with p < min_prob, or beyond the `max_k` most probable, move into the tail *exactly*, at every
+        node; the most probable entry always stays. Ties are broken by ascending id.
+
+        Raises:
+            ValueError: min_prob outside 0..1 or max_k below 1.
+        """
+        if not 0 <= min_prob <= 1 or max_k < 1:
+            raise ValueError(f"min_prob must be from 0 to 1 and max_k at least 1, got {min_prob} and {max_k}")
+        head = self.sorted()
+        rank = segments.rank_in_segment(head.offsets)
+        with np.errstate(divide="ignore"):
+            keep = (rank == 0) | ((head.logprobs >= np.float32(np.log(min_prob))) & (rank < max_k))
+        gone = segments.offsets_of(segments.segment_sum((~keep).astype(np.int64), head.offsets))
+        lost = head.logprobs[~keep]
+        nodes = head.log_tail_nodes.astype(np.float64)
+        for k, beta in enumerate(TAIL_BETAS):
+            nodes[:, k] = np.logaddexp(
+                nodes[:, k], segments.segment_logsumexp(beta * lost.astype(np.float64), gone)
+            )
+        return TopKLogprobs(
+            head.offsets - gone, head.token_ids[keep], head.logprobs[keep], nodes, self.vocab_size
+        )
+
+    def validate(self) -> "TopKLogprobs":
+        """Check the contents; returns self.
+
+        Raises:
+            ValueError: offsets that fall, an empty head, ids outside the vocabulary or repeated within a
+                position, logprobs that are NaN or above 0 by more than rounding, tails that are NaN or above
+                log V.
+        """
+        counts = self.counts
+        if (counts < 1).any() or (counts > self.vocab_size).any():
+            raise ValueError(
+                f"every head must have 1 to {self.vocab_size} entries, got {counts.min()}..{counts.max()}"
+            )
+        if self.num_entries:
+            low, high = int(self.token_ids.min()), int(self.token_ids.max())
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(f"token ids must be from 0 to {self.vocab_size - 1}, got {low}..{high}")
+            keyed = segments.segment_of(self.offsets) * self.vocab_size + self.token_ids
+            if len(np.unique(keyed)) != len(keyed):
+                raise ValueError("token ids must be distinct within a position, got a repeated one")
+            if not (self.logprobs <= 1e-3).all():
+                raise ValueError("logprobs must not be above 0 or NaN")
+        if not (self.log_tail_nodes <= np.log(self.vocab_size) + 1e-3).all():
+            raise ValueError("tail nodes must not be above log(vocab_size) or NaN")
+        return self
