@@ -53,8 +53,8 @@ class TopKLogprobs:
             raise ValueError("offsets must run from 0 to the number of entries")
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(
-                f"token_ids and logprobs must be equally long, got {len(self.token_ids)} and
-                {len(self.logprobs)}"
+                "token_ids and logprobs must be equally long, "
+                f"got {len(self.token_ids)} and {len(self.logprobs)}"
             )
         if nodes.shape != (len(self), len(TAIL_BETAS)):
             raise ValueError(
