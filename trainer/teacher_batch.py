@@ -1,0 +1,109 @@
+"""The teacher's side of one batch: which rows it speaks about, its head entries, and the mass of its tail.
+
+Everything is ragged and flat, so that a batch moves to the device in a few copies and no padding is ever built.
+Row k of the batch is the hidden state `rows[k]` of the flattened [batch * sequence, hidden] tensor; its entries
+are `offsets[k]:offsets[k + 1]`.
+
+K: rows with teacher targets, E: head entries of all rows together.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from formats.errors import FormatError
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherBatch:
+    """Teacher targets of one batch at one temperature.
+
+    Raises:
+        FormatError: the shapes do not fit together, or the temperature is not positive.
+    """
+
+    rows: torch.Tensor
+    """int64 [K], ascending, each at most once: the hidden state of this row predicts the target token."""
+    offsets: torch.Tensor
+    """int64 [K + 1]: the entries of row k are offsets[k] to offsets[k + 1]."""
+    token_ids: torch.Tensor
+    """int32 or int64 [E]: the kept tokens; no token twice within a row."""
+    logprobs: torch.Tensor
+    """float32 [E]: their natural logprobs at T = 1, normalised over the whole vocabulary."""
+    log_tail: torch.Tensor
+    """float32 [K]: A(1/T) = log of the sum of exp(logprob / T) over all tokens that are not kept; -inf if none."""
+    temperature: float = 1.0
+    """The T at which `log_tail` was taken, and at which the loss compares teacher and student."""
+
+    def __post_init__(self) -> None:
+        num_rows, num_entries = self.rows.numel(), self.token_ids.numel()
+        if self.offsets.numel() != num_rows + 1 or self.log_tail.numel() != num_rows:
+            raise FormatError(
+                f"teacher targets for {num_rows} rows need {num_rows + 1} offsets and {num_rows} tails, "
+                f"got {self.offsets.numel()} and {self.log_tail.numel()}; build the batch with the collator"
+            )
+        if self.logprobs.numel() != num_entries:
+            raise FormatError(
+                f"every kept token needs one logprob, got {num_entries} token ids and "
+                f"{self.logprobs.numel()} logprobs; build the batch with the collator"
+            )
+        if not self.temperature > 0:
+            raise FormatError(f"temperature must be positive, got {self.temperature}; the default is 1.0")
+
+    def __len__(self) -> int:
+        return self.rows.numel()
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """int64 [K]: entries per row."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherBatch":
+        """The same batch on `device`."""
+        names = ("rows", "offsets", "token_ids", "logprobs", "log_tail")
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return TeacherBatch(**moved, temperature=self.temperature)
+
+    def validate(self, *, num_rows: int, vocab_size: int) -> None:
+        """Check every value, not only shapes. Linear in the batch; meant for tests and for debugging a loader.
+
+        Raises:
+            FormatError: naming the first rule that does not hold.
+        """
+        rows, offsets, ids = self.rows.cpu(), self.offsets.cpu().long(), self.token_ids.cpu().long()
+        rules = (
+            ("rows must be ascending and unique", bool((rows[1:] > rows[:-1]).all())),
+            (f"rows must lie in [0, {num_rows})", bool(((rows >= 0) & (rows < num_rows)).all())),
+            ("offsets must start at 0", int(offsets[0]) == 0),
+            ("offsets must not decrease", bool((offsets[1:] >= offsets[:-1]).all())),
+            ("offsets must end at the number of entries", int(offsets[-1]) == ids.numel()),
+            (f"token ids must lie in [0, {vocab_size})", bool(((ids >= 0) & (ids < vocab_size)).all())),
+            ("logprobs must be finite", bool(torch.isfinite(self.logprobs).all())),
+            ("tails must not be NaN or +inf", bool((self.log_tail < torch.inf).all())),
+        )
+        for rule, holds in rules:
+            if not holds:
+                raise FormatError(f"teacher targets: {rule}; rebuild the batch with the collator")
+        row_of_entry = torch.repeat_interleave(torch.arange(len(rows)), offsets[1:] - offsets[:-1])
+        if torch.unique(row_of_entry * vocab_size + ids).numel() != ids.numel():
+            raise FormatError("teacher targets: a token may occur once per row; rebuild the batch with the collator")
+
+    @classmethod
+    def from_topk(cls, rows: Any, topk: Any, temperature: float = 1.0) -> "TeacherBatch":
+        """Targets from a `formats.TopKLogprobs` whose position k belongs to hidden row `rows[k]`."""
+        return cls(
+            rows=torch.as_tensor(np.ascontiguousarray(rows, dtype=np.int64)),
+            offsets=torch.as_tensor(np.ascontiguousarray(topk.offsets, dtype=np.int64)),
+            token_ids=torch.as_tensor(np.ascontiguousarray(topk.token_ids, dtype=np.int32)),
+            logprobs=torch.as_tensor(np.ascontiguousarray(topk.logprobs, dtype=np.float32)),
+            log_tail=torch.as_tensor(np.ascontiguousarray(topk.log_tail(temperature), dtype=np.float32)),
+            temperature=float(temperature),
+        )
+
+    @classmethod
+    def empty(cls, temperature: float = 1.0) -> "TeacherBatch":
+        """Targets for no row at all."""
+        none = torch.empty(0)
+        return cls(none.long(), torch.zeros(1, dtype=torch.int64), none.int(), none, none, temperature)
