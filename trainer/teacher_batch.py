@@ -1,8 +1,8 @@
 """The teacher's side of one batch: which rows it speaks about, its head entries, and the mass of its tail.
 
-Everything is ragged and flat, so that a batch moves to the device in a few copies and no padding is ever built.
-Row k of the batch is the hidden state `rows[k]` of the flattened [batch * sequence, hidden] tensor; its entries
-are `offsets[k]:offsets[k + 1]`.
+Everything is ragged and flat, so that a batch moves to the device in a few copies and no padding is ever
+built. Row k of the batch is the hidden state `rows[k]` of the flattened [batch * sequence, hidden] tensor; its
+entries are `offsets[k]:offsets[k + 1]`.
 
 K: rows with teacher targets, E: head entries of all rows together.
 """
@@ -33,7 +33,7 @@ class TeacherBatch:
     logprobs: torch.Tensor
     """float32 [E]: their natural logprobs at T = 1, normalised over the whole vocabulary."""
     log_tail: torch.Tensor
-    """float32 [K]: A(1/T) = log of the sum of exp(logprob / T) over all tokens that are not kept; -inf if none."""
+    """float32 [K]: A(1/T) = log of the sum of exp(logprob / T) over all tokens not kept; -inf if there are none."""
     temperature: float = 1.0
     """The T at which `log_tail` was taken, and at which the loss compares teacher and student."""
 
@@ -67,7 +67,7 @@ class TeacherBatch:
         return TeacherBatch(**moved, temperature=self.temperature)
 
     def validate(self, *, num_rows: int, vocab_size: int) -> None:
-        """Check every value, not only shapes. Linear in the batch; meant for tests and for debugging a loader.
+        """Check every value, not only shapes: linear in the batch, meant for tests and for debugging a loader.
 
         Raises:
             FormatError: naming the first rule that does not hold.
@@ -88,7 +88,7 @@ class TeacherBatch:
                 raise FormatError(f"teacher targets: {rule}; rebuild the batch with the collator")
         row_of_entry = torch.repeat_interleave(torch.arange(len(rows)), offsets[1:] - offsets[:-1])
         if torch.unique(row_of_entry * vocab_size + ids).numel() != ids.numel():
-            raise FormatError("teacher targets: a token may occur once per row; rebuild the batch with the collator")
+            raise FormatError("teacher targets: a token may occur once per row; rebuild with the collator")
 
     @classmethod
     def from_topk(cls, rows: Any, topk: Any, temperature: float = 1.0) -> "TeacherBatch":
