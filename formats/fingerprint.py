@@ -1,0 +1,218 @@
+"""Fingerprints of a model directory and of a tokenizer: any change that matters changes them, a move does
+not.
+
+Model: one SHA-256 over the digests of all tensors (see safetensors_hash.py), one over config.json without the
+keys that describe a session rather than a model.  Tokenizer: separate hashes for the vocabulary, the text
+pipeline (normaliser, pre-tokeniser, merges, post-processor), the special tokens and the chat template, so
+that a mismatch can say which part differs.
+
+Needs neither torch nor transformers; a tokenizer is anything that offers `get_vocab()`.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.errors import ConfigError
+from formats.fingerprint_memo import remembered
+from formats.safetensors_hash import hash_span, hash_tensors
+
+VOLATILE_CONFIG_KEYS = frozenset(
+    {"transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype", "use_cache"}
+    | {"_attn_implementation", "_attn_implementation_autoset", "_experts_implementation", "output_attentions"}
+    | {"output_hidden_states", "return_dict", "_diffusers_version"}
+)
+"""Keys that differ between two saves of the same model; the dtype of the weights is part of their digests."""
+
+PROBE_TEXTS = (
+    "Hello, world! 12345",
+    "  two  spaces\n\ttab",
+    "naïve café – ß Ω 日本語 🙂",
+    "def f(x): return x**2",
+)
+"""Only for tokenizers without a serialisable pipeline: what they make of these texts stands for it."""
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of the canonical JSON text of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a model: the path itself, or a snapshot of a Hugging Face Hub repository.
+
+    Raises:
+        ConfigError: there is no such directory, or the Hub could not be asked.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise ConfigError(f"--model must be a model directory or a Hugging Face name, got {name!r}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"--model must be a model directory or a Hugging Face name, got {name!r}, "
+            f"which is no directory here and could not be fetched: {reason}"
+        ) from None
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The files that an engine would load: those of the index, else the single file, else all of one kind.
+
+    Raises:
+        ConfigError: there are none, or one that the index names is missing.
+    """
+    for pattern, single in (("*.safetensors", "model.safetensors"), ("*.bin", "pytorch_model.bin")):
+        index = model_dir / f"{single}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [name for name in names if not (model_dir / name).is_file()]
+            if missing:
+                raise ConfigError(f"{index} names {missing[0]}, which is missing; complete the download")
+            return [model_dir / name for name in names]
+        if (model_dir / single).is_file():
+            return [model_dir / single]
+        found = sorted(model_dir.glob(pattern if single.startswith("model") else "pytorch_model*.bin"))
+        if found:
+            return found
+    raise ConfigError(f"a model directory holds *.safetensors or pytorch_model*.bin, got none in {model_dir}")
+
+
+def stable_config(config: Any) -> Any:
+    """`config` without volatile keys and without keys that are null, at every depth."""
+    if isinstance(config, Mapping):
+        return {
+            key: stable_config(value)
+            for key, value in config.items()
+            if key not in VOLATILE_CONFIG_KEYS and value is not None
+        }
+    if isinstance(config, list):
+        return [stable_config(value) for value in config]
+    return config
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What makes a model this model."""
+
+    weights: str
+    """SHA-256 over (name, digest) of all tensors; over (name, digest) of the files for pytorch_model*.bin."""
+    config: str
+    """SHA-256 of config.json without volatile keys."""
+    architecture: str
+    """First entry of `architectures`, or the model type."""
+    vocab_size: int
+    """Rows of the output head according to the configuration."""
+
+    @classmethod
+    def of(cls, model_dir: str | Path) -> "ModelFingerprint":
+        """Read the fingerprint of a directory as `save_pretrained` leaves it.
+
+        Raises:
+            ConfigError: there is no usable config.json, or no weights.
+            FormatError: a weight file is torn.
+        """
+        model_dir = Path(model_dir)
+        config_path = model_dir / "config.json"
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"a model directory holds config.json, got none in {model_dir}") from None
+        except ValueError as error:
+            raise ConfigError(f"config.json must be JSON, got {config_path}: {error}") from None
+        files = weight_files(model_dir)
+        if files[0].suffix == ".safetensors":
+            digests = remembered(files, lambda: hash_tensors(files))
+        else:
+            digests = remembered(
+                files, lambda: {f.name: hash_span(f, 0, f.stat().st_size).hex() for f in files}
+            )
+        text_config = config.get("text_config") or {}
+        return cls(
+            weights=sha256_json(sorted(digests.items())),
+            config=sha256_json(stable_config(config)),
+            architecture=str((config.get("architectures") or [config.get("model_type", "unknown")])[0]),
+            vocab_size=int(config.get("vocab_size") or text_config.get("vocab_size") or 0),
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerFingerprint:
+    """What turns text into these token ids."""
+
+    vocabulary: str
+    """SHA-256 of the (token, id) pairs, added tokens included."""
+    pipeline: str
+    """SHA-256 of normaliser, pre-tokeniser, model and post-processor, without truncation and padding."""
+    special_tokens: str
+    """SHA-256 of the named special tokens (bos, eos, pad, ...)."""
+    chat_template: str
+    """SHA-256 of the template text; empty without one."""
+    vocab_size: int
+    """Number of tokens."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "TokenizerFingerprint":
+        """Fingerprint of a loaded `transformers` tokenizer, or of a `tokenizers.Tokenizer`."""
+        vocabulary = tokenizer.get_vocab()
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if hasattr(backend, "to_str"):
+            pipeline = json.loads(backend.to_str())
+            pipeline.pop("truncation", None)
+            pipeline.pop("padding", None)
+        else:
+            pipeline = [type(tokenizer).__name__, [list(tokenizer.encode(text)) for text in PROBE_TEXTS]]
+        special = {
+            name: str(token) for name, token in dict(getattr(tokenizer, "special_tokens_map", {})).items()
+        }
+        return cls(
+            vocabulary=sha256_json(sorted(vocabulary.items())),
+            pipeline=sha256_json(pipeline),
+            special_tokens=sha256_json(special),
+            chat_template=hash_template(getattr(tokenizer, "chat_template", None)),
+            vocab_size=len(vocabulary),
+        )
+
+
+def hash_template(template: str | Mapping[str, str] | None) -> str:
+    """Hash of a chat template, or of several named ones; empty for none."""
+    return sha256_json(template) if template else ""
+
+
+def tokenizer_files_fingerprint(model_dir: Path) -> dict[str, str]:
+    """What can be said of a tokenizer from its files alone: `vocabulary` and `chat_template`.
+
+    The pipeline cannot: `transformers` may rebuild it when it loads. Keys that cannot be told are left out.
+    """
+    found: dict[str, str] = {}
+    if (model_dir / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        vocabulary = Tokenizer.from_file(str(model_dir / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        found["vocabulary"] = sha256_json(sorted(vocabulary.items()))
+    template: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        template = json.loads((model_dir / "tokenizer_config.json").read_text(encoding="utf-8")).get(
+            "chat_template"
+        )
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if (model_dir / "chat_template.jinja").is_file():
+        template = (model_dir / "chat_template.jinja").read_text(encoding="utf-8")
+    if (model_dir / "tokenizer_config.json").is_file() and not (
+        model_dir / "additional_chat_templates"
+    ).is_dir():
+        found["chat_template"] = hash_template(template)
+    return found

@@ -1,0 +1,296 @@
+"""Fingerprints change with anything that matters and with nothing else."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from formats import fingerprint_memo
+from formats.errors import ConfigError, FormatError
+from formats.fingerprint import (
+    ModelFingerprint,
+    TokenizerFingerprint,
+    resolve_model,
+    tokenizer_files_fingerprint,
+)
+from formats.safetensors_hash import hash_tensors
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 11, "hidden_size": 4, "rope": {"theta": 1e4}}
+
+
+def save_model(directory: Path, tensors: dict[str, np.ndarray], config: dict | None = None) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config or CONFIG))
+    return directory
+
+
+@pytest.fixture
+def tensors() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {
+        "embed": generator.normal(size=(11, 4)).astype(np.float32),
+        "norm": np.ones(4, np.float32),
+        "head": generator.normal(size=(11, 4)).astype(np.float16),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+
+
+def test_every_bit_of_every_tensor_counts(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    seen = {ModelFingerprint.of(save_model(tmp_path / "a", tensors)).weights}
+    for name in ("embed", "norm", "head"):
+        for index in (0, -1):
+            changed = {k: v.copy() for k, v in tensors.items()}
+            flat = changed[name].view(np.uint8).reshape(-1)
+            flat[index] ^= 1
+            seen.add(ModelFingerprint.of(save_model(tmp_path / "a", changed)).weights)
+    assert len(seen) == 7
+
+
+def test_names_shapes_and_types_count(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    base = ModelFingerprint.of(save_model(tmp_path / "a", tensors)).weights
+    variants = [
+        {**tensors, "embed": tensors["embed"].reshape(4, 11)},
+        {**tensors, "embed": tensors["embed"].view(np.int32)},
+        {("renamed" if k == "norm" else k): v for k, v in tensors.items()},
+        {k: v for k, v in tensors.items() if k != "empty"},
+        {**tensors, "embed": tensors["norm"], "norm": tensors["embed"]},
+    ]
+    found = [ModelFingerprint.of(save_model(tmp_path / "a", v)).weights for v in variants]
+    assert len({base, *found}) == 6
+
+
+def test_sharding_order_and_place_do_not_count(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    whole = ModelFingerprint.of(save_model(tmp_path / "whole", tensors))
+    shutil.copytree(tmp_path / "whole", tmp_path / "deep" / "copy")
+    assert ModelFingerprint.of(tmp_path / "deep" / "copy") == whole
+
+    split = tmp_path / "split"
+    split.mkdir()
+    (split / "config.json").write_text(json.dumps(CONFIG))
+    names = list(reversed(tensors))
+    files = {"b.safetensors": names[:1], "a.safetensors": names[1:]}
+    for file, keys in files.items():
+        save_file({key: tensors[key] for key in keys}, split / file, metadata={"format": "pt"})
+    index = {"weight_map": {key: file for file, keys in files.items() for key in keys}}
+    (split / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert ModelFingerprint.of(split) == whole
+
+
+def test_tensor_digest_is_what_the_docstring_says(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """An independent reading: dtype, shape, then the digest of the one piece."""
+    import hashlib
+
+    path = save_model(tmp_path / "a", tensors) / "model.safetensors"
+    piece = hashlib.sha256(load_file(path)["norm"].tobytes()).digest()
+    assert hash_tensors([path])["norm"] == hashlib.sha256(b"F32 [4]\n" + piece).hexdigest()
+
+
+def test_pieces_cover_a_tensor_larger_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte counts also where a tensor spans many pieces and a piece many blocks."""
+    from formats import safetensors_hash
+
+    monkeypatch.setattr(safetensors_hash, "PIECE_BYTES", 10)
+    monkeypatch.setattr(safetensors_hash, "BLOCK_BYTES", 3)
+    data = np.arange(64, dtype=np.uint8)
+    seen = set()
+    for index in range(-1, 64):
+        changed = data.copy()
+        if index >= 0:
+            changed[index] ^= 0x80
+        save_file({"x": changed}, tmp_path / "x.safetensors")
+        seen.add(hash_tensors([tmp_path / "x.safetensors"])["x"])
+    assert len(seen) == 65
+
+
+def test_config_ignores_what_a_session_writes(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    base = ModelFingerprint.of(save_model(tmp_path / "a", tensors))
+    volatile = {"transformers_version": "9", "_name_or_path": "/x", "torch_dtype": "bfloat16", "pad": None}
+    again = ModelFingerprint.of(
+        save_model(tmp_path / "b", tensors, {**volatile, **CONFIG, "dtype": "float32"})
+    )
+    assert again == base
+    nested = {**CONFIG, "rope": {"theta": 1e4, "dtype": "float16"}}
+    assert ModelFingerprint.of(save_model(tmp_path / "c", tensors, nested)) == base
+    other = {**CONFIG, "rope": {"theta": 1e6}}
+    assert ModelFingerprint.of(save_model(tmp_path / "d", tensors, other)).config != base.config
+
+
+@pytest.mark.parametrize("cut", [4, 40, -1])
+def test_torn_weights_are_refused(tmp_path: Path, tensors: dict[str, np.ndarray], cut: int) -> None:
+    directory = save_model(tmp_path / "a", tensors)
+    data = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(data[:cut])
+    with pytest.raises(FormatError):
+        ModelFingerprint.of(directory)
+
+
+def test_bad_model_directories(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    with pytest.raises(ConfigError, match="model directory"):
+        resolve_model(tmp_path / "absent")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelFingerprint.of(tmp_path)
+    directory = save_model(tmp_path / "a", tensors)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="got none"):
+        ModelFingerprint.of(directory)
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    with pytest.raises(ConfigError, match=r"gone\.safetensors"):
+        ModelFingerprint.of(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="must be JSON"):
+        ModelFingerprint.of(directory)
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_one_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_model("nobody/nothing-of-this-name")
+    assert "\n" not in str(caught.value) and "nobody/nothing-of-this-name" in str(caught.value)
+
+
+def test_pytorch_files_are_hashed_whole(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"one")
+    (tmp_path / "training_args.bin").write_bytes(b"never part of the weights")
+    one = ModelFingerprint.of(tmp_path)
+    (tmp_path / "training_args.bin").write_bytes(b"changed")
+    assert ModelFingerprint.of(tmp_path) == one
+    (tmp_path / "pytorch_model.bin").write_bytes(b"two")
+    assert ModelFingerprint.of(tmp_path).weights != one.weights
+
+
+# --- the memo ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "anneal" / "fingerprints"
+
+
+def settle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the file from ten seconds later: a change time cannot be set back."""
+    now = time.time()
+    monkeypatch.setattr(fingerprint_memo.time, "time", lambda: now + 10)
+
+
+def test_memo_answers_only_for_unchanged_files(memo: Path, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"first")
+    settle(file, monkeypatch)
+    calls: list[int] = []
+
+    def compute() -> dict[str, str]:
+        calls.append(1)
+        return {"x": file.read_bytes().hex()}
+
+    first = fingerprint_memo.remembered([file], compute, min_bytes=0)
+    assert fingerprint_memo.remembered([file], compute, min_bytes=0) == first and len(calls) == 1
+    # Same size and the old modification time put back: the change time still tells.
+    stat = file.stat()
+    time.sleep(0.02)
+    file.write_bytes(b"other")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert fingerprint_memo.remembered([file], compute, min_bytes=0) == {"x": b"other".hex()}
+
+
+def test_memo_does_not_trust_a_file_that_was_just_written(memo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"x")
+    fingerprint_memo.remembered([file], lambda: {"x": "1"}, min_bytes=0)
+    assert not memo.exists()
+
+
+def test_memo_does_not_record_a_file_that_changed_meanwhile(memo: Path, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"x")
+    settle(file, monkeypatch)
+
+    def compute() -> dict[str, str]:
+        file.write_bytes(b"longer")
+        return {"x": "1"}
+
+    fingerprint_memo.remembered([file], compute, min_bytes=0)
+    assert not memo.exists()
+
+
+@pytest.mark.parametrize("junk", [b"", b"[]", b'{"state": 1}', b'{"state": [], "digests": {"x": 3}}'])
+def test_a_damaged_memo_is_ignored(memo: Path, tmp_path: Path, monkeypatch, junk: bytes) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"x")
+    settle(file, monkeypatch)
+    fingerprint_memo.remembered([file], lambda: {"x": "1"}, min_bytes=0)
+    (entry,) = memo.iterdir()
+    entry.write_bytes(junk)
+    assert fingerprint_memo.remembered([file], lambda: {"x": "2"}, min_bytes=0) == {"x": "2"}
+
+
+# --- tokenizers --------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_survives_saving_loading_and_use(tiny_tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    first = TokenizerFingerprint.of(tiny_tokenizer)
+    tiny_tokenizer.save_pretrained(tmp_path / "a")
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "a")
+    reloaded("some text", truncation=True, max_length=3, padding="max_length")  # leaves state in the backend
+    assert TokenizerFingerprint.of(reloaded) == first
+    reloaded.save_pretrained(tmp_path / "b")
+    assert TokenizerFingerprint.of(AutoTokenizer.from_pretrained(tmp_path / "b")) == first
+
+
+def test_each_part_of_a_tokenizer_counts(tiny_tokenizer_dir: Path) -> None:
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    def load():
+        return AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+
+    base = TokenizerFingerprint.of(load())
+
+    def parts_changed(tokenizer) -> set[str]:
+        other = TokenizerFingerprint.of(tokenizer)
+        return {name for name in vars(base) if getattr(base, name) != getattr(other, name)}
+
+    template = load()
+    template.chat_template += " "
+    assert parts_changed(template) == {"chat_template"}
+    special = load()
+    special.eos_token = "<pad>"
+    assert parts_changed(special) == {"special_tokens"}
+    pipeline = load()
+    pipeline.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert parts_changed(pipeline) == {"pipeline"}
+    vocabulary = load()
+    vocabulary.add_tokens(["<new>"])
+    assert parts_changed(vocabulary) == {"vocabulary", "pipeline", "vocab_size"}
+
+
+def test_files_tell_the_vocabulary_and_the_template(tiny_tokenizer, tiny_tokenizer_dir: Path) -> None:
+    loaded = vars(TokenizerFingerprint.of(tiny_tokenizer))
+    assert tokenizer_files_fingerprint(tiny_tokenizer_dir) == {
+        key: loaded[key] for key in ("vocabulary", "chat_template")
+    }
+
+
+def test_a_tokenizer_without_a_serialisable_pipeline() -> None:
+    class Characters:
+        shift = 0
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(i): i for i in range(128)}
+
+        def encode(self, text: str) -> list[int]:
+            return [(ord(c) + self.shift) % 128 for c in text]
+
+    base = TokenizerFingerprint.of(Characters())
+    other = Characters()
+    other.shift = 1
+    assert TokenizerFingerprint.of(Characters()) == base
+    assert TokenizerFingerprint.of(other).pipeline != base.pipeline
