@@ -1,0 +1,49 @@
+"""Checking a whole cache, shard by shard: what to run on a cache from somebody else."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from formats.errors import CorruptShardError
+
+if TYPE_CHECKING:
+    from formats.cache import TeacherCache
+
+_BLOCK = 1 << 22
+
+
+def validate(cache: "TeacherCache", full: bool) -> None:
+    """Every file is there with the right size, settings and row count; `full` reads every byte.
+
+    With `full`, each shard's SHA-256 and each row's content key, payload checksum and contents are checked
+    and the manifest's counts are compared with what the rows hold. Cost: one sequential pass.
+
+    Raises:
+        FormatError: the first problem found.
+    """
+    for name in cache.manifest.files:
+        cache.file(name)
+    for number, info in enumerate(cache.manifest.shards):
+        reader = cache.shard(number)
+        if not full:
+            continue
+        digest = hashlib.sha256()
+        source = reader.source
+        for offset in range(0, source.size, _BLOCK):
+            digest.update(source.read(offset, min(_BLOCK, source.size - offset)))
+        if digest.hexdigest() != info.sha256:
+            raise CorruptShardError(
+                f"{info.name} does not match its SHA-256 in the manifest; copy or build it again"
+            )
+        counts = dict.fromkeys(("num_tokens", "num_positions", "num_entries", "num_payload_bytes"), 0)
+        for index in range(len(reader)):
+            tokens, payload = reader.row(index)
+            _, teacher = reader.teacher(index)
+            counts["num_tokens"] += len(tokens)
+            counts["num_positions"] += len(teacher)
+            counts["num_entries"] += teacher.num_entries
+            counts["num_payload_bytes"] += len(payload)
+        for name, value in counts.items():
+            if value != getattr(info, name):
+                raise CorruptShardError(
+                    f"{info.name}: {name} must be {getattr(info, name)} as in the manifest, got {value}"
+                )

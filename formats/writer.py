@@ -1,0 +1,121 @@
+"""The simple way to write a cache: one process, rows appended in order.
+
+    with CacheWriter("cache", identity=identity, vocab_size=V) as writer:
+        for row in rows:
+            writer.append(row, teacher_of(row))
+
+For people with a teacher of their own, and for tests; `anneal cache build` has a resumable path of its own.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from formats.codec import CodecConfig
+from formats.commit import atomic_write_bytes, commit_exclusive, temporary_name
+from formats.errors import FormatError
+from formats.manifest import Manifest, ShardInfo, check_name
+from formats.rows import TokenRow
+from formats.shard import ROWS_PER_BATCH, ShardWriter
+from formats.topk import TopKLogprobs
+
+ROWS_PER_SHARD = 4096
+
+
+def shard_name(number: int) -> str:
+    """`shard-00000.arrow`, `shard-00001.arrow`, ..."""
+    return f"shard-{number:05d}.arrow"
+
+
+class CacheWriter:
+    """Appends rows and rolls over to a new shard every `rows_per_shard`; `close` writes the manifest.
+
+    Without `close` (or when the `with` block raises) there is no manifest and hence no cache.
+
+    Raises:
+        FormatError: the directory exists and is not empty.
+        ConfigError: codec settings out of range.
+        ValueError: rows and teacher outputs that do not fit together.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        identity: Any,
+        vocab_size: int,
+        positions: str = "loss",
+        min_prob: float = 0.0,
+        max_k: int = 128,
+        codec: CodecConfig | None = None,
+        rows_per_shard: int = ROWS_PER_SHARD,
+        rows_per_batch: int = ROWS_PER_BATCH,
+    ) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if any(self.directory.iterdir()):
+            raise FormatError(
+                f"a new cache needs an empty directory, got {self.directory}; choose another or empty it"
+            )
+        self._rows_per_shard = rows_per_shard
+        self._shard_options = {
+            "vocab_size": vocab_size,
+            "positions": positions,
+            "max_k": min(max_k, vocab_size),
+            "codec": codec if codec is not None else CodecConfig(),
+            "rows_per_batch": rows_per_batch,
+        }
+        self._manifest = {
+            "identity": identity if isinstance(identity, dict) else identity.to_dict(),
+            "min_prob": min_prob,
+            **{name: self._shard_options[name] for name in ("codec", "positions", "max_k", "vocab_size")},
+        }
+        self._shards: list[ShardInfo] = []
+        self._files: dict[str, str] = {}
+        self._writer: ShardWriter | None = None
+        self._temporary = Path()
+        self._rows_in_shard = 0
+
+    def append(self, row: TokenRow, teacher: TopKLogprobs) -> int:
+        """Add one example; returns the bytes of its payload."""
+        if self._writer is None:
+            self._temporary = temporary_name(self.directory / shard_name(len(self._shards)))
+            self._writer = ShardWriter(self._temporary, **self._shard_options)  # type: ignore[arg-type]
+        size = self._writer.append(row, teacher)
+        self._rows_in_shard += 1
+        if self._rows_in_shard == self._rows_per_shard:
+            self._finish_shard()
+        return size
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Store an auxiliary file such as `tokenizer.json`."""
+        atomic_write_bytes(self.directory / check_name(name), data)
+        self._files[name] = hashlib.sha256(data).hexdigest()
+
+    def _finish_shard(self) -> None:
+        if self._writer is None:
+            return
+        name = shard_name(len(self._shards))
+        info = self._writer.close(name)
+        self._writer, self._rows_in_shard = None, 0
+        commit_exclusive(self._temporary, self.directory / name)
+        self._shards.append(info)
+
+    def close(self) -> Manifest:
+        """Finish the last shard and write the manifest: from now on the directory is a cache."""
+        self._finish_shard()
+        manifest = Manifest(shards=self._shards, files=self._files, **self._manifest)  # type:
+        ignore[arg-type] manifest.write(self.directory) return manifest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._writer is not None:
+            self._writer.abort()
