@@ -106,8 +106,10 @@ class CacheWriter:
     def close(self) -> Manifest:
         """Finish the last shard and write the manifest: from now on the directory is a cache."""
         self._finish_shard()
-        manifest = Manifest(shards=self._shards, files=self._files, **self._manifest)  # type:
-        ignore[arg-type] manifest.write(self.directory) return manifest
+        shards, files = self._shards, self._files
+        manifest = Manifest(shards=shards, files=files, **self._manifest)  # type: ignore[arg-type]
+        manifest.write(self.directory)
+        return manifest
 
     def __enter__(self) -> Self:
         return self
