@@ -1,0 +1,236 @@
+"""A corpus to token rows: batches of records through the tokenizer, cut to `max_length`, as a stream.
+
+Documents longer than a row are split. Every row after the first starts with the tokens that the tokenizer puts
+before a text (BOS), then repeats the last token of the row before, without loss: so each token of a document is a
+target exactly once, with a context, at the price of one or two tokens per row. Everything else is truncated on the
+right. Rows without a target are skipped. All of it is counted; nothing is shuffled, and the same corpus, tokenizer
+and settings give the same rows.
+
+N: tokens of a document, L: tokens of a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from cache_builder.chat import ChatEncoder
+from cache_builder.convert import Conversation, Example, PromptCompletion, Text, Tokens, convert
+from cache_builder.corpus import Corpus, CorpusConfig
+from cache_builder.encoding import Encoded, SpecialTokens, encode_documents, encode_spans
+from cache_builder.readers import Record
+from formats.errors import ConfigError, CorpusError
+from formats.rows import TokenRow
+
+
+@dataclass
+class TokeniseStats:
+    """What happened to the records so far."""
+
+    num_records: int = 0
+    """Records read."""
+    num_rows: int = 0
+    """Rows handed out."""
+    num_tokens: int = 0
+    """Tokens in those rows."""
+    num_targets: int = 0
+    """Tokens that carry loss in those rows."""
+    num_split: int = 0
+    """Documents split into several rows."""
+    num_truncated: int = 0
+    """Records cut off at `max_length`."""
+    num_truncated_tokens: int = 0
+    """Tokens lost by that."""
+    num_too_short: int = 0
+    """Records skipped because they have fewer than two tokens (or no text at all)."""
+    num_without_target: int = 0
+    """Records skipped because no token of them carries loss (for example, the completion was cut off whole)."""
+    num_shortened_turns: int = 0
+    """Assistant turns that the chat template shortens when more turns follow (it drops their reasoning)."""
+
+    def to_dict(self) -> dict[str, int]:
+        """All counts by name."""
+        return asdict(self)
+
+    def notes(self) -> list[str]:
+        """One sentence for each thing that was left out or altered; empty if nothing was."""
+        remarks = (
+            (self.num_split, "documents split into several rows"),
+            (self.num_truncated, f"records truncated ({self.num_truncated_tokens} tokens cut off)"),
+            (self.num_too_short, "records skipped: fewer than two tokens"),
+            (self.num_without_target, "records skipped: no token carries loss"),
+            (self.num_shortened_turns, "earlier assistant turns shortened by the chat template"),
+        )
+        return [f"{count} {remark}" for count, remark in remarks if count]
+
+
+def tokenise(corpus: Corpus, tokenizer: Any, config: CorpusConfig | None = None) -> "TokenisedRows":
+    """The rows of a corpus, one at a time; `.stats` counts along.
+
+    `config` defaults to the corpus's own. Errors in a record surface when it is reached.
+
+    Raises:
+        ConfigError: the tokenizer lacks what the layout needs, or `max_length` leaves no room for text.
+        CorpusError: a record is malformed, or the whole corpus gives no row.
+    """
+    return TokenisedRows(corpus, tokenizer, config or corpus.config)
+
+
+class TokenisedRows(Iterator[TokenRow]):
+    """Iterator over token rows, with statistics."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Any, config: CorpusConfig) -> None:
+        self.stats = TokeniseStats()
+        """Counts up to the row handed out last."""
+        self._corpus, self._tokenizer, self._config = corpus, tokenizer, config
+        self._special = SpecialTokens.of(tokenizer)
+        self._has_template = bool(tokenizer.chat_template)
+        needs_template = corpus.format in ("messages", "ShareGPT", "prompt + completion (chat)")
+        uses_template = needs_template or (corpus.format == "Alpaca" and self._has_template)
+        self._chat = ChatEncoder(tokenizer) if uses_template else None
+        least = len(self._special.prefix) + 2
+        if config.max_length < least:
+            raise ConfigError(
+                f"max_length must be at least {least} (the tokenizer's leading tokens and two more), "
+                f"got {config.max_length}"
+            )
+        self._rows = self._generate()
+
+    def __next__(self) -> TokenRow:
+        return next(self._rows)
+
+    def describe(self) -> list[str]:
+        """How records become rows here: sentences to announce before a build."""
+        layout, config = self._corpus.layout, self._config
+        lines = [f"format: {layout.name} (columns {', '.join(layout.columns)})", f"loss: {layout.loss}"]
+        eos = self._special.appended_eos(config.append_eos)
+        if self._chat is not None:
+            how = "the template's generation markers" if self._chat.has_markers else "incremental rendering"
+            lines.append(f"chat template: assistant turns found by {how}")
+        elif layout.name == "Alpaca":
+            lines.append("no chat template: records become ### Instruction / ### Input / ### Response text")
+        if self._chat is None and layout.name != "input_ids":
+            name = self._tokenizer.convert_ids_to_tokens(eos[0]) if eos else None
+            lines.append(f"end: {name} appended" if name else "end: nothing appended")
+        is_document = layout.name == "text" or layout.loss == "every token but the first"
+        lines.append(f"longer than {config.max_length} tokens: {'split' if is_document else 'truncated'}")
+        return lines
+
+    def _generate(self) -> Iterator[TokenRow]:
+        stats = self.stats
+        for records in _batched(self._corpus, self._config.batch_size):
+            examples = [
+                convert(
+                    record,
+                    self._corpus.layout,
+                    has_chat_template=self._has_template,
+                    vocab_size=len(self._tokenizer),
+                )
+                for record in records
+            ]
+            for encoded in self._encode(examples):
+                stats.num_records += 1
+                for row in self._cut(encoded):
+                    stats.num_rows += 1
+                    stats.num_tokens += len(row)
+                    stats.num_targets += int(row.loss_mask.sum())
+                    yield row
+        if stats.num_rows == 0:
+            skipped = "; ".join(stats.notes()) or "none"
+            raise CorpusError(
+                "the corpus must give at least one row of two tokens with a loss, got none from "
+                f"{stats.num_records} records ({skipped})"
+            )
+
+    def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """A batch of one kind of example; the layout fixes the kind."""
+        if isinstance(examples[0], Text):
+            return self._encode_text([example.text for example in examples if isinstance(example, Text)])
+        if isinstance(examples[0], PromptCompletion):
+            return self._encode_completions([e for e in examples if isinstance(e, PromptCompletion)])
+        if isinstance(examples[0], Conversation):
+            assert self._chat is not None
+            encoded = self._chat.encode([e for e in examples if isinstance(e, Conversation)])
+            self.stats.num_shortened_turns = self._chat.num_shortened_turns
+            return encoded
+        return [_encode_tokens(example) for example in examples if isinstance(example, Tokens)]
+
+    def _encode_text(self, texts: list[str]) -> list[Encoded]:
+        eos = np.array(self._special.appended_eos(self._config.append_eos), dtype=np.int32)
+        encoded = []
+        for text, ids in zip(texts, encode_documents(self._tokenizer, texts, self._special), strict=True):
+            if not text:
+                ids = ids[:0]  # an empty document must not teach the model to end at once
+            elif len(eos) and ids[-1:] != eos:
+                ids = np.concatenate([ids, eos])
+            encoded.append(Encoded(ids, np.arange(len(ids)) > 0, splittable=True))
+        return encoded
+
+    def _encode_completions(self, examples: list[PromptCompletion]) -> list[Encoded]:
+        """Prompt and completion tokenised as one string; a token with a character of the completion is a target."""
+        eos = np.array(self._special.appended_eos(self._config.append_eos), dtype=np.int32)
+        texts = [example.prompt + example.completion for example in examples]
+        spans = [[(len(e.prompt), len(text))] for e, text in zip(examples, texts, strict=True)]
+        suffix = len(self._special.suffix)
+        encoded = []
+        for ids, mask in encode_spans(self._tokenizer, texts, spans, add_special_tokens=True):
+            if suffix:
+                mask[-suffix:] = True  # the tokenizer's own end-of-sequence token ends the completion
+            if len(eos) and ids[-1:] != eos:
+                ids, mask = np.concatenate([ids, eos]), np.concatenate([mask, [True]])
+            encoded.append(Encoded(ids, mask, splittable=False))
+        return encoded
+
+    def _cut(self, encoded: Encoded) -> Iterator[TokenRow]:
+        ids, mask, stats = encoded.input_ids, encoded.loss_mask, self.stats
+        max_length = self._config.max_length
+        if len(ids) < 2:
+            stats.num_too_short += 1
+            return
+        mask = mask.copy()
+        mask[0] = False
+        if len(ids) > max_length and encoded.splittable:
+            stats.num_split += 1
+            yield from split_document(ids, mask, max_length, self._special.prefix)
+            return
+        if len(ids) > max_length:
+            stats.num_truncated += 1
+            stats.num_truncated_tokens += len(ids) - max_length
+            ids, mask = ids[:max_length], mask[:max_length]
+        if not mask.any():
+            stats.num_without_target += 1
+            return
+        yield TokenRow(ids, mask)
+
+
+def split_document(
+    ids_N: np.ndarray, mask_N: np.ndarray, max_length: int, prefix: tuple[int, ...] = ()
+) -> Iterator[TokenRow]:
+    """Rows of at most `max_length` tokens in which every target of the document is a target exactly once.
+
+    Rows after the first are `prefix`, the last token of the row before (context, no loss), and new tokens.
+    `prefix` is repeated only if the document starts with it.
+    """
+    head = np.array(prefix if tuple(ids_N[: len(prefix)].tolist()) == prefix else (), dtype=np.int32)
+    no_loss = np.zeros(len(head) + 1, dtype=np.bool_)
+    room = max_length - len(no_loss)
+    assert room > 0
+    yield TokenRow(ids_N[:max_length], mask_N[:max_length])
+    for start in range(max_length, len(ids_N), room):
+        ids = np.concatenate([head, ids_N[start - 1 : start + room]])
+        yield TokenRow(ids, np.concatenate([no_loss, mask_N[start : start + room]]))
+
+
+def _encode_tokens(example: Tokens) -> Encoded:
+    ids = example.input_ids.astype(np.int32)
+    if example.loss_mask is None:
+        return Encoded(ids, np.arange(len(ids)) > 0, splittable=True)
+    return Encoded(ids, example.loss_mask.astype(np.bool_), splittable=False)
+
+
+def _batched(corpus: Corpus, size: int) -> Iterator[list[Record]]:
+    records = iter(corpus)
+    while batch := list(islice(records, size)):
+        yield batch
