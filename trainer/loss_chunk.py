@@ -1,0 +1,162 @@
+"""The arithmetic of one chunk: logits in; cross-entropy, KL and the gradient with respect to the logits out.
+
+With z the logits, beta = 1/T, H the teacher's head of a row, R all other tokens, p the teacher, q the
+student at temperature T, P and Q their head masses, every objective has a gradient that is one number per row
+times q_j on R, and something particular on the few entries of H:
+
+    cross-entropy   softmax(z)_j - [j = label]
+    forward KL      R: beta q_j (1 - r), r = (1 - P)/(1 - Q)        H: beta (q_j - p_j)
+    reverse KL      R: beta q_j (f_R - KL)                          H: beta q_j (f_j - KL)
+                    f = log q - log p, per entry of H, and once for the whole tail
+
+So the chunk is exponentiated once (twice when T != 1), its head entries are set to zero, and the row sum of
+what is left *is* the student's tail mass: a sum of positive terms, never 1 - Q. Then one multiplication per
+row turns the exponentials into the gradient, and the head entries are written over. Five passes over [C, V]
+at T = 1, as many as the cross-entropy alone needs. docs/method.md derives all this.
+
+C: rows of the chunk, V: vocabulary, K: rows of the chunk with teacher targets, E: their head entries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from trainer.loss_rows import IGNORE_INDEX, LOG_FLOOR, TeacherTargets, segment_sum
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """What one row's cross-entropy and KL weigh in the loss: the reciprocal denominators, times `kl_coef`."""
+
+    ce: torch.Tensor
+    kl: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ChunkSums:
+    """Sums over the chunk's rows; the logits tensor holds the gradient afterwards, if it was asked for."""
+
+    ce: torch.Tensor
+    kl: torch.Tensor
+    student_head_mass: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BucketedKL:
+    """KL of every row and the two parts of its gradient."""
+
+    kl_K: torch.Tensor
+    tail_coefficient_K: torch.Tensor
+    """On R the gradient is this times q_j."""
+    head_gradient_E: torch.Tensor
+    probs_E: torch.Tensor
+    """q_j of the head entries."""
+    tail_K: torch.Tensor
+    """1 - Q."""
+
+
+def bucketed_kl(
+    shifted_E: torch.Tensor,
+    sum_K: torch.Tensor,
+    tail_sum_K: torch.Tensor,
+    targets: TeacherTargets,
+    *,
+    beta: float,
+    reverse: bool,
+) -> BucketedKL:
+    """KL between teacher and student over the head entries and one tail bucket.
+
+    Args:
+        shifted_E: beta (z_j - max z) of the head entries.
+        sum_K: sum over the vocabulary of exp(beta (z_j - max z)).
+        tail_sum_K: the same over R only, summed directly.
+    """
+    log_sum_K = sum_K.log()
+    log_q_E = shifted_E - log_sum_K[targets.row_E]
+    q_E = log_q_E.exp()
+    tail_q_K = tail_sum_K / sum_K
+    log_tail_q_K = (tail_sum_K.log() - log_sum_K).clamp_min(LOG_FLOOR[sum_K.dtype])
+    log_ratio_E = log_q_E - targets.log_probs_E
+    log_tail_ratio_K = log_tail_q_K - targets.log_tail_K
+    if reverse:
+        kl_K = segment_sum(q_E * log_ratio_E, targets.offsets_K1) + tail_q_K * log_tail_ratio_K
+        tail_coefficient_K = beta * (log_tail_ratio_K - kl_K)
+        head_gradient_E = beta * q_E * (log_ratio_E - kl_K[targets.row_E])
+    else:
+        head_K = segment_sum(targets.probs_E * log_ratio_E, targets.offsets_K1)
+        kl_K = -head_K - targets.tail_K * log_tail_ratio_K
+        tail_coefficient_K = -beta * torch.expm1(-log_tail_ratio_K)
+        head_gradient_E = beta * (q_E - targets.probs_E)
+    return BucketedKL(kl_K, tail_coefficient_K, head_gradient_E, q_E, tail_q_K)
+
+
+def process_chunk(
+    logits_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    targets: TeacherTargets | None,
+    *,
+    weights: RowWeights,
+    beta: float,
+    reverse: bool,
+    scratch_CV: torch.Tensor | None,
+    want_gradient: bool,
+) -> ChunkSums:
+    """Overwrite `logits_CV` (contiguous, the arithmetic's dtype) with the gradient; return the chunk's sums.
+
+    `scratch_CV` is a second tensor of the same shape, needed only for teacher targets at T != 1.
+    """
+    labelled_C = labels_C != IGNORE_INDEX
+    safe_labels_C1 = labels_C.clamp_min(0)[:, None]
+    shifted_CV = logits_CV.sub_(logits_CV.amax(dim=1, keepdim=True))
+    shifted_label_C = shifted_CV.gather(1, safe_labels_C1).squeeze(1)
+    ce_weight_C = labelled_C * weights.ce
+
+    if targets is None:
+        sum_C = shifted_CV.exp_().sum(dim=1)
+        zero = sum_C.new_zeros(())
+        sums = ChunkSums(((sum_C.log() - shifted_label_C) * labelled_C).sum(), zero, zero)
+        if want_gradient:
+            logits_CV.mul_((ce_weight_C / sum_C)[:, None])
+            logits_CV.scatter_add_(1, safe_labels_C1, -ce_weight_C[:, None])
+        return sums
+
+    flat_E = targets.position_K[targets.row_E] * logits_CV.shape[1] + targets.token_ids_E
+    share = beta == 1.0
+    if share:
+        tempered_CV = shifted_CV
+    else:
+        assert scratch_CV is not None
+        tempered_CV = torch.mul(shifted_CV, beta, out=scratch_CV)
+    tempered = tempered_CV.view(-1)
+    shifted_E = tempered[flat_E]
+    tempered_CV.exp_()
+    tempered.index_fill_(0, flat_E, 0.0)
+    tail_sum_C = tempered_CV.sum(dim=1)
+    tail_sum_K = tail_sum_C[targets.position_K]
+    sum_K = tail_sum_K + segment_sum(shifted_E.exp(), targets.offsets_K1)
+    kl = bucketed_kl(shifted_E, sum_K, tail_sum_K, targets, beta=beta, reverse=reverse)
+
+    # The softmax at T = 1, for the cross-entropy: the one just computed, or a second one.
+    sum_C = tail_sum_C.index_copy(0, targets.position_K, sum_K) if share else shifted_CV.exp_().sum(dim=1)
+    sums = ChunkSums(
+        ce=((sum_C.log() - shifted_label_C) * labelled_C).sum(),
+        kl=kl.kl_K.sum(),
+        student_head_mass=(1.0 - kl.tail_K).sum(),
+    )
+    if not want_gradient:
+        return sums
+
+    tail_coefficient_C = torch.zeros_like(sum_C).index_copy_(
+        0, targets.position_K, weights.kl * kl.tail_coefficient_K / sum_K
+    )
+    if share:
+        logits_CV.mul_((ce_weight_C / sum_C + tail_coefficient_C)[:, None])
+        ce_weight_E = ce_weight_C[targets.position_K][targets.row_E]
+        head_E = ce_weight_E * kl.probs_E + weights.kl * kl.head_gradient_E
+        logits_CV.view(-1).index_copy_(0, flat_E, head_E)
+    else:
+        logits_CV.mul_((ce_weight_C / sum_C)[:, None])
+        logits_CV.addcmul_(tempered_CV, tail_coefficient_C[:, None])
+        logits_CV.view(-1).index_add_(0, flat_E, weights.kl * kl.head_gradient_E)
+    logits_CV.scatter_add_(1, safe_labels_C1, -ce_weight_C[:, None])
+    return sums

@@ -1,0 +1,184 @@
+"""The chunk loop: hidden states and output head in; loss sums and parameter gradients out.
+
+For each chunk of the rows that count: project, turn the logits into their own gradient in place, multiply
+back into the gradients of hidden states and head, reuse the buffer. Nothing of size [rows, V] exists; the
+peak is one chunk, the gradient of the head, and the gradient of the hidden states that count.
+
+Precision: the projection runs in the compute dtype (the autocast dtype, else the dtype of the inputs), the
+softmax arithmetic in fp32 (fp64 for fp64 inputs). The head's gradient is accumulated over the chunks in fp32
+whatever the compute dtype, because a bf16 sum of many chunks loses their last bits; it costs 4 bytes per head
+parameter until the backward pass hands it over in the weight's dtype.
+
+N: rows, M: rows that count, C: rows of a chunk, D: hidden size, V: vocabulary without padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from trainer.loss_chunk import RowWeights, process_chunk
+from trainer.loss_rows import RowPlan
+
+# Bytes of vocabulary-sized buffers per chunk, see docs/method.md ("Chunks").
+CHUNK_BYTES = {"cpu": 128 << 20}
+DEFAULT_CHUNK_BYTES = 256 << 20
+# Rows of the head updated at once when a half-precision product is added to the fp32 accumulator.
+ACCUMULATE_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from hidden state to logits: z = softcap(logit_scale * (W h + b))."""
+
+    weight_VD: torch.Tensor
+    """Compute dtype, padding cut off."""
+    bias_V: torch.Tensor | None
+    """The arithmetic's dtype."""
+    logit_scale: float
+    logit_softcap: float | None
+
+    def num_buffers(self, tempered: bool) -> int:
+        """Chunk-sized tensors the loop keeps."""
+        half = self.weight_VD.dtype.itemsize < 4
+        return 1 + half + tempered + (self.logit_softcap is not None)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients to compute."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclass
+class FusedResult:
+    """Sums over all rows, and gradients of `unit * loss` (None where not wanted)."""
+
+    sum_ce: torch.Tensor
+    sum_kl: torch.Tensor
+    sum_student_head_mass: torch.Tensor
+    grad_hidden_MD: torch.Tensor | None = None
+    grad_weight_VD: torch.Tensor | None = None
+    grad_bias_V: torch.Tensor | None = None
+
+
+def arithmetic_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """fp32 for everything but fp64."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def default_chunk_size(vocab_size: int, num_buffers: int, device_type: str) -> int:
+    """Rows per chunk so that the chunk's buffers stay within a fixed number of bytes, and at least 16."""
+    budget = CHUNK_BYTES.get(device_type, DEFAULT_CHUNK_BYTES)
+    return max(16, budget // (4 * vocab_size * num_buffers))
+
+
+def fused_loss(
+    hidden_ND: torch.Tensor,
+    head: Head,
+    plan: RowPlan,
+    *,
+    weights: RowWeights,
+    beta: float,
+    reverse: bool,
+    num_weight_rows: int,
+    wanted: Wanted,
+) -> FusedResult:
+    """Walk the chunks of `plan`. The head's gradient has `num_weight_rows` rows, zero in the padding."""
+    weight_VD = head.weight_VD
+    compute, device = weight_VD.dtype, weight_VD.device
+    arithmetic = arithmetic_dtype(compute)
+    vocab_size, hidden_size = weight_VD.shape
+    result = FusedResult(*(torch.zeros((), dtype=arithmetic, device=device) for _ in range(3)))
+    num_selected = plan.rows_M.numel()
+    if wanted.hidden:
+        result.grad_hidden_MD = torch.empty(num_selected, hidden_size, dtype=compute, device=device)
+    if wanted.weight:
+        result.grad_weight_VD = torch.zeros(num_weight_rows, hidden_size, dtype=arithmetic, device=device)
+    if wanted.bias:
+        result.grad_bias_V = torch.zeros(num_weight_rows, dtype=arithmetic, device=device)
+    if not plan.chunks:
+        return result
+
+    longest = max(chunk.stop - chunk.start for chunk in plan.chunks)
+
+    def buffer(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(longest, vocab_size, dtype=dtype, device=device)
+
+    logits_buffer = buffer(arithmetic)
+    projection_buffer = logits_buffer if compute == arithmetic else buffer(compute)
+    tanh_buffer = buffer(arithmetic) if head.logit_softcap is not None else None
+    scratch_buffer = buffer(arithmetic) if plan.targets is not None and beta != 1.0 else None
+
+    for chunk in plan.chunks:
+        num_rows = chunk.stop - chunk.start
+        hidden_CD = hidden_ND.index_select(0, plan.rows_M[chunk.start : chunk.stop]).to(compute)
+        projection_CV, logits_CV = projection_buffer[:num_rows], logits_buffer[:num_rows]
+        torch.mm(hidden_CD, weight_VD.t(), out=projection_CV)
+        if compute != arithmetic:
+            logits_CV.copy_(projection_CV)
+        if head.bias_V is not None:
+            logits_CV.add_(head.bias_V)
+        tanh_CV = None if tanh_buffer is None else tanh_buffer[:num_rows]
+        _transform_logits(logits_CV, head, tanh_CV)
+
+        has_teacher = plan.targets is not None and chunk.teacher_rows[0] < chunk.teacher_rows[1]
+        sums = process_chunk(
+            logits_CV,
+            plan.labels_M[chunk.start : chunk.stop],
+            plan.targets.slice(chunk) if has_teacher and plan.targets is not None else None,
+            weights=weights,
+            beta=beta,
+            reverse=reverse,
+            scratch_CV=None if scratch_buffer is None else scratch_buffer[:num_rows],
+            want_gradient=wanted.any,
+        )
+        result.sum_ce += sums.ce
+        result.sum_kl += sums.kl
+        result.sum_student_head_mass += sums.student_head_mass
+        if not wanted.any:
+            continue
+
+        if tanh_CV is not None:  # d cap tanh(x / cap) / dx = 1 - tanh^2
+            logits_CV.addcmul_(logits_CV, tanh_CV.square_(), value=-1.0)
+        if compute != arithmetic:
+            projection_CV.copy_(logits_CV)
+        if result.grad_hidden_MD is not None:
+            out_CD = result.grad_hidden_MD[chunk.start : chunk.stop]
+            torch.mm(projection_CV, weight_VD, out=out_CD)
+            if head.logit_scale != 1.0:
+                out_CD.mul_(head.logit_scale)
+        if result.grad_weight_VD is not None:
+            _accumulate(result.grad_weight_VD[:vocab_size], projection_CV, hidden_CD, head.logit_scale)
+        if result.grad_bias_V is not None:
+            result.grad_bias_V[:vocab_size].add_(logits_CV.sum(dim=0), alpha=head.logit_scale)
+    return result
+
+
+def _transform_logits(logits_CV: torch.Tensor, head: Head, tanh_CV: torch.Tensor | None) -> None:
+    """Apply scale and softcap in place; leave tanh(scale x / cap) in `tanh_CV` for the chain rule."""
+    if tanh_CV is None:
+        if head.logit_scale != 1.0:
+            logits_CV.mul_(head.logit_scale)
+        return
+    assert head.logit_softcap is not None
+    torch.mul(logits_CV, head.logit_scale / head.logit_softcap, out=tanh_CV).tanh_()
+    torch.mul(tanh_CV, head.logit_softcap, out=logits_CV)
+
+
+def _accumulate(
+    total_VD: torch.Tensor, gradient_CV: torch.Tensor, hidden_CD: torch.Tensor, scale: float
+) -> None:
+    """total += scale * gradient^T hidden; half-precision products are added slice by slice."""
+    if total_VD.dtype == gradient_CV.dtype:
+        total_VD.addmm_(gradient_CV.t(), hidden_CD, alpha=scale)
+        return
+    for start in range(0, total_VD.shape[0], ACCUMULATE_ROWS):
+        columns = gradient_CV[:, start : start + ACCUMULATE_ROWS]
+        total_VD[start : start + ACCUMULATE_ROWS].add_(columns.t() @ hidden_CD, alpha=scale)

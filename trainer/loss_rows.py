@@ -1,0 +1,181 @@
+"""Which rows the loss looks at, in which chunks, and the teacher's distribution at the loss temperature.
+
+A row counts when it has a label or a teacher target; no other row is ever projected onto the vocabulary.
+All sizes that the chunk loop needs are fetched from the device here, in three small transfers per call, so
+that the loop itself never waits for the device. Cost: linear in rows and head entries.
+
+N: rows given, M: rows that count, K: rows with teacher targets, E: head entries.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import torch
+
+from formats.errors import ConfigError, FormatError
+from trainer.teacher_batch import TeacherBatch
+
+IGNORE_INDEX = -100
+# Logarithms of masses are floored here: a mass that underflows gives finite numbers times zero, not NaN.
+LOG_FLOOR = {torch.float32: -80.0, torch.float64: -700.0}
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """The teacher at temperature T, normalised over the head entries and one tail bucket."""
+
+    position_K: torch.Tensor
+    """int64: where the row stands among the M rows that count (inside a chunk: among the chunk's rows)."""
+    offsets_K1: torch.Tensor
+    """int64 [K + 1]: entries of each row."""
+    row_E: torch.Tensor
+    """int64: index into the K rows, for every entry."""
+    token_ids_E: torch.Tensor
+    """int64."""
+    probs_E: torch.Tensor
+    """p_T(j) of every entry."""
+    log_probs_E: torch.Tensor
+    """Its logarithm."""
+    tail_K: torch.Tensor
+    """1 - P: the mass outside the head."""
+    log_tail_K: torch.Tensor
+    """Its logarithm, floored."""
+
+    def slice(self, chunk: "Chunk") -> "TeacherTargets":
+        """The targets of one chunk, numbered from the chunk's first row."""
+        rows, entries = slice(*chunk.teacher_rows), slice(*chunk.entries)
+        return TeacherTargets(
+            position_K=self.position_K[rows] - chunk.start,
+            offsets_K1=self.offsets_K1[chunk.teacher_rows[0] : chunk.teacher_rows[1] + 1] - chunk.entries[0],
+            row_E=self.row_E[entries] - chunk.teacher_rows[0],
+            token_ids_E=self.token_ids_E[entries],
+            probs_E=self.probs_E[entries],
+            log_probs_E=self.log_probs_E[entries],
+            tail_K=self.tail_K[rows],
+            log_tail_K=self.log_tail_K[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of the rows that count, as host integers: start and stop of rows, teacher rows and entries."""
+
+    start: int
+    stop: int
+    teacher_rows: tuple[int, int] = (0, 0)
+    entries: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The rows that count and how they are walked."""
+
+    rows_M: torch.Tensor
+    """int64: indices into the N rows, ascending."""
+    labels_M: torch.Tensor
+    """int64: their labels, IGNORE_INDEX where a row has only a teacher target."""
+    chunks: tuple[Chunk, ...]
+    targets: TeacherTargets | None
+
+    @property
+    def num_labelled(self) -> torch.Tensor:
+        """Rows with cross-entropy, a 0-d tensor."""
+        return (self.labels_M != IGNORE_INDEX).sum()
+
+
+def segment_sum(values_E: torch.Tensor, offsets_K1: torch.Tensor) -> torch.Tensor:
+    """[K] sums of consecutive runs of `values_E`; deterministic on every device, 0 for an empty run."""
+    return torch.segment_reduce(values_E, "sum", offsets=offsets_K1, unsafe=True)
+
+
+def teacher_targets(teacher: TeacherBatch, position_K: torch.Tensor, dtype: torch.dtype) -> TeacherTargets:
+    """Normalise a batch at its temperature: Z = sum over the head of exp(l / T) + exp(A(1/T)), in `dtype`."""
+    counts_K = teacher.counts
+    row_E = torch.repeat_interleave(
+        torch.arange(len(teacher), device=counts_K.device), counts_K, output_size=teacher.token_ids.numel()
+    )
+    scaled_E = teacher.logprobs.to(dtype) / teacher.temperature
+    log_tail_K = teacher.log_tail.to(dtype)
+    log_z_K = torch.logaddexp(segment_sum(scaled_E.exp(), teacher.offsets).log(), log_tail_K)
+    log_probs_E = scaled_E - log_z_K[row_E]
+    log_tail_K = log_tail_K - log_z_K
+    return TeacherTargets(
+        position_K=position_K,
+        offsets_K1=teacher.offsets,
+        row_E=row_E,
+        token_ids_E=teacher.token_ids.long(),
+        probs_E=log_probs_E.exp(),
+        log_probs_E=log_probs_E,
+        tail_K=log_tail_K.exp(),
+        log_tail_K=log_tail_K.clamp_min(LOG_FLOOR[dtype]),
+    )
+
+
+def plan_rows(
+    labels_N: torch.Tensor,
+    teacher: TeacherBatch | None,
+    *,
+    vocab_size: int,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> RowPlan:
+    """Select the rows that count and cut them into chunks of nearly equal size, at most `chunk_size` rows.
+
+    Raises:
+        ConfigError: a label is outside the vocabulary.
+        FormatError: teacher rows are not ascending or not in the batch, or a token is not in the vocabulary.
+    """
+    num_rows = labels_N.numel()
+    if teacher is not None and len(teacher) == 0:
+        teacher = None
+    _check_values(labels_N, teacher, num_rows=num_rows, vocab_size=vocab_size)
+    counts_N = labels_N != IGNORE_INDEX
+    if teacher is not None:
+        counts_N = counts_N.index_fill(0, teacher.rows, True)
+    rows_M = counts_N.nonzero().squeeze(1)
+    labels_M = labels_N[rows_M]
+    num_selected = rows_M.numel()
+    num_chunks = math.ceil(num_selected / chunk_size)
+    bounds = [num_selected * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
+    if teacher is None:
+        chunks = tuple(Chunk(a, b) for a, b in pairwise(bounds))
+        return RowPlan(rows_M, labels_M, chunks, None)
+    position_K = torch.searchsorted(rows_M, teacher.rows)
+    edges = torch.searchsorted(position_K, torch.tensor(bounds, device=position_K.device))
+    rows_at, entries_at = torch.stack([edges, teacher.offsets[edges]]).tolist()
+    chunks = tuple(
+        Chunk(bounds[i], bounds[i + 1], (rows_at[i], rows_at[i + 1]), (entries_at[i], entries_at[i + 1]))
+        for i in range(num_chunks)
+    )
+    return RowPlan(rows_M, labels_M, chunks, teacher_targets(teacher, position_K, dtype))
+
+
+def _check_values(
+    labels_N: torch.Tensor, teacher: TeacherBatch | None, *, num_rows: int, vocab_size: int
+) -> None:
+    """One transfer for all value checks: an index out of range on a GPU otherwise kills the whole process."""
+    bad_label = (labels_N != IGNORE_INDEX) & ((labels_N < 0) | (labels_N >= vocab_size))
+    found = [bad_label.any()]
+    if teacher is not None:
+        for field in fields(teacher):
+            tensor = getattr(teacher, field.name)
+            if isinstance(tensor, torch.Tensor) and tensor.device != labels_N.device:
+                raise ConfigError(
+                    f"teacher targets must be on {labels_N.device} like the labels, got {tensor.device}; "
+                    "call teacher.to(device)"
+                )
+        rows, ids = teacher.rows, teacher.token_ids
+        found.append((rows[1:] <= rows[:-1]).any() | (rows[0] < 0) | (rows[-1] >= num_rows))
+        found.append(((ids < 0) | (ids >= vocab_size)).any())
+        ends = (teacher.offsets[0] != 0) | (teacher.offsets[-1] != ids.numel())
+        found.append(ends | (teacher.counts < 0).any())
+    rules = (
+        (ConfigError, f"labels must be {IGNORE_INDEX} or lie in [0, {vocab_size}); check the tokenizer"),
+        (FormatError, f"teacher rows must be ascending, unique and in [0, {num_rows}); check the collator"),
+        (FormatError, f"teacher token ids must lie in [0, {vocab_size}); the cache has another vocabulary"),
+        (FormatError, "teacher offsets must ascend from 0 to the number of entries; check the collator"),
+    )
+    for (error, rule), bad in zip(rules, torch.stack(found).tolist(), strict=False):
+        if bad:
+            raise error(rule)
