@@ -1,0 +1,203 @@
+"""Reduce full-vocabulary logits to what a cache keeps: an adaptive head and the tail function at its nodes.
+
+For every row of logits l, with p = softmax(l):
+
+    head        the entries with p >= min_prob, at most max_k of them, always the likeliest one
+    log p       of the head, natural log, normalised over the whole vocabulary
+    A(beta)     log sum over the rest of exp(beta * log p), for every beta in `betas`
+
+Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of the
+mass, `total - head` in fp32 would be noise.
+
+Algorithm, per chunk of rows small enough to stay in cache; the vocabulary is cut into blocks:
+  1. maxima of the blocks, then of the row, m (one pass);
+  2. sums over the blocks of t = exp(betas[0] * (l - m)) and of its powers: the betas double, so four
+     temperatures cost one exponential (one pass).  The sums at beta = 1 give Z, hence the exact threshold;
+  3. only blocks whose maximum passes the threshold can hold a head entry, at most 1/min_prob of them and in
+     practice a few: they are gathered, the head is picked from them, and their share of the tail is summed again
+     without it.  Blocks without a head entry are tail as they are.
+Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the vocabulary replaces step 3.
+
+Cost: two passes over the logits and one exponential per entry; no sort of the vocabulary, no second softmax.
+With `torch.compile` step 2 is one loop; without a compiler it runs as separate operations on cached data.
+
+N: rows, V: vocabulary, K: blocks of a row, B: tail nodes, C: gathered blocks of all rows, S: entries in a block,
+H: head candidates of the row that has most, M: head entries of all rows.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from cache_builder.block_sums import BLOCK, block_maxima, block_sums
+
+CPU_CHUNK_BYTES = 1 << 20
+"""fp32 bytes of logits reduced at a time on a CPU: about the second-level cache of two cores."""
+CUDA_CHUNK_BYTES = 1 << 29
+"""fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory."""
+UNDERFLOW = 1e-30
+"""Sums below this have lost terms to the range of fp32 and are taken again relative to their own maximum."""
+
+
+class ReducedRows(NamedTuple):
+    """Head and tail of N rows, ragged: row i owns the next `counts[i]` entries."""
+
+    counts: torch.Tensor
+    """int32 [N], at least 1."""
+    token_ids: torch.Tensor
+    """int32 [M], by descending logprob within a row."""
+    logprobs: torch.Tensor
+    """float32 [M]."""
+    log_tail_nodes: torch.Tensor
+    """float32 [N, B]; -inf where the rest of the vocabulary is empty or impossible."""
+
+
+def rows_per_chunk(vocab_size: int, device_type: str) -> int:
+    """Rows to reduce at a time so that their logits in fp32 fit the budget of the device."""
+    budget = CPU_CHUNK_BYTES if device_type == "cpu" else CUDA_CHUNK_BYTES
+    return max(1, budget // (4 * vocab_size))
+
+
+def reduce_logits(
+    logits_NV: torch.Tensor, *, min_prob: float, max_k: int, betas: Sequence[float]
+) -> ReducedRows:
+    """Head and tail function of every row of `logits_NV`.
+
+    Args:
+        logits_NV: [N, V], any floating dtype, without padding columns; -inf marks impossible tokens.
+        min_prob: smallest probability kept, 0 <= min_prob < 1.
+        max_k: largest number of entries kept, at least 1.  Among equal logits at the cut, any may be kept.
+        betas: increasing positive inverse temperatures of the tail nodes, 1 among them.
+
+    Returns:
+        `ReducedRows` on the device of the logits.  A row with NaN or +inf logits has NaN logprobs.
+    """
+    num_rows, vocab_size = logits_NV.shape
+    assert 0.0 <= min_prob < 1.0 and max_k >= 1 and 1.0 in betas, (min_prob, max_k, betas)
+    step = rows_per_chunk(vocab_size, logits_NV.device.type)
+    parts = [
+        _reduce_chunk(logits_NV[start : start + step].float(), min_prob, min(max_k, vocab_size), betas)
+        for start in range(0, num_rows, step)
+    ]
+    return concatenate_rows(parts, len(betas), logits_NV.device)
+
+
+def concatenate_rows(
+    parts: Sequence[ReducedRows], num_betas: int, device: torch.device | str = "cpu"
+) -> ReducedRows:
+    """Join parts in order; no parts make zero rows."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        none = torch.zeros(0, device=device)
+        return ReducedRows(none.int(), none.int(), none, torch.zeros(0, num_betas, device=device))
+    return ReducedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _reduce_chunk(logits_NV: torch.Tensor, min_prob: float, max_k: int, betas: Sequence[float]) -> ReducedRows:
+    betas_B = torch.tensor(betas, dtype=torch.float32, device=logits_NV.device)
+    maxima_NK = block_maxima(logits_NV)
+    max_N = maxima_NK.amax(-1)
+    sums_NBK = block_sums(logits_NV, max_N, betas)
+    log_z_N = max_N + sums_NBK[:, betas.index(1.0)].sum(-1).log()  # of exp(l - m), so m is added back
+    least_N = log_z_N + (math.log(min_prob) if min_prob > 0.0 else -math.inf)
+
+    passes_NK = maxima_NK >= least_N.unsqueeze(-1)
+    rows_C, blocks_C = passes_NK.nonzero(as_tuple=True)
+    if len(rows_C) * BLOCK * 4 > logits_NV.numel():
+        head_ids_NH, head_NH, tail_sums_NB = _dense_head(logits_NV, max_N, least_N, max_k, betas, betas_B)
+    else:
+        head_ids_NH, head_NH, tail_sums_NB = _sparse_head(
+            logits_NV, max_N, least_N, max_k, betas_B, rows_C, blocks_C, sums_NBK.masked_fill_(passes_NK[:, None], 0)
+        )
+    log_tail_NB = tail_sums_NB.log() + (max_N - log_z_N).unsqueeze(-1) * betas_B
+    keep_NH = head_NH > -math.inf
+    keep_NH[:, 0] = True  # a NaN row keeps one entry, which carries the NaN to whoever reads it
+    _repair_underflow(logits_NV, log_z_N, head_ids_NH, keep_NH, tail_sums_NB, log_tail_NB, betas_B)
+    return ReducedRows(
+        keep_NH.sum(-1, dtype=torch.int32),
+        head_ids_NH[keep_NH].int(),
+        (head_NH - log_z_N.unsqueeze(-1))[keep_NH],
+        log_tail_NB,
+    )
+
+
+def _sparse_head(
+    logits_NV: torch.Tensor,
+    max_N: torch.Tensor,
+    least_N: torch.Tensor,
+    max_k: int,
+    betas_B: torch.Tensor,
+    rows_C: torch.Tensor,
+    blocks_C: torch.Tensor,
+    sums_NBK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Step 3: the head from the gathered blocks.  `sums_NBK` is zero at those blocks."""
+    num_rows, vocab_size = logits_NV.shape
+    device = logits_NV.device
+    ids_CS = blocks_C.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=device)
+    inside_CS = ids_CS < vocab_size
+    values_CS = logits_NV[rows_C.unsqueeze(-1), ids_CS.clamp_(max=vocab_size - 1)]
+    values_CS = values_CS.masked_fill_(~inside_CS, -math.inf)
+    # NaN rows select nothing here: every comparison with NaN is false.
+    c_M, s_M = (values_CS >= least_N[rows_C].unsqueeze(-1)).nonzero(as_tuple=True)
+    rows_M = rows_C[c_M]
+
+    # Ragged to padded: entries of a row are consecutive and in ascending id, so a stable sort breaks ties by id.
+    counts_N = torch.bincount(rows_M, minlength=num_rows)
+    width = max(int(counts_N.max()), 1) if num_rows else 1
+    rank_M = torch.arange(len(rows_M), device=device) - (counts_N.cumsum(0) - counts_N)[rows_M]
+    head_NH = torch.full((num_rows, width), -math.inf, device=device)
+    slot_NH = torch.full((num_rows, width), -1, dtype=torch.int64, device=device)
+    head_NH[rows_M, rank_M] = values_CS[c_M, s_M]
+    slot_NH[rows_M, rank_M] = c_M * BLOCK + s_M
+    head_NH, order_NH = head_NH.sort(stable=True, dim=-1, descending=True)
+    head_NH = head_NH[:, :max_k]
+    slot_NH = slot_NH.gather(-1, order_NH)[:, :max_k]
+
+    kept = slot_NH[slot_NH >= 0]
+    tail_CS = (values_CS - max_N[rows_C].unsqueeze(-1)).view(-1)
+    tail_CS[kept] = -math.inf
+    tail_CB = (tail_CS.view_as(values_CS).unsqueeze(-1) * betas_B).exp().sum(1)
+    tail_sums_NB = sums_NBK.sum(-1).index_add_(0, rows_C, tail_CB)
+    head_ids_NH = ids_CS.view(-1)[slot_NH.clamp(min=0)] if len(ids_CS) else slot_NH.clamp(min=0)
+    return head_ids_NH, head_NH, tail_sums_NB
+
+
+def _dense_head(
+    logits_NV: torch.Tensor,
+    max_N: torch.Tensor,
+    least_N: torch.Tensor,
+    max_k: int,
+    betas: Sequence[float],
+    betas_B: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Step 3 without blocks: top-k over the vocabulary, then the sums again without the head."""
+    head_NH, head_ids_NH = logits_NV.topk(max_k, dim=-1)
+    head_NH = head_NH.masked_fill(head_NH < least_N.unsqueeze(-1), -math.inf)
+    masked_NV = logits_NV.clone()
+    rows_M, slots_M = (head_NH > -math.inf).nonzero(as_tuple=True)
+    masked_NV[rows_M, head_ids_NH[rows_M, slots_M]] = -math.inf
+    return head_ids_NH, head_NH, block_sums(masked_NV, max_N, betas).sum(-1)
+
+
+def _repair_underflow(
+    logits_NV: torch.Tensor,
+    log_z_N: torch.Tensor,
+    head_ids_NH: torch.Tensor,
+    keep_NH: torch.Tensor,
+    tail_sums_NB: torch.Tensor,
+    log_tail_NB: torch.Tensor,
+    betas_B: torch.Tensor,
+) -> None:
+    """Rows so peaked that the tail left the range of fp32: once more, relative to the maximum of the tail."""
+    rows_R = (tail_sums_NB.amin(-1) < UNDERFLOW).nonzero().squeeze(-1)
+    if len(rows_R) == 0:
+        return
+    logprobs_RV = logits_NV[rows_R] - log_z_N[rows_R].unsqueeze(-1)
+    row_M, slot_M = keep_NH[rows_R].nonzero(as_tuple=True)
+    logprobs_RV[row_M, head_ids_NH[rows_R][row_M, slot_M]] = -math.inf
+    for node, beta in enumerate(betas_B.tolist()):
+        log_tail_NB[rows_R, node] = torch.logsumexp(beta * logprobs_RV, -1)

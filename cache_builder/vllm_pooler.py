@@ -1,0 +1,169 @@
+"""The part that runs inside vLLM: a pooler that projects, reduces and keeps only the packed result.
+
+vLLM's pooling runner hands a model's pooler the hidden states of all tokens scheduled in a step, the requests
+one after the other.  `TeacherPooler` picks the rows whose next token is selected, projects them with the model's
+own `compute_logits` (which applies its logit scale and softcap and cuts vLLM's vocabulary padding) and reduces
+them, a bounded number of rows at a time; no [tokens, vocabulary] array of a whole step exists.  Under chunked
+prefill the reduced rows of a request wait in its pooling state until its last chunk; hidden states are never
+kept.
+
+Classes are built on demand: `AnnealLlamaForCausalLM` is vLLM's `LlamaForCausalLM` with this pooler.
+"""
+
+from collections.abc import Set
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.tasks import PoolingTask
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from cache_builder import reduce, wire
+from cache_builder.vllm_plugin import PREFIX
+from formats.topk import TAIL_BETAS
+
+TASK: PoolingTask = "token_embed"
+CONFIG_KEY = "anneal"
+POSITIONS_KEY = "anneal_positions"
+CPU_LOGITS_BYTES = 1 << 26
+CUDA_LOGITS_BYTES = 1 << 30
+
+
+class PoolerSettings(TypedDict):
+    """What the engine needs to know of the teacher's settings; travels in `additional_config`."""
+
+    min_prob: float
+    max_k: int
+
+
+def encode_positions(positions: np.ndarray, num_tokens: int) -> bytes:
+    """A bit per token of the row, set where the token's successor is selected."""
+    mask = np.zeros(num_tokens, dtype=np.bool_)
+    mask[positions] = True
+    return np.packbits(mask).tobytes()
+
+
+def decode_positions(data: bytes, num_tokens: int) -> np.ndarray:
+    """int64 [P], ascending: the inverse of `encode_positions`."""
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=num_tokens)
+    return np.flatnonzero(bits)
+
+
+class TeacherPooler(Pooler):
+    """Projects and reduces the selected rows of every request."""
+
+    def __init__(self, model: Any, settings: PoolerSettings) -> None:
+        super().__init__()
+        # In a tuple, so that torch does not register the model as a child of its own child.
+        self._model = (model,)
+        self.settings = settings
+
+    def get_supported_tasks(self) -> Set[PoolingTask]:
+        return {TASK}
+
+    def forward(
+        self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata
+    ) -> list[torch.Tensor | None]:
+        """One packed int32 tensor (see `wire`) for each request that ends in this step, None for the others."""
+        cursor = pooling_metadata.get_pooling_cursor()
+        scheduled = cursor.num_scheduled_tokens_cpu.numpy().astype(np.int64)
+        seen = cursor.seq_lens_cpu.numpy().astype(np.int64)
+        prompt = cursor.prompt_lens_cpu.numpy().astype(np.int64)
+        step_starts = np.concatenate([[0], np.cumsum(scheduled)])
+
+        selected: list[np.ndarray] = []
+        for i, params in enumerate(pooling_metadata.pooling_params):
+            first = seen[i] - scheduled[i]  # position in the row of the first token of this step
+            mask = (params.extra_kwargs or {}).get(POSITIONS_KEY)
+            if mask is None:
+                positions = np.arange(first, min(seen[i], prompt[i] - 1))
+            else:
+                positions = decode_positions(mask, int(prompt[i]))
+                positions = positions[(positions >= first) & (positions < seen[i])]
+            selected.append(positions - first + step_starts[i])
+
+        reduced = self._reduce(hidden_states, np.concatenate(selected))
+        return self._collect(reduced, [len(rows) for rows in selected], pooling_metadata)
+
+    def _reduce(self, hidden_states: torch.Tensor, rows: np.ndarray) -> reduce.ReducedRows:
+        """Project and reduce the given rows, at most a few tens of megabytes of logits at a time."""
+        device = hidden_states.device
+        index = torch.from_numpy(rows).to(device, non_blocking=True)
+        budget = CPU_LOGITS_BYTES if device.type == "cpu" else CUDA_LOGITS_BYTES
+        model = self._model[0]
+        vocab_size = model.config.vocab_size
+        step = max(1, budget // (4 * vocab_size))
+        parts = []
+        for start in range(0, len(rows), step):
+            logits_NV = model.compute_logits(hidden_states[index[start : start + step]])
+            if logits_NV is None:  # a tensor-parallel rank that gathers nothing answers with nothing
+                continue
+            parts.append(
+                reduce.reduce_logits(
+                    logits_NV,
+                    min_prob=self.settings["min_prob"],
+                    max_k=self.settings["max_k"],
+                    betas=TAIL_BETAS,
+                )
+            )
+        return reduce.concatenate_rows(parts, len(TAIL_BETAS), device)
+
+    def _collect(
+        self, reduced: reduce.ReducedRows, lengths: list[int], metadata: PoolingMetadata
+    ) -> list[torch.Tensor | None]:
+        finished = metadata.get_pooling_cursor().get_finished_mask()
+        if len(reduced.counts) == 0 and sum(lengths):
+            lengths = [0] * len(lengths)
+        rows_at = np.concatenate([[0], np.cumsum(lengths)])
+        entries_at = torch.cat([reduced.counts.new_zeros(1), reduced.counts.cumsum(0)])[
+            torch.from_numpy(rows_at).to(reduced.counts.device)
+        ].tolist()
+        outputs: list[torch.Tensor | None] = []
+        for i, (state, done) in enumerate(zip(metadata.pooling_states, finished, strict=True)):
+            rows, entries = slice(rows_at[i], rows_at[i + 1]), slice(entries_at[i], entries_at[i + 1])
+            part = reduce.ReducedRows(
+                reduced.counts[rows],
+                reduced.token_ids[entries],
+                reduced.logprobs[entries],
+                reduced.log_tail_nodes[rows],
+            )
+            waiting: list[Any] = state.hidden_states_cache  # vLLM's place for what a request keeps
+            if not done:
+                waiting.append(part)
+                outputs.append(None)
+                continue
+            outputs.append(wire.pack(reduce.concatenate_rows([*waiting, part], len(TAIL_BETAS))))
+            state.clean()
+        return outputs
+
+
+def _build(architecture: str) -> type:
+    """Subclass vLLM's class for `architecture` with the teacher's pooler."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.interfaces import is_attention_free, is_hybrid
+
+    base: Any = ModelRegistry.models[architecture].load_model_cls()
+
+    def __init__(self: Any, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
+        self.pooler = TeacherPooler(self, vllm_config.additional_config[CONFIG_KEY])
+
+    # A pooling model states how it attends; a generating one is asked other questions about the same.
+    attention = "hybrid" if is_hybrid(base) else "attention_free" if is_attention_free(base) else "decoder"
+    namespace = {
+        "__init__": __init__,
+        "__module__": __name__,
+        "__doc__": f"vLLM's {architecture} with `TeacherPooler`.",
+        "is_pooling_model": True,
+        "attn_type": attention,
+    }
+    return type(PREFIX + architecture, (base,), namespace)
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith(PREFIX) and name != PREFIX:
+        built = _build(name.removeprefix(PREFIX))
+        globals()[name] = built
+        return built
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
