@@ -3,10 +3,10 @@
 Two ways, decided by the template:
 
 * It marks the assistant's text with `{% generation %}`: the ranges that `transformers` reports are taken.
-* It does not: for every assistant turn i the conversation is rendered up to the turn, with the generation prompt,
-  and with the turn. What the second adds to the first is what the model writes at inference. Both must be
-  beginnings of the whole rendering, so that the pieces join to exactly what is tokenised. The line break that
-  templates put after the end-of-turn token is left out: no model is ever asked for it.
+* It does not: for every assistant turn i the conversation is rendered up to the turn, with the generation
+  prompt, and with the turn. What the second adds to the first is what the model writes at inference. Both
+  must be beginnings of the whole rendering, so that the pieces join to exactly what is tokenised. The line
+  break that templates put after the end-of-turn token is left out: no model is ever asked for it.
 
 Some templates render a turn in full only while it is the last and shorten it later (they drop its reasoning).
 Such a turn is trained as the whole conversation shows it, if that is an ending of its full form, and counted.
@@ -53,16 +53,16 @@ class ChatEncoder:
     tokenizer: Any
     num_shortened_turns: int = 0
     """Assistant turns that the template showed shortened so far."""
-    _end_tokens: tuple[str, ...] = field(init=False, default=())
+    _special_texts: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                "messages need a chat template, got a tokenizer without one; use a chat model's tokenizer, or bring "
-                "prompt and completion strings"
+                "messages need a chat template, got a tokenizer without one; use a chat model's tokenizer, "
+                "or bring prompt and completion strings"
             )
         added = self.tokenizer.added_tokens_decoder.values()
-        self._end_tokens = tuple(token.content for token in added if token.special)
+        self._special_texts = tuple(token.content for token in added if token.special)
 
     @property
     def has_markers(self) -> bool:
@@ -76,6 +76,7 @@ class ChatEncoder:
 
         Raises:
             CorpusError: the template refuses a conversation, or its turns cannot be told apart.
+
         """
         texts, spans = [], []
         for conversation in conversations:
@@ -131,13 +132,8 @@ class ChatEncoder:
     def _turn_span(self, full: str, index: int, conversation: Conversation) -> Span:
         messages = conversation.messages
         upto = self._render(messages[: index + 1], conversation)
-        before = self._render(messages[:index], conversation, add_generation_prompt=True) if index else None
-        if before is None or not (full.startswith(before) and upto.startswith(before)):
-            # A generation prompt may promise what the turn does not keep, such as an opened <think>.
-            before = self._render(messages[:index], conversation) if index else ""
-            if not (full.startswith(before) and upto.startswith(before)):
-                raise self._unstable(index, conversation)
-        start, turn = len(before), upto[len(before) :]
+        start = self._turn_start(full, upto, index, conversation)
+        turn = upto[start:]
         if not full.startswith(turn, start):
             turn = self._shortened(full, start, turn, messages[index]["content"])
             if not turn:
@@ -145,8 +141,26 @@ class ChatEncoder:
             self.num_shortened_turns += 1
         return start, start + len(self._without_trailing_space(turn))
 
+    def _turn_start(self, full: str, upto: str, index: int, conversation: Conversation) -> int:
+        """Where the model takes over: after the generation prompt, as far as the turn goes along with it."""
+        if index == 0:
+            return 0
+        before = self._render(conversation.messages[:index], conversation)
+        prompted = self._render(conversation.messages[:index], conversation, add_generation_prompt=True)
+        if not all(text.startswith(before) for text in (full, upto, prompted)):
+            raise self._unstable(index, conversation)
+        if full.startswith(prompted) and upto.startswith(prompted):
+            return len(prompted)
+        # The prompt promises what the turn does not keep, such as an opened <think>: the part both share is
+        # the turn's header. It is taken up to its last special token or line break, lest it run into the answer.
+        pairs = zip(full, upto, prompted, strict=False)
+        length = next((at for at, letters in enumerate(pairs) if len(set(letters)) > 1), None)
+        shared = min(full, upto, prompted, key=len)[:length]
+        ends = [shared.rfind(token) + len(token) for token in self._special_texts if token in shared]
+        return max(len(before), shared.rfind("\n") + 1, *ends)
+
     def _shortened(self, full: str, start: int, turn: str, content: str) -> str:
-        """The longest ending of `turn` that `full` continues with at `start`, if it still holds the answer."""
+        """The longest ending of `turn` that `full` continues with, if it still holds the answer."""
         lines = content.strip().splitlines()
         last_line = lines[-1].strip() if lines else ""
         for cut in range(1, len(turn)):
@@ -156,7 +170,7 @@ class ChatEncoder:
 
     def _without_trailing_space(self, turn: str) -> str:
         stripped = turn.rstrip()
-        return stripped if stripped.endswith(self._end_tokens) else turn
+        return stripped if stripped.endswith(self._special_texts) else turn
 
     def _render(self, messages: list[Message], conversation: Conversation, **options: Any) -> str:
         with _named_errors(conversation):
@@ -168,7 +182,7 @@ class ChatEncoder:
 
     def _unstable(self, index: int, conversation: Conversation) -> CorpusError:
         return CorpusError(
-            "the chat template must render the beginning of a conversation as it renders it within the whole, got "
-            f"another text for message {index + 1} of {conversation.where}; use a template with "
+            "the chat template must render the beginning of a conversation as within the whole, "
+            f"got another text for message {index + 1} of {conversation.where}; use a template with "
             "{% generation %} markers, or bring input_ids with a loss_mask"
         )

@@ -1,9 +1,10 @@
 """One record of any layout to one of four kinds of training example; every field is checked here.
 
-A layout and a tokenizer decide the kind for a whole corpus: Alpaca is a conversation where the tokenizer has a chat
-template, else prompt + completion.
+A layout and a tokenizer decide the kind for a whole corpus: Alpaca is a conversation where the tokenizer has
+a chat template, else prompt + completion.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def convert(record: Record, layout: Layout, *, has_chat_template: bool, vocab_si
     """
     match layout.name:
         case "text":
-            return Text(_string(record, layout.columns[0]))
+            return Text(_string(record, layout.required[0]))
         case "prompt + completion":
             return PromptCompletion(_string(record, "prompt"), _string(record, "completion"))
         case "prompt + completion (chat)":
@@ -85,7 +86,7 @@ def convert(record: Record, layout: Layout, *, has_chat_template: bool, vocab_si
             completion = _messages(_sequence(record, "completion"), record, "completion")
             return Conversation(prompt + completion, _tools(record), len(prompt), record.where)
         case "messages":
-            column = layout.columns[0]
+            column = layout.required[0]
             return Conversation(
                 _messages(_sequence(record, column), record, column), _tools(record), 0, record.where
             )
@@ -97,7 +98,8 @@ def convert(record: Record, layout: Layout, *, has_chat_template: bool, vocab_si
             return _alpaca(record, has_chat_template)
         case "input_ids":
             return _tokens(record, vocab_size)
-    raise AssertionError(layout.name)
+        case _:
+            raise AssertionError(layout.name)
 
 
 def _value(record: Record, column: str) -> Any:
@@ -113,7 +115,20 @@ def _string(record: Record, column: str) -> str:
         raise CorpusError(
             f"{column} must be a string, got {_kind(value)} in {record.where}; mend or drop the record"
         )
-    return value
+    return _unicode(value, column, record.where)
+
+
+def _unicode(text: str, column: str, where: str) -> str:
+    """`text` itself, unless it holds half a surrogate pair, which JSON can express and no tokenizer can
+    read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{column} must be valid Unicode, got an unpaired surrogate at character {error.start + 1} of "
+            f"{where}; mend or drop the record"
+        ) from None
+    return text
 
 
 def _optional_string(record: Record, column: str) -> str:
@@ -148,7 +163,10 @@ def _tools(record: Record) -> list[Any] | None:
     """Tool descriptions for the chat template; column files (Parquet, CSV) hold them as JSON text."""
     if record.values.get("tools") in (None, "", []):
         return None
-    tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in _sequence(record, "tools")]
+    tools = _sequence(record, "tools")
+    if all(isinstance(tool, str) for tool in tools):
+        with contextlib.suppress(ValueError):
+            tools = [json.loads(tool) for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise CorpusError(f"tools must be a list of JSON schemas, got another list in {record.where}")
     return tools or None
@@ -186,7 +204,7 @@ def _messages(turns: list[Any], record: Record, column: str) -> list[Message]:
             raise CorpusError(
                 f"content must be a string, got {_kind(content)} in {where}; mend or drop the record"
             )
-        messages.append({**message, "content": content})
+        messages.append({**message, "content": _unicode(content, "content", where)})
     return messages
 
 
@@ -236,12 +254,12 @@ def _integers(record: Record, column: str) -> np.ndarray:
 
 
 def _tokens(record: Record, vocab_size: int) -> Tokens:
-    """Ready ids, padding taken out. Labels stand at the token they predict (unshifted), as in `transformers`."""
+    """Ready ids, padding taken out. Labels stand at the token they name (unshifted), as in `transformers`."""
     ids = _integers(record, "input_ids")
-    if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         raise CorpusError(
-            f"input_ids must lie in 0..{vocab_size - 1} (the tokenizer's vocabulary), got {ids.min()}..{ids.max()} "
-            f"in {record.where}; tokenise the corpus with this model's tokenizer"
+            f"input_ids must lie in 0..{vocab_size - 1} (the tokenizer's vocabulary), got {ids.min()} to "
+            f"{ids.max()} in {record.where}; tokenise the corpus with this model's tokenizer"
         )
     columns = {
         name: _integers(record, name)

@@ -86,8 +86,8 @@ def encode_spans(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids (int32 [N]) of each text and the mask (bool [N]) of the tokens that touch one of its spans.
 
-    A span is a half-open range of characters. A token that straddles the start of a span belongs to it: it cannot
-    be predicted without predicting a character of the span.
+    A span is a half-open range of characters. A token that straddles the start of a span belongs to it: it
+    cannot be predicted without predicting a character of the span.
 
     Raises:
         ConfigError: the tokenizer cannot say which characters a token covers.
@@ -109,8 +109,9 @@ def encode_spans(
 def spans_to_mask(offsets_N2: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
     """bool [N]: tokens that share a character with a span.
 
-    Tokenizers that trim white space from offsets give a blank token an empty range; it counts where it stands.
-    Tokens that stand for no text, as added special tokens do, have the range (0, 0) and count nowhere.
+    Tokenizers that trim white space from offsets give a blank token an empty range; it counts where it
+    stands. Tokens that stand for no text, as added special tokens do, have the range (0, 0) and count
+    nowhere.
     """
     start_N, end_N = offsets_N2[:, 0], offsets_N2[:, 1]
     mask = np.zeros(len(offsets_N2), dtype=np.bool_)

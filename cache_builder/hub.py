@@ -43,7 +43,8 @@ class HubSource:
     name: HubName
     split: str
     fingerprint: str
-    """SHA-256 over repository, configuration, split and commit (or the cache's own fingerprint when offline)."""
+    """SHA-256 over repository, configuration, split and commit (or the cache's own fingerprint when
+    offline)."""
     load: Callable[[], Any]
 
     @classmethod
@@ -52,6 +53,7 @@ class HubSource:
 
         Raises:
             CorpusError: no such data set, configuration or split, no access, or no network.
+
         """
         import datasets
         from huggingface_hub import HfApi, constants
@@ -92,6 +94,7 @@ class HubSource:
 
         Raises:
             CorpusError: the stream broke off.
+
         """
         number = 0
         try:
@@ -102,8 +105,8 @@ class HubSource:
         except Exception as error:  # network, decoding and casting errors of many libraries
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CorpusError(
-                f"the data set must be readable to its end, got {self.name.repository} after row {number}: {reason}; "
-                "run the same command again"
+                f"the data set must be readable to its end, got {self.name.repository} after row {number}: "
+                f"{reason}; run the same command again"
             ) from error
 
 

@@ -1,4 +1,5 @@
-"""What the corpus needs from a model directory: its tokenizer and its longest context. No weights, no torch."""
+"""What the corpus needs from a model directory: its tokenizer and its longest context. No weights, no
+torch."""
 
 import json
 from pathlib import Path
@@ -74,7 +75,8 @@ def model_context(model_dir: str | Path) -> int | None:
 
 
 def resolve_max_length(max_length: int | None, context: int | None) -> int:
-    """`max_length` checked against the model's `context`; without one, 2048 or the context if that is shorter.
+    """`max_length` checked against the model's `context`; without one, 2048 or the context if that is
+    shorter.
 
     Raises:
         ConfigError: longer than the context, or shorter than two tokens.

@@ -1,4 +1,4 @@
-"""The announcement before a build: the recognised format and one decoded row, its targets marked.
+"""A look at the data before a build: one decoded row, its targets marked.
 
 Targets stand between ⟦ and ⟧, so that they show without colour; with colour everything else is dimmed.
 """
@@ -25,7 +25,9 @@ def preview(
     color: bool = False,
     max_chars: int = 1600,
 ) -> str:
-    """Format, treatment and the first row of the corpus as text of about a screen; reads a few records only.
+    """The first row of the corpus as text of about a screen; reads a few records only.
+
+    How records become rows is said by `tokenise(...).describe()`.
 
     Raises:
         CorpusError, ConfigError: as `tokenise`.
@@ -34,12 +36,8 @@ def preview(
     # A seeded sample would read the whole corpus; for a look the first records will do.
     rows = tokenise(_first_records(corpus), tokenizer, replace(config, batch_size=SAMPLE_BATCH))
     row = next(rows)
-    lines = [
-        *rows.describe(),
-        f"sample: {len(row)} tokens, {int(row.loss_mask.sum())} with loss, between {OPEN} and {CLOSE}:",
-        render_row(row, tokenizer, color=color, max_chars=max_chars),
-    ]
-    return "\n".join(lines)
+    heading = f"sample: {len(row)} tokens, {int(row.loss_mask.sum())} with loss, between {OPEN} and {CLOSE}"
+    return f"{heading}\n{render_row(row, tokenizer, color=color, max_chars=max_chars)}"
 
 
 def _first_records(corpus: Corpus) -> Corpus:
@@ -69,8 +67,8 @@ def render_row(row: TokenRow, tokenizer: Any, *, color: bool = False, max_chars:
 def _segments(row: TokenRow, tokenizer: Any) -> list[tuple[str, bool]]:
     """Stretches of equal mask with their text.
 
-    Each is what it adds to the text of everything before it: tokenizers that mark spaces on words drop the leading
-    space of a stretch decoded alone.
+    Each is what it adds to the text of everything before it: tokenizers that mark spaces on words drop the
+    leading space of a stretch decoded alone.
     """
     changes = (np.flatnonzero(np.diff(row.loss_mask)) + 1).tolist()
     segments, done = [], 0

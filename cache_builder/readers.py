@@ -1,9 +1,9 @@
 """Records out of one file: .jsonl, .json, .csv, .parquet, .arrow or .txt, as a stream.
 
-Each reader yields one record at a time and holds no more than one record (JSON Lines, CSV), one batch of columns
-(Parquet, Arrow) or one document (text), so memory does not grow with the file. The exception is a `.json` file
-with one big array, which has to be parsed at once. Values keep the type that the file gives them: nothing is
-guessed, so a CSV cell `42` stays the text "42". Every error names the file and the line or row.
+Each reader holds one record (JSON Lines, CSV), one batch of columns (Parquet, Arrow) or one document (text)
+at a time, so memory does not grow with the file. The exception is a `.json` file with one big array, which
+has to be parsed at once. Values keep the type that the file gives them: nothing is guessed, so a CSV cell
+`42` stays the text "42". Every error names the file and the line or row.
 """
 
 import codecs
@@ -12,9 +12,11 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+import zstandard
 
 from formats.errors import CorpusError
 
@@ -34,6 +36,7 @@ FAMILIES = {
 BATCH_ROWS = 1024
 # A document is held in memory as a whole while it is tokenised.
 MAX_DOCUMENT_BYTES = 256 * 2**20
+Columns = Collection[str] | None
 
 
 class Record(NamedTuple):
@@ -67,8 +70,11 @@ def family_of(path: Path) -> str | None:
     return None if suffix is None else FAMILIES[suffix]
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, columns: Columns = None) -> Iterator[Record]:
     """The records of one file, in its order.
+
+    Parquet and Arrow files give only those of `columns` that they have (all if None); the other kinds give
+    all.
 
     Raises:
         CorpusError: unreadable, torn or malformed; the message names the file and the line or row.
@@ -76,93 +82,85 @@ def read_records(path: Path) -> Iterator[Record]:
     family = family_of(path)
     assert family is not None, path
     try:
-        yield from READERS[family](path)
+        yield from READERS[family](path, columns)
     except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"a corpus must be UTF-8 text, got other bytes in {path}; convert the file"
-        ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(f"a corpus must be UTF-8 text, got other bytes in {path}; convert it") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise CorpusError(f"a compressed corpus must be whole, got {path}: {error}; copy it again") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise CorpusError(f"a corpus must be readable, got {path}: {reason}") from error
 
 
-def _open_text(path: Path) -> IO[str]:
-    """The file as UTF-8 text without a byte-order mark, decompressed."""
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig")  # type: ignore[arg-type]
-    if path.suffix == ".zst":
-        import zstandard
-
-        try:
-            stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-            return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig")  # type: ignore[type-var]
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from error
-    return path.open(encoding="utf-8-sig", newline="")
+def _open_binary(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix.lower() == ".zst":
+        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+        return io.BufferedReader(stream)  # type: ignore[type-var]
+    return path.open("rb")
 
 
-def _read_json(path: Path) -> Iterator[Record]:
-    """JSON Lines, or one array of objects. Which one is seen from the first character, not from the suffix."""
-    import zstandard
-
-    try:
-        with _open_text(path) as file:
-            first = _first_character(file)
-        if first == "[":
-            yield from _read_json_array(path)
-        else:
-            yield from _read_json_lines(path)
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from error
-
-
-def _first_character(file: IO[str]) -> str:
-    while block := file.read(4096):
-        if stripped := block.lstrip():
-            return stripped[0]
-    return ""
+def _read_json(path: Path, _: Columns) -> Iterator[Record]:
+    """JSON Lines, or one array of objects: told apart by the first character, not by the suffix."""
+    with _open_binary(path) as file:
+        first = b""
+        while not first and (block := file.read(4096)):
+            first = block.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    reader = _read_json_array if first == b"[" else _read_json_lines
+    yield from reader(path)
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
-    with _open_text(path) as file:
+    with _open_binary(path) as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                if number == 1 and ".json" in path.suffixes and _is_one_object(path):
-                    raise CorpusError(
-                        f"a .json corpus must be an array of records or one record per line, got one object in {path}"
-                    ) from error
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-                column = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                values = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
                 raise CorpusError(
-                    f"every line must be one JSON object, got bad JSON in {path}, line {number}: {reason}{column}; "
-                    "mend or delete the line"
+                    f"a corpus must be UTF-8 text, got other bytes in {path}, line {number}; convert it"
+                ) from error
+            except json.JSONDecodeError as error:
+                if number == 1 and _is_one_object(path):
+                    raise CorpusError(
+                        "a .json corpus must be an array of records or one record per line, "
+                        f"got one object over several lines in {path}"
+                    ) from error
+                raise CorpusError(
+                    f"every line must be one JSON object, got bad JSON in {path}, line {number}: "
+                    f"{error.msg} at character {error.colno}; mend or delete the line"
+                ) from error
+            except RecursionError as error:
+                raise CorpusError(
+                    f"every line must be one flat JSON object, got deep nesting in {path}, line {number}"
                 ) from error
             yield Record(_require_object(values, f"{path}, line {number}", "line"), path.name, number, "line")
 
 
 def _is_one_object(path: Path) -> bool:
-    with _open_text(path) as file:
+    with _open_binary(path) as file:
         try:
             return isinstance(json.load(file), dict)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return False
 
 
 def _read_json_array(path: Path) -> Iterator[Record]:
-    with _open_text(path) as file:
-        try:
-            array = json.load(file)
-        except (json.JSONDecodeError, RecursionError) as error:
-            place = f", line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
-            raise CorpusError(
-                f"a .json corpus must be an array of records or one record per line, got bad JSON in {path}{place}"
-            ) from error
+    with _open_binary(path) as file:
+        text = file.read().removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    try:
+        array = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        place = f", line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
+        raise CorpusError(
+            "a .json corpus must be an array of records or one record per line, "
+            f"got bad JSON in {path}{place}; mend the file"
+        ) from error
     for number, values in enumerate(array, 1):
         yield Record(_require_object(values, f"{path}, row {number}", "record"), path.name, number)
 
@@ -170,14 +168,15 @@ def _read_json_array(path: Path) -> Iterator[Record]:
 def _require_object(values: Any, where: str, noun: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CorpusError(
-            f'every {noun} must be a JSON object such as {{"text": "..."}}, got {type(values).__name__} in {where}'
+            f'every {noun} must be a JSON object such as {{"text": "..."}}, '
+            f"got {type(values).__name__} in {where}"
         )
     return values
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(path: Path, _: Columns) -> Iterator[Record]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # the default of 128 KiB is shorter than many documents
-    with _open_text(path) as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, None)
@@ -188,8 +187,8 @@ def _read_csv(path: Path) -> Iterator[Record]:
                     continue
                 if len(cells) != len(header):
                     raise CorpusError(
-                        f"every row must have the {len(header)} columns of the header, got {len(cells)} in {path}, "
-                        f"row {number} (line {reader.line_num}); quote cells that hold a comma or a line break"
+                        f"every row must have the {len(header)} columns of the header, got {len(cells)} in "
+                        f"{path}, row {number} (line {reader.line_num}); quote cells with commas or new lines"
                     )
                 yield Record(dict(zip(header, cells, strict=True)), path.name, number)
         except csv.Error as error:
@@ -198,20 +197,19 @@ def _read_csv(path: Path) -> Iterator[Record]:
             ) from error
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, columns: Columns) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            yield from _rows_of(file.iter_batches(batch_size=BATCH_ROWS), path)
-    except pa.ArrowInvalid as error:
-        raise CorpusError(
-            f"a .parquet corpus must be a Parquet file, got {path}: {_one_line(error)}"
-        ) from error
+            names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+            yield from _rows_of(file.iter_batches(batch_size=BATCH_ROWS, columns=names), path, names)
+    except pa.ArrowException as error:
+        raise CorpusError(f"a .parquet corpus must be a Parquet file, got {path}: {_line(error)}") from error
 
 
-def _read_arrow(path: Path) -> Iterator[Record]:
+def _read_arrow(path: Path, columns: Columns) -> Iterator[Record]:
     """Both encodings of Arrow IPC: the file format, and the stream format that `datasets` writes."""
     import pyarrow as pa
 
@@ -219,43 +217,48 @@ def _read_arrow(path: Path) -> Iterator[Record]:
         with pa.memory_map(str(path)) as source:
             try:
                 file = pa.ipc.open_file(source)
+                schema = file.schema
                 batches = (file.get_batch(index) for index in range(file.num_record_batches))
             except pa.ArrowInvalid:
                 source.seek(0)
-                batches = iter(pa.ipc.open_stream(source))
-            yield from _rows_of(batches, path)
-    except pa.ArrowInvalid as error:
+                batches = pa.ipc.open_stream(source)
+                schema = batches.schema
+            names = [name for name in schema.names if columns is None or name in columns]
+            yield from _rows_of(iter(batches), path, names)
+    except pa.ArrowException as error:
         raise CorpusError(
-            f"an .arrow corpus must be an Arrow IPC file, got {path}: {_one_line(error)}"
+            f"an .arrow corpus must be an Arrow IPC file, got {path}: {_line(error)}"
         ) from error
 
 
-def _rows_of(batches: Iterator[Any], path: Path) -> Iterator[Record]:
+def _rows_of(batches: Iterator[Any], path: Path, names: list[str]) -> Iterator[Record]:
     number = 0
     for batch in batches:
+        batch = batch.select(names)
         for start in range(0, batch.num_rows, BATCH_ROWS):
             for values in batch.slice(start, BATCH_ROWS).to_pylist():
                 number += 1
                 yield Record(values, path.name, number)
 
 
-def _read_text(path: Path) -> Iterator[Record]:
+def _read_text(path: Path, _: Columns) -> Iterator[Record]:
     """The whole file is one document."""
     size = path.stat().st_size
     if size > MAX_DOCUMENT_BYTES:
         raise CorpusError(
-            f"a .txt file is one document of at most {MAX_DOCUMENT_BYTES // 2**20} MiB, got {size // 2**20} MiB in {path}; "
-            'write it as .jsonl, one {"text": ...} per document'
+            f"a .txt file is one document of at most {MAX_DOCUMENT_BYTES // 2**20} MiB, "
+            f'got {size // 2**20} MiB in {path}; write .jsonl with one {{"text": ...}} per document'
         )
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    yield Record({"text": data.decode("utf-8")}, path.name, 1)
+    if size:
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        yield Record({"text": data.decode("utf-8")}, path.name, 1)
 
 
-def _one_line(error: BaseException) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, Columns], Iterator[Record]]] = {
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,

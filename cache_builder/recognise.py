@@ -1,31 +1,39 @@
 """From the columns of the first record to a layout: what the records are, and which tokens carry the loss.
 
-The first layout of `LAYOUTS` whose columns are all there wins, richest first: a data set with `messages` and a
-derived `text` column is a chat data set. `--text-column` overrules. Optional columns (`input`, `system`, `tools`,
-`labels`) are looked up in every record.
+The first known layout whose required columns are all there wins, richest first: a data set with `messages`
+and a derived `text` column is a chat data set. `--text-column` overrules. Optional columns (`input`,
+`system`, `tools`, `labels`) are looked up in every record, and may be missing or null.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from formats.errors import CorpusError
 
+ALL_TOKENS = "every token but the first"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A recognised way of storing training examples."""
+    """A way of storing training examples."""
 
     name: str
     """Announced name."""
-    columns: tuple[str, ...]
-    """The columns that are read, required ones first."""
+    required: tuple[str, ...]
+    """Columns that every record must have."""
+    optional: tuple[str, ...] = ()
+    """Columns that are read where they are."""
     loss: str
     """Which tokens carry cross-entropy, as a phrase."""
+    splits: bool = False
+    """Examples longer than a row are split into several, not truncated."""
+    uses_chat_template: bool = False
+    """Records cannot be read without a chat template."""
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+def _always(values: Mapping[str, Any]) -> bool:
+    return True
 
 
 def _is_sharegpt(values: Mapping[str, Any]) -> bool:
@@ -35,31 +43,71 @@ def _is_sharegpt(values: Mapping[str, Any]) -> bool:
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
 
 
-# Name, required columns, optional columns, condition on the first record's values, phrase for the loss, example.
-_Condition = Callable[[Mapping[str, Any]], bool]
-_LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], _Condition | None, str], ...] = (
-    (
-        "input_ids",
-        ("input_ids",),
-        ("labels", "loss_mask", "attention_mask"),
-        None,
-        "as labels or loss_mask say",
-    ),
-    ("messages", ("messages",), ("tools",), None, "assistant turns"),
-    ("ShareGPT", ("conversations",), ("system", "tools"), _is_sharegpt, "assistant turns"),
-    ("messages", ("conversations",), ("tools",), None, "assistant turns"),
-    (
-        "prompt + completion (chat)",
-        ("prompt", "completion"),
-        ("tools",),
-        lambda values: _is_list(values["prompt"]) and _is_list(values["completion"]),
-        "assistant turns of the completion",
-    ),
-    ("prompt + completion", ("prompt", "completion"), (), None, "completion"),
-    ("Alpaca", ("instruction", "output"), ("input", "system"), None, "output"),
-    ("text", ("text",), (), None, "every token but the first"),
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{"))
+
+
+def _is_chat_pair(values: Mapping[str, Any]) -> bool:
+    return _is_list(values["prompt"]) and _is_list(values["completion"])
+
+
+def _is_unmasked(values: Mapping[str, Any]) -> bool:
+    return "labels" not in values and "loss_mask" not in values
+
+
+def _text(column: str) -> Layout:
+    return Layout(name="text", required=(column,), loss=ALL_TOKENS, splits=True)
+
+
+_IDS = Layout(
+    name="input_ids",
+    required=("input_ids",),
+    optional=("labels", "loss_mask", "attention_mask"),
+    loss="as labels or loss_mask say",
 )
-RECOGNISED = "text; prompt, completion; messages; conversations; instruction, output [, input]; input_ids [, labels | loss_mask]"
+_MESSAGES = Layout(
+    name="messages",
+    required=("messages",),
+    optional=("tools",),
+    loss="assistant turns",
+    uses_chat_template=True,
+)
+# A layout and a condition on the values of a record that has its required columns.
+LAYOUTS: tuple[tuple[Layout, Callable[[Mapping[str, Any]], bool]], ...] = (
+    (replace(_IDS, loss=ALL_TOKENS, splits=True), _is_unmasked),
+    (_IDS, _always),
+    (_MESSAGES, _always),
+    (
+        replace(_MESSAGES, name="ShareGPT", required=("conversations",), optional=("system", "tools")),
+        _is_sharegpt,
+    ),
+    (replace(_MESSAGES, required=("conversations",)), _always),
+    (
+        Layout(
+            name="prompt + completion (chat)",
+            required=("prompt", "completion"),
+            optional=("tools",),
+            loss="assistant turns of the completion",
+            uses_chat_template=True,
+        ),
+        _is_chat_pair,
+    ),
+    (Layout(name="prompt + completion", required=("prompt", "completion"), loss="completion"), _always),
+    (
+        Layout(
+            name="Alpaca",
+            required=("instruction", "output"),
+            optional=("input", "system"),
+            loss="output",
+        ),
+        _always,
+    ),
+    (_text("text"), _always),
+)
+RECOGNISED = (
+    "text; prompt + completion; messages; conversations; instruction + output (+ input); "
+    "input_ids (+ labels or loss_mask)"
+)
 
 
 def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layout:
@@ -72,15 +120,12 @@ def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layo
     if text_column is not None:
         if text_column not in values:
             raise CorpusError(
-                f"--text-column must name a column of the corpus ({found}), got {text_column!r}"
+                f"text_column must be a column of the corpus, got {text_column}; columns: {found}"
             )
-        return Layout(name="text", columns=(text_column,), loss="every token but the first")
-    for name, required, optional, condition, loss in _LAYOUTS:
-        if all(column in values for column in required) and (condition is None or condition(values)):
-            present = tuple(column for column in optional if column in values)
-            if name == "input_ids" and not set(present) & {"labels", "loss_mask"}:
-                loss = "every token but the first"
-            return Layout(name=name, columns=required + present, loss=loss)
+        return _text(text_column)
+    for layout, condition in LAYOUTS:
+        if all(column in values for column in layout.required) and condition(values):
+            return layout
     raise CorpusError(
         f"the corpus must have the columns of a known layout ({RECOGNISED}), got columns: {found}; "
         "rename them, or pass --text-column NAME"

@@ -1,10 +1,10 @@
 """A corpus to token rows: batches of records through the tokenizer, cut to `max_length`, as a stream.
 
-Documents longer than a row are split. Every row after the first starts with the tokens that the tokenizer puts
-before a text (BOS), then repeats the last token of the row before, without loss: so each token of a document is a
-target exactly once, with a context, at the price of one or two tokens per row. Everything else is truncated on the
-right. Rows without a target are skipped. All of it is counted; nothing is shuffled, and the same corpus, tokenizer
-and settings give the same rows.
+Documents longer than a row are split. Every row after the first starts with the tokens that the tokenizer
+puts before a text (BOS), then repeats the last token of the row before, without loss: so each token of a
+document is a target exactly once, with a context, at the price of one or two tokens per row. Everything else
+is truncated on the right. Rows without a target are skipped. All of it is counted; nothing is shuffled, and
+the same corpus, tokenizer and settings give the same rows.
 
 N: tokens of a document, L: tokens of a row.
 """
@@ -46,7 +46,8 @@ class TokeniseStats:
     num_too_short: int = 0
     """Records skipped because they have fewer than two tokens (or no text at all)."""
     num_without_target: int = 0
-    """Records skipped because no token of them carries loss (for example, the completion was cut off whole)."""
+    """Records skipped because no token of them carries loss: their targets were cut off, or there were
+    none."""
     num_shortened_turns: int = 0
     """Assistant turns that the chat template shortens when more turns follow (it drops their reasoning)."""
 
@@ -87,8 +88,7 @@ class TokenisedRows(Iterator[TokenRow]):
         self._corpus, self._tokenizer, self._config = corpus, tokenizer, config
         self._special = SpecialTokens.of(tokenizer)
         self._has_template = bool(tokenizer.chat_template)
-        needs_template = corpus.format in ("messages", "ShareGPT", "prompt + completion (chat)")
-        uses_template = needs_template or (corpus.format == "Alpaca" and self._has_template)
+        uses_template = corpus.layout.uses_chat_template or (corpus.format == "Alpaca" and self._has_template)
         self._chat = ChatEncoder(tokenizer) if uses_template else None
         least = len(self._special.prefix) + 2
         if config.max_length < least:
@@ -104,7 +104,11 @@ class TokenisedRows(Iterator[TokenRow]):
     def describe(self) -> list[str]:
         """How records become rows here: sentences to announce before a build."""
         layout, config = self._corpus.layout, self._config
-        lines = [f"format: {layout.name} (columns {', '.join(layout.columns)})", f"loss: {layout.loss}"]
+        columns = ", ".join(self._corpus.read_columns)
+        lines = [
+            self._corpus.announcement(),
+            f"format: {layout.name} (columns {columns}), loss on {layout.loss}",
+        ]
         eos = self._special.appended_eos(config.append_eos)
         if self._chat is not None:
             how = "the template's generation markers" if self._chat.has_markers else "incremental rendering"
@@ -114,8 +118,7 @@ class TokenisedRows(Iterator[TokenRow]):
         if self._chat is None and layout.name != "input_ids":
             name = self._tokenizer.convert_ids_to_tokens(eos[0]) if eos else None
             lines.append(f"end: {name} appended" if name else "end: nothing appended")
-        is_document = layout.name == "text" or layout.loss == "every token but the first"
-        lines.append(f"longer than {config.max_length} tokens: {'split' if is_document else 'truncated'}")
+        lines.append(f"longer than {config.max_length} tokens: {'split' if layout.splits else 'truncated'}")
         return lines
 
     def _generate(self) -> Iterator[TokenRow]:
@@ -163,13 +166,13 @@ class TokenisedRows(Iterator[TokenRow]):
         for text, ids in zip(texts, encode_documents(self._tokenizer, texts, self._special), strict=True):
             if not text:
                 ids = ids[:0]  # an empty document must not teach the model to end at once
-            elif len(eos) and ids[-1:] != eos:
+            elif len(eos) and ids[-1] != eos[0]:
                 ids = np.concatenate([ids, eos])
             encoded.append(Encoded(ids, np.arange(len(ids)) > 0, splittable=True))
         return encoded
 
     def _encode_completions(self, examples: list[PromptCompletion]) -> list[Encoded]:
-        """Prompt and completion tokenised as one string; a token with a character of the completion is a target."""
+        """Prompt and completion as one string; a token with a character of the completion is a target."""
         eos = np.array(self._special.appended_eos(self._config.append_eos), dtype=np.int32)
         texts = [example.prompt + example.completion for example in examples]
         spans = [[(len(e.prompt), len(text))] for e, text in zip(examples, texts, strict=True)]
@@ -178,7 +181,7 @@ class TokenisedRows(Iterator[TokenRow]):
         for ids, mask in encode_spans(self._tokenizer, texts, spans, add_special_tokens=True):
             if suffix:
                 mask[-suffix:] = True  # the tokenizer's own end-of-sequence token ends the completion
-            if len(eos) and ids[-1:] != eos:
+            if len(eos) and len(ids) and ids[-1] != eos[0]:
                 ids, mask = np.concatenate([ids, eos]), np.concatenate([mask, [True]])
             encoded.append(Encoded(ids, mask, splittable=False))
         return encoded
