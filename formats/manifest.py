@@ -12,6 +12,7 @@ from typing import Any
 from formats.codec import CodecConfig
 from formats.commit import atomic_write_bytes
 from formats.errors import FormatError, IncompleteCacheError, UnsupportedVersionError
+from formats.progress import build_progress
 from formats.rows import POSITION_MODES
 from formats.sealed import seal, unseal
 from formats.tail import TAIL_BETAS
@@ -206,8 +207,11 @@ def read_manifest_bytes(store: Any) -> bytes:
     except FileNotFoundError:
         names = store.names()
     if any(name == "_build" or name.endswith(".arrow") for name in names):
+        progress = build_progress(store.root)
+        done, planned = progress if progress else (0, 0)
+        state = f"with {done} of {planned} shards" if planned else "that is still being planned"
         raise IncompleteCacheError(
-            f"a cache needs a {MANIFEST_NAME}, got an unfinished build in {store.root}; "
+            f"a cache needs a {MANIFEST_NAME}, got an unfinished build {state} in {store.root}; "
             "run the same build command again to finish it"
         )
     raise FormatError(f"a cache is a directory with a {MANIFEST_NAME}, got {store.root}; check the path")
