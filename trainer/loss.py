@@ -88,7 +88,7 @@ def label_annealing_loss(
     Args:
         hidden_ND: hidden states after the final norm, any floating dtype.
         weight_VD: the output head, as the optimiser owns it (under FSDP, its gathered form).
-        labels_N: ALREADY shifted (see `shift_labels`): `labels_N[i]` is what row i predicts, -100 for nothing.
+        labels_N: ALREADY shifted (see `shift_labels`): `labels_N[i]` is what row i predicts, or -100.
         teacher: targets; None gives plain cross-entropy.
         kl_coef: the paper's lambda.
         kl_direction: `forward` is KL(teacher || student), `reverse` is KL(student || teacher).
@@ -133,8 +133,10 @@ def label_annealing_loss(
         local_kl = local_ce.new_tensor(0 if teacher is None else len(teacher))
         per_ce = _reciprocal(local_ce if num_ce is None else num_ce, arithmetic, hidden_ND.device)
         per_kl = _reciprocal(local_kl if num_kl is None else num_kl, arithmetic, hidden_ND.device)
-        # fp16 has no room for gradients divided by thousands of tokens: kept per row until backward.
-        unit = float(max(plan.rows_M.numel(), 1)) if compute == torch.float16 else 1.0
+        unit = torch.ones_like(per_ce)
+        if compute == torch.float16:  # No room for gradients divided by thousands of tokens: until backward,
+            largest = torch.maximum(per_ce, per_kl)  # the row of the larger weight counts as one.
+            unit = torch.where(largest > 0, 1.0 / largest, unit)
         weights = RowWeights(per_ce * unit, per_kl * unit * kl_coef)
     settings = {
         "head": head,
@@ -170,7 +172,7 @@ class _LabelAnnealing(torch.autograd.Function):
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         settings: dict[str, Any],
-        unit: float,
+        unit: torch.Tensor,
         grad_enabled: bool,
         scales: tuple[torch.Tensor, torch.Tensor, float],
     ) -> tuple[torch.Tensor, ...]:
@@ -224,9 +226,9 @@ class _LabelAnnealing(torch.autograd.Function):
 
 
 def _reciprocal(count: torch.Tensor | float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """1 / count; 1 for a count of zero, whose sum is zero too."""
+    """1 / count; 0 for a count of zero, whose sum is zero too."""
     count_tensor = torch.as_tensor(count, dtype=dtype, device=device)
-    return torch.where(count_tensor > 0, 1.0 / count_tensor, torch.ones_like(count_tensor))
+    return torch.where(count_tensor > 0, 1.0 / count_tensor, torch.zeros_like(count_tensor))
 
 
 def _check_arguments(

@@ -1,8 +1,8 @@
 """The teacher's side of one batch: which rows it speaks about, its head entries, and the mass of its tail.
 
 Everything is ragged and flat, so that a batch moves to the device in a few copies and no padding is ever
-built. Row k of the batch is the hidden state `rows[k]` of the flattened [batch * sequence, hidden] tensor; its
-entries are `offsets[k]:offsets[k + 1]`.
+built. Row k of the batch is the hidden state `rows[k]` of the flattened [batch * sequence, hidden] tensor;
+its entries are `offsets[k]:offsets[k + 1]`.
 
 K: rows with teacher targets, E: head entries of all rows together.
 """
@@ -33,7 +33,7 @@ class TeacherBatch:
     logprobs: torch.Tensor
     """float32 [E]: their natural logprobs at T = 1, normalised over the whole vocabulary."""
     log_tail: torch.Tensor
-    """float32 [K]: A(1/T) = log of the sum of exp(logprob / T) over all tokens not kept; -inf if there are none."""
+    """float32 [K]: A(1/T) = log of the sum of exp(logprob / T) over all tokens not kept; -inf if none."""
     temperature: float = 1.0
     """The T at which `log_tail` was taken, and at which the loss compares teacher and student."""
 
@@ -67,7 +67,7 @@ class TeacherBatch:
         return TeacherBatch(**moved, temperature=self.temperature)
 
     def validate(self, *, num_rows: int, vocab_size: int) -> None:
-        """Check every value, not only shapes: linear in the batch, meant for tests and for debugging a loader.
+        """Check every value, not only shapes: linear in the batch, for tests and for debugging a loader.
 
         Raises:
             FormatError: naming the first rule that does not hold.

@@ -1,0 +1,122 @@
+"""The slow, obvious loss: every logit at once, in float64, differentiated by plain autograd.
+
+Nothing here is shared with the product. Tests hold the fused loss to these functions for ever.
+N: rows, D: hidden size, V: vocabulary, K: rows with teacher targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trainer.teacher_batch import TeacherBatch
+
+
+@dataclass
+class DenseResult:
+    loss: torch.Tensor
+    ce: torch.Tensor
+    kl: torch.Tensor
+
+
+def dense_logits(hidden, weight, *, bias=None, scale=1.0, softcap=None, vocab_size=None):
+    """[N, V] logits in the order the model families use."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits[:, : vocab_size or weight.shape[0]] * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def bucketed_kl_row(student_logits, ids, logprobs, log_tail, temperature, reverse):
+    """KL of one row over the listed tokens and one bucket that holds all others."""
+    beta = 1.0 / temperature
+    vocab_size = student_logits.shape[0]
+    p_unnormalised = torch.cat([(beta * logprobs).exp(), log_tail.exp()[None]])
+    p = p_unnormalised / p_unnormalised.sum()
+    q_all = torch.softmax(beta * student_logits, dim=0)
+    outside = torch.ones(vocab_size, dtype=torch.bool)
+    outside[ids] = False
+    q = torch.cat([q_all[ids], q_all[outside].sum()[None]])
+    if not outside.any():
+        p, q = p[:-1], q[:-1]
+    if reverse:
+        p, q = q, p
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum()
+
+
+def dense_loss(
+    hidden,
+    weight,
+    labels,
+    teacher: TeacherBatch | None,
+    *,
+    kl_coef=1.0,
+    reverse=False,
+    num_ce=None,
+    num_kl=None,
+    **logit_options,
+) -> DenseResult:
+    """The whole objective in the dtype of its inputs (tests pass float64)."""
+    logits = dense_logits(hidden, weight, **logit_options)
+    labelled = labels != -100
+    log_softmax = torch.log_softmax(logits, dim=-1)
+    sum_ce = -log_softmax[labelled, labels[labelled]].sum()
+    sum_kl = logits.new_zeros(())
+    if teacher is not None:
+        offsets = teacher.offsets.tolist()
+        for k, row in enumerate(teacher.rows.tolist()):
+            entries = slice(offsets[k], offsets[k + 1])
+            sum_kl = sum_kl + bucketed_kl_row(
+                logits[row],
+                teacher.token_ids[entries].long(),
+                teacher.logprobs[entries].to(logits),
+                teacher.log_tail[k].to(logits),
+                teacher.temperature,
+                reverse,
+            )
+    ce = sum_ce / (int(labelled.sum()) or 1 if num_ce is None else num_ce)
+    kl = sum_kl / ((len(teacher) if teacher is not None else 1) or 1 if num_kl is None else num_kl)
+    return DenseResult(ce + kl_coef * kl, ce, kl)
+
+
+def online_two_model_kl(student_logits, teacher_logits, temperature, reverse=False):
+    """Sum over rows of the full-vocabulary KL: what the paper computes with a second model in memory."""
+    log_q = torch.log_softmax(student_logits / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    if reverse:
+        log_p, log_q = log_q, log_p
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def teacher_from_logits(teacher_logits, rows, counts, temperature, dtype=torch.float64) -> TeacherBatch:
+    """Exact targets: the `counts[k]` most likely tokens of each row and the exact tail at this temperature.
+
+    `teacher_logits` [K, V] in float64; a count of V keeps everything and leaves a tail of -inf.
+    """
+    logprobs = torch.log_softmax(teacher_logits.double(), dim=-1)
+    ids, values, tails, offsets = [], [], [], [0]
+    for k, count in enumerate(counts):
+        order = torch.argsort(logprobs[k], descending=True)
+        ids.append(order[:count])
+        values.append(logprobs[k][order[:count]])
+        rest = logprobs[k][order[count:]] / temperature
+        tails.append(torch.logsumexp(rest, 0) if len(rest) else torch.tensor(-torch.inf, dtype=torch.float64))
+        offsets.append(offsets[-1] + count)
+    none = torch.empty(0, dtype=torch.float64)
+    return TeacherBatch(
+        rows=torch.as_tensor(rows, dtype=torch.int64),
+        offsets=torch.tensor(offsets),
+        token_ids=torch.cat([none.int(), *ids]).int(),
+        logprobs=torch.cat([none, *values]).to(dtype),
+        log_tail=torch.stack(tails).to(dtype) if tails else none.to(dtype),
+        temperature=temperature,
+    )
+
+
+def relative_error(got, expected) -> float:
+    """|got - expected| / |expected| in float64; |got| where the expectation is zero."""
+    got, expected = got.double(), expected.double()
+    scale = expected.norm()
+    return float((got - expected).norm() / (scale if scale > 0 else 1.0))
