@@ -1,1 +1,37 @@
-"""anneal: cache_builder."""
+"""Corpus -> token rows -> teacher -> shards.
+
+Importing this package loads nothing heavy: every public name is imported from its module on first use.
+"""
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "BuildConfig": "config",
+    "BuildReport": "build",
+    "build_cache": "build",
+    "plan_build": "build",
+    "verify_cache": "verify",
+    "CorpusConfig": "corpus",
+    "open_corpus": "corpus",
+    "preview": "preview",
+    "tokenise": "tokenise",
+    "Teacher": "teacher",
+    "TeacherConfig": "teacher",
+    "TeacherError": "teacher",
+    "TransformersTeacher": "transformers_teacher",
+    "VLLMTeacher": "vllm_teacher",
+    "make_teacher": "teacher",
+}
+
+__all__ = sorted(_MODULES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_MODULES))

