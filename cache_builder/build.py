@@ -1,0 +1,312 @@
+"""`anneal cache build`: plan, capture, finish; every step durable, repeatable, and safe beside other workers.
+
+    plan     tokenise the corpus once into staged rows; commit `_build/plan.json`
+    capture  each shard: claim, prefill, temporary file, flush, exclusive commit, flush of the directory
+    finish   read every shard back, write the manifest, remove `_build/`
+
+The same command at any later time, on any number of machines, continues at the first missing shard; the
+result has the same bytes as an undisturbed build. docs/reliability.md states what is promised and what is
+not.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache_builder.capture import Capture, EngineStartError, missing_shards
+from cache_builder.claims import Claims, live_local_owner
+from cache_builder.committer import Step, no_step
+from cache_builder.config import BuildConfig
+from cache_builder.finish import finish
+from cache_builder.layout import (
+    State,
+    build_directory,
+    discard,
+    is_discarding,
+    open_output,
+    remove_build,
+    state_of,
+)
+from cache_builder.plan import Plan, Settings, read_plan, settle_settings, write_plan
+from cache_builder.progress import Progress
+from cache_builder.report import BuildReport
+from cache_builder.signals import BuildInterrupted, interruptible
+from cache_builder.source import BuildSource, open_source
+from cache_builder.staging import StagedShard
+from formats.errors import AnnealError, ConfigError
+from formats.identity import TeacherIdentity
+from formats.manifest import Manifest
+
+if TYPE_CHECKING:
+    from cache_builder.teacher import Teacher
+
+PLAN_CLAIM = "plan"
+POLL_SECONDS = 1.0
+MakeTeacher = Callable[[BuildConfig, BuildSource], "Teacher"]
+
+
+class BuildError(AnnealError):
+    """The machine failed the build: a full disk, an I/O error. The message says how far it got."""
+
+
+def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
+    """The engine that the settings name."""
+    from cache_builder.teacher import TeacherConfig, make_teacher
+
+    return make_teacher(
+        config.engine,
+        TeacherConfig(
+            model=str(source.model_dir),
+            dtype=config.dtype,
+            head_dtype=config.head_dtype,
+            min_prob=config.min_prob,
+            max_k=config.max_k,
+            positions=config.positions,
+            max_length=source.max_length,
+            engine_args=dict(config.engine_args),
+        ),
+    )
+
+
+def build_cache(
+    config: BuildConfig,
+    progress: Progress | None = None,
+    *,
+    source: BuildSource | None = None,
+    make_teacher: MakeTeacher = start_engine,
+    step: Step = no_step,
+) -> BuildReport:
+    """Build a cache, or continue one, or say that it is complete.
+
+    Args:
+        progress: told about every phase; `ConsoleProgress()` for a terminal, silent by default. source:
+        model, tokenizer and corpus, opened already; by default opened from `config`. make_teacher: starts the
+        engine when the first shard is claimed; for people with a teacher of their own. step: called between
+        the operations of the protocol; for fault tests.
+
+    Raises:
+        ConfigError, CorpusError: bad settings or input; nothing was written then.
+        IdentityMismatchError: the unfinished build was begun with another engine.
+        BuildError: the disk is full or fails; what is committed stays, the same command resumes.
+        BuildInterrupted: Ctrl-C or SIGTERM; likewise.
+    """
+    out = config.directory
+    progress = progress or Progress()
+    with interruptible():
+        try:
+            return _build(config, out, progress, source, make_teacher, step)
+        except BuildInterrupted as signal:
+            signal.message = f"interrupted: {how_far(out)}"
+            raise
+        except OSError as error:
+            if state_of(out) is State.FINISHED:  # another worker finished and cleared up under our hands
+                return _complete(out, was_complete=False)
+            raise BuildError(
+                f"writing to {error.filename or out} failed: {error.strerror or error}; {how_far(out)}"
+            ) from error
+        finally:
+            progress.finish()
+
+
+def how_far(out: Path) -> str:
+    """`12 of 40 shards are on the disk; run the same command again to go on`."""
+    plan = None
+    with suppress(OSError, AnnealError):
+        plan = read_plan(out)
+    if plan is None:
+        return "no shard is on the disk; run the same command again"
+    num_done = len(plan.shards) - len(missing_shards(out, range(len(plan.shards))))
+    return f"{num_done} of {len(plan.shards)} shards are on the disk; run the same command again to go on"
+
+
+def _build(
+    config: BuildConfig,
+    out: Path,
+    progress: Progress,
+    source: BuildSource | None,
+    make_teacher: MakeTeacher,
+    step: Step,
+) -> BuildReport:
+    state = state_of(out)
+    source = source or open_source(config)
+    settings = source.settings
+    if state is not State.EMPTY and (config.overwrite or is_discarding(out)):
+        _refuse_if_busy(out)
+        discard(out)
+        progress.note(f"discarded {state.value} in {out}")
+        state = State.EMPTY
+    if state is State.FINISHED:
+        _require_same_cache(out, settings)
+        remove_build(out)
+        return _complete(out, was_complete=True)
+    existed = out.exists()
+    open_output(out)
+    plan, planned_here = _plan(out, source, config, progress, existed=existed, step=step)
+    indices = _selected(config, plan)
+    capture = Capture(
+        out,
+        settings,
+        plan,
+        lambda: make_teacher(config, source),
+        heartbeat_seconds=config.heartbeat_seconds,
+        progress=progress,
+        step=step,
+    )
+    try:
+        manifest = _capture_and_finish(capture, indices, source, progress, step)
+    except EngineStartError:
+        if planned_here:  # nothing was captured: the next command may well ask for another engine
+            _leave_as_found(out, existed)
+        raise
+    finally:
+        capture.close()
+    progress.finish()
+    if manifest is not None:
+        return _complete(out, was_complete=False, capture=capture)
+    left = missing_shards(out, range(len(plan.shards)))
+    return BuildReport(
+        out=str(out),
+        complete=False,
+        was_complete=False,
+        num_shards=len(plan.shards),
+        num_shards_done=len(plan.shards) - len(left),
+        num_rows=plan.num_rows,
+        num_tokens=plan.num_tokens,
+        num_positions=plan.num_positions,
+        num_bytes=sum(path.stat().st_size for path in out.glob("shard-*.arrow")),
+        num_rows_captured=capture.num_rows,
+        num_tokens_captured=capture.num_tokens,
+        seconds=capture.seconds,
+    )
+
+
+def _capture_and_finish(
+    capture: Capture,
+    indices: list[int],
+    source: BuildSource,
+    progress: Progress,
+    step: Step,
+) -> Manifest | None:
+    """Capture until all selected shards are there; the manifest if with them all shards are."""
+    out, plan = capture.out, capture.plan
+    everything = range(len(plan.shards))
+    while True:
+        num_done = sum(plan.shards[i].num_rows for i in set(indices) - set(missing_shards(out, indices)))
+        if num_done:
+            progress.note(f"resuming: {how_far(out).partition(';')[0]}")
+        progress.start("capture", sum(plan.shards[i].num_rows for i in indices), num_done)
+        capture.run(indices)
+        progress.finish()
+        if missing_shards(out, everything):
+            return None
+        result = finish(out, source.settings, plan, source.tokenizer_json, step=step)
+        if isinstance(result, Manifest):
+            return result
+        progress.note(f"captured again: {len(result)} shards whose bytes were damaged on the disk")
+        indices = result
+
+
+def _plan(
+    out: Path, source: BuildSource, config: BuildConfig, progress: Progress, *, existed: bool, step: Step
+) -> tuple[Plan, bool]:
+    """The plan in `out`, and whether it was made here and now; awaited while another worker is planning."""
+    settle_settings(out, source.settings)
+    step("settings")
+    if (plan := read_plan(out)) is not None:
+        return plan, False
+    progress.note(source.sample() if source.sample else "\n".join(source.announcements))
+    with Claims(build_directory(out) / "claims", config.heartbeat_seconds) as claims:
+        while not claims.acquire(PLAN_CLAIM):
+            time.sleep(min(POLL_SECONDS, config.heartbeat_seconds))
+            if (plan := read_plan(out)) is not None:
+                return plan, False
+        if (plan := read_plan(out)) is not None:
+            return plan, False
+        try:
+            return _make_plan(out, source, progress, step), True
+        except AnnealError:
+            # Bad input: leave the place as it was found.
+            _leave_as_found(out, existed)
+            raise
+
+
+def _leave_as_found(out: Path, existed: bool) -> None:
+    remove_build(out)
+    if not existed:
+        with suppress(OSError):
+            out.rmdir()
+
+
+def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -> Plan:
+    rows = source.open_rows()
+    progress.start("tokenise", None)
+
+    def staged(index: int, shard: StagedShard) -> None:
+        progress.advance(shard.num_rows, shard.num_tokens)
+        step(f"staged {index}")
+
+    plan = write_plan(out, rows, source.settings, describe=lambda: source.describe(rows), on_shard=staged)
+    progress.finish()
+    step("planned")
+    progress.note(
+        f"planned {plan.num_rows} rows, {plan.num_tokens} tokens, {plan.num_positions} positions "
+        f"in {len(plan.shards)} shards"
+    )
+    return plan
+
+
+def _selected(config: BuildConfig, plan: Plan) -> list[int]:
+    if config.shards is None:
+        return list(range(len(plan.shards)))
+    first, last = config.shards
+    if first >= len(plan.shards):
+        raise ConfigError(
+            f"--shards must lie within the {len(plan.shards)} shards of the plan, got {first}:{last}"
+        )
+    return list(range(first, min(last, len(plan.shards))))
+
+
+def _require_same_cache(out: Path, settings: Settings) -> None:
+    """A finished cache is only left alone when it is the one that this command would build."""
+    manifest = Manifest.read(out)
+    stored = TeacherIdentity.from_dict(manifest.identity).to_dict()
+    # The engine recorded more of itself than can be asked for; compare what was asked for.
+    wanted = settings.identity.to_dict()["teacher"]
+    stored["teacher"] = {key: value for key, value in stored["teacher"].items() if key in wanted}
+    Settings(
+        identity=TeacherIdentity.from_dict(stored),
+        codec=manifest.codec.to_dict(),
+        rows_per_shard=settings.rows_per_shard,
+        tokens_per_shard=settings.tokens_per_shard,
+    ).require_same(settings, out, "a finished cache")
+
+
+def _refuse_if_busy(out: Path) -> None:
+    """Never pull a build away from under a worker that is alive on this machine."""
+    if pid := live_local_owner(build_directory(out) / "claims"):
+        raise ConfigError(
+            f"--overwrite needs a build that nobody works on, but process {pid} is building in {out}; "
+            "stop it first"
+        )
+
+
+def _complete(out: Path, *, was_complete: bool, capture: Capture | None = None) -> BuildReport:
+    manifest = Manifest.read(out)
+    shards = manifest.shards
+    return BuildReport(
+        out=str(out),
+        complete=True,
+        was_complete=was_complete,
+        num_shards=len(shards),
+        num_shards_done=len(shards),
+        num_rows=manifest.num_rows,
+        num_tokens=sum(shard.num_tokens for shard in shards),
+        num_positions=sum(shard.num_positions for shard in shards),
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        num_rows_captured=capture.num_rows if capture else 0,
+        num_tokens_captured=capture.num_tokens if capture else 0,
+        seconds=capture.seconds if capture else 0.0,
+        identity=manifest.identity,
+    )

@@ -1,0 +1,234 @@
+"""The second half of a capture: encode, write and commit shards in a thread, while the engine runs on.
+
+The queue between the two is bounded by the bytes it holds, so memory does not grow when the disk is slower
+than the engine. If the thread fails, the error is raised in the engine's thread at its next call, which never
+blocks on a thread that is gone; shards that were handed over completely before are still committed.
+
+Per shard: write `_build/partial/.../shard-N`, write its note, then `commit_exclusive` to `shard-N`.  The note
+(counts and digest, named by the digest) comes first, so that a committed shard always has one.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_builder.claims import Claims, died_here, this_process
+from cache_builder.layout import build_directory, shard_name
+from cache_builder.plan import Settings
+from formats.codec import CodecConfig
+from formats.commit import atomic_write_bytes, commit_exclusive
+from formats.errors import AnnealError
+from formats.manifest import ShardInfo
+from formats.rows import TokenRow
+from formats.shard import ShardWriter
+from formats.topk import TopKLogprobs
+
+QUEUE_BYTES = 256 << 20
+Step = Callable[[str], None]
+
+
+def no_step(name: str) -> None:
+    """The default `step`: fault tests put theirs here, to stop a process between any two operations."""
+
+
+def note_path(out: Path, index: int, sha256: str) -> Path:
+    """Where the counts of a shard with these contents are kept until the manifest takes them over."""
+    return build_directory(out) / "notes" / f"{index:05d}-{sha256[:32]}.json"
+
+
+def claim_name(index: int) -> str:
+    """Name of the claim on a shard."""
+    return f"shard-{index:05d}"
+
+
+def sweep_partials(out: Path) -> None:
+    """Delete unfinished shard files of processes of this machine that are gone."""
+    for directory in (build_directory(out) / "partial").glob("*"):
+        with contextlib.suppress(OSError, ValueError):
+            if died_here({"process": json.loads((directory / "owner.json").read_text())}):
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+class ShardCommitter:
+    """Takes rows with their targets, in the order of the plan. Use as a context manager.
+
+    Leaving it normally waits until everything is committed; leaving it with an exception drops the shard that
+    was begun and not ended.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        settings: Settings,
+        vocab_size: int,
+        claims: Claims,
+        *,
+        step: Step = no_step,
+        on_commit: Callable[[ShardInfo, bool], None] = lambda info, created: None,
+        queue_bytes: int = QUEUE_BYTES,
+    ) -> None:
+        self._out, self._settings, self._vocab_size = out, settings, vocab_size
+        self._codec = CodecConfig.from_dict(dict(settings.codec))
+        self._claims, self._step, self._on_commit = claims, step, on_commit
+        self._limit, self._weight = queue_bytes, 0
+        self._queue: deque[tuple[str, Any, int]] = deque()
+        self._change = threading.Condition()
+        self._error: BaseException | None = None
+        self._in_flight: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="anneal-writer", daemon=True)
+
+    def __enter__(self) -> "ShardCommitter":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._change:
+            self._queue.append(("stop" if kind is None else "drop", None, 0))
+            self._change.notify_all()
+        self._thread.join()
+        if kind is None:
+            self._check()
+
+    def in_flight(self) -> set[int]:
+        """Shards handed over and not committed yet."""
+        with self._change:
+            return set(self._in_flight)
+
+    def begin(self, index: int) -> None:
+        """Start shard number `index`."""
+        self._put("begin", index)
+
+    def row(self, row: TokenRow, topk: TopKLogprobs) -> None:
+        """Append one row; blocks while the queue is full."""
+        weight = row.input_ids.nbytes + topk.token_ids.nbytes * 2 + topk.log_tail_nodes.nbytes + 512
+        self._put("row", (row, topk), weight)
+
+    def end(self, index: int) -> None:
+        """The shard begun last is complete: it will be committed even if the engine fails afterwards."""
+        with self._change:
+            self._in_flight.add(index)
+        self._put("end", index)
+
+    # --- between the threads
+    # ----------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if not self._thread.is_alive() and self._queue:
+            raise AnnealError("the thread that writes shards is gone; run the same command again")
+
+    def _put(self, kind: str, value: Any, weight: int = 0) -> None:
+        with self._change:
+            while self._weight and self._weight + weight > self._limit and self._error is None:
+                if not self._change.wait(timeout=1.0) and not self._thread.is_alive():
+                    break
+            self._check()
+            self._queue.append((kind, value, weight))
+            self._weight += weight
+            self._change.notify_all()
+
+    def _get(self) -> tuple[str, Any]:
+        with self._change:
+            while not self._queue:
+                self._change.wait()
+            kind, value, weight = self._queue.popleft()
+            self._weight -= weight
+            self._change.notify_all()
+            return kind, value
+
+    def _run(self) -> None:
+        shard: _OpenShard | None = None
+        try:
+            while True:
+                kind, value = self._get()
+                if kind == "begin":
+                    shard = _OpenShard(self, value)
+                elif kind == "row":
+                    assert shard is not None
+                    shard.append(*value)
+                elif kind == "end":
+                    assert shard is not None
+                    shard.commit()
+                    shard = None
+                    with self._change:
+                        self._in_flight.discard(value)
+                else:
+                    break
+        except BaseException as error:
+            with self._change:
+                self._error = error
+        finally:
+            if shard is not None:
+                shard.drop()
+            with self._change:
+                if self._error is not None:
+                    self._queue.clear()
+                    self._weight = 0
+                self._change.notify_all()
+
+
+class _OpenShard:
+    """One shard on its way to the disk."""
+
+    def __init__(self, owner: ShardCommitter, index: int) -> None:
+        self._owner, self._index = owner, index
+        build = build_directory(owner._out)
+        self._directory = build / "partial" / f"{index:05d}-{uuid.uuid4().hex[:12]}"
+        self._directory.mkdir(parents=True)
+        (self._directory / "owner.json").write_text(json.dumps(this_process()))
+        self._path = self._directory / shard_name(index)
+        self._which = owner._settings.positions
+        self._writer = ShardWriter(
+            self._path,
+            vocab_size=owner._vocab_size,
+            positions=self._which,
+            max_k=min(int(owner._settings.identity.preprocessing["max_k"]), owner._vocab_size),
+            codec=owner._codec,
+        )
+
+    def append(self, row: TokenRow, topk: TopKLogprobs) -> None:
+        num_expected = len(row.positions(self._which))
+        if len(topk) != num_expected:
+            raise AnnealError(
+                f"a teacher must return one distribution per position, got {len(topk)} for {num_expected} "
+                f"in a row of {len(row)} tokens"
+            )
+        if not np.isfinite(topk.logprobs).all():
+            raise AnnealError(
+                f"a teacher must return finite logprobs, got NaN or infinity in shard {self._index}; "
+                "try --dtype float32, or another engine"
+            )
+        self._writer.append(row, topk)
+
+    def commit(self) -> None:
+        owner, index = self._owner, self._index
+        info = self._writer.close(shard_name(index))
+        owner._step(f"written {index}")
+        note = note_path(owner._out, index, info.sha256)
+        note.parent.mkdir(exist_ok=True)
+        atomic_write_bytes(note, json.dumps(asdict(info)).encode())
+        owner._step(f"noted {index}")
+        created = commit_exclusive(self._path, owner._out / shard_name(index))
+        owner._step(f"committed {index}")
+        owner._claims.release(claim_name(index))
+        self.drop()
+        owner._on_commit(info, created)
+
+    def drop(self) -> None:
+        """Remove what is left of the temporary file."""
+        with contextlib.suppress(Exception):  # pyarrow may complain about a file it could not finish
+            self._writer.abort()
+        with contextlib.suppress(OSError):
+            (self._directory / "owner.json").unlink(missing_ok=True)
+            os.rmdir(self._directory)

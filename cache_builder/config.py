@@ -1,0 +1,114 @@
+"""What a build is told: one frozen dataclass, checked at construction."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from formats.codec import CodecConfig
+from formats.errors import ConfigError
+from formats.rows import POSITION_MODES
+
+ENGINES = ("vllm", "transformers")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HEAD_DTYPES = ("float32", "model")
+DEFAULT_ROWS_PER_SHARD = 4096
+DEFAULT_TOKENS_PER_SHARD = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Corpus, model, output and every setting that decides the contents of a cache.
+
+    Raises:
+        ConfigError: a value is out of its range; the message says which and what is allowed.
+    """
+
+    corpus: str
+    """File, directory, glob or Hugging Face data set name."""
+    model: str
+    """Model directory or Hugging Face name: the teacher, whose initial weights the training starts from."""
+    out: str
+    """Directory of the cache; made if missing."""
+    engine: str = "vllm"
+    """`vllm`, or `transformers` where vLLM cannot be installed."""
+    revision: str | None = None
+    """Revision of a Hugging Face model; None is its main branch."""
+    max_length: int | None = None
+    """Longest row in tokens; None is 2048, or the model's context if that is shorter."""
+    min_prob: float = 1e-3
+    """Entries with at least this probability are kept."""
+    max_k: int = 128
+    """At most this many entries are kept per position."""
+    positions: str = "loss"
+    """`loss` captures positions whose next token carries loss, `all` every position that has a next token."""
+    limit: int | None = None
+    """Read only so many records of the corpus."""
+    text_column: str | None = None
+    """Column to train on as plain text; None recognises the layout."""
+    split: str | None = None
+    """Split of a data set or directory; None is `train`."""
+    seed: int | None = None
+    """With `limit`: draw the records at random with this seed instead of taking the first ones."""
+    dtype: str = "auto"
+    """Numerical type of the engine's weights."""
+    head_dtype: str = "float32"
+    """Numerical type of the output projection, `float32` or `model`; see `TeacherConfig`."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """Settings passed to the engine unchanged, such as `tensor_parallel_size`."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """How the payloads are encoded."""
+    rows_per_shard: int = DEFAULT_ROWS_PER_SHARD
+    """A shard ends after so many rows..."""
+    tokens_per_shard: int = DEFAULT_TOKENS_PER_SHARD
+    """... or before it would exceed so many tokens. One shard is what a killed worker costs."""
+    overwrite: bool = False
+    """Discard the cache or the unfinished build that `out` holds. Never touches a directory of another
+    kind."""
+    shards: tuple[int, int] | None = None
+    """Capture only the shards first:last (last excluded), for those who divide the work themselves."""
+    heartbeat_seconds: float = 10.0
+    """How often a worker renews its claims. A claim not renewed for twelve times as long is taken over."""
+
+    def __post_init__(self) -> None:
+        for name in ("corpus", "model", "out"):
+            object.__setattr__(self, name, str(getattr(self, name)))
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be given, got an empty string")
+        for name, value, allowed in (
+            ("engine", self.engine, ENGINES),
+            ("positions", self.positions, POSITION_MODES),
+            ("dtype", self.dtype, DTYPES),
+            ("head_dtype", self.head_dtype, HEAD_DTYPES),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name, least in (
+            ("max_length", 2),
+            ("max_k", 1),
+            ("rows_per_shard", 1),
+            ("tokens_per_shard", 1),
+            ("limit", 1),
+        ):
+            number = getattr(self, name)
+            if number is None and name in ("limit", "max_length"):
+                continue
+            if type(number) is not int or number < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, got {number!r}")
+        if not (isinstance(self.min_prob, int | float) and 0 <= self.min_prob < 1):
+            raise ConfigError(f"min_prob must be at least 0 and below 1, got {self.min_prob!r}")
+        if not (math.isfinite(self.heartbeat_seconds) and self.heartbeat_seconds > 0):
+            raise ConfigError(f"heartbeat_seconds must be above 0, got {self.heartbeat_seconds!r}")
+        if not all(isinstance(key, str) for key in self.engine_args):
+            raise ConfigError(f"engine_args must map names to values, got {self.engine_args!r}")
+        object.__setattr__(self, "engine_args", dict(self.engine_args))
+        if self.shards is not None:
+            first, last = self.shards
+            if not 0 <= first < last:
+                raise ConfigError(f"shards must be first:last with 0 <= first < last, got {first}:{last}")
+
+    @property
+    def directory(self) -> Path:
+        """`out` as a path."""
+        return Path(self.out).expanduser()

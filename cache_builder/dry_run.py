@@ -1,0 +1,48 @@
+"""`anneal cache build --dry-run`: the whole corpus through the tokenizer, and nothing else."""
+
+from cache_builder.config import BuildConfig
+from cache_builder.layout import state_of
+from cache_builder.plan import require_work
+from cache_builder.progress import Progress
+from cache_builder.report import PlanReport, rough_bytes
+from cache_builder.source import BuildSource, open_source
+from cache_builder.staging import cut
+
+
+def plan_build(
+    config: BuildConfig, progress: Progress | None = None, *, source: BuildSource | None = None
+) -> PlanReport:
+    """What `build_cache` would do: counts, rough size, identity. Starts no engine and writes nothing.
+
+    Raises:
+        ConfigError, CorpusError: as `build_cache`.
+    """
+    progress = progress or Progress()
+    state = state_of(config.directory)
+    source = source or open_source(config)
+    settings = source.settings
+    rows = source.open_rows()
+    progress.start("tokenise", None)
+    num_rows = num_tokens = num_positions = num_shards = 0
+    for group in cut(rows, settings.rows_per_shard, settings.tokens_per_shard):
+        num_shards += 1
+        num_rows += len(group)
+        tokens = sum(len(row) for row in group)
+        num_tokens += tokens
+        num_positions += sum(len(row.positions(settings.positions)) for row in group)
+        progress.advance(len(group), tokens)
+    progress.finish()
+    require_work(num_positions, num_rows)
+    return PlanReport(
+        out=str(config.directory),
+        state=state.value,
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        num_positions=num_positions,
+        num_shards=num_shards,
+        estimated_bytes=rough_bytes(num_tokens, num_positions, config.min_prob, config.max_k),
+        identity=settings.identity,
+        corpus=source.describe(rows),
+        announcements=source.announcements,
+        sample=source.sample() if source.sample else "",
+    )

@@ -1,0 +1,115 @@
+"""What a long command says while it works: a bar on a terminal, plain lines elsewhere, nothing when imported.
+
+Everything goes to stderr; stdout belongs to results.
+"""
+
+import sys
+import time
+from typing import Any, TextIO
+
+PLAIN_INTERVAL_SECONDS = 10.0
+
+
+class Progress:
+    """The silent progress: every method does nothing. Library callers may subclass it."""
+
+    def note(self, text: str) -> None:
+        """One line of information."""
+
+    def start(self, what: str, total: int | None, done: int = 0) -> None:
+        """Begin a phase of `total` rows (None: unknown), of which `done` were finished earlier."""
+
+    def advance(self, num_rows: int, num_tokens: int = 0) -> None:
+        """Some rows passed through the engine or the tokeniser."""
+
+    def wrote(self, num_bytes: int, num_tokens: int) -> None:
+        """A shard was committed."""
+
+    def finish(self) -> None:
+        """End the phase."""
+
+
+class ConsoleProgress(Progress):
+    """A tqdm bar on a terminal, a line every ten seconds otherwise."""
+
+    def __init__(
+        self, stream: TextIO | None = None, *, interval_seconds: float = PLAIN_INTERVAL_SECONDS
+    ) -> None:
+        self._stream = stream or sys.stderr
+        self._interval = interval_seconds
+        self._bar: Any = None
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, file=self._stream, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def start(self, what: str, total: int | None, done: int = 0) -> None:
+        self.finish()
+        self._what, self._total, self._done = what, total, done
+        self._rows = self._tokens = self._bytes = self._written = 0
+        self._began = self._printed = time.monotonic()
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                desc=what,
+                total=total,
+                initial=done,
+                unit="row",
+                file=self._stream,
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    def advance(self, num_rows: int, num_tokens: int = 0) -> None:
+        self._rows += num_rows
+        self._tokens += num_tokens
+        if self._bar is not None:
+            self._bar.update(num_rows)
+            self._bar.set_postfix_str(self._rates(), refresh=False)
+        elif time.monotonic() - self._printed >= self._interval:
+            self._printed = time.monotonic()
+            total = f" of {self._total}" if self._total is not None else ""
+            self.note(f"{self._what}: {self._done + self._rows}{total} rows, {self._rates()}{self._left()}")
+
+    def wrote(self, num_bytes: int, num_tokens: int) -> None:
+        self._bytes += num_bytes
+        self._written += num_tokens
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _rates(self) -> str:
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        text = f"{self._rows / elapsed:.1f} rows/s, {self._tokens / elapsed:,.0f} tokens/s"
+        return text + (f", {self._bytes / self._written:.1f} bytes/token" if self._written else "")
+
+    def _left(self) -> str:
+        if self._total is None or not self._rows:
+            return ""
+        seconds = (time.monotonic() - self._began) * (self._total - self._done - self._rows) / self._rows
+        return f", {format_seconds(seconds)} left"
+
+
+def format_seconds(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `5 h 12 min`."""
+    seconds = max(round(seconds), 0)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`812 B`, `4.1 kB`, `1.3 GB`: powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError

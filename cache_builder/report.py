@@ -1,0 +1,145 @@
+"""What a build or a dry run found, as data and as the text a user reads."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cache_builder.progress import format_bytes, format_seconds
+from formats.identity import TeacherIdentity, short
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """The state in which a build left its directory, and what this run contributed."""
+
+    out: str
+    """Directory of the cache."""
+    complete: bool
+    """Whether the manifest is written: the directory is a cache."""
+    was_complete: bool
+    """Whether it was a cache before this run, which then did nothing."""
+    num_shards: int
+    """Shards planned."""
+    num_shards_done: int
+    """Shards on the disk."""
+    num_rows: int
+    """Rows of the whole cache."""
+    num_tokens: int
+    """Tokens of the whole cache."""
+    num_positions: int
+    """Positions with a teacher distribution, of the whole cache."""
+    num_bytes: int
+    """Bytes of all shards on the disk."""
+    num_rows_captured: int = 0
+    """Rows that this run captured."""
+    num_tokens_captured: int = 0
+    """Tokens that this run captured."""
+    seconds: float = 0.0
+    """Time this run spent capturing, without the start of the engine."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """Identity of the finished cache; empty before."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this run."""
+        return self.num_tokens_captured / self.seconds if self.seconds else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of what is on the disk, over tokens; 0 while nothing is."""
+        done = self.num_tokens if self.complete else 0
+        return self.num_bytes / done if done else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """A summary of a few lines."""
+        if self.was_complete:
+            return (
+                f"{self.out} is complete: {self.num_rows} rows, {self.num_tokens} tokens "
+                f"in {self.num_shards} shards; nothing to do (--overwrite builds it anew)"
+            )
+        lines = []
+        if self.num_rows_captured:
+            lines.append(
+                f"captured {self.num_rows_captured} rows, {self.num_tokens_captured} tokens "
+                f"in {format_seconds(self.seconds)} "
+                f"({self.num_rows_captured / max(self.seconds, 1e-9):.1f} rows/s, "
+                f"{self.tokens_per_second:,.0f} tokens/s)"
+            )
+        if not self.complete:
+            lines.append(
+                f"{self.out}: {self.num_shards_done} of {self.num_shards} shards are on the disk; "
+                "the same command without --shards finishes the cache"
+            )
+            return "\n".join(lines)
+        lines.append(
+            f"{self.out}: {self.num_rows} rows, {self.num_tokens} tokens, "
+            f"{self.num_positions} positions, {self.num_shards} shards, "
+            f"{format_bytes(self.num_bytes)} ({self.bytes_per_token:.1f} bytes/token)"
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """What a build would do; no engine was started and nothing was written."""
+
+    out: str
+    """Directory that the build would make."""
+    state: str
+    """What is there now."""
+    num_rows: int
+    """Rows of the corpus."""
+    num_tokens: int
+    """Their tokens."""
+    num_positions: int
+    """Positions that would be captured."""
+    num_shards: int
+    """Shards."""
+    estimated_bytes: int
+    """Rough size of the cache; `anneal cache estimate` measures it."""
+    identity: TeacherIdentity
+    """Identity of the cache, but for what only the running engine can tell."""
+    corpus: Mapping[str, Any]
+    """What the tokeniser counted."""
+    announcements: tuple[str, ...] = ()
+    """How records become rows."""
+    sample: str = ""
+    """One decoded, masked example."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            **{k: v for k, v in vars(self).items() if k != "identity"},
+            "identity": self.identity.to_dict(),
+        }
+
+    def text(self) -> str:
+        """About a screen."""
+        share = 100 * self.num_positions / max(self.num_tokens, 1)
+        lines = [
+            *([self.sample] if self.sample else self.announcements),
+            f"rows       {self.num_rows}",
+            f"tokens     {self.num_tokens}",
+            f"positions  {self.num_positions} ({share:.1f} % of the tokens)",
+            f"shards     {self.num_shards}",
+            f"size       about {format_bytes(self.estimated_bytes)} (`anneal cache estimate` measures it)",
+            f"output     {self.out}: {self.state}",
+            "identity",
+        ]
+        for section, entries in self.identity.to_dict().items():
+            lines += [f"  {section}.{key}: {short(value)}" for key, value in sorted(entries.items())]
+        return "\n".join(lines)
+
+
+def rough_bytes(num_tokens: int, num_positions: int, min_prob: float, max_k: int) -> int:
+    """A guess at the size of a cache from settings alone, within a factor of about two.
+
+    From caches of small models at p >= 1e-3, 3e-3 and 1e-2 (about 70, 35 and 16 bytes per position), which
+    follow a power law; a sharper model takes less. Plus five bytes per token for ids and mask.
+    """
+    per_position = 70.0 * (1e-3 / max(min_prob, 1e-6)) ** 0.64
+    return round(num_tokens * 5 + num_positions * min(per_position, 3.0 * max_k + 8))

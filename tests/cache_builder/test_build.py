@@ -1,0 +1,410 @@
+"""Building, building again, building something else: the promises of one undisturbed process."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deterministic_build import (
+    SeededTeacher,
+    contents,
+    logits_of,
+    make_config,
+    make_rows,
+    make_source,
+    reduce_exactly,
+)
+
+from cache_builder.build import BuildError, build_cache
+from cache_builder.config import BuildConfig
+from cache_builder.dry_run import plan_build
+from cache_builder.progress import Progress
+from formats.cache import TeacherCache
+from formats.errors import (
+    AnnealError,
+    ConfigError,
+    CorpusError,
+    IdentityMismatchError,
+    IncompleteCacheError,
+)
+
+
+def build(
+    out: Path, num_rows: int = 60, *, teacher=SeededTeacher, source=None, step=lambda name: None, **changes
+):
+    return build_cache(
+        make_config(out, **changes),
+        source=source or make_source(num_rows),
+        make_teacher=lambda config, source: teacher(),
+        step=step,
+    )
+
+
+def test_every_row_of_the_corpus_is_in_the_cache_once_and_in_order(tmp_path: Path) -> None:
+    report = build(tmp_path / "c")
+    cache = TeacherCache(tmp_path / "c")
+    cache.validate(full=True)
+    expected = list(make_rows(60))
+    assert [row.key for row in cache.rows()] == [row.key for row in expected]
+    assert report.complete and not report.was_complete
+    assert (report.num_rows, report.num_shards, report.num_shards_done) == (60, 6, 6)
+    assert report.num_tokens == sum(len(row) for row in expected) == report.num_tokens_captured
+    assert report.num_positions == sum(len(row.positions()) for row in expected)
+    assert report.num_bytes == sum(p.stat().st_size for p in (tmp_path / "c").glob("shard-*"))
+
+
+def test_the_cache_holds_what_the_teacher_said(tmp_path: Path) -> None:
+    build(tmp_path / "c")
+    for row in TeacherCache(tmp_path / "c").rows():
+        expected = reduce_exactly(logits_of(row.input_ids)[row.positions], 1e-2, 8).sorted()
+        got = row.teacher.sorted()
+        np.testing.assert_array_equal(got.offsets, expected.offsets)
+        np.testing.assert_array_equal(got.token_ids, expected.token_ids)
+        np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=0.05)
+        np.testing.assert_allclose(got.log_tail_nodes, expected.log_tail_nodes, atol=0.05)
+
+
+def test_a_finished_cache_holds_nothing_else(tmp_path: Path) -> None:
+    build(tmp_path / "c")
+    shards = [f"shard-{i:05d}.arrow" for i in range(6)]
+    assert sorted(os.listdir(tmp_path / "c")) == sorted(["manifest.json", "tokenizer.json", *shards])
+    assert TeacherCache(tmp_path / "c").file("tokenizer.json") == b'{"version": "1.0"}'
+
+
+def test_the_identity_joins_what_was_asked_for_and_what_the_engine_said(tmp_path: Path) -> None:
+    build(tmp_path / "c")
+    identity = TeacherCache(tmp_path / "c").identity
+    assert identity.teacher["weights"] == "a" * 64 and identity.teacher["dtype"] == "float64"
+    assert identity.preprocessing["min_prob"] == 1e-2
+
+
+def test_two_builds_have_the_same_bytes(tmp_path: Path) -> None:
+    build(tmp_path / "a")
+    build(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_finished_build_run_again_does_nothing(tmp_path: Path) -> None:
+    build(tmp_path / "c")
+    before = contents(tmp_path / "c"), (tmp_path / "c" / "manifest.json").stat().st_mtime_ns
+
+    class Never(SeededTeacher):
+        def __init__(self) -> None:
+            raise AssertionError("the engine was started")
+
+    report = build(tmp_path / "c", teacher=Never)
+    assert report.was_complete and "complete" in report.text() and "nothing to do" in report.text()
+    assert (contents(tmp_path / "c"), (tmp_path / "c" / "manifest.json").stat().st_mtime_ns) == before
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(name: str):
+    def step(current: str) -> None:
+        if current == name:
+            raise Stop
+
+    return step
+
+
+def test_an_unfinished_build_cannot_be_opened_and_says_how_far_it_is(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        build(tmp_path / "c", step=stop_at("claimed 2"))
+    with pytest.raises(IncompleteCacheError, match=r"2 of 6 shards.*same build command again"):
+        TeacherCache(tmp_path / "c")
+
+
+DIFFERENT = [
+    ({"min_prob": 1e-3}, "--min-prob: 0.01 there, 0.001 now"),
+    ({"max_k": 9}, "--max-k: 8 there, 9 now"),
+    ({"positions": "all"}, "--positions: loss there, all now"),
+    ({"max_length": 25}, "--max-length: 24 there, 25 now"),
+]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(("change", "words"), DIFFERENT)
+def test_another_command_into_the_same_directory_is_refused(tmp_path, finished, change, words) -> None:
+    if finished:
+        build(tmp_path / "c")
+    else:
+        with pytest.raises(Stop):
+            build(tmp_path / "c", step=stop_at("claimed 2"))
+    before = contents(tmp_path / "c")
+    with pytest.raises(ConfigError) as caught:
+        build(tmp_path / "c", source=make_source(60, **change))
+    assert words in str(caught.value) and "--overwrite" in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(tmp_path / "c") == before
+
+
+def test_another_corpus_or_shard_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        build(tmp_path / "c", step=stop_at("claimed 2"))
+    with pytest.raises(ConfigError, match="corpus contents"):
+        build(tmp_path / "c", source=make_source(60, seed=1))
+    with pytest.raises(ConfigError, match="rows_per_shard: 10 there, 7 now"):
+        build(tmp_path / "c", source=make_source(60, rows_per_shard=7))
+
+
+def test_another_engine_cannot_continue_a_build(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        build(tmp_path / "c", step=stop_at("claimed 2"))
+    with pytest.raises(IdentityMismatchError, match="engine_version: 1 there, 2 now"):
+        build(tmp_path / "c", teacher=lambda: SeededTeacher(version="2"))
+    build(tmp_path / "c")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_overwrite_discards_the_cache_and_spares_the_rest(tmp_path: Path, finished: bool) -> None:
+    if finished:
+        build(tmp_path / "c")
+    else:
+        with pytest.raises(Stop):
+            build(tmp_path / "c", step=stop_at("claimed 2"))
+    (tmp_path / "c" / "notes of mine.txt").write_text("keep")
+    other = make_source(30, seed=5)
+    build(tmp_path / "c", source=other, overwrite=True)
+    build(tmp_path / "fresh", source=other)
+    kept = contents(tmp_path / "c")
+    assert kept.pop("notes of mine.txt") and kept == contents(tmp_path / "fresh")
+
+
+def test_an_interrupted_discard_is_completed_by_any_command(tmp_path: Path, monkeypatch) -> None:
+    from cache_builder import layout
+
+    build(tmp_path / "c")
+    real, calls = os.unlink, []
+
+    def fail(path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(layout.os, "unlink", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "c", source=make_source(30, seed=5), overwrite=True)
+    monkeypatch.undo()
+    build(tmp_path / "c", source=make_source(30, seed=5))
+    build(tmp_path / "fresh", source=make_source(30, seed=5))
+    assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["foreign", "foreign manifest", "file", "shards without a plan"])
+def test_a_directory_that_holds_something_else_is_never_touched(tmp_path, kind: str, overwrite: bool) -> None:
+    out = tmp_path / "c"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        name = {"foreign": "thesis.tex", "foreign manifest": "manifest.json"}.get(kind, "shard-00000.arrow")
+        (out / name).write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="--out must be"):
+        build(out, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_an_output_that_cannot_be_written_stops_before_the_engine(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    class Never(SeededTeacher):
+        def __init__(self) -> None:
+            raise AssertionError("the engine was started")
+
+    with pytest.raises(ConfigError, match="--out must be"):
+        build(tmp_path / "file" / "c", teacher=Never)
+    with pytest.raises(ConfigError, match="--out must be a directory that can be written"):
+        build(Path("/proc/nothing/here"), teacher=Never)
+
+
+def test_bad_input_leaves_the_place_as_it_was(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="got none in 0 rows"):
+        build(tmp_path / "deep" / "c", num_rows=0)
+    assert not (tmp_path / "deep" / "c").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError):
+        build(tmp_path / "empty", num_rows=0)
+    assert os.listdir(tmp_path / "empty") == []
+
+
+def test_an_engine_that_does_not_start_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    def broken():
+        raise RuntimeError("first line\nout of memory")
+
+    with pytest.raises(AnnealError, match="the engine must start, got RuntimeError: out of memory"):
+        build(tmp_path / "c", teacher=broken)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("fault", ["short", "nan", "too few rows"])
+def test_a_teacher_that_breaks_its_contract_is_refused(tmp_path: Path, fault: str) -> None:
+    class Broken(SeededTeacher):
+        def prefill(self, rows):
+            for number, topk in enumerate(super().prefill(rows)):
+                if number == 3 and fault == "short":
+                    yield topk.slice(0, len(topk) - 1)
+                elif number == 3 and fault == "nan":
+                    topk.logprobs[0] = np.nan
+                    yield topk
+                elif number == 3:
+                    return
+                else:
+                    yield topk
+
+    with pytest.raises(ValueError) as caught:
+        build(tmp_path / "c", teacher=Broken)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "c").glob("shard-*"))
+    report = build(tmp_path / "c")
+    build(tmp_path / "fresh")
+    assert report.complete and contents(tmp_path / "c") == contents(tmp_path / "fresh")
+
+
+def test_the_engine_is_closed_after_success_and_after_failure(tmp_path: Path) -> None:
+    made: list[SeededTeacher] = []
+
+    def make():
+        made.append(SeededTeacher())
+        return made[-1]
+
+    with pytest.raises(Stop):
+        build(tmp_path / "c", teacher=make, step=stop_at("claimed 2"))
+    build(tmp_path / "c", teacher=make)
+    assert [teacher.closed for teacher in made] == [True, True]
+
+
+def test_a_shard_damaged_before_the_manifest_is_captured_again(tmp_path: Path) -> None:
+    build(tmp_path / "fresh")
+    with pytest.raises(Stop):
+        build(tmp_path / "c", step=stop_at("claimed 4"))
+    victim = tmp_path / "c" / "shard-00001.arrow"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    build(tmp_path / "c")
+    assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
+
+
+def test_staged_rows_that_changed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        build(tmp_path / "c", step=stop_at("claimed 2"))
+    staged = tmp_path / "c" / "_build" / "rows-00004.arrow"
+    staged.write_bytes(staged.read_bytes()[:-1] + b"!")
+    with pytest.raises(AnnealError, match="staged rows must match the plan"):
+        build(tmp_path / "c")
+
+
+def test_moving_an_unfinished_or_finished_build_changes_nothing(tmp_path: Path) -> None:
+    build(tmp_path / "fresh")
+    with pytest.raises(Stop):
+        build(tmp_path / "c", step=stop_at("claimed 3"))
+    shutil.move(tmp_path / "c", tmp_path / "moved")
+    assert build(tmp_path / "moved").num_rows_captured == 30
+    assert contents(tmp_path / "moved") == contents(tmp_path / "fresh")
+
+
+def test_shards_of_a_range_and_the_last_one_finishes(tmp_path: Path) -> None:
+    build(tmp_path / "fresh")
+    first = build(tmp_path / "c", shards=(4, 99))
+    assert not first.complete and first.num_shards_done == 2 and "2 of 6 shards" in first.text()
+    assert not build(tmp_path / "c", shards=(0, 2)).complete
+    assert build(tmp_path / "c", shards=(2, 4)).complete
+    assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
+    with pytest.raises(ConfigError, match="within the 6 shards"):
+        build(tmp_path / "d", shards=(6, 7))
+
+
+def test_a_dry_run_counts_exactly_and_writes_nothing(tmp_path: Path) -> None:
+    source = make_source(60)
+    report = plan_build(make_config(tmp_path / "c"), source=source)
+    built = build(tmp_path / "d", source=source)
+    assert (report.num_rows, report.num_tokens, report.num_positions, report.num_shards) == (
+        built.num_rows,
+        built.num_tokens,
+        built.num_positions,
+        built.num_shards,
+    )
+    assert not (tmp_path / "c").exists() and "tokens" in report.text()
+    json.dumps(report.to_dict())
+    with pytest.raises(CorpusError):
+        plan_build(make_config(tmp_path / "c"), source=make_source(0))
+
+
+def test_progress_hears_every_row_once(tmp_path: Path) -> None:
+    class Counter(Progress):
+        def __init__(self) -> None:
+            self.phases: dict[str, int] = {}
+
+        def start(self, what, total, done=0):
+            self.now = what
+            self.phases[what] = done
+
+        def advance(self, num_rows, num_tokens=0):
+            self.phases[self.now] += num_rows
+
+    counter = Counter()
+    build_cache(
+        make_config(tmp_path / "c"),
+        counter,
+        source=make_source(60),
+        make_teacher=lambda config, source: SeededTeacher(),
+    )
+    assert counter.phases == {"tokenise": 60, "capture": 60}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"min_prob": 1.0}, "min_prob must be at least 0 and below 1"),
+        ({"max_k": 0}, "max_k must be a whole number of at least 1"),
+        ({"max_length": 1}, "max_length must be a whole number of at least 2"),
+        ({"limit": 0}, "limit"),
+        ({"engine": "tgi"}, "engine must be one of vllm, transformers"),
+        ({"positions": "some"}, "positions must be one of"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"shards": (3, 3)}, "shards must be first:last"),
+        ({"corpus": ""}, "corpus must be given"),
+        ({"rows_per_shard": 0}, "rows_per_shard"),
+        ({"heartbeat_seconds": 0.0}, "heartbeat_seconds"),
+    ],
+)
+def test_settings_out_of_range(tmp_path: Path, change: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_config(tmp_path, **change)
+
+
+def test_a_failing_disk_is_one_line_with_the_state(tmp_path: Path, monkeypatch) -> None:
+    import errno
+
+    real = os.link
+    calls = []
+
+    def link(source, target, **kwargs):
+        if str(target).endswith(".arrow"):
+            calls.append(target)
+            if len(calls) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        real(source, target, **kwargs)
+
+    def rename(source, target, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(BuildError) as caught:
+        build(tmp_path / "c")
+    monkeypatch.undo()
+    assert "No space left on device" in str(caught.value) and "of 6 shards" in str(caught.value)
+    assert build(tmp_path / "c").complete
+
+
+def test_config_is_immutable() -> None:
+    config = BuildConfig(corpus="a", model="b", out="c")
+    with pytest.raises(AttributeError):
+        config.max_k = 3  # type: ignore[misc]
