@@ -1,0 +1,120 @@
+"""From items to a batch: padding or packing, and the teacher's rows in the flattened [B * S] numbering.
+
+A batch is a flat dict of tensors, so that any loader can pin and move it. `split_batch` turns it, on the device,
+into what the model takes, the shifted labels and a `TeacherBatch`.
+
+B: sequences, S: tokens of the longest one, K: positions with teacher targets, E: head entries of all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from formats.errors import ConfigError
+from trainer.dataset import IGNORED, Item
+from trainer.teacher_batch import TeacherBatch
+
+MODEL_COLUMNS = ("input_ids", "attention_mask", "position_ids")
+
+
+class LabelAnnealingCollator:
+    """Build a batch from items of `CachedDataset` (or lists of them, one list per sequence, when packing).
+
+    The batch holds
+
+        input_ids      int32 [B, S], padded on the right
+        attention_mask bool [B, S]             without packing
+        position_ids   int32 [B, S]            with packing: restarts at 0 with every row; its restarts are how
+                                               transformers keeps attention within a row, so no mask is passed
+        labels         int32 [B, S], not shifted, -100 where there is no cross-entropy
+        teacher_rows   int32 [K], teacher_offsets int32 [K + 1], teacher_log_tail float32 [K]
+        teacher_token_ids int32 [E], teacher_logprobs float32 [E]
+        temperature    float: the T at which the tail was taken, the same for all items
+        num_tokens     int: tokens that are not padding
+
+    Args:
+        pad_token_id: fills `input_ids` behind the end; any id serves, padding is never attended or scored.
+        packing: items come as lists of rows that share a sequence.
+        pad_to_multiple_of: round S up, for kernels that prefer it.
+    """
+
+    def __init__(self, pad_token_id: int = 0, *, packing: bool = False, pad_to_multiple_of: int = 1) -> None:
+        self.pad_token_id = pad_token_id
+        self.packing = packing
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, features: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        sequences = [[feature] if isinstance(feature, Mapping) else list(feature) for feature in features]
+        totals = [sum(len(item["input_ids"]) for item in items) for items in sequences]
+        width = -(-max(totals) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(sequences), width)
+        input_ids = np.full(shape, self.pad_token_id, np.int32)
+        labels = np.full(shape, IGNORED, np.int32)
+        # Padding counts its own positions from 0: to the attention mask it is one more row.
+        position_ids = np.zeros(shape, np.int32)
+        attention_mask = np.zeros(shape, np.bool_)
+        rows: list[np.ndarray] = []
+        for b, items in enumerate(sequences):
+            assert self.packing or len(items) == 1, "rows share a sequence only when packing"
+            start = 0
+            for item in items:
+                stop = start + len(item["input_ids"])
+                input_ids[b, start:stop] = item["input_ids"]
+                labels[b, start:stop] = item["labels"]
+                position_ids[b, start:stop] = np.arange(stop - start)
+                attention_mask[b, start:stop] = True
+                rows.append(item["teacher_positions"] + np.int32(b * width + start))
+                start = stop
+            position_ids[b, start:] = np.arange(width - start)
+        items = [item for group in sequences for item in group]
+        counts = np.concatenate([item["teacher_counts"] for item in items])
+        offsets = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=offsets[1:])
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "teacher_rows": np.concatenate(rows),
+            "teacher_offsets": offsets,
+            "teacher_token_ids": np.concatenate([item["teacher_token_ids"] for item in items]),
+            "teacher_logprobs": np.concatenate([item["teacher_logprobs"] for item in items]),
+            "teacher_log_tail": np.concatenate([item["teacher_log_tail"] for item in items]),
+        }
+        batch |= {"position_ids": position_ids} if self.packing else {"attention_mask": attention_mask}
+        temperatures = {item["temperature"] for item in items}
+        if len(temperatures) > 1:
+            raise ConfigError(f"all rows of a batch must share one temperature, got {sorted(temperatures)}")
+        extra = {"temperature": temperatures.pop(), "num_tokens": sum(totals)}
+        return {name: torch.from_numpy(array) for name, array in batch.items()} | extra
+
+
+def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor, TeacherBatch | None]:
+    """(model inputs, labels_N, teacher) of a collated batch, on whatever device it is.
+
+    labels_N is int64 [B * S] and shifted: labels_N[n] is the token that hidden row n predicts, or -100. The
+    teacher is None when the batch has no teacher targets.
+    """
+    inputs = {name: batch[name] for name in MODEL_COLUMNS if name in batch}
+    labels_BS = batch["labels"]
+    labels_N = torch.full(labels_BS.shape, IGNORED, dtype=torch.int64, device=labels_BS.device)
+    labels_N[:, :-1] = labels_BS[:, 1:]
+    teacher = None
+    if batch["teacher_rows"].numel():
+        teacher = TeacherBatch(
+            rows=batch["teacher_rows"].long(),
+            offsets=batch["teacher_offsets"].long(),
+            token_ids=batch["teacher_token_ids"],
+            logprobs=batch["teacher_logprobs"],
+            log_tail=batch["teacher_log_tail"],
+            temperature=batch["temperature"],
+        )
+    return inputs, labels_N.reshape(-1), teacher
+
+
+def count_targets(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """(tokens with cross-entropy, positions with KL) of a collated batch, as `split_batch` will see them.
+
+    Labels shift by one, so the first token of a sequence never counts, whatever its label.
+    """
+    return int((batch["labels"][:, 1:] != IGNORED).sum()), int(batch["teacher_rows"].numel())

@@ -1,0 +1,203 @@
+"""The settings of a training run: frozen, keyword-only, checked when they are made.
+
+Everything that `transformers.TrainingArguments` already names stays under that name in `training`; the fields
+here are what label annealing adds. `trainer.config_file` reads them from YAML and from the command line.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from formats.errors import ConfigError
+
+KL_DIRECTIONS = ("forward", "reverse")
+ROW_LOSSES = ("both", "ce", "kl")
+DTYPES = ("float32", "bfloat16", "float16")
+SAVE_DTYPES = ("same", *DTYPES)
+SMALLEST_TEMPERATURE = 0.5
+"""The coldest temperature at which caches hold the exact tail mass (formats.tail)."""
+
+
+def _number(name: str, value: Any, *, integer: bool = False) -> None:
+    kinds: tuple[type, ...] = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
+
+
+def _at_least(name: str, value: Any, low: float, advice: str, *, integer: bool = False) -> None:
+    _number(name, value, integer=integer)
+    if value < low:
+        raise ConfigError(f"{name} must be at least {low:g}, got {value:g}; {advice}")
+
+
+def _one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}")
+
+
+def _path(name: str, value: Any, what: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must name {what}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedCache:
+    """One more cache whose rows are mixed into the training rows: replayed data, or text to retain.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    path: str
+    """Directory of the cache. Its teacher must be the same initial model."""
+    weight: float = 1.0
+    """Rows (packs, when packing) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth."""
+    loss: str = "both"
+    """`both` learns and retains its text, `ce` is plain replay, `kl` retains without learning the text."""
+
+    def __post_init__(self) -> None:
+        _path("caches.path", self.path, "a cache directory")
+        _at_least("caches.weight", self.weight, 0.0, "a weight of 0.1 adds one row to ten of the target cache")
+        _one_of("caches.loss", self.loss, ROW_LOSSES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters (through `peft`) instead of full fine-tuning.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    r: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Scale: the adapter's product is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input, in [0, 1)."""
+    target_modules: str | Sequence[str] = "all-linear"
+    """Modules that get an adapter: `all-linear` (all but the output head), a name ending, or a list of them."""
+    merge: bool = True
+    """Merge the adapter into the saved model, which any engine can serve, and keep it in `adapter/` as well.
+    False saves the adapter alone."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.r", self.r, 1, "16 is a usual rank", integer=True)
+        _number("lora.alpha", self.alpha)
+        _at_least("lora.dropout", self.dropout, 0.0, "0 turns dropout off")
+        if self.dropout >= 1:
+            raise ConfigError(f"lora.dropout must be below 1, got {self.dropout:g}")
+        _flag("lora.merge", self.merge)
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run: which cache, which model, where to, and how strongly to hold on to the initial model.
+
+    The loss is `CE + kl_coef * KL`, each a mean over its own masked tokens of the whole optimizer step.
+
+    Raises:
+        ConfigError: a field is out of range or contradicts another; the message says what to use instead.
+    """
+
+    cache: str
+    """Directory of the target cache: the text to learn, with the initial model's logprobs."""
+    model: str
+    """The initial model: the one that built the cache (directory or hub name)."""
+    out: str
+    """Directory for the result; empty, new, or an interrupted run of the same settings, which is continued."""
+    revision: str | None = None
+    """Revision of a hub model."""
+
+    kl_coef: float = 1.0
+    """Weight of the KL term, the paper's lambda. 0 is direct fine-tuning through the same code."""
+    temperature: float = 1.0
+    """Softmax temperature T of teacher and student in the KL term, at least 0.5."""
+    kl_direction: str = "forward"
+    """`forward` is KL(initial || model), the paper's appendix A.3; `reverse` is its Eq. 2."""
+
+    step0_threshold: float = 0.02
+    """Nats. Training is refused when KL(initial || model) exceeds it before the first update: the model then is
+    not the teacher. docs/training.md gives the measured noise floor behind the default."""
+    step0_rows: int = 32
+    """Rows on which the KL before the first update is measured."""
+    allow_different_student: bool = False
+    """Distil into a model that is not the teacher (same vocabulary): lifts the identity and the step-0 refusal."""
+
+    packing: bool = False
+    """Put several rows into one sequence (best fit), with positions reset and no attention across rows."""
+    pack_length: int | None = None
+    """Tokens per packed sequence; by default the longest row of the caches."""
+    group_by_length: bool = False
+    """Batch rows of similar length together: less padding, slightly less random order."""
+    caches: Sequence[MixedCache] = ()
+    """Further caches mixed into the training rows."""
+
+    eval_caches: Mapping[str, str] = field(default_factory=dict)
+    """Name -> cache directory: evaluated after training, and whenever `training.eval_strategy` says so."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of all weights."""
+    dtype: str = "float32"
+    """Dtype of the weights while training. At fine-tuning rates bfloat16 weights swallow most updates: keep
+    float32 and let `training.bf16` compute in bfloat16."""
+    save_dtype: str = "same"
+    """Dtype of the saved model; `same` is the dtype in which the initial model is stored."""
+    attn_implementation: str | None = None
+    """Attention kernel, as in `from_pretrained`: sdpa, eager, flash_attention_2, ..."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoint directories when the run has finished."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """`transformers.TrainingArguments`, names unchanged; what is absent takes `trainer.recipe.DEFAULTS`."""
+
+    def __post_init__(self) -> None:
+        _path("cache", self.cache, "a cache directory, such as one made by `anneal cache build`")
+        _path("model", self.model, "the initial model, the one that built the cache (--model)")
+        _path("out", self.out, "the directory for the result (--out)")
+        _at_least("kl_coef", self.kl_coef, 0.0, "0 is direct fine-tuning, 1 is the usual start")
+        _number("temperature", self.temperature)
+        if self.temperature < SMALLEST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature must be at least {SMALLEST_TEMPERATURE:g}, the coldest one whose tail a cache holds, "
+                f"got {self.temperature:g}; 1 is the usual choice"
+            )
+        _one_of("kl_direction", self.kl_direction, KL_DIRECTIONS)
+        _at_least("step0_threshold", self.step0_threshold, 0.0, "the default is 0.02 nats")
+        _at_least("step0_rows", self.step0_rows, 1, "the default is 32", integer=True)
+        if self.pack_length is not None:
+            _at_least("pack_length", self.pack_length, 2, "leave it out to take the longest row", integer=True)
+        for name in ("allow_different_student", "packing", "group_by_length", "keep_checkpoints"):
+            _flag(name, getattr(self, name))
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("save_dtype", self.save_dtype, SAVE_DTYPES)
+        object.__setattr__(self, "caches", tuple(self.caches))
+        object.__setattr__(self, "eval_caches", dict(self.eval_caches))
+        object.__setattr__(self, "training", dict(self.training))
+        for cache in self.caches:
+            if not isinstance(cache, MixedCache):
+                raise ConfigError(f"caches must hold entries of path, weight and loss, got {cache!r}")
+        for name, path in self.eval_caches.items():
+            _path(f"eval_caches.{name}", path, "a cache directory")
+        if self.pack_length is not None and not self.packing:
+            raise ConfigError("pack_length needs packing, got packing: false; add packing: true")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, as written to `anneal.yaml`."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, MixedCache | LoraSettings):
+                return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
+            if isinstance(value, Mapping):
+                return {str(key): plain(entry) for key, entry in value.items()}
+            if isinstance(value, list | tuple):
+                return [plain(entry) for entry in value]
+            return value
+
+        return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}

@@ -1,0 +1,170 @@
+"""Settings from three places, the later winning: a YAML file, the command line's flags, `--set key=value`.
+
+Unknown keys are errors that name the nearest right one. Values of `--set` are read as YAML, so `true`, `3` and
+`[q_proj, v_proj]` mean what they look like, and so does `1e-5`, which YAML 1.1 would read as a string.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from formats.commit import atomic_write_bytes
+from formats.errors import ConfigError
+from trainer.config import LoraSettings, MixedCache, TrainConfig
+
+RESOLVED_NAME = "anneal.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML whose floats follow YAML 1.2: `1e-5` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in entries if tag != "tag:yaml.org,2002:float"]
+    for key, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)|[0-9]+\.[0-9]*|\.inf|\.Inf|\.nan|\.NaN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The YAML value in `text`.
+
+    Raises:
+        ConfigError: the text is not YAML; the message gives the place, in one line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: no tags that construct objects
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where} must be valid YAML, got a fault{place}: {problem}") from None
+
+
+def refuse_unknown(keys: Iterable[str], known: Iterable[str], prefix: str = "") -> None:
+    """Raise ConfigError at the first key that is not known, naming the nearest known one."""
+    choices = sorted(known)
+    for key in keys:
+        if key not in choices:
+            near = difflib.get_close_matches(str(key), choices, n=1, cutoff=0.5)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(choices)}"
+            raise ConfigError(f"unknown setting {prefix}{key}; {advice}")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"--config must name a readable YAML file, got {path}: {reason}") from None
+    value = parse_yaml(text, str(path))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(value).__name__}")
+    return value
+
+
+def apply_override(settings: dict[str, Any], assignment: str) -> None:
+    """Apply one `a.b=c` to nested dicts (and lists, by index), in place.
+
+    Raises:
+        ConfigError: there is no `=`, or the path runs through something that has no keys.
+    """
+    key, separator, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set takes KEY=VALUE, got {assignment!r}; for example --set training.learning_rate=1e-5")
+    value = parse_yaml(text, f"the value of --set {key}")
+    node: Any = settings
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"--set {key}: {part} must be an index below {len(node)}")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            if not last and node.get(part) is None:
+                node[part] = {}
+        else:
+            raise ConfigError(f"--set {key}: {'.'.join(parts[:depth])} is a plain value and has no {part}")
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a mapping, got {value!r}")
+    return dict(value)
+
+
+def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
+    """A TrainConfig from plain dicts, as in YAML.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value out of range.
+    """
+    values = dict(settings)
+    refuse_unknown(values, [entry.name for entry in fields(TrainConfig)])
+    for entry in fields(TrainConfig):
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if required and values.get(entry.name) is None:
+            flag = "the CACHE argument" if entry.name == "cache" else f"--{entry.name}"
+            raise ConfigError(f"{entry.name} is required; give {flag} or `{entry.name}:` in the --config file")
+    for name in ("training", "eval_caches"):
+        if name in values:
+            values[name] = _mapping(name, values[name] or {})
+    lora_names = [entry.name for entry in fields(LoraSettings)]
+    if values.get("lora") is not None:
+        lora = _mapping("lora", values["lora"])
+        refuse_unknown(lora, lora_names, "lora.")
+        values["lora"] = LoraSettings(**lora)
+    caches = values.get("caches") or []
+    if not isinstance(caches, list | tuple):
+        raise ConfigError(f"caches must be a list of path, weight and loss, got {caches!r}")
+    mixed = []
+    for entry in caches:
+        cache = {"path": entry} if isinstance(entry, str) else _mapping("an entry of caches", entry)
+        refuse_unknown(cache, [item.name for item in fields(MixedCache)], "caches.")
+        mixed.append(MixedCache(**{"path": "", **cache}))
+    values["caches"] = mixed
+    return TrainConfig(**values)
+
+
+def load_config(
+    path: str | Path | None = None,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+) -> TrainConfig:
+    """The settings of a run: YAML file, then flags that are not None, then `KEY=VALUE` overrides.
+
+    Raises:
+        ConfigError: as `read_config_file`, `apply_override` and `config_from_dict`.
+    """
+    settings = read_config_file(path) if path is not None else {}
+    settings |= {key: value for key, value in (flags or {}).items() if value is not None}
+    for assignment in overrides:
+        apply_override(settings, assignment)
+    return config_from_dict(settings)
+
+
+def save_config(settings: Mapping[str, Any], path: Path) -> None:
+    """Write plain settings as YAML, in their own order, atomically."""
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, default_flow_style=False)
+    atomic_write_bytes(path, text.encode())

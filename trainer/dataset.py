@@ -1,0 +1,152 @@
+"""Cached rows as a map-style `torch.utils.data.Dataset`: decoded where they are fetched, in the loader's worker.
+
+An item is a dict of compact numpy arrays, never lists and never int64. The tail mass is taken at the run's
+temperature here, so the interpolation runs in the worker and the GPU sees one number per position.
+
+L: tokens of the row, P: positions with teacher targets, E: their head entries together.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+
+from formats.cache import TeacherCache
+from formats.errors import ConfigError, FormatError
+from trainer.config import ROW_LOSSES
+
+IGNORED = -100
+"""The label of a token that carries no cross-entropy."""
+
+Item = dict[str, Any]
+
+
+class Unit(tuple[int, ...]):
+    """Row numbers that form one sequence of a batch: a single row, or several when packing."""
+
+    __slots__ = ()
+    is_filler = False
+
+
+class Filler(Unit):
+    """A unit that only keeps a rank busy while others finish: its rows carry no loss."""
+
+    __slots__ = ()
+    is_filler = True
+
+
+class CachedDataset(torch.utils.data.Dataset[Any]):
+    """Rows of one cache with their teacher targets, random access, picklable for spawned workers.
+
+    `dataset[i]` is row i as a dict:
+
+        input_ids         int32 [L]
+        labels            int32 [L], not shifted: labels[t] is input_ids[t], or -100 where t carries no loss
+        teacher_positions int32 [P]: hidden state at this index predicts the token after it
+        teacher_counts    int32 [P]: head entries per position
+        teacher_token_ids int32 [E], teacher_logprobs float32 [E] at T = 1
+        teacher_log_tail  float32 [P]: A(1/T) at `temperature`
+        temperature       float: that T
+
+    Args:
+        cache: an open `formats.TeacherCache`, or its path.
+        temperature: T of the KL term.
+        loss: `both`; `ce` leaves the teacher out; `kl` sets every label to -100.
+
+    Raises:
+        FormatError: the cache is missing, unfinished or broken.
+        ConfigError: the cache has no rows, or no teacher positions although KL is asked for.
+    """
+
+    def __init__(self, cache: TeacherCache | str | Path, temperature: float = 1.0, loss: str = "both") -> None:
+        if loss not in ROW_LOSSES:
+            raise ConfigError(f"loss must be one of {', '.join(ROW_LOSSES)}, got {loss!r}")
+        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
+        self.temperature = float(temperature)
+        self.loss = loss
+        if len(self.cache) == 0:
+            raise ConfigError(f"a training cache needs rows, got none in {self.name}; check the corpus it was built from")
+        if loss != "ce" and not sum(shard.num_positions for shard in self.cache.manifest.shards):
+            raise ConfigError(
+                f"KL needs teacher positions, got a cache without any: {self.name}; its rows carry no loss, "
+                "rebuild with --positions all or train with --kl-coef 0"
+            )
+
+    @property
+    def name(self) -> str:
+        """What to call the cache in messages."""
+        return str(self.cache.path)
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def lengths(self) -> np.ndarray:
+        """int32 [rows]: tokens per row, for packing and grouping; payloads are not decoded."""
+        return np.fromiter((len(self.cache.tokens(i)) for i in range(len(self))), np.int32, count=len(self))
+
+    def index_of(self, key: bytes) -> int:
+        """The row with this content key; KeyError when the cache does not hold it."""
+        return self.cache.index_of(key)
+
+    def __getitem__(self, index: int) -> Item:
+        row = self.cache[int(index)]
+        topk = row.teacher
+        if self.loss == "kl":
+            labels = np.full(len(row.input_ids), IGNORED, np.int32)
+        else:
+            labels = np.where(row.loss_mask, row.input_ids, np.int32(IGNORED)).astype(np.int32)
+        item: Item = {"input_ids": row.input_ids, "labels": labels, "temperature": self.temperature}
+        if self.loss == "ce":
+            return item | no_teacher()
+        positions = np.asarray(row.positions, dtype=np.int32)
+        if len(positions) != len(topk):
+            raise FormatError(f"row {index} of {self.name} has {len(positions)} positions but {len(topk)} targets")
+        return item | {
+            "teacher_positions": positions,
+            "teacher_counts": topk.counts.astype(np.int32),
+            "teacher_token_ids": topk.token_ids,
+            "teacher_logprobs": topk.logprobs,
+            "teacher_log_tail": np.asarray(topk.log_tail(self.temperature), dtype=np.float32),
+        }
+
+
+def no_teacher() -> Item:
+    """The teacher columns of a row without teacher targets."""
+    return {
+        "teacher_positions": np.zeros(0, np.int32),
+        "teacher_counts": np.zeros(0, np.int32),
+        "teacher_token_ids": np.zeros(0, np.int32),
+        "teacher_logprobs": np.zeros(0, np.float32),
+        "teacher_log_tail": np.zeros(0, np.float32),
+    }
+
+
+class UnitDataset(torch.utils.data.Dataset[Any]):
+    """Several datasets end to end, fetched by `Unit`: what the loader of a mixed, packed run reads.
+
+    `dataset[unit]` is the list of the unit's items. Row r of dataset d has the number `offsets[d] + r`.
+    """
+
+    def __init__(self, datasets: Sequence[Any]) -> None:
+        self.datasets = list(datasets)
+        self.offsets = np.concatenate([[0], np.cumsum([len(dataset) for dataset in self.datasets])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def row(self, number: int) -> Item:
+        """The item of a row by its overall number."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"row must be below {len(self)}, got {number}")
+        which = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        return self.datasets[which][number - int(self.offsets[which])]
+
+    def __getitem__(self, unit: Unit | int) -> list[Item]:
+        if isinstance(unit, int):
+            unit = Unit((unit,))
+        items = [self.row(number) for number in unit]
+        if unit.is_filler:
+            items = [item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher() for item in items]
+        return items

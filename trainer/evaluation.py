@@ -1,0 +1,180 @@
+"""How well a model fits a text, and how far it has moved from the initial model, read off an evaluation cache.
+
+An evaluation cache holds held-out text with the *initial* model's logprobs, so one pass of the model under test
+gives cross-entropy, perplexity and KL(initial || model) (T = 1, forward) without loading the initial model.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from formats.cache import TeacherCache
+from formats.errors import ConfigError, IdentityMismatchError
+from formats.fingerprint import TokenizerFingerprint, resolve_model
+from trainer.loading import load_model, load_tokenizer, quiet_transformers, require_vocabulary
+
+Result = dict[str, float | int | None]
+
+
+def evaluate(
+    model_dir: str | Path,
+    caches: Mapping[str, str | Path] | Sequence[str | Path],
+    *,
+    batch_tokens: int = 8192,
+    dtype: str = "float32",
+    device: str | None = None,
+    limit: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Result]:
+    """Evaluate a model (full or adapters) on one or more evaluation caches.
+
+    Args:
+        model_dir: the trained model, or the initial one.
+        caches: name -> cache directory, or directories, which are then named after themselves.
+        batch_tokens: padded tokens per forward pass.
+        dtype: of the weights while evaluating.
+        device: such as `cuda:0`; by default the first GPU, else the CPU.
+        limit: only the first rows of each cache.
+        progress: called with (cache name, rows done, rows in all) after every batch.
+
+    Returns:
+        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, head_mass}; nats, per token; kl and
+        head_mass are None for a cache without teacher positions, ce and perplexity for one without labels.
+
+    Raises:
+        ConfigError: not a model, no tokenizer, two caches of one name.
+        FormatError: a cache is missing, unfinished or broken.
+        IdentityMismatchError: another vocabulary or tokenizer, or another initial model than the one this model was
+            trained from.
+    """
+    import torch
+
+    from trainer.collator import LabelAnnealingCollator
+    from trainer.dataset import CachedDataset
+    from trainer.head import OutputHead
+    from trainer.measure import measure
+
+    named = name_caches(caches)
+    quiet_transformers()
+    directory = resolve_model(model_dir)
+    opened = {name: TeacherCache(path) for name, path in named.items()}
+    tokenizer = load_tokenizer(directory)
+    for cache in opened.values():
+        require_related(cache, directory, tokenizer)
+    model = load_model(directory, dtype=dtype)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(target).eval()
+    head = OutputHead.of(model).install()
+    collator = LabelAnnealingCollator(getattr(tokenizer, "pad_token_id", None) or 0)
+    results: dict[str, Result] = {}
+    for name, cache in opened.items():
+        head.vocab_size = require_vocabulary(cache, head.num_outputs, allow_padding=True)
+        num_positions = sum(shard.num_positions for shard in cache.manifest.shards)
+        dataset = CachedDataset(cache, loss="both" if num_positions else "ce")
+        num_rows = len(dataset) if limit is None else min(limit, len(dataset))
+        groups = batches_of_tokens(dataset.lengths()[:num_rows], batch_tokens)
+
+        def loader(name: str = name, dataset: CachedDataset = dataset, groups: list = groups) -> Iterator[Any]:
+            done, total = 0, sum(len(group) for group in groups)
+            for group in groups:
+                batch = collator([dataset[row] for row in group])
+                yield {k: v.to(target) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                done += len(group)
+                if progress is not None:
+                    progress(name, done, total)
+
+        found = measure(model, head, loader())
+        results[name] = {
+            "ce": found.ce if found.num_ce else None,
+            "perplexity": found.perplexity if found.num_ce else None,
+            "kl": found.kl if found.num_kl else None,
+            "num_tokens": found.num_ce,
+            "num_positions": found.num_kl,
+            "num_rows": num_rows,
+            "head_mass": found.head_mass if found.num_kl else None,
+        }
+    head.remove()
+    return results
+
+
+def name_caches(caches: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
+    """Name -> path; a path without a name is called by its last part.
+
+    Raises:
+        ConfigError: none given, or two of one name.
+    """
+    if isinstance(caches, Mapping):
+        named = {str(name): str(path) for name, path in caches.items()}
+    else:
+        named = {}
+        for path in caches:
+            name = str(path).rstrip("/").rsplit("/", 1)[-1]
+            if name in named:
+                raise ConfigError(f"evaluation caches need different names, got {name} twice; name them NAME=CACHE")
+            named[name] = str(path)
+    if not named:
+        raise ConfigError("evaluation needs at least one cache, got none; build one from held-out text")
+    return named
+
+
+def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:
+    """Row numbers in batches of similar length and at most `batch_tokens` padded tokens, at least one row each."""
+    batches: list[list[int]] = []
+    for row in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
+        # Sorted longest first, so the first row of a batch sets its width.
+        if batches and (len(batches[-1]) + 1) * int(lengths[batches[-1][0]]) <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> None:
+    """Refuse a cache whose numbers mean nothing for this model.
+
+    The vocabulary must agree; and a model that records which initial model it comes from (`anneal.json`) is only
+    compared with caches of that one.
+
+    Raises:
+        IdentityMismatchError: naming the part that differs.
+    """
+    recorded = cache.identity
+    vocabulary = TokenizerFingerprint.of(tokenizer).vocabulary
+    if recorded.tokenizer.get("vocabulary") not in (None, vocabulary):
+        raise IdentityMismatchError(
+            f"{cache.path}: an evaluation cache must use the model's tokenizer, got another vocabulary; "
+            "rebuild it with the initial model"
+        )
+    try:
+        record = json.loads((model_dir / "anneal.json").read_text(encoding="utf-8"))
+        weights = record["identity"]["teacher"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if recorded.teacher.get("weights") not in (None, weights):
+        raise IdentityMismatchError(
+            f"{cache.path}: KL to the initial model needs a cache of the initial model, got one built with other "
+            f"weights ({str(recorded.teacher['weights'])[:12]}, the model was trained from {str(weights)[:12]}); "
+            "rebuild the cache with the initial model"
+        )
+
+
+def format_evaluation(results: Mapping[str, Result]) -> str:
+    """A table for people: one line per cache."""
+    header = ("cache", "CE", "perplexity", "KL(initial || model)", "tokens")
+    rows = [header]
+    for name, result in results.items():
+        cells = [_cell(result.get(key), form) for key, form in (("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"))]
+        rows.append((name, *cells, f"{result['num_tokens']:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in range(1, len(header))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,378 @@
+"""`transformers.Trainer` with the label annealing loss, and the traps of that class closed.
+
+- The loss is taken inside the wrapped forward (trainer/head.py); `compute_loss_func` would only see logits.
+- Denominators count the shifted labels and the teacher positions of all micro-batches and all ranks of a step, and
+  the mean that DDP and FSDP take over ranks is undone, so the gradient does not depend on how a batch is split.
+- The base class must not divide by the accumulation steps again (`loss_is_scaled_for_ga`).
+- Its loaders would drop the teacher's columns and repeat rows to even out the ranks: batches come from
+  trainer/sampler.py instead.
+- Checkpoints are staged, marked and renamed (trainer/checkpoint.py); no pickled arguments are written.
+
+Cost over plain fine-tuning: the teacher's entries in the batch, a few operations on them in the loss.
+"""
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, seed_worker
+
+from formats.errors import ConfigError
+from trainer import checkpoint
+from trainer.collator import LabelAnnealingCollator, count_targets, split_batch
+from trainer.dataset import CachedDataset, UnitDataset
+from trainer.head import HeadRequest, OutputHead
+from trainer.measure import Measurement, measure
+from trainer.packing import best_fit
+from trainer.sampler import EpochBatches, Source
+from trainer.signals import StopRequest
+from trainer.window import LogWindow
+
+TRAINER_STATE_NAME = "trainer_state.json"
+
+
+class LabelAnnealingTrainer(Trainer):
+    """Fine-tune with `loss = CE + kl_coef * KL` from a cache. Everything else is `transformers.Trainer`.
+
+    Args:
+        model: a causal language model, with adapters or without, not yet wrapped.
+        args: `TrainingArguments`; `remove_unused_columns` is turned off.
+        train_dataset: a `CachedDataset` at the run's temperature.
+        eval_dataset: a `CachedDataset` or a dict of them.
+        mixed: further datasets, each with its weight (units per unit of the training dataset).
+        kl_coef, kl_direction: as in `label_annealing_loss`.
+        packing, pack_length, group_by_length: as in `TrainConfig`.
+        processing_class: the tokenizer, saved with the model.
+
+    Logged beside the Trainer's own: ce, kl, head_mass, student_head_mass, tokens_per_second, memory_gib; and
+    {prefix}_ce, _kl, _perplexity, _num_tokens from evaluation.
+
+    Raises:
+        ConfigError: the model's head, the datasets or the arguments do not fit label annealing.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train_dataset: CachedDataset | None = None,
+        eval_dataset: CachedDataset | dict[str, CachedDataset] | None = None,
+        mixed: Sequence[tuple[CachedDataset, float]] = (),
+        kl_coef: float = 1.0,
+        kl_direction: str = "forward",
+        packing: bool = False,
+        pack_length: int | None = None,
+        group_by_length: bool = False,
+        processing_class: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        args.remove_unused_columns = False
+        if args.label_smoothing_factor:
+            raise ConfigError("label smoothing is not part of label annealing; set label_smoothing_factor to 0")
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"several GPUs need one process each, got one process for {args.n_gpu}; "
+                "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+            )
+        self.head = OutputHead.of(model).install()
+        self.kl_coef, self.kl_direction = kl_coef, kl_direction
+        self.packing, self.pack_length, self.group_by_length = packing, pack_length, group_by_length
+        self.mixed = list(mixed)
+        self.stop_request = StopRequest()
+        self.log_window: LogWindow | None = None
+        self.epoch_batches: EpochBatches | None = None
+        self._layout: tuple[list[list[list[int]]], np.ndarray | None] | None = None
+        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
+        self._collators = {flag: LabelAnnealingCollator(pad_token_id, packing=flag) for flag in (False, True)}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            data_collator=self._collators[packing],
+            processing_class=processing_class,
+            callbacks=[_StepControl(self), *callbacks],
+            **kwargs,
+        )
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ConfigError("tensor, context and sequence parallel training are not supported; use DDP or FSDP")
+
+    # --- batches ----------------------------------------------------------------------------------------
+
+    def _loader(self, datasets: Sequence[CachedDataset], batches: EpochBatches, *, packing: bool) -> DataLoader:
+        args = self.args
+        workers = args.dataloader_num_workers
+        return DataLoader(
+            UnitDataset(datasets),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=self._collators[packing],
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        )
+
+    def _units(self, datasets: Sequence[CachedDataset]) -> tuple[list[list[list[int]]], np.ndarray | None]:
+        """Units of every dataset in overall row numbers, and all lengths where they matter; made once."""
+        if self._layout is None:
+            lengths = None
+            if self.packing or self.group_by_length:
+                lengths = np.concatenate([dataset.lengths() for dataset in datasets])
+            layout, start = [], 0
+            for dataset in datasets:
+                if self.packing and lengths is not None:
+                    capacity = self.pack_length or int(lengths.max())
+                    packs = best_fit(lengths[start : start + len(dataset)], capacity)
+                    layout.append([[start + row for row in pack] for pack in packs])
+                else:
+                    layout.append([[start + row] for row in range(len(dataset))])
+                start += len(dataset)
+            self._layout = layout, lengths
+        return self._layout
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's batches of an epoch; the order depends on the data seed and the epoch alone."""
+        if self.train_dataset is None:
+            raise ConfigError("training needs a train_dataset, got none")
+        datasets = [self.train_dataset, *(dataset for dataset, _ in self.mixed)]
+        units, lengths = self._units(datasets)  # type: ignore[arg-type]
+        weights = [1.0, *(weight for _, weight in self.mixed)]
+        args = self.args
+        self.epoch_batches = EpochBatches(
+            [Source(units=u, weight=w) for u, w in zip(units, weights, strict=True)],
+            self._train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+            lengths=lengths if self.group_by_length else None,
+            window=args.gradient_accumulation_steps * args.world_size,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return self._loader(datasets, self.epoch_batches, packing=self.packing)  # type: ignore[arg-type]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This rank's batches for evaluation, never packed; every row is counted once."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(dataset, CachedDataset):
+            raise ConfigError(f"evaluation needs a CachedDataset, got {type(dataset).__name__}")
+        return self.loader_of_rows(dataset, np.arange(len(dataset)), packing=False)
+
+    def loader_of_rows(self, dataset: CachedDataset, rows: Iterable[int], *, packing: bool) -> DataLoader:
+        """This rank's share of the given rows, in order, in batches of the evaluation size."""
+        args = self.args
+        batches = EpochBatches(
+            [Source(units=[[int(row)] for row in rows])],
+            args.eval_batch_size,
+            shuffle=False,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return self._loader([dataset], batches, packing=packing)
+
+    # --- the loss ---------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """int64 [3]: labels, teacher positions and tokens of all micro-batches of a step on all ranks."""
+        counts = [(*count_targets(batch), batch["num_tokens"]) for batch in batch_samples]
+        totals = torch.tensor(counts, dtype=torch.int64).reshape(-1, 3).sum(0).to(device)
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        if self.log_window is None:
+            self.log_window = LogWindow(device)
+        self.log_window.step(int(totals[2]))
+        return totals
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, scaled so that sums over micro-batches and means over ranks are the step's."""
+        model_inputs, labels_N, teacher = split_batch(inputs)
+        request = HeadRequest(
+            labels_N=labels_N, teacher=teacher, kl_coef=self.kl_coef, kl_direction=self.kl_direction
+        )
+        if num_items_in_batch is not None:
+            # DDP and FSDP average over ranks what ought to be summed; a smaller denominator undoes it.
+            share = num_items_in_batch[:2] / self.args.world_size
+            request.num_ce, request.num_kl = share[0], share[1]
+        with self.head.requested(request):
+            outputs = model(**model_inputs)
+        if self.log_window is not None and request.output is not None:
+            self.log_window.add(request.output)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    # --- evaluation -------------------------------------------------------------------------------------
+
+    def measure_rows(self, dataloader: DataLoader, kl_direction: str = "forward", on_batch: Any = None) -> Measurement:
+        """Means over a loader on all ranks. Collective."""
+        model = self._evaluation_model()
+
+        def reduce(sums: torch.Tensor) -> torch.Tensor:
+            if self.args.world_size == 1:
+                return sums
+            return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
+
+        return measure(
+            model,
+            self.head,
+            dataloader,
+            kl_direction=kl_direction,
+            prepare=self._prepare_inputs,
+            reduce=reduce,
+            on_batch=on_batch or (lambda: None),
+        )
+
+    def _evaluation_model(self) -> nn.Module:
+        """The model to call without gradients: sharded under FSDP, else the one inside DDP."""
+        if not self.accelerator._models and self.model_wrapped is self.model:
+            if self.is_fsdp_enabled:
+                self.model = self.model_wrapped = self.accelerator.prepare(self.model)
+            else:
+                self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return self.model
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """CE, perplexity and KL(initial || model) over a loader of `get_eval_dataloader`."""
+        self.callback_handler.eval_dataloader = dataloader
+
+        def on_batch() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        result = self.measure_rows(dataloader, on_batch=on_batch)
+        metrics: dict[str, float] = {"ce": result.ce, "perplexity": result.perplexity, "num_tokens": result.num_ce}
+        loss = result.ce
+        if result.num_kl:
+            metrics |= {"kl": result.kl, "head_mass": result.head_mass}
+            loss += self.kl_coef * result.kl
+        metrics["loss"] = loss
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        num_samples = self.num_examples(dataloader)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=num_samples)  # type: ignore[arg-type]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the base class; its time does not count as training time."""
+        start = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._pause(time.perf_counter() - start)
+
+    # --- logs and checkpoints ---------------------------------------------------------------------------
+
+    def _pause(self, seconds: float) -> None:
+        if self.log_window is not None:
+            self.log_window.pause(seconds)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the interval to the Trainer's own line."""
+        if "loss" in logs and self.log_window is not None:
+
+            def mean(sums: torch.Tensor) -> torch.Tensor:
+                return sums if self.args.world_size == 1 else self.accelerator.reduce(sums, reduction="mean")
+
+            logs |= self.log_window.drain(mean)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the base class, without `training_args.bin`: a pickle of the arguments has no place in a model."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write everything to a staging directory, mark it complete, rename it, then drop surplus old ones."""
+        begin = time.perf_counter()
+        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        staging, final = checkpoint.staging_directory(run_dir, step), checkpoint.final_directory(run_dir, step)
+        if checkpoint.is_complete(final):
+            return
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.store_flos()
+        self.save_model(str(staging), _internal_call=True)
+        if self.state.best_global_step:
+            best = checkpoint.final_directory(run_dir, self.state.best_global_step)
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+        if self.args.should_save:
+            self._collect_callback_states()
+            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.commit_checkpoint(staging, final, step)
+            best_path = self.state.best_model_checkpoint
+            checkpoint.rotate(run_dir, self.args.save_total_limit, Path(best_path) if best_path else None)
+        self.accelerator.wait_for_everyone()
+        self._pause(time.perf_counter() - begin)
+
+    def _collect_callback_states(self) -> None:
+        """Refresh what stateful callbacks want saved, as the base class does before it writes the state."""
+        stateful: Mapping[str, Any] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                if isinstance(stateful.get(name), dict):
+                    state = [stateful[name], state]
+                elif isinstance(stateful.get(name), list):
+                    state = [*stateful[name], state]
+                stateful = {**stateful, name: state}
+        self.state.stateful_callbacks = dict(stateful)
+
+
+class _StepControl(TrainerCallback):
+    """Keeps the sampler's epoch in step, and turns a signal into a checkpoint and a clean end."""
+
+    def __init__(self, trainer: LabelAnnealingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        batches = self.trainer.epoch_batches
+        if batches is not None:
+            updates = -(-len(batches) // args.gradient_accumulation_steps)
+            batches.set_epoch(state.global_step // max(updates, 1))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Time spent before the first step (loading, compiling, the check) is no training time.
+        self.trainer.log_window = LogWindow(args.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stop = self.trainer.stop_request.requested
+        if args.world_size > 1:  # a signal may reach the ranks at different steps
+            flag = torch.tensor(int(stop), device=args.device)
+            stop = bool(self.trainer.accelerator.reduce(flag, reduction="sum"))
+        if stop:
+            control.should_training_stop = control.should_save = True
+        if stop or state.global_step >= state.max_steps:
+            control.should_log = True  # a run always ends with a line of its own

@@ -1,0 +1,102 @@
+"""Mean cross-entropy and KL of a model over a loader, without gradients.
+
+One loop serves the check before the first update, evaluation during training and `anneal eval`. Sums and counts
+are kept apart until the end, so batches of any size and any number of ranks give the same means.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.collator import split_batch
+from trainer.head import HeadRequest, OutputHead
+
+FIELDS = 6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Means over all targets of a loader, in nats."""
+
+    ce: float
+    """Cross-entropy per token that carries loss; NaN without any."""
+    kl: float
+    """KL(initial || model) per position with teacher targets, at the dataset's temperature; NaN without any."""
+    num_ce: int
+    """Tokens that carry loss."""
+    num_kl: int
+    """Positions with teacher targets."""
+    head_mass: float
+    """Mean probability the teacher gives to the tokens the cache kept."""
+    student_head_mass: float
+    """Mean probability the model gives to them."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(ce)."""
+        return math.exp(self.ce) if self.ce < 700 else math.inf
+
+    @classmethod
+    def of_sums(cls, sums: torch.Tensor) -> "Measurement":
+        """From float64 [6]: sums of ce, kl, head mass and student head mass, then the two counts."""
+        ce, kl, head, student, num_ce, num_kl = sums.tolist()
+
+        def mean(total: float, count: float) -> float:
+            return total / count if count else math.nan
+
+        return cls(
+            ce=mean(ce, num_ce),
+            kl=mean(kl, num_kl),
+            num_ce=int(num_ce),
+            num_kl=int(num_kl),
+            head_mass=mean(head, num_kl),
+            student_head_mass=mean(student, num_kl),
+        )
+
+
+def batch_sums(model: nn.Module, head: OutputHead, batch: dict[str, Any], kl_direction: str) -> torch.Tensor:
+    """float64 [6] on the CPU: what one batch, already on the model's device, adds to the sums."""
+    inputs, labels_N, teacher = split_batch(batch)
+    request = HeadRequest(labels_N=labels_N, teacher=teacher, kl_direction=kl_direction, num_ce=1.0, num_kl=1.0)
+    with torch.no_grad(), head.requested(request):
+        model(**inputs)
+    output = request.output
+    assert output is not None
+    values = (output.ce, output.kl, output.head_mass * output.num_kl, output.student_head_mass * output.num_kl)
+    return torch.stack([value.float() for value in (*values, output.num_ce, output.num_kl)]).double().cpu()
+
+
+def measure(
+    model: nn.Module,
+    head: OutputHead,
+    batches: Iterable[dict[str, Any]],
+    *,
+    kl_direction: str = "forward",
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Measurement:
+    """Run the model over all batches and average.
+
+    Args:
+        model: as it is called in training (under FSDP the wrapped one), with `head` installed.
+        batches: collated batches of this rank; every rank must have the same number of them.
+        kl_direction: `forward` or `reverse`.
+        prepare: moves a batch to the model's device.
+        reduce: adds float64 [6] over all ranks.
+        on_batch: called after each batch.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(FIELDS, dtype=torch.float64)
+    try:
+        for batch in batches:
+            sums += batch_sums(model, head, prepare(batch), kl_direction)
+            on_batch()
+    finally:
+        model.train(was_training)
+    return Measurement.of_sums(reduce(sums))

@@ -1,0 +1,62 @@
+"""README.md of the result: what was trained from what, how strongly it was held, and what came of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import TrainConfig
+
+
+def model_card(
+    config: TrainConfig,
+    *,
+    cache_id: str,
+    identity: Mapping[str, Any],
+    training: Mapping[str, Any],
+    step0: Mapping[str, Any] | None,
+    num_steps: int,
+    last: Mapping[str, float],
+    evaluation: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The card as Markdown with the front matter that model hubs read."""
+    teacher, corpus = identity.get("teacher", {}), identity.get("corpus", {})
+    base = str(teacher.get("name") or config.model)
+    method = "direct fine-tuning" if config.kl_coef == 0 else "label annealing"
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if "/" in base and not base.startswith(("/", ".")) and base.count("/") == 1:
+        lines.append(f"base_model: {base}")
+    lines += ["tags:", "- anneal", "- label-annealing", "---", ""]
+    lines += [f"# {base.rstrip('/').rsplit('/', 1)[-1]}, fine-tuned by {method}", ""]
+    lines += [
+        f"Fine-tuned from `{base}` with `loss = CE + {config.kl_coef:g} * KL` on every training token, where KL compares "
+        "the model with its own initial weights, read from a cache of teacher logprobs.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+    ]
+    settings: dict[str, Any] = {
+        "cache": f"`{cache_id[:16]}`",
+        "corpus": corpus.get("source") or "-",
+        "kl_coef": f"{config.kl_coef:g}",
+        "temperature": f"{config.temperature:g}",
+        "kl_direction": config.kl_direction,
+        "steps": num_steps,
+        "learning rate": training.get("learning_rate"),
+        "sequences per step (per process)": int(training.get("per_device_train_batch_size", 1))
+        * int(training.get("gradient_accumulation_steps", 1)),
+        "adapters": f"LoRA, rank {config.lora.r}{', merged' if config.lora.merge else ''}" if config.lora else "none",
+    }
+    if step0:
+        settings["KL before the first update"] = f"{step0['kl']:.2e} nats (threshold {step0['threshold']:g})"
+    if "ce" in last:
+        settings["last logged CE"] = f"{last['ce']:.4f}"
+    if "kl" in last:
+        settings["last logged KL"] = f"{last['kl']:.5f}"
+    lines += [f"| {name} | {value} |" for name, value in settings.items()]
+    if evaluation:
+        lines += ["", "## Evaluation", "", "| text | CE | perplexity | KL(initial \\|\\| model) | tokens |", "|---|---|---|---|---|"]
+        for name, result in evaluation.items():
+            kl = "-" if result.get("kl") is None else f"{result['kl']:.5f}"
+            lines.append(f"| {name} | {result['ce']:.4f} | {result['perplexity']:.3f} | {kl} | {result['num_tokens']:,} |")
+        lines += ["", "KL is measured at T = 1 in nats per token against the initial model."]
+    lines += ["", "The settings to repeat the run are in `anneal.yaml`, the measurements in `anneal.json`.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""Which rows form which batch: mixing, shuffling, length grouping and the split over ranks, in one place.
+
+An epoch is a list of units (rows or packs). Every source contributes `round(weight * units of the target)` of
+them, taken from an endless chain of seeded permutations, so that a replay cache of weight 0.1 shows other rows
+in the next epoch until all were seen. The list depends on the seed and the epoch alone.
+
+An optimizer step covers `batch_size * accumulation * world_size` consecutive units and micro-batch j of it goes
+to rank j % world_size: the same step, and the same gradient, however the batch is split over accumulation and
+ranks. Where the last micro-batches do not reach every rank, the others get a `Filler` that carries no loss.
+
+Nothing is kept between epochs: to resume is to ask for the same epoch again and skip.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch.utils.data
+
+from trainer.dataset import Filler, Unit
+
+GROUPING_WINDOW = 32
+"""Optimizer steps over which units are sorted by length; wider pads less and shuffles less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The units of one cache, in overall row numbers, and how many of them an epoch takes."""
+
+    units: Sequence[Sequence[int]]
+    """Row numbers of each unit."""
+    weight: float = 1.0
+    """Units per epoch, relative to the units of the first source."""
+
+
+class EpochBatches(torch.utils.data.Sampler[list[Unit]]):
+    """The batches of one rank: a batch sampler whose order depends on (seed, epoch) alone.
+
+    Args:
+        sources: the first is the target, whose weight is 1.
+        batch_size: units per micro-batch and rank.
+        lengths: int [rows], tokens per row by overall number; needed to group by length.
+        window: micro-batches of one optimizer step on all ranks together (accumulation * world size).
+        rank, world_size: this process, and how many there are.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        lengths: np.ndarray | None = None,
+        window: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert sources and 0 <= rank < world_size and batch_size > 0
+        self.sources = list(sources)
+        self.counts = [round(source.weight * len(sources[0].units)) for source in self.sources]
+        self.counts[0] = len(sources[0].units)
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.lengths, self.window = lengths, window
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches the next iteration yields."""
+        self.epoch = epoch
+
+    @property
+    def num_batches(self) -> int:
+        """Micro-batches of an epoch on all ranks, without fillers."""
+        return -(-sum(self.counts) // self.batch_size)
+
+    def __len__(self) -> int:
+        return -(-self.num_batches // self.world_size)
+
+    def _drawn(self, which: int) -> list[Unit]:
+        """This epoch's units of one source: a window of the endless chain of its permutations."""
+        units, count = self.sources[which].units, self.counts[which]
+        if not self.shuffle:
+            return [Unit(units[i % len(units)]) for i in range(count)]
+        drawn: list[Unit] = []
+        position, stop = self.epoch * count, (self.epoch + 1) * count
+        while position < stop:
+            turn, start = divmod(position, len(units))
+            order = np.random.default_rng([self.seed, which, turn]).permutation(len(units))
+            chosen = order[start : start + stop - position]
+            drawn += [Unit(units[i]) for i in chosen.tolist()]
+            position += len(chosen)
+        return drawn
+
+    def units(self) -> list[Unit]:
+        """All units of the epoch, in training order, on every rank the same."""
+        units = [unit for which in range(len(self.sources)) for unit in self._drawn(which)]
+        if not self.shuffle:
+            return units
+        generator = np.random.default_rng([self.seed, len(self.sources), self.epoch])
+        units = [units[i] for i in generator.permutation(len(units)).tolist()]
+        return units if self.lengths is None else self._grouped(units, generator)
+
+    def _grouped(self, units: list[Unit], generator: np.random.Generator) -> list[Unit]:
+        """Sort within wide windows, then shuffle whole optimizer steps: similar lengths meet, order stays random."""
+        assert self.lengths is not None
+        totals = np.asarray([int(self.lengths[list(unit)].sum()) for unit in units])
+        step = self.batch_size * self.window
+        order: list[int] = []
+        for start in range(0, len(units), step * GROUPING_WINDOW):
+            inside = np.arange(start, min(start + step * GROUPING_WINDOW, len(units)))
+            order += inside[np.argsort(-totals[inside], kind="stable")].tolist()
+        full = len(order) // step
+        # The short step at the end stays last; the longest comes first, so that memory runs out at once or never.
+        steps = [order[i * step : (i + 1) * step] for i in generator.permutation(full).tolist()]
+        if steps:
+            longest = max(range(full), key=lambda i: int(totals[steps[i]].max()))
+            steps.insert(0, steps.pop(longest))
+        return [units[i] for chosen in [*steps, order[full * step :]] for i in chosen]
+
+    def __iter__(self) -> Iterator[list[Unit]]:
+        units = self.units()
+        for index in range(self.rank, len(self) * self.world_size, self.world_size):
+            batch = units[index * self.batch_size : (index + 1) * self.batch_size]
+            yield batch or [Filler(units[0])]
