@@ -68,7 +68,7 @@ def reduce_logits(
     Args:
         logits_NV: [N, V], any floating dtype, without padding columns; -inf marks impossible tokens.
         min_prob: smallest probability kept, 0 <= min_prob < 1.
-        max_k: largest number of entries kept, at least 1.  Among equal logits at the cut, any may be kept.
+        max_k: largest number of entries kept, at least 1.  Equal logits are ordered by ascending id.
         betas: increasing positive inverse temperatures of the tail nodes, 1 among them.
 
     Returns:
@@ -104,7 +104,7 @@ def _reduce_chunk(logits_NV: torch.Tensor, min_prob: float, max_k: int, betas: S
     log_z_N = max_N + sums_NBK[:, betas.index(1.0)].sum(-1).log()  # of exp(l - m), so m is added back
     least_N = log_z_N + (math.log(min_prob) if min_prob > 0.0 else -math.inf)
 
-    passes_NK = maxima_NK >= least_N.unsqueeze(-1)
+    passes_NK = maxima_NK >= torch.minimum(least_N, max_N).unsqueeze(-1)  # the likeliest entry always passes
     rows_C, blocks_C = passes_NK.nonzero(as_tuple=True)
     if len(rows_C) * BLOCK * 4 > logits_NV.numel():
         head_ids_NH, head_NH, tail_sums_NB = _dense_head(logits_NV, max_N, least_N, max_k, betas, betas_B)
@@ -142,7 +142,7 @@ def _sparse_head(
     values_CS = logits_NV[rows_C.unsqueeze(-1), ids_CS.clamp_(max=vocab_size - 1)]
     values_CS = values_CS.masked_fill_(~inside_CS, -math.inf)
     # NaN rows select nothing here: every comparison with NaN is false.
-    c_M, s_M = (values_CS >= least_N[rows_C].unsqueeze(-1)).nonzero(as_tuple=True)
+    c_M, s_M = (values_CS >= torch.minimum(least_N, max_N)[rows_C].unsqueeze(-1)).nonzero(as_tuple=True)
     rows_M = rows_C[c_M]
 
     # Ragged to padded: entries of a row are consecutive and in ascending id, so a stable sort breaks ties by id.
@@ -154,16 +154,23 @@ def _sparse_head(
     head_NH[rows_M, rank_M] = values_CS[c_M, s_M]
     slot_NH[rows_M, rank_M] = c_M * BLOCK + s_M
     head_NH, order_NH = head_NH.sort(stable=True, dim=-1, descending=True)
-    head_NH = head_NH[:, :max_k]
+    head_NH = _below_out(head_NH[:, :max_k], least_N)
     slot_NH = slot_NH.gather(-1, order_NH)[:, :max_k]
 
-    kept = slot_NH[slot_NH >= 0]
+    kept = slot_NH[head_NH > -math.inf]
     tail_CS = (values_CS - max_N[rows_C].unsqueeze(-1)).view(-1)
     tail_CS[kept] = -math.inf
     tail_CB = (tail_CS.view_as(values_CS).unsqueeze(-1) * betas_B).exp().sum(1)
     tail_sums_NB = sums_NBK.sum(-1).index_add_(0, rows_C, tail_CB)
     head_ids_NH = ids_CS.view(-1)[slot_NH.clamp(min=0)] if len(ids_CS) else slot_NH.clamp(min=0)
     return head_ids_NH, head_NH, tail_sums_NB
+
+
+def _below_out(head_NH: torch.Tensor, least_N: torch.Tensor) -> torch.Tensor:
+    """-inf for sorted entries below the threshold, except the likeliest of each row."""
+    below_NH = head_NH < least_N.unsqueeze(-1)
+    below_NH[:, 0] = False
+    return head_NH.masked_fill(below_NH, -math.inf)
 
 
 def _dense_head(
@@ -175,12 +182,26 @@ def _dense_head(
     betas_B: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Step 3 without blocks: top-k over the vocabulary, then the sums again without the head."""
-    head_NH, head_ids_NH = logits_NV.topk(max_k, dim=-1)
-    head_NH = head_NH.masked_fill(head_NH < least_N.unsqueeze(-1), -math.inf)
+    head_NH, head_ids_NH = _topk_by_id(logits_NV, max_k)
+    head_NH = _below_out(head_NH, least_N)
     masked_NV = logits_NV.clone()
     rows_M, slots_M = (head_NH > -math.inf).nonzero(as_tuple=True)
     masked_NV[rows_M, head_ids_NH[rows_M, slots_M]] = -math.inf
     return head_ids_NH, head_NH, block_sums(masked_NV, max_N, betas).sum(-1)
+
+
+def _topk_by_id(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.topk` with ties broken by ascending id, also at the cut."""
+    values_NH, ids_NH = logits_NV.topk(k, dim=-1)
+    last_N1 = values_NH[:, -1:]
+    tied_N = (logits_NV == last_N1).sum(-1) > (values_NH == last_N1).sum(-1)
+    rows_R = tied_N.nonzero().squeeze(-1)
+    if len(rows_R):
+        values_RV, ids_RV = logits_NV[rows_R].sort(stable=True, dim=-1, descending=True)
+        values_NH[rows_R], ids_NH[rows_R] = values_RV[:, :k], ids_RV[:, :k]
+    ids_NH, order_NH = ids_NH.sort(dim=-1)
+    values_NH, again_NH = values_NH.gather(-1, order_NH).sort(stable=True, dim=-1, descending=True)
+    return values_NH, ids_NH.gather(-1, again_NH)
 
 
 def _repair_underflow(

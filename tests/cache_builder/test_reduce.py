@@ -1,0 +1,197 @@
+"""The reduction against a dense, slow, independent reference in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cache_builder import block_sums, reduce
+from cache_builder.block_sums import BLOCK, power_plan
+from cache_builder.reduce import ReducedRows, concatenate_rows, reduce_logits
+from formats.topk import TAIL_BETAS
+
+
+def reference(logits: np.ndarray, min_prob: float, max_k: int):
+    """Per row: (set of ids, {id: logprob}, A at every node), one obvious loop, float64."""
+    rows = []
+    for row in logits.astype(np.float64):
+        shifted = row - row.max()
+        logprobs = shifted - np.log(np.exp(shifted).sum())
+        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        head = [
+            j
+            for rank, j in enumerate(order[:max_k])
+            if rank == 0 or (np.exp(logprobs[j]) >= min_prob and logprobs[j] > -np.inf)
+        ]
+        rest = np.delete(logprobs, head)
+        with np.errstate(divide="ignore"):
+            tail = [
+                rest.max() * b + np.log(np.exp(b * (rest - rest.max())).sum())
+                if len(rest) and rest.max() > -np.inf
+                else -np.inf
+                for b in TAIL_BETAS
+            ]
+        rows.append((head, logprobs[head], tail))
+    return rows
+
+
+def split(reduced: ReducedRows):
+    ends = np.cumsum(reduced.counts.numpy())
+    ids = np.split(reduced.token_ids.numpy(), ends[:-1])
+    logprobs = np.split(reduced.logprobs.numpy(), ends[:-1])
+    return list(zip(ids, logprobs, reduced.log_tail_nodes.numpy(), strict=True))
+
+
+def check(logits: torch.Tensor, min_prob: float, max_k: int, *, atol: float = 2e-5) -> ReducedRows:
+    reduced = reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS)
+    assert reduced.counts.dtype == torch.int32 and reduced.token_ids.dtype == torch.int32
+    assert reduced.log_tail_nodes.shape == (len(logits), len(TAIL_BETAS))
+    expected = reference(logits.float().numpy(), min_prob, max_k)
+    for row, (got, want) in enumerate(zip(split(reduced), expected, strict=True)):
+        ids, logprobs, tail = got
+        assert list(ids) == list(want[0]), f"row {row}"
+        np.testing.assert_allclose(logprobs, want[1], atol=atol, rtol=1e-6)
+        np.testing.assert_allclose(tail, want[2], atol=atol, rtol=3e-6)
+    return reduced
+
+
+def draw(num_rows: int, vocab_size: int, spread: float, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 1003, 32000])
+@pytest.mark.parametrize("spread", [0.05, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize(("min_prob", "max_k"), [(1e-3, 128), (1e-2, 4), (0.0, 16), (0.5, 128)])
+def test_equals_the_reference(vocab_size, spread, min_prob, max_k):
+    check(draw(5, vocab_size, spread), min_prob, max_k)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 200, 1003])
+def test_whole_vocabulary_leaves_an_empty_tail(vocab_size):
+    reduced = check(draw(4, vocab_size, 2.0), 0.0, vocab_size)
+    assert (reduced.counts == vocab_size).all()
+    assert torch.isneginf(reduced.log_tail_nodes).all()
+
+
+def test_by_hand():
+    # p = 1/2, 1/4, 1/8, 1/8: with min_prob 0.2 the tail is the last two.
+    logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log() + 17.0
+    ids, logprobs, tail = split(reduce_logits(logits, min_prob=0.2, max_k=9, betas=TAIL_BETAS))[0]
+    assert list(ids) == [1, 3]
+    np.testing.assert_allclose(logprobs, np.log([0.5, 0.25]), rtol=1e-6)
+    expected = [math.log(2 * 0.125**beta) for beta in TAIL_BETAS]
+    np.testing.assert_allclose(tail, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_threshold_is_on_the_probability_not_on_the_ratio_to_the_likeliest():
+    # 600 equal tokens have p = 1/600 each: all pass 1/1000, none passes 1/500, although all ratios are 1.
+    logits = torch.full((1, 600), 3.0)
+    assert reduce_logits(logits, min_prob=1e-3, max_k=1000, betas=TAIL_BETAS).counts.tolist() == [600]
+    assert reduce_logits(logits, min_prob=2e-3, max_k=1000, betas=TAIL_BETAS).counts.tolist() == [1]
+
+
+def test_ties_at_the_cut_are_broken_by_id():
+    logits = draw(3, 1003, 0.1)
+    logits[:, [5, 70, 71, 500, 1002]] = 8.0
+    reduced = check(logits, 1e-3, 3)
+    assert reduced.token_ids.tolist() == [5, 70, 71] * 3
+
+
+def test_one_certain_token():
+    logits = torch.zeros(2, 1003)
+    logits[0, 17] = 30.0
+    logits[1, 1002] = 200.0  # at beta = 2 the tail is e^-400 of the head: below the range of fp32
+    reduced = check(logits, 1e-3, 128, atol=1e-4)
+    assert reduced.counts.tolist() == [1, 1]
+    assert torch.isfinite(reduced.log_tail_nodes).all()
+
+
+def test_the_tail_of_a_peaked_row_is_not_lost_in_rounding():
+    logits = draw(4, 32000, 1.0)
+    logits[:, 123] = 35.0  # a tail mass near 1e-11: 1 - sum(p) in fp32 would be zero or noise
+    check(logits, 1e-3, 128)
+
+
+def test_impossible_tokens():
+    logits = draw(6, 1003, 2.0)
+    logits[0, ::2] = -math.inf
+    logits[1, 100:] = -math.inf
+    logits[2, 1:] = -math.inf  # one possible token: nothing in the tail
+    logits[3, 64:128] = -math.inf
+    reduced = check(logits, 1e-3, 128)
+    assert torch.isneginf(reduced.log_tail_nodes[2]).all()
+    reduced = check(logits, 0.0, 1003)
+    assert reduced.counts.tolist()[2] == 1, "an impossible token never enters a head"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_unusable_logits_are_reported_not_hidden(bad):
+    logits = draw(3, 1003, 2.0)
+    logits[1, 700] = bad
+    rows = split(reduce_logits(logits, min_prob=1e-3, max_k=128, betas=TAIL_BETAS))
+    assert np.isnan(rows[1][1]).any()
+    assert not np.isnan(rows[0][1]).any() and not np.isnan(rows[2][1]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_are_reduced_in_fp32(dtype):
+    check(draw(3, 1003, 3.0).to(dtype), 1e-3, 128)
+
+
+def test_many_more_than_max_k_pass_the_threshold():
+    check(draw(3, 4000, 0.3), 1e-4, 8)
+
+
+def test_rows_do_not_influence_each_other():
+    """A flat row sends its chunk down the top-k road; its neighbours must not notice."""
+    logits = draw(8, 1003, 3.0)
+    alone = [split(reduce_logits(row[None], min_prob=1e-3, max_k=64, betas=TAIL_BETAS))[0] for row in logits]
+    logits = torch.cat([logits, torch.zeros(4, 1003)])
+    together = split(reduce_logits(logits, min_prob=1e-3, max_k=64, betas=TAIL_BETAS))
+    for one, other in zip(alone, together, strict=False):
+        assert list(one[0]) == list(other[0])
+        np.testing.assert_allclose(one[1], other[1], atol=2e-6)
+        np.testing.assert_allclose(one[2], other[2], atol=2e-6)
+
+
+def test_chunks_join_in_order(monkeypatch):
+    logits = draw(23, 1003, 2.0)
+    whole = reduce_logits(logits, min_prob=1e-3, max_k=128, betas=TAIL_BETAS)
+    monkeypatch.setattr(reduce, "CPU_CHUNK_BYTES", 3 * 4 * 1003)
+    parts = reduce_logits(logits, min_prob=1e-3, max_k=128, betas=TAIL_BETAS)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_no_rows():
+    reduced = reduce_logits(torch.zeros(0, 50), min_prob=1e-3, max_k=5, betas=TAIL_BETAS)
+    assert [len(column) for column in reduced] == [0, 0, 0, 0]
+    assert len(concatenate_rows([reduced, reduced], len(TAIL_BETAS)).counts) == 0
+
+
+def test_the_input_is_left_alone():
+    logits = draw(4, 1003, 2.0)
+    before = logits.clone()
+    for min_prob in (0.0, 1e-3):
+        reduce_logits(logits, min_prob=min_prob, max_k=32, betas=TAIL_BETAS)
+    assert torch.equal(logits, before)
+
+
+def test_every_node_but_the_first_is_a_product():
+    plan = power_plan(TAIL_BETAS)
+    assert plan[0] is None
+    for node, pair in enumerate(plan[1:], start=1):
+        assert pair is not None, f"beta {TAIL_BETAS[node]} costs an exponential of its own"
+        assert TAIL_BETAS[pair[0]] + TAIL_BETAS[pair[1]] == TAIL_BETAS[node]
+    assert power_plan((0.3, 1.0)) == (None, None)
+
+
+def test_block_sums_and_maxima_by_hand():
+    logits = torch.arange(BLOCK + 2, dtype=torch.float32)[None] * 0.1
+    maxima = block_sums.block_maxima(logits)
+    assert maxima.tolist() == [[pytest.approx(6.3), pytest.approx(6.5)]]
+    sums = block_sums.block_sums(logits, maxima.amax(-1), (0.5, 1.0))
+    expected = np.exp(np.arange(BLOCK + 2) * 0.1 - 6.5)
+    assert sums[0, 1].tolist() == [pytest.approx(expected[:BLOCK].sum()), pytest.approx(expected[BLOCK:].sum())]
+    assert sums[0, 0].sum().item() == pytest.approx(np.sqrt(expected).sum())
