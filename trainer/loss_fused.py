@@ -19,9 +19,11 @@ import torch
 from trainer.loss_chunk import RowWeights, process_chunk
 from trainer.loss_rows import RowPlan
 
-# Bytes of vocabulary-sized buffers per chunk, see docs/method.md ("Chunks").
-CHUNK_BYTES = {"cpu": 128 << 20}
+# Bytes of vocabulary-sized buffers per chunk. The head's gradient is read and written once per chunk, which is
+# hidden behind the multiplications from about 256 rows on, so a chunk never has fewer (docs/method.md, "Chunks").
+CHUNK_BYTES = {"cpu": 64 << 20}
 DEFAULT_CHUNK_BYTES = 256 << 20
+MIN_CHUNK_ROWS = 256
 # Rows of the head updated at once when a half-precision product is added to the fp32 accumulator.
 ACCUMULATE_ROWS = 16_384
 
@@ -74,9 +76,9 @@ def arithmetic_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def default_chunk_size(vocab_size: int, num_buffers: int, device_type: str) -> int:
-    """Rows per chunk so that the chunk's buffers stay within a fixed number of bytes, and at least 16."""
+    """Rows per chunk: as many as a fixed number of bytes holds, and at least `MIN_CHUNK_ROWS`."""
     budget = CHUNK_BYTES.get(device_type, DEFAULT_CHUNK_BYTES)
-    return max(16, budget // (4 * vocab_size * num_buffers))
+    return max(MIN_CHUNK_ROWS, budget // (4 * vocab_size * num_buffers))
 
 
 def fused_loss(
