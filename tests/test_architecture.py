@@ -56,7 +56,9 @@ def test_cli_imports_heavy_packages_only_inside_commands() -> None:
     assert not imports_of(ROOT / "cli.py", top_level_only=True) & (HEAVY | {"trainer", "cache_builder"})
 
 
-@pytest.mark.parametrize("statement", ["import formats", "import cache_builder", "import trainer", "import cli"])
+@pytest.mark.parametrize(
+    "statement", ["import formats", "import cache_builder", "import trainer", "import cli"]
+)
 def test_importing_the_packages_loads_nothing_heavy(statement: str) -> None:
     probe = f"import sys; {statement}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

@@ -1,0 +1,416 @@
+"""The `anneal` command line: parses, calls one function, prints.
+
+Results go to stdout, progress and messages to stderr. Bad input is one line on stderr and exit code 1 (2 for wrong
+usage), without a traceback unless `--debug` is given. Heavy packages are imported inside the commands, so that
+`--help` and `cache inspect` start fast on a machine without torch or vLLM.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from formats.errors import AnnealError, ConfigError
+
+app = typer.Typer(
+    help="Fine-tune open-weight language models without forgetting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(
+    help="Build, inspect, check and move caches of teacher logprobs.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(cache_app, name="cache")
+
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory (or fsspec URL) of a cache.")]
+CorpusArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CORPUS",
+        help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a Hugging Face "
+        "data set name.",
+    ),
+]
+ModelOption = Annotated[str, typer.Option("--model", help="Model directory or Hugging Face name.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")]
+EngineOption = Annotated[str, typer.Option(help="vllm, or transformers where vLLM cannot be installed.")]
+MaxLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        show_default=False,
+        help="Longest row in tokens.  [default: 2048, or the model's context where that is shorter]",
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, show_default=False, help="Read only N records of the corpus.")
+]
+TextColumnOption = Annotated[
+    str | None, typer.Option(show_default=False, help="Train on this column as plain text.")
+]
+SplitOption = Annotated[
+    str | None, typer.Option(show_default=False, help="Split of a data set.  [default: train]")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(show_default=False, help="Revision of a Hugging Face model.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: the engine's weights.")]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(show_default=False, help="With --limit: draw the records at random with this seed."),
+]
+EngineArgOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine-arg",
+        metavar="KEY=VALUE",
+        show_default=False,
+        help="Setting passed to the engine, such as tensor_parallel_size=2. May be repeated.",
+    ),
+]
+
+
+def show(text: str) -> None:
+    """Print a result."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def note(text: str) -> None:
+    """Print a message for the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_json(value: Any) -> None:
+    """Print a result as JSON with sorted keys; not-a-number never appears."""
+    show(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def parse_engine_args(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs as a mapping; values are JSON where they parse as JSON, else text.
+
+    Raises:
+        ConfigError: a pair has no `=` or no key.
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not separator or not key:
+            raise ConfigError(
+                f"--engine-arg takes KEY=VALUE, got {pair!r}; for example tensor_parallel_size=2"
+            )
+        try:
+            parsed[key] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[key] = {"True": True, "False": False, "None": None}.get(value, value)
+    return parsed
+
+
+def parse_shards(text: str | None) -> tuple[int, int] | None:
+    """`A:B` as a pair of numbers.
+
+    Raises:
+        ConfigError: the text is not two whole numbers with a colon between them.
+    """
+    if text is None:
+        return None
+    first, separator, last = text.partition(":")
+    if not (separator and first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"--shards takes A:B, got {text!r}; 0:10 captures the shards 0 to 9")
+    return int(first), int(last)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        show(f"anneal {version('anneal')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and the engines' own logs.")
+    ] = False,
+) -> None:
+    """Settings that belong to no single command."""
+    if debug:
+        os.environ["ANNEAL_DEBUG"] = "1"
+
+
+@cache_app.command("build")
+def cache_build(
+    corpus: CorpusArgument,
+    model: ModelOption,
+    out: Annotated[str, typer.Option(help="Directory of the cache; made if missing.")],
+    engine: EngineOption = "vllm",
+    max_length: MaxLengthOption = None,
+    min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 1e-3,
+    max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
+    positions: Annotated[
+        str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
+    ] = "loss",
+    limit: LimitOption = None,
+    text_column: TextColumnOption = None,
+    split: SplitOption = None,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = None,
+    revision: RevisionOption = None,
+    engine_arg: EngineArgOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print rows, tokens, estimated bytes and the identity; start no engine."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard the cache or build that --out holds.")
+    ] = False,
+    shards: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", show_default=False, help="Capture only the shards A to B - 1."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Capture with a pool of engines on this Ray cluster; `auto` finds a running one, `local` starts one.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Engines in the Ray pool.")
+    ] = None,
+) -> None:
+    """Run the initial model over CORPUS once and store its compressed top-k logprobs."""
+    from cache_builder import BuildConfig, build_cache, plan_build
+    from cache_builder.progress import ConsoleProgress
+
+    config = BuildConfig(
+        corpus=corpus,
+        model=model,
+        out=out,
+        engine=engine,
+        revision=revision,
+        max_length=max_length,
+        min_prob=min_prob,
+        max_k=max_k,
+        positions=positions,
+        limit=limit,
+        text_column=text_column,
+        split=split,
+        dtype=dtype,
+        seed=seed,
+        engine_args=parse_engine_args(engine_arg),
+        overwrite=overwrite,
+        shards=parse_shards(shards),
+    )
+    progress = ConsoleProgress()
+    if dry_run:
+        show(plan_build(config, progress=progress).text())
+    elif ray is not None:
+        from cache_builder import build_cache_with_ray
+
+        show(build_cache_with_ray(config, address=ray, num_workers=ray_workers, progress=progress).text())
+    else:
+        show(build_cache(config, progress=progress).text())
+
+
+@cache_app.command("inspect")
+def cache_inspect(
+    cache: CacheArgument,
+    row: Annotated[
+        int | None,
+        typer.Option(show_default=False, help="Show the tokens of this row with their top alternatives."),
+    ] = None,
+    as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(show_default=False, help="Write the distributions as one picture (PNG, SVG, PDF)."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="Check that this model is the one the cache was built with."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every row for the distributions instead of a sample.")
+    ] = False,
+) -> None:
+    """Print what a cache holds: identity, sizes, head sizes, covered mass, entropy."""
+    from formats.inspection import inspect_cache
+
+    show(inspect_cache(cache, row=row, as_json=as_json, plot=plot, model=model, full=full))
+
+
+@app.command("train")
+def train_command(
+    cache: Annotated[
+        str | None,
+        typer.Argument(metavar="CACHE", help="The cache of the fine-tuning corpus.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(show_default=False, help="The initial model: the one that built the cache.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(show_default=False, help="Directory for the tuned model.")
+    ] = None,
+    kl_coef: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="Weight of the KL term, the paper's lambda; 0 is direct fine-tuning.  [default: 1.0]",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(show_default=False, help="Softmax temperature of the KL term.  [default: 1.0]"),
+    ] = None,
+    kl_direction: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="forward: KL(initial || model); reverse.  [default: forward]"),
+    ] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing", show_default=False, help="Put several rows into one sequence.")
+    ] = None,
+    allow_different_student: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-different-student",
+            show_default=False,
+            help="Distil into a model that is not the teacher.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(show_default=False, help="YAML file with any of these settings and `training:`."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="Any setting, such as training.learning_rate=1e-5. May be repeated; wins over the file.",
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune one model with label annealing from CACHE."""
+    from trainer import load_config, train
+    from trainer.evaluation import format_evaluation
+
+    flags = {
+        "cache": cache,
+        "model": model,
+        "out": out,
+        "kl_coef": kl_coef,
+        "temperature": temperature,
+        "kl_direction": kl_direction,
+        "packing": packing,
+        "allow_different_student": allow_different_student,
+    }
+    report = train(load_config(config, flags=flags, overrides=overrides or []))
+    if int(os.environ.get("RANK", "0")) == 0:
+        show(report.line())
+        if report.evaluation:
+            show(format_evaluation(report.evaluation))
+    if report.interrupted_by:
+        raise typer.Exit({"SIGINT": 130}.get(report.interrupted_by, 143))
+
+
+@app.command("eval")
+def eval_command(
+    caches: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CACHE...", help="Caches of evaluation texts; NAME=CACHE gives one a name of its own."
+        ),
+    ],
+    model: ModelOption,
+    as_json: JsonOption = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")
+    ] = "float32",
+    limit: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each cache.")
+    ] = None,
+) -> None:
+    """Print perplexity and KL to the initial model on the texts of CACHE..."""
+    from trainer import evaluate
+    from trainer.evaluation import format_evaluation
+
+    results = evaluate(model, named_caches(caches), dtype=dtype, limit=limit, progress=eval_progress())
+    if as_json:
+        show_json({"model": model, "caches": results})
+    else:
+        show(format_evaluation(results))
+
+
+def named_caches(words: list[str]) -> dict[str, str]:
+    """`NAME=CACHE` or `CACHE`, whose last path component is then its name, as a mapping.
+
+    Raises:
+        ConfigError: two caches have the same name.
+    """
+    named: dict[str, str] = {}
+    for word in words:
+        name, separator, path = word.partition("=")
+        if not separator or "/" in name:
+            name, path = word.rstrip("/").rsplit("/", 1)[-1], word
+        if name in named:
+            raise ConfigError(f"caches must have different names, got {name!r} twice; write NAME=CACHE")
+        named[name] = path
+    return named
+
+
+def eval_progress() -> Callable[[str, int, int], None]:
+    """A callback that shows rows done: a bar on a terminal, silent otherwise (an evaluation is short)."""
+    from tqdm import tqdm
+
+    bars: dict[str, Any] = {}
+
+    def update(name: str, done: int, total: int) -> None:
+        if name not in bars:
+            bars[name] = tqdm(total=total, desc=name, unit="row", leave=False, disable=None)
+        bars[name].update(done - bars[name].n)
+        if done >= total:
+            bars[name].close()
+
+    return update
+
+
+def main() -> None:
+    """Entry point of the console script: runs the app, turns known errors into one line."""
+    try:
+        app()
+    except AnnealError as error:
+        fail(str(error), error)
+    except KeyboardInterrupt as error:
+        fail(str(error) or "interrupted", error, code=getattr(error, "exit_code", 130))
+    except OSError as error:
+        what = f" {error.filename}" if error.filename else ""
+        fail(f"the file system refused{what}: {error.strerror or error}", error)
+
+
+def fail(message: str, error: BaseException, code: int = 1) -> None:
+    """Print one line on stderr and exit; with `--debug`, the traceback instead."""
+    if os.environ.get("ANNEAL_DEBUG") == "1":
+        raise error
+    note("error: " + " ".join(message.split()))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
