@@ -76,7 +76,6 @@ class ChatEncoder:
 
         Raises:
             CorpusError: the template refuses a conversation, or its turns cannot be told apart.
-
         """
         texts, spans = [], []
         for conversation in conversations:
@@ -143,8 +142,11 @@ class ChatEncoder:
 
     def _turn_start(self, full: str, upto: str, index: int, conversation: Conversation) -> int:
         """Where the model takes over: after the generation prompt, as far as the turn goes along with it."""
-        if index == 0:
-            return 0
+        if index == 0:  # nothing to render before it; the content is the last thing in the rendering
+            content = conversation.messages[0]["content"].strip()
+            if not content or content not in upto:
+                raise self._unstable(index, conversation)
+            return upto.rindex(content)
         before = self._render(conversation.messages[:index], conversation)
         prompted = self._render(conversation.messages[:index], conversation, add_generation_prompt=True)
         if not all(text.startswith(before) for text in (full, upto, prompted)):
@@ -152,7 +154,7 @@ class ChatEncoder:
         if full.startswith(prompted) and upto.startswith(prompted):
             return len(prompted)
         # The prompt promises what the turn does not keep, such as an opened <think>: the part both share is
-        # the turn's header. It is taken up to its last special token or line break, lest it run into the answer.
+        # the turn's header, up to its last special token or line break, lest it run into the answer.
         pairs = zip(full, upto, prompted, strict=False)
         length = next((at for at, letters in enumerate(pairs) if len(set(letters)) > 1), None)
         shared = min(full, upto, prompted, key=len)[:length]

@@ -148,7 +148,7 @@ def _sequence(record: Record, column: str) -> list[Any]:
             value = json.loads(value)
         except ValueError:
             raise CorpusError(
-                f"{column} must be a list, got a string that is no JSON list in {record.where}"
+                f"{column} must be a list, got the string {value!r:.40} in {record.where}"
             ) from None
     if isinstance(value, np.ndarray):
         return list(value)
@@ -213,7 +213,7 @@ def _join_parts(parts: list[Any], where: str) -> str:
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type", "part") if isinstance(part, Mapping) else _kind(part)
-            raise CorpusError(f"content must be text, got a {kind} part in {where}; drop the record")
+            raise CorpusError(f"content must be text, got a part of type {kind} in {where}; drop the record")
     return "".join(part["text"] for part in parts)
 
 

@@ -106,7 +106,6 @@ class Corpus:
 
         Raises:
             CorpusError: a file cannot be read, or a line of it cannot be parsed.
-
         """
         config = self.config
         records = self._all_records({*self.layout.required, *self.layout.optional})
@@ -127,7 +126,6 @@ class Corpus:
         """SHA-256 over the SHA-256 of every file in reading order, or the pinned commit of a data set.
 
         Reads every file once (about 1 GB/s); `limit`, `split` and `text_column` are not part of it.
-
         """
         if isinstance(self._source, HubSource):
             return self._source.fingerprint

@@ -4,9 +4,10 @@ Offline (HF_HUB_OFFLINE=1) there is nothing to stream from; a copy in the local 
 memory-mapped instead, so memory stays flat either way.
 """
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,12 +41,11 @@ def parse_hub_name(source: str) -> HubName | None:
 class HubSource:
     """An opened split of a data set: `records()` starts over each time."""
 
-    name: HubName
-    split: str
+    repository: str
     fingerprint: str
-    """SHA-256 over repository, configuration, split and commit (or the cache's own fingerprint when
-    offline)."""
-    load: Callable[[], Any]
+    """SHA-256 over repository, configuration, split and commit; offline, what the local cache calls it."""
+    dataset: Any
+    """`datasets.IterableDataset`, or the memory-mapped `Dataset` when offline."""
 
     @classmethod
     def open(cls, name: HubName, split: str) -> "HubSource":
@@ -53,73 +53,61 @@ class HubSource:
 
         Raises:
             CorpusError: no such data set, configuration or split, no access, or no network.
-
         """
         import datasets
         from huggingface_hub import HfApi, constants
 
         offline = constants.HF_HUB_OFFLINE
+        revision = name.revision
         try:
-            # The commit, so that a resumed build and its fellow workers read the same records.
-            revision = (
-                name.revision
-                if offline
-                else HfApi().dataset_info(name.repository, revision=name.revision).sha
-            )
-            with _quiet(datasets):
-                opened = datasets.load_dataset(
+            if not offline:
+                # The commit, so that a resumed build and its fellow workers read the same records.
+                revision = HfApi().dataset_info(name.repository, revision=revision).sha
+            with _without_progress_bars():
+                dataset = datasets.load_dataset(
                     name.repository, name.config, split=split, revision=revision, streaming=not offline
                 )
-        except (
-            Exception
-        ) as error:  # `datasets` raises a dozen unrelated classes here, all meaning "cannot be opened"
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            hint = (
-                "; HF_HUB_OFFLINE is set and the data set is not in the local cache"
-                if offline
-                else "; check the name, or pass a file or directory"
-            )
+        except Exception as error:  # a dozen unrelated classes, all meaning "cannot be opened"
+            hint = "unset HF_HUB_OFFLINE, or pass a file" if offline else "check the name, or pass a file"
             raise CorpusError(
-                f"the corpus must be an existing file or directory, a glob, or a data set name, got "
-                f"{name.repository} (split {split}): {reason}{hint}"
+                "the corpus must be an existing file or directory, a glob, or a data set name, "
+                f"got {name.repository} (split {split}): {_reason(error)}; {hint}"
             ) from error
-        stamp = getattr(opened, "_fingerprint", "") if offline else revision
-        digest = hashlib.sha256(
-            f"anneal corpus of the hub\n{name.repository}\n{name.config}\n{split}\n{stamp}".encode()
-        )
-        return cls(name, split, digest.hexdigest(), lambda: opened)
+        stamp = dataset._fingerprint if offline else revision
+        identity = f"anneal corpus of the hub\n{name.repository}\n{name.config}\n{split}\n{stamp}"
+        return cls(name.repository, hashlib.sha256(identity.encode()).hexdigest(), dataset)
 
     def records(self) -> Iterator[Record]:
         """The rows of the split, in the data set's order.
 
         Raises:
             CorpusError: the stream broke off.
-
         """
         number = 0
         try:
-            for number, values in enumerate(self.load(), 1):
-                yield Record(values, self.name.repository, number)
-        except CorpusError:
-            raise
+            for number, values in enumerate(self.dataset, 1):
+                yield Record(values, self.repository, number)
         except Exception as error:  # network, decoding and casting errors of many libraries
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CorpusError(
-                f"the data set must be readable to its end, got {self.name.repository} after row {number}: "
-                f"{reason}; run the same command again"
+                f"the data set must be readable to its end, got {self.repository} after row {number}: "
+                f"{_reason(error)}; run the same command again"
             ) from error
 
 
-class _quiet:
-    """Silence the progress bars of `datasets` while it resolves files."""
+def _reason(error: Exception) -> str:
+    """The error on one line, without a closing full stop."""
+    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
 
-    def __init__(self, datasets: Any) -> None:
-        self._datasets = datasets
 
-    def __enter__(self) -> None:
-        self._was_enabled = self._datasets.is_progress_bar_enabled()
-        self._datasets.disable_progress_bars()
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Silence `datasets` while it resolves files."""
+    import datasets
 
-    def __exit__(self, *_: object) -> None:
-        if self._was_enabled:
-            self._datasets.enable_progress_bars()
+    was_enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            datasets.enable_progress_bars()

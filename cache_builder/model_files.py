@@ -65,6 +65,10 @@ def model_context(model_dir: str | Path) -> int | None:
         raise ConfigError(
             f"the model directory must hold a readable config.json, got {path}: {error}"
         ) from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"the model directory must hold a readable config.json, got no JSON object in {path}"
+        )
     # Multimodal models keep the language model's settings one level down.
     for section in (config, config.get("text_config"), config.get("llm_config")):
         for key in CONTEXT_KEYS:

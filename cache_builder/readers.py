@@ -97,9 +97,42 @@ def _open_binary(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix.lower() == ".zst":
-        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        return io.BufferedReader(stream)  # type: ignore[type-var]
+        return io.BufferedReader(_ZstdStream(path))
     return path.open("rb")
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompressed bytes of all frames of a file. A torn file raises, which `stream_reader` does not."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._pending = b""
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while self._at == len(self._pending):
+            unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = unused or self._file.read(1 << 16)
+            if self._frame is not None and self._frame.eof:
+                self._frame = None
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("it ends within a compressed frame")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._pending, self._at = self._frame.decompress(data), 0
+        size = min(len(buffer), len(self._pending) - self._at)
+        buffer[:size] = memoryview(self._pending)[self._at : self._at + size]
+        self._at += size
+        return size
 
 
 def _read_json(path: Path, _: Columns) -> Iterator[Record]:

@@ -46,8 +46,7 @@ class TokeniseStats:
     num_too_short: int = 0
     """Records skipped because they have fewer than two tokens (or no text at all)."""
     num_without_target: int = 0
-    """Records skipped because no token of them carries loss: their targets were cut off, or there were
-    none."""
+    """Records skipped because no token of them carries loss: there was no target, or it was cut off."""
     num_shortened_turns: int = 0
     """Assistant turns that the chat template shortens when more turns follow (it drops their reasoning)."""
 

@@ -1,0 +1,69 @@
+"""Columns to layouts, and what is said when there is none."""
+
+from typing import Any
+
+import pytest
+
+from cache_builder.recognise import recognise
+from formats.errors import CorpusError
+
+TURN = {"role": "user", "content": "Hi"}
+CASES: list[tuple[dict[str, Any], str, str, bool]] = [
+    ({"text": "x"}, "text", "every token but the first", True),
+    ({"text": None}, "text", "every token but the first", True),
+    ({"prompt": "x", "completion": "y"}, "prompt + completion", "completion", False),
+    ({"prompt": "[1] is a citation", "completion": "[2] too"}, "prompt + completion", "completion", False),
+    (
+        {"prompt": [TURN], "completion": [TURN]},
+        "prompt + completion (chat)",
+        "assistant turns of the completion",
+        False,
+    ),
+    ({"messages": [TURN]}, "messages", "assistant turns", False),
+    ({"conversations": [TURN]}, "messages", "assistant turns", False),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "ShareGPT", "assistant turns", False),
+    ({"conversations": '[{"from": "human", "value": "x"}]'}, "ShareGPT", "assistant turns", False),
+    ({"instruction": "x", "output": "y"}, "Alpaca", "output", False),
+    ({"instruction": "x", "input": "", "output": "y"}, "Alpaca", "output", False),
+    ({"input_ids": [1, 2]}, "input_ids", "every token but the first", True),
+    ({"input_ids": [1, 2], "labels": [1, 2]}, "input_ids", "as labels or loss_mask say", False),
+    ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "input_ids", "as labels or loss_mask say", False),
+    # several fit: the richest wins
+    ({"text": "x", "messages": [TURN]}, "messages", "assistant turns", False),
+    ({"text": "x", "instruction": "x", "input": "", "output": "y"}, "Alpaca", "output", False),
+    ({"prompt": "x", "messages": [TURN]}, "messages", "assistant turns", False),
+]
+
+
+@pytest.mark.parametrize(("values", "name", "loss", "splits"), CASES)
+def test_layouts(values: dict[str, Any], name: str, loss: str, splits: bool) -> None:
+    layout = recognise(values)
+    assert (layout.name, layout.loss, layout.splits) == (name, loss, splits)
+    assert set(layout.required) <= set(values)
+
+
+def test_text_column_overrules() -> None:
+    layout = recognise({"messages": [TURN], "body": "x"}, text_column="body")
+    assert (layout.name, layout.required) == ("text", ("body",))
+
+
+def test_an_unknown_layout_lists_columns_and_layouts() -> None:
+    with pytest.raises(CorpusError) as caught:
+        recognise({"question": "x", "answer": "y"})
+    assert str(caught.value) == (
+        "the corpus must have the columns of a known layout (text; prompt + completion; messages; "
+        "conversations; "
+        "instruction + output (+ input); input_ids (+ labels or loss_mask)), got columns: question, answer; "
+        "rename them, or pass --text-column NAME"
+    )
+
+
+def test_half_a_layout_is_none() -> None:
+    with pytest.raises(CorpusError, match="got columns: prompt, chosen;"):
+        recognise({"prompt": "x", "chosen": "y"})
+
+
+def test_a_missing_text_column_lists_the_columns() -> None:
+    with pytest.raises(CorpusError) as caught:
+        recognise({"text": "x", "id": 1}, text_column="body")
+    assert str(caught.value) == "text_column must be a column of the corpus, got body; columns: text, id"
