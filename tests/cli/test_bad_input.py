@@ -1,0 +1,270 @@
+"""Bad input through the real command line: one clear line, exit code 1 or 2, nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cli
+from formats import TeacherCache
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def anneal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `anneal WORDS...` in this process; gives exit code, stdout, stderr."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["anneal", *map(str, words)])
+        capsys.readouterr()
+        code: int | str | None = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return int(code or 0), printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = ["def add(a, b):\n    return a + b\n" * 5, "class Point:\n    x = 0\n" * 8, "import sys\n" * 9]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_llama_dir: Path) -> Path:
+    """A real cache, built by the command itself with the transformers engine."""
+    path = tmp_path_factory.mktemp("built") / "cache"
+    command = [sys.executable, "-m", "cli", "cache", "build", str(corpus), "--model", str(tiny_llama_dir)]
+    subprocess.run(
+        [*command, "--out", str(path), "--engine", "transformers"], check=True, capture_output=True
+    )
+    return path
+
+
+def one_line(err: str) -> str:
+    """The error message, after progress lines; fails unless it is exactly one line without a traceback."""
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    return errors[0]
+
+
+def build(anneal: Run, corpus: Path | str, model: Path, out: Path, *more: str) -> str:
+    """Run a build that must fail; returns its one-line error."""
+    before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+    code, printed, err = anneal(
+        "cache", "build", corpus, "--model", model, "--out", out, "--engine", "transformers", *more
+    )
+    assert code == 1, err
+    assert printed == ""
+    if before is not None and not out.exists():
+        assert sorted(out.parent.iterdir()) == before
+    return one_line(err)
+
+
+def test_missing_corpus(anneal: Run, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    error = build(anneal, tmp_path / "nowhere.jsonl", tiny_llama_dir, tmp_path / "cache")
+    assert "nowhere.jsonl" in error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_empty_corpus(anneal: Run, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    assert "empty" in build(anneal, tmp_path / "empty.jsonl", tiny_llama_dir, tmp_path / "cache")
+
+
+def test_no_recognised_column(anneal: Run, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"foo": "a", "bar": 1}\n')
+    error = build(anneal, tmp_path / "odd.jsonl", tiny_llama_dir, tmp_path / "cache")
+    assert "foo" in error and "bar" in error and "messages" in error
+
+
+def test_broken_json_names_the_line(anneal: Run, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    assert "2" in build(anneal, tmp_path / "broken.jsonl", tiny_llama_dir, tmp_path / "cache")
+
+
+def test_too_long_max_length(anneal: Run, corpus: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    error = build(anneal, corpus, tiny_llama_dir, tmp_path / "cache", "--max-length", "4096")
+    assert "at most 1024" in error and "got 4096" in error and "--max-length 1024" in error
+
+
+def test_only_rows_of_one_token(anneal: Run, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"input_ids": [5]}\n')
+    assert "one.jsonl" in build(anneal, tmp_path / "one.jsonl", tiny_llama_dir, tmp_path / "cache")
+
+
+def test_model_without_tokenizer(anneal: Run, corpus: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_llama_dir / name, bare / name)
+    assert "tokenizer" in build(anneal, corpus, bare, tmp_path / "cache")
+
+
+def test_model_directory_that_is_none(anneal: Run, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "hollow").mkdir()
+    assert "hollow" in build(anneal, corpus, tmp_path / "hollow", tmp_path / "cache")
+
+
+def test_output_that_holds_something_else(
+    anneal: Run, corpus: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter1.txt").write_text("years of work")
+    for more in ((), ("--overwrite",)):
+        assert "thesis" in build(anneal, corpus, tiny_llama_dir, out, *more)
+        assert (out / "chapter1.txt").read_text() == "years of work"
+        assert [path.name for path in out.iterdir()] == ["chapter1.txt"]
+
+
+def test_output_below_a_file(anneal: Run, corpus: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "file" in build(anneal, corpus, tiny_llama_dir, tmp_path / "file" / "cache")
+
+
+def test_unwritable_output(anneal: Run, corpus: Path, tiny_llama_dir: Path) -> None:
+    out = Path("/sys/anneal-cache")  # refused to every user, root included
+    assert str(out) in build(anneal, corpus, tiny_llama_dir, out)
+
+
+def test_bad_engine_argument(anneal: Run, corpus: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    assert "KEY=VALUE" in build(
+        anneal, corpus, tiny_llama_dir, tmp_path / "cache", "--engine-arg", "nonsense"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [("--min-prob", "1.5"), ("--positions", "some"), ("--shards", "3"), ("--dtype", "int4")]
+)
+def test_settings_out_of_range(
+    anneal: Run, corpus: Path, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, str]
+) -> None:
+    assert words[1] in build(anneal, corpus, tiny_llama_dir, tmp_path / "cache", *words)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_wrong_usage_exits_with_two(anneal: Run, corpus: Path) -> None:
+    code, _, err = anneal("cache", "build", corpus)
+    assert code == 2 and "--model" in err
+    assert anneal("cache", "dig")[0] == 2
+    assert anneal("cache", "inspect", corpus, "--row", "first")[0] == 2
+
+
+def test_inspect_of_what_is_no_cache(anneal: Run, tmp_path: Path) -> None:
+    code, printed, err = anneal("cache", "inspect", tmp_path / "nowhere")
+    assert (code, printed) == (1, "")
+    assert "nowhere" in one_line(err)
+    code, printed, err = anneal("cache", "inspect", tmp_path)
+    assert (code, printed) == (1, "")
+    one_line(err)
+
+
+def test_inspect_of_a_row_beyond_the_end(anneal: Run, cache: Path) -> None:
+    num_rows = len(TeacherCache(cache))
+    code, printed, err = anneal("cache", "inspect", cache, "--row", str(num_rows))
+    assert (code, printed) == (1, "")
+    assert str(num_rows) in one_line(err)
+
+
+def test_inspect_of_another_model(
+    anneal: Run, cache: Path, tiny_qwen3_dir: Path, tiny_llama_dir: Path
+) -> None:
+    assert anneal("cache", "inspect", cache, "--model", tiny_llama_dir)[0] == 0
+    code, _, err = anneal("cache", "inspect", cache, "--model", tiny_qwen3_dir)
+    assert code == 1 and "weights" in one_line(err)
+
+
+def test_a_damaged_shard_is_named(anneal: Run, cache: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    shard = copy / "shard-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    shard.write_bytes(data)
+    code, _, err = anneal("cache", "verify", copy)
+    assert code == 1 and "shard-00000.arrow" in err
+
+
+def train(anneal: Run, cache: Path | str, model: Path, out: Path, *more: str) -> str:
+    """Run a training that must be refused; returns its one-line error."""
+    code, printed, err = anneal("train", cache, "--model", model, "--out", out, *more)
+    assert code == 1, err
+    assert printed == ""
+    return one_line(err)
+
+
+def test_train_with_the_wrong_model(anneal: Run, cache: Path, tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    assert "weights" in train(anneal, cache, tiny_qwen3_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_with_another_vocabulary_even_when_allowed(
+    anneal: Run, cache: Path, tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    from tiny_models import save_tiny_model
+
+    other = save_tiny_model(tmp_path / "wide", "llama", tiny_tokenizer_dir, vocab_size=2048)
+    error = train(anneal, cache, other, tmp_path / "out", "--allow-different-student")
+    assert "vocab" in error and "1003" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_from_an_unfinished_or_missing_cache(
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    assert "gone" in train(anneal, tmp_path / "gone", tiny_llama_dir, tmp_path / "out")
+    headless = tmp_path / "headless"
+    shutil.copytree(cache, headless)
+    (headless / "manifest.json").unlink()
+    assert "headless" in train(anneal, headless, tiny_llama_dir, tmp_path / "out")
+
+
+def test_train_into_something_else(anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "photos"
+    out.mkdir()
+    (out / "cat.jpg").write_bytes(b"meow")
+    assert "photos" in train(anneal, cache, tiny_llama_dir, out)
+    assert (out / "cat.jpg").read_bytes() == b"meow"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--kl-coef", "-1"), "kl_coef"),
+        (("--temperature", "0"), "temperature"),
+        (("--kl-direction", "sideways"), "forward"),
+        (("--set", "training.learning_rat=1"), "learning_rate"),
+        (("--set", "kl_coeff=2"), "kl_coef"),
+        (("--set", "nonsense"), "KEY=VALUE"),
+        (("--config", "missing.yaml"), "missing.yaml"),
+    ],
+)
+def test_train_settings(
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, str], expected: str
+) -> None:
+    assert expected in train(anneal, cache, tiny_llama_dir, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_names_must_differ(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:
+    code, _, err = anneal("eval", cache, cache, "--model", tiny_llama_dir)
+    assert code == 1 and "NAME=CACHE" in one_line(err)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cli", "--debug", "cache", "inspect", str(tmp_path / "nowhere")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "Traceback" in result.stderr

@@ -1,0 +1,133 @@
+"""The main path typed as a user types it: build, inspect, train, eval; the docs know every option."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def anneal(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "cli", *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd or ROOT)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("workspace")
+    import textwrap
+
+    texts = (textwrap.__doc__, textwrap.dedent.__doc__, textwrap.fill.__doc__, textwrap.wrap.__doc__)
+    paragraphs = [str(text) for text in texts]
+    chats = [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": text * 3}]}
+        for n, text in enumerate(paragraphs)
+    ]
+    (path / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(workspace: Path, tiny_llama_dir: Path) -> Path:
+    out = workspace / "cache"
+    command = ("cache", "build", workspace / "chat.jsonl", "--model", tiny_llama_dir, "--out", out)
+    dry = anneal(*command, "--engine", "transformers", "--dry-run")
+    assert not out.exists()
+    assert "rows" in dry.stdout and "bytes" in dry.stdout
+    built = anneal(*command, "--engine", "transformers")
+    assert "bytes/token" in built.stdout
+    again = anneal(*command, "--engine", "transformers")
+    assert again.stdout != built.stdout  # says that there was nothing to do
+    return out
+
+
+def test_inspect_in_every_form(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
+    text = anneal("cache", "inspect", cache).stdout
+    for word in ("rows", "tokens", "positions", "bytes/token", "entropy", "mass"):
+        assert word in text
+    first, second = (anneal("cache", "inspect", cache, "--json").stdout for _ in range(2))
+    assert first == second
+    parsed = json.loads(first)
+    assert parsed["num_rows"] == 4
+    row = anneal("cache", "inspect", cache, "--row", "0").stdout
+    assert "%" in row or "0." in row
+    picture = workspace / "cache.png"
+    anneal("cache", "inspect", cache, "--plot", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_then_eval(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
+    out = workspace / "tuned"
+    trained = anneal(
+        "train", cache, "--model", tiny_llama_dir, "--out", out, "--kl-coef", "0.5",
+        "--set", "training.max_steps=2", "--set", "training.learning_rate=1e-4",
+    )  # fmt: skip
+    log = [line for line in trained.stderr.splitlines() if line.strip()]
+    assert any(line.startswith("step 0: KL(initial || model)") for line in log)
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 1003
+    before = json.loads(anneal("eval", f"chat={cache}", "--model", tiny_llama_dir, "--json").stdout)
+    after = json.loads(anneal("eval", f"chat={cache}", "--model", out, "--json").stdout)
+    assert before["caches"]["chat"]["kl"] < 1e-3 < after["caches"]["chat"]["kl"]
+    assert after["caches"]["chat"]["perplexity"] < before["caches"]["chat"]["perplexity"]
+    assert "perplexity" in anneal("eval", cache, "--model", out).stdout
+
+
+def commands() -> list[tuple[str, typer.core.TyperCommand]]:
+    """Every leaf command with its full name."""
+    group = typer.main.get_command(cli.app)
+    found = []
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        children = getattr(command, "commands", None)
+        if children is None:
+            found.append((name, command))
+        else:
+            found += [(f"{name} {child}", leaf) for child, leaf in children.items()]
+    return found
+
+
+def test_every_command_and_option_is_documented() -> None:
+    reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = {part.split("\n", 1)[0].strip(): part for part in reference.split("\n## ")[1:]}
+    assert sorted(sections) == sorted(f"anneal {name}" for name, _ in commands())
+    for name, command in commands():
+        assert command.help, name
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, f"{name} {parameter.name}"
+                assert parameter.opts[0] in sections[f"anneal {name}"], f"{name} {parameter.opts[0]}"
+
+
+def test_the_reference_is_current() -> None:
+    made = subprocess.run(
+        [sys.executable, "docs/make_cli_reference.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def test_version_and_module_entry() -> None:
+    from importlib.metadata import version
+
+    assert anneal("--version").stdout.strip() == f"anneal {version('anneal')}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name
+)
+def test_links_between_documents_exist(path: Path) -> None:
+    import re
+
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
