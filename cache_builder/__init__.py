@@ -1,6 +1,7 @@
 """Corpus -> token rows -> teacher -> shards.
 
 Importing this package loads nothing heavy: every public name is imported from its module on first use.
+The functions `tokenise` and `preview` live in the modules of the same names.
 """
 
 import importlib
@@ -24,8 +25,6 @@ _MODULES = {
     "verify_cache": "verify",
     "CorpusConfig": "corpus",
     "open_corpus": "corpus",
-    "preview": "preview",
-    "tokenise": "tokenise",
     "Teacher": "teacher",
     "TeacherConfig": "teacher",
     "TeacherError": "teacher",

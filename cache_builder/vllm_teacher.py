@@ -142,8 +142,9 @@ class VLLMTeacher:
             every = len(member.positions) == len(member.row) - 1
             mask = None if every else {POSITIONS_KEY: encode_positions(member.positions, len(member.row))}
             self._num_requests += 1
-            request = self._engine.add_request(
-                str(self._num_requests),
+            request = str(self._num_requests)
+            self._engine.add_request(
+                request,
                 tokens_input(member.row.input_ids.tolist()),
                 PoolingParams(task=TASK, extra_kwargs=mask, skip_reading_prefix_cache=True),
             )
@@ -155,7 +156,6 @@ class VLLMTeacher:
         """Drive the engine until every request of the wave is answered."""
         from cache_builder.wire import unpack
 
-        by_external = {key.split("-")[0]: key for key in running}
         while running:
             try:
                 outputs = self._engine.step()
@@ -166,8 +166,7 @@ class VLLMTeacher:
                     "its own log, shown with --debug, has the cause"
                 ) from error
             for output in outputs:
-                key = by_external.get(output.request_id, output.request_id)
-                member = running.pop(key)
+                member = running.pop(output.request_id)
                 result = unpack(output.outputs.data, self.vocab_size)
                 assert len(result) == len(member.positions), (len(result), len(member.positions))
                 member.result = result

