@@ -175,10 +175,16 @@ class LabelAnnealingTrainer(Trainer):
         return self.loader_of_rows(dataset, np.arange(len(dataset)), packing=False)
 
     def loader_of_rows(self, dataset: CachedDataset, rows: Iterable[int], *, packing: bool) -> DataLoader:
-        """This rank's share of the given rows, in order, in batches of the evaluation size."""
+        """This rank's share of the given rows, in order (or packed), in batches of the evaluation size."""
         args = self.args
+        chosen = np.asarray(list(rows), dtype=np.int64)
+        units = chosen[:, None].tolist()
+        if packing:
+            lengths = np.asarray([len(dataset[row]["input_ids"]) for row in chosen.tolist()])
+            capacity = self.pack_length or 2 * int(lengths.max())  # room for two rows at least
+            units = [chosen[pack].tolist() for pack in best_fit(lengths, capacity)]
         batches = EpochBatches(
-            [Source(units=[[int(row)] for row in rows])],
+            [Source(units=units)],
             args.eval_batch_size,
             shuffle=False,
             rank=args.process_index,

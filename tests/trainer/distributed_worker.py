@@ -1,0 +1,102 @@
+"""One process of a training run whose gradients are recorded: started by torchrun, or called in-process.
+
+Usage: torchrun --nproc-per-node 2 distributed_worker.py SPECS.json
+
+Weights are float64 unless a spec says otherwise: what remains between two ways to compute a sum is then 1e-13, and
+a missing row or a wrong denominator cannot hide in rounding.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from trainer.config import LoraSettings
+from trainer.dataset import CachedDataset
+from trainer.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.lora import attach_adapters
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor, gathered when it is sharded."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().clone()
+
+
+def plain_name(name: str) -> str:
+    return name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")
+
+
+class Record(TrainerCallback):
+    """Keeps the gradient of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        grads = {plain_name(n): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        self.gradients.append(grads)
+
+
+def run(spec: dict) -> dict:
+    """Train as `spec` says; returns the gradients of every step, the final weights and the log."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["model"], dtype=getattr(torch, spec.get("dtype", "float64")), attn_implementation=spec.get("attention", "sdpa")
+    )
+    if spec.get("lora"):
+        model = attach_adapters(model, LoraSettings(**spec["lora"]))
+    args = TrainingArguments(
+        output_dir=spec["out"],
+        use_cpu=True,
+        max_steps=spec.get("steps", 1),
+        per_device_train_batch_size=spec["batch"],
+        gradient_accumulation_steps=spec["accumulation"],
+        per_device_eval_batch_size=spec.get("eval_batch", 3),
+        learning_rate=spec.get("learning_rate", 1e-3),
+        max_grad_norm=0.0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=3,
+        **spec.get("arguments", {}),
+    )
+    record = Record()
+    trainer = LabelAnnealingTrainer(
+        model,
+        args,
+        train_dataset=CachedDataset(spec["cache"], spec.get("temperature", 1.0)),
+        eval_dataset=CachedDataset(spec["eval_cache"]) if spec.get("eval_cache") else None,
+        kl_coef=spec.get("kl_coef", 0.7),
+        packing=spec.get("packing", False),
+        group_by_length=spec.get("group_by_length", False),
+        callbacks=[record],
+    )
+    trainer.train()
+    metrics = trainer.evaluate() if spec.get("eval_cache") else {}
+    weights = {plain_name(n): whole(p) for n, p in trainer.model.named_parameters()}
+    return {
+        "gradients": record.gradients,
+        "weights": weights,
+        "log": trainer.state.log_history,
+        "metrics": metrics,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for spec in json.loads(Path(sys.argv[1]).read_text()):
+        result = run(spec)
+        if int(os.environ.get("RANK", 0)) == 0:
+            torch.save(result, spec["result"])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,152 @@
+"""The gradient of an optimizer step must not depend on how its rows are split over micro-batches and processes.
+
+Reference: one process, one micro-batch. Every other split trains on the same 16 rows per step, whose masks are
+uneven, so a mean of means, a local count or a second division by the accumulation steps shows at once.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_worker import run
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama_dir, llama_cache, llama_eval_cache, tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("parallel")
+    return {
+        "model": str(tiny_llama_dir),
+        "cache": str(llama_cache),
+        "eval_cache": str(llama_eval_cache),
+        "out": str(out),
+        "batch": 16,
+        "accumulation": 1,
+        "steps": 2,  # 24 rows: the second step has only 8 of them
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(base) -> dict:
+    return run(base)
+
+
+def launch(specs: list[dict], directory: Path) -> list[dict]:
+    """Run the specs on two processes over gloo."""
+    for number, spec in enumerate(specs):
+        spec["result"] = str(directory / f"result-{number}.pt")
+    path = directory / "specs.json"
+    path.write_text(json.dumps(specs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(port), str(WORKER), str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(spec["result"]) for spec in specs]
+
+
+def relative_difference(mine: dict, other: dict) -> float:
+    """The largest over steps of |g - g'| / |g|, over all parameters together."""
+    worst = 0.0
+    for left, right in zip(mine["gradients"], other["gradients"], strict=True):
+        assert left.keys() == right.keys()
+        difference = math.sqrt(sum(float(((left[k] - right[k]) ** 2).sum()) for k in left))
+        worst = max(worst, difference / math.sqrt(sum(float((left[k] ** 2).sum()) for k in left)))
+    return worst
+
+
+def logged(result: dict, key: str) -> list[float]:
+    return [entry[key] for entry in result["log"] if key in entry]
+
+
+def assert_same(reference: dict, other: dict, tolerance: float = 1e-9) -> None:
+    assert relative_difference(reference, other) < tolerance
+    for key in ("ce", "kl", "loss"):
+        np.testing.assert_allclose(logged(other, key), logged(reference, key), rtol=1e-5, atol=1e-7)
+    for key in ("eval_ce", "eval_kl", "eval_num_tokens"):
+        assert other["metrics"][key] == pytest.approx(reference["metrics"][key], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_gives_the_same_gradient(base, reference, accumulation):
+    other = run(base | {"batch": 16 // accumulation, "accumulation": accumulation})
+    assert_same(reference, other)
+
+
+def test_the_gradient_is_that_of_the_definition(base, reference, tiny_llama_dir, llama_cache):
+    """Against a dense two-model computation over the rows of the first step, in plain PyTorch."""
+    from transformers import AutoModelForCausalLM
+
+    from formats.cache import TeacherCache
+    from trainer.sampler import EpochBatches, Source
+
+    cache = TeacherCache(llama_cache)
+    order = EpochBatches([Source(units=[[i] for i in range(len(cache))])], 16, seed=3)
+    rows = [unit[0] for unit in next(iter(order))]
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64)
+    total = {"ce": 0.0, "kl": 0.0, "num": 0}
+    for row in rows:
+        item = cache[row]
+        ids = torch.as_tensor(item.input_ids.astype(np.int64))[None]
+        logits = model(input_ids=ids).logits[0]
+        teacher = logits.detach().log_softmax(-1)  # the same weights are the teacher
+        at = torch.as_tensor(np.flatnonzero(item.loss_mask))
+        student = logits[at - 1].log_softmax(-1)
+        total["ce"] -= student.gather(1, ids[0, at][:, None]).sum()
+        total["kl"] += (teacher[at - 1].exp() * (teacher[at - 1] - student)).sum()
+        total["num"] += len(at)
+    ((total["ce"] + 0.7 * total["kl"]) / total["num"]).backward()
+    dense = {"gradients": [{n: p.grad for n, p in model.named_parameters()}]}
+    first = {"gradients": reference["gradients"][:1]}
+    assert relative_difference(first, dense) < 1e-6  # the cache holds float32 logprobs
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_gradient(base, reference, tmp_path):
+    """DDP over gloo, with accumulation 1, 2, 4 and 8; packing, adapters and length grouping beside."""
+    specs = [base | {"batch": 8 // a, "accumulation": a} for a in (1, 2, 4, 8)]
+    packed = base | {"packing": True, "batch": 8}
+    adapted = base | {"lora": {"r": 4}, "learning_rate": 0.5}
+    grouped = base | {"group_by_length": True}
+    specs += [packed | {"batch": 2, "accumulation": 2}, adapted | {"batch": 4, "accumulation": 2}]
+    specs += [grouped | {"batch": 8}]
+    results = launch(specs, tmp_path)
+    for result in results[:4]:
+        assert_same(reference, result)
+    for spec, result in zip((packed, adapted, grouped), results[4:], strict=True):
+        assert_same(run(spec), result)
+
+
+@pytest.mark.slow
+def test_fsdp2_on_two_processes_equals_one_process(base, reference, tmp_path):
+    """Sharded weights, gathered head, tied and untied: the same gradients, weights and evaluation."""
+    specs = [base | {"batch": 4, "accumulation": 2, "arguments": {"fsdp": True}}]
+    (result,) = launch(specs, tmp_path)
+    assert_same(reference, result)
+    for name, weight in reference["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_differ_when_a_row_is_missing(base, reference):
+    """The comparison itself can fail: 15 of the 16 rows give another gradient by far."""
+    other = run(base | {"batch": 15, "steps": 2})
+    assert relative_difference(reference, other) > 1e-3
+
+
+def test_single_precision_agrees_to_rounding(base):
+    """In fp32 the largest difference of any entry is below 1e-6 of the largest gradient."""
+    whole = run(base | {"dtype": "float32", "steps": 1})["gradients"][0]
+    split = run(base | {"dtype": "float32", "steps": 1, "batch": 2, "accumulation": 8})["gradients"][0]
+    scale = max(float(g.abs().max()) for g in whole.values())
+    assert max(float((whole[k] - split[k]).abs().max()) for k in whole) < 1e-6 * scale
