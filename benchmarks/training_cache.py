@@ -1,0 +1,40 @@
+"""A cache with made-up teacher distributions, for timings: what a step costs does not depend on their values."""
+
+from pathlib import Path
+
+import numpy as np
+
+from formats.rows import TokenRow
+from formats.topk import TAIL_BETAS, TopKLogprobs
+from formats.writer import CacheWriter
+
+
+def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: int) -> TopKLogprobs:
+    """`head_size` distinct tokens per position, probabilities falling like 1/rank, 6 % left to the tail."""
+    generator = np.random.default_rng(seed)
+    stride = vocab_size // head_size
+    lattice = np.arange(head_size) * stride
+    ids = (lattice + generator.integers(0, stride, (num_positions, head_size))) % vocab_size
+    weights = 1.0 / np.arange(1, head_size + 1)
+    logprobs = np.log(0.94 * weights / weights.sum()).astype(np.float32)
+    # The tail as if its tokens were equally likely: A(beta) = log(n) + beta log(0.06 / n).
+    num_tail = vocab_size - head_size
+    nodes = [np.log(num_tail) + beta * np.log(0.06 / num_tail) for beta in TAIL_BETAS]
+    return TopKLogprobs(
+        offsets=np.arange(num_positions + 1) * head_size,
+        token_ids=ids.reshape(-1).astype(np.int32),
+        logprobs=np.tile(logprobs, num_positions),
+        log_tail_nodes=np.tile(np.array(nodes, dtype=np.float32), (num_positions, 1)),
+        vocab_size=vocab_size,
+    )
+
+
+def write_cache(path: Path, *, num_rows: int, length: int, vocab_size: int, head_size: int) -> None:
+    """Rows of `length` random tokens, all of which carry loss."""
+    generator = np.random.default_rng(1)
+    with CacheWriter(path, identity={}, vocab_size=vocab_size, max_k=head_size) as writer:
+        for row in range(num_rows):
+            mask = np.ones(length, dtype=bool)
+            mask[0] = False
+            token_row = TokenRow(generator.integers(0, vocab_size, length), mask)
+            writer.append(token_row, random_heads(length - 1, vocab_size, head_size, seed=row))

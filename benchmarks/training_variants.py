@@ -1,0 +1,210 @@
+"""One variant of `benchmarks/training.py`, in a process of its own so that its peak memory is its own.
+
+    anneal   LabelAnnealingTrainer from a cache          direct   the same harness, cross-entropy alone
+    online   Trainer, frozen copy of the model, dense KL  hf      transformers.Trainer as it comes
+    loss-fused / loss-dense   the loss and its gradients alone
+
+Prints one JSON object on its last line. Memory is the high-water mark above what the process held before the
+model (or, for the loss alone, before the loss) existed: resident bytes on a CPU, allocated bytes on a GPU.
+"""
+
+import argparse
+import copy
+import json
+import os
+import re
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+
+TRAINING = ("anneal", "direct", "online", "hf")
+LOSSES = ("loss-fused", "loss-dense")
+
+
+class PeakMemory:
+    """Bytes above the level at construction, at their highest since."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
+            self.start = self._status("VmRSS")
+
+    @staticmethod
+    def _status(key: str) -> int:
+        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def read(self) -> int:
+        peak = torch.cuda.max_memory_allocated() if self.on_gpu else self._status("VmHWM")
+        return peak - self.start
+
+
+def make_model(sizes: argparse.Namespace) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=sizes.vocab,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=sizes.seq,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    dtype = torch.bfloat16 if sizes.dtype == "bf16" else torch.float32
+    return LlamaForCausalLM(config).to(sizes.device, dtype)
+
+
+def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from trainer.dataset import CachedDataset
+    from trainer.label_annealing_trainer import LabelAnnealingTrainer
+
+    marks: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if sizes.device == "cuda":
+                torch.cuda.synchronize()
+            marks.append((time.perf_counter(), time.process_time()))
+
+    class Online(Trainer):
+        """CE + KL of full distributions, both models' logits as tensors: the paper's own procedure."""
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            labels = inputs["labels"][:, 1:].reshape(-1)
+            ids = inputs["input_ids"]
+            student = model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
+            with torch.no_grad():
+                initial = frozen(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
+            log_q = F.log_softmax(student / sizes.temperature, -1)
+            log_p = F.log_softmax(initial / sizes.temperature, -1)
+            kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+            return F.cross_entropy(student, labels) + kl
+
+    cached = CachedDataset(sizes.cache, sizes.temperature, loss="ce" if sizes.variant == "direct" else "both")
+    plain = [
+        {name: torch.as_tensor(cached[i][name]).long() for name in ("input_ids", "labels")}
+        for i in range(len(cached))
+    ]
+    peak = PeakMemory(sizes.device)
+    model = make_model(sizes)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False) if sizes.variant == "online" else None
+    with tempfile.TemporaryDirectory() as out:
+        arguments = TrainingArguments(
+            output_dir=out,
+            per_device_train_batch_size=sizes.batch,
+            max_steps=sizes.warmup + sizes.steps,
+            learning_rate=1e-5,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=sizes.device == "cpu",
+            gradient_checkpointing=sizes.checkpointing,
+        )
+        if sizes.variant in ("anneal", "direct"):
+            trainer: Trainer = LabelAnnealingTrainer(
+                model, arguments, train_dataset=cached, callbacks=[Clock()]
+            )
+        else:
+            kind = Online if sizes.variant == "online" else Trainer
+            trainer = kind(model=model, args=arguments, train_dataset=plain, callbacks=[Clock()])  # type: ignore[arg-type]
+        trainer.train()
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks)][sizes.warmup - 1 :]
+    return {
+        "seconds": [wall for wall, _ in steps],
+        "cpu_seconds": [cpu for _, cpu in steps],
+        "peak_bytes": peak.read(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def dense_loss(hidden: Any, weight: Any, labels: Any, teacher: Any) -> torch.Tensor:
+    """Cross-entropy and bucketed KL from [rows, V] logits, vectorised as trainers that build them do it."""
+    log_q = F.log_softmax((hidden @ weight.t()).float(), -1)
+    row = torch.repeat_interleave(teacher.rows, teacher.counts)
+    log_q_head = log_q[row, teacher.token_ids.long()]
+    p = teacher.logprobs.exp()
+    mass_q = torch.zeros(len(log_q), device=log_q.device).index_add(0, row, log_q_head.exp())[teacher.rows]
+    tail = teacher.log_tail.exp() * (teacher.log_tail - torch.log1p(-mass_q))
+    kl = ((p * (teacher.logprobs - log_q_head)).sum() + tail.sum()) / len(teacher)
+    return F.nll_loss(log_q, labels) + kl
+
+
+def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
+    from training_cache import random_heads
+
+    from trainer.loss import label_annealing_loss
+    from trainer.teacher_batch import TeacherBatch
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if sizes.dtype == "bf16" else torch.float32
+    device = sizes.device
+    hidden = torch.randn(sizes.rows, sizes.hidden, device=device, dtype=dtype).requires_grad_()
+    weight = (
+        torch.empty(sizes.vocab, sizes.hidden, device=device, dtype=dtype).normal_(std=0.04).requires_grad_()
+    )
+    labels = torch.randint(0, sizes.vocab, (sizes.rows,), device=device)
+    topk = random_heads(sizes.rows, sizes.vocab, sizes.head_size, seed=0)
+    teacher = TeacherBatch.from_topk(range(sizes.rows), topk, 1.0).to(device)
+    peak = PeakMemory(device)
+    seconds, cpu = [], []
+    for _ in range(sizes.steps):
+        hidden.grad = weight.grad = None
+        start = time.perf_counter(), time.process_time()
+        if sizes.variant == "loss-fused":
+            loss = label_annealing_loss(hidden, weight, labels, teacher).loss
+        else:
+            loss = dense_loss(hidden, weight, labels, teacher)
+        loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start[0])
+        cpu.append(time.process_time() - start[1])
+    gradients = hidden.grad.nbytes + weight.grad.nbytes  # type: ignore[union-attr]
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "peak_bytes": peak.read(),
+        "gradient_bytes": gradients,
+        "loss": loss.item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variant", choices=(*TRAINING, *LOSSES), required=True)
+    for name in ("vocab", "hidden", "intermediate", "layers", "heads", "seq", "batch", "rows", "head_size"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--cache", type=Path)
+    sizes = parser.parse_args()
+    result = run_training(sizes) if sizes.variant in TRAINING else run_loss(sizes)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
