@@ -42,7 +42,7 @@ from formats.manifest import Manifest
 if TYPE_CHECKING:
     from cache_builder.teacher import Teacher
 
-PLAN_CLAIM = "plan"
+PLAN_CLAIM, FINISH_CLAIM = "plan", "finish"
 POLL_SECONDS = 1.0
 MakeTeacher = Callable[[BuildConfig, BuildSource], "Teacher"]
 
@@ -143,6 +143,10 @@ def _build(
         return _complete(out, was_complete=True)
     existed = out.exists()
     open_output(out)
+    if state_of(out) is State.FINISHED:
+        # Another worker wrote the manifest and cleared up since we looked; what we just made is not a build.
+        remove_build(out)
+        return _complete(out, was_complete=True)
     plan, planned_here = _plan(out, source, config, progress, existed=existed, step=step)
     indices = _selected(config, plan)
     capture = Capture(
@@ -155,7 +159,7 @@ def _build(
         step=step,
     )
     try:
-        manifest = _capture_and_finish(capture, indices, source, progress, step)
+        manifest = _capture_and_finish(capture, indices, source, config.heartbeat_seconds, progress, step)
     except EngineStartError:
         if planned_here:  # nothing was captured: the next command may well ask for another engine
             _leave_as_found(out, existed)
@@ -186,6 +190,7 @@ def _capture_and_finish(
     capture: Capture,
     indices: list[int],
     source: BuildSource,
+    heartbeat_seconds: float,
     progress: Progress,
     step: Step,
 ) -> Manifest | None:
@@ -201,7 +206,10 @@ def _capture_and_finish(
         progress.finish()
         if missing_shards(out, everything):
             return None
-        result = finish(out, source.settings, plan, source.tokenizer_json, step=step)
+        with Claims(build_directory(out) / "claims", heartbeat_seconds) as claims:
+            while not claims.acquire(FINISH_CLAIM):
+                time.sleep(min(POLL_SECONDS, heartbeat_seconds))
+            result = finish(out, source.settings, plan, source.tokenizer_json, step=step)
         if isinstance(result, Manifest):
             return result
         progress.note(f"captured again: {len(result)} shards whose bytes were damaged on the disk")

@@ -99,7 +99,7 @@ class Claims:
         self._thread = threading.Thread(target=self._beat, name="anneal-claims", daemon=True)
 
     def __enter__(self) -> "Claims":
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(exist_ok=True)  # not its parents: a finished build must not come back to life
         self._thread.start()
         return self
 

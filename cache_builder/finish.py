@@ -1,7 +1,8 @@
 """The end of a build: read every shard back, write tokenizer.json and the manifest, remove `_build/`.
 
-Any worker may do this, and several may do it at once: all write the same bytes. A shard whose bytes are not
-those that a worker noted when it wrote them is deleted and captured again; it never reaches a manifest.
+One worker does this at a time (a claim); should two believe to hold it, both write the same bytes. A shard
+whose bytes are not those that a worker noted when it wrote them is deleted and captured again; it never
+reaches a manifest.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from cache_builder.layout import TOKENIZER_NAME, remove_build, shard_name
 from cache_builder.plan import Plan, Settings
 from formats.codec import CodecConfig
 from formats.commit import atomic_write_bytes, fsync_directory
-from formats.manifest import Manifest, ShardInfo
+from formats.manifest import MANIFEST_NAME, Manifest, ShardInfo
 
 
 def file_sha256(path: Path) -> str:
@@ -57,6 +58,10 @@ def finish(
         infos = list(pool.map(lambda index: shard_info(out, plan, index), range(len(plan.shards))))
     damaged = [index for index, info in enumerate(infos) if info is None]
     if damaged:
+        # A note is also gone when another worker has just finished; it wrote the manifest first, so look for
+        # that.
+        if (out / MANIFEST_NAME).exists():
+            return Manifest.read(out)
         for index in damaged:
             (out / shard_name(index)).unlink(missing_ok=True)
         fsync_directory(out)

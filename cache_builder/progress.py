@@ -38,6 +38,11 @@ class ConsoleProgress(Progress):
         self._stream = stream or sys.stderr
         self._interval = interval_seconds
         self._bar: Any = None
+        self._what, self._done = "", 0
+        self._total: int | None = None
+        self._rows = self._tokens = self._bytes = self._written = 0
+        self._first: tuple[float, int, int] | None = None
+        self._printed = 0.0
 
     def note(self, text: str) -> None:
         if self._bar is not None:
@@ -50,7 +55,8 @@ class ConsoleProgress(Progress):
         self.finish()
         self._what, self._total, self._done = what, total, done
         self._rows = self._tokens = self._bytes = self._written = 0
-        self._began = self._printed = time.monotonic()
+        self._first = None
+        self._printed = time.monotonic()
         if self._stream.isatty():
             from tqdm import tqdm
 
@@ -67,6 +73,9 @@ class ConsoleProgress(Progress):
     def advance(self, num_rows: int, num_tokens: int = 0) -> None:
         self._rows += num_rows
         self._tokens += num_tokens
+        if self._first is None:
+            # The clock of the rates starts with the first rows: before them the engine was starting.
+            self._first = (time.monotonic(), self._rows, self._tokens)
         if self._bar is not None:
             self._bar.update(num_rows)
             self._bar.set_postfix_str(self._rates(), refresh=False)
@@ -85,15 +94,19 @@ class ConsoleProgress(Progress):
             self._bar = None
 
     def _rates(self) -> str:
-        elapsed = max(time.monotonic() - self._began, 1e-9)
-        text = f"{self._rows / elapsed:.1f} rows/s, {self._tokens / elapsed:,.0f} tokens/s"
+        began, rows, tokens = self._first or (time.monotonic(), 0, 0)
+        elapsed = max(time.monotonic() - began, 1e-3)
+        text = (
+            f"{(self._rows - rows) / elapsed:.1f} rows/s, {(self._tokens - tokens) / elapsed:,.0f} tokens/s"
+        )
         return text + (f", {self._bytes / self._written:.1f} bytes/token" if self._written else "")
 
     def _left(self) -> str:
-        if self._total is None or not self._rows:
+        began, rows, _ = self._first or (0.0, 0, 0)
+        if self._total is None or self._rows == rows:
             return ""
-        seconds = (time.monotonic() - self._began) * (self._total - self._done - self._rows) / self._rows
-        return f", {format_seconds(seconds)} left"
+        left = self._total - self._done - self._rows
+        return f", {format_seconds((time.monotonic() - began) * left / (self._rows - rows))} left"
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,0 +1,161 @@
+"""Killed, starved and raced builds end with the bytes of an undisturbed one. `benchmarks/faults.py` runs many
+more."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deterministic_build import contents
+from fault_trials import run_apart
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
+
+
+def require_clean(result: dict[str, Any], at_least: int) -> None:
+    assert result["trials"] >= at_least, result
+    bad = {name: result[name] for name in ("rows_lost", "rows_doubled", "files_different", "unclean")}
+    assert not any(bad.values()), result["details"]
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_of_the_protocol() -> None:
+    result = run_apart("every step")
+    require_clean(result, at_least=25)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments() -> None:
+    result = run_apart("random kills", num_trials=15)
+    require_clean(result, at_least=15)
+    assert result["killed"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_at_random_moments(number: int) -> None:
+    require_clean(run_apart("random kills", num_trials=4, number=number), at_least=4)
+
+
+@pytest.mark.slow
+def test_operations_that_fail() -> None:
+    result = run_apart("failing calls", stride=9, codes=(errno.ENOSPC,))
+    require_clean(result, at_least=15)
+    assert {"failed write", "failed fsync", "failed replace", "failed link"} <= set(result)
+
+
+def test_eight_writers_at_once() -> None:
+    require_clean(run_apart("concurrent writers", num_trials=2), at_least=2)
+
+
+def test_writers_that_die_beside_others() -> None:
+    require_clean(run_apart("concurrent writers", num_trials=2, kill=4, seed=1), at_least=2)
+
+
+def test_clocks_that_jump() -> None:
+    require_clean(run_apart("jumping clock"), at_least=2)
+
+
+def test_full_disk() -> None:
+    require_clean(run_apart("full disk"), at_least=3)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests/helpers"]
+from pathlib import Path
+from deterministic_build import SeededTeacher, make_config, make_source
+from cache_builder.build import build_cache
+from cache_builder.signals import BuildInterrupted
+try:
+    build_cache(
+        make_config(Path({out!r})), source=make_source(60),
+        make_teacher=lambda config, source: SeededTeacher(seconds_per_row=0.02),
+        step=lambda name: print(name, flush=True),
+    )
+except BuildInterrupted as stop:
+    print(stop, file=sys.stderr)
+    sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_build_says_so_and_resumes(tmp_path: Path, number: int, exit_code: int) -> None:
+    script = SCRIPT.format(root=str(ROOT), out=str(tmp_path / "c"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == "claimed 3":  # shard 2 was handed over: it must be committed, shard 3 dropped
+            break
+    time.sleep(0.03)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    assert message.strip().splitlines()[-1] == (
+        "interrupted: 3 of 6 shards are on the disk; run the same command again to go on"
+    )
+    assert sorted(p.name for p in (tmp_path / "c").glob("shard-*")) == [
+        f"shard-{i:05d}.arrow" for i in range(3)
+    ]
+    assert not list((tmp_path / "c" / "_build" / "partial").iterdir())
+    assert not list((tmp_path / "c" / "_build" / "claims").iterdir())
+
+    def run(out: Path) -> None:
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT.format(root=str(ROOT), out=str(out))],
+            check=True,
+            capture_output=True,
+        )
+
+    run(tmp_path / "c")
+    run(tmp_path / "fresh")
+    assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
+
+
+MEMORY = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests/helpers"]
+from pathlib import Path
+from deterministic_build import SeededTeacher, make_config, make_source
+from cache_builder.build import build_cache
+
+class Flat(SeededTeacher):
+    def prefill(self, rows):
+        rows = list(rows)
+        first = list(super().prefill(rows[:1]))[0]
+        for row in rows:
+            yield first.take([0] * len(row.positions()))
+
+build_cache(
+    make_config(Path({out!r})), source=make_source({num_rows}, rows_per_shard=100),
+    make_teacher=lambda config, source: Flat(),
+)
+peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(peak[0].split()[1])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+
+    def peak_kilobytes(num_rows: int) -> int:
+        script = MEMORY.format(root=str(ROOT), out=str(tmp_path / str(num_rows)), num_rows=num_rows)
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"},
+        )
+        return int(result.stdout.split()[-1])
+
+    short, long = peak_kilobytes(600), peak_kilobytes(6000)
+    # Ten times the rows may cost what the plan keeps per shard, not what the rows hold.
+    assert long - short < 6_000, (short, long)
