@@ -1,0 +1,130 @@
+"""The picture of a sweep: what was learnt (target text) against what was kept (source text).
+
+One point per model, both axes perplexity, so the lower left corner is the best of both. Models of one family (the
+same method at several strengths) are joined in the given order; the dashed line is the Pareto front: what no other
+point beats on both axes. matplotlib is imported when a picture is drawn.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from formats.errors import ConfigError
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#5f6368"
+WIDE = 2.0
+"""Ratio between the largest and the smallest perplexity from which an axis is logarithmic."""
+Point = Mapping[str, float]
+
+
+def pareto_front(points: Mapping[str, Point]) -> list[str]:
+    """Labels that no other point beats on both axes, in order of target perplexity. O(n log n)."""
+    best = float("inf")
+    front = []
+    for label in sorted(points, key=lambda name: (points[name]["target"], points[name]["source"])):
+        if points[label]["source"] < best:
+            front.append(label)
+            best = points[label]["source"]
+    return front
+
+
+def plot_tradeoff(
+    results: Mapping[str, Point],
+    path: str | Path,
+    *,
+    initial: str = "initial",
+    families: Mapping[str, Sequence[str]] | None = None,
+    title: str | None = None,
+    source_label: str = "perplexity on the source text (what it knew)",
+    target_label: str = "perplexity on the target text (what it learns)",
+) -> Path:
+    """Draw the trade-off of several models and write it to `path` (PNG, SVG or PDF by its ending).
+
+    Args:
+        results: label -> {"source": perplexity, "target": perplexity}.
+        initial: label of the initial model, drawn as a star with lines through it; may be absent.
+        families: name -> labels that are joined by a line, in order; a label in none stands alone.
+        title: above the picture.
+
+    Raises:
+        ConfigError: no results, a label without both numbers, or matplotlib is missing.
+    """
+    check_points(results, families or {})
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
+    except ImportError:
+        raise ConfigError("plots need matplotlib, which is not installed; pip install 'anneal[plot]'") from None
+    figure = Figure(figsize=(7.2, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)  # no display, no global state
+    axes: Any = figure.add_subplot()
+    groups = {name: list(labels) for name, labels in (families or {}).items()}
+    joined = {label for labels in groups.values() for label in labels}
+    groups |= {label: [label] for label in results if label not in joined and label != initial}
+    _draw_front(axes, {label: results[label] for label in results if label != initial})
+    for number, (name, labels) in enumerate(groups.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        xs, ys = [results[label]["target"] for label in labels], [results[label]["source"] for label in labels]
+        axes.plot(
+            xs, ys, marker + "-", color=colour, label=name, markersize=8, linewidth=1.6, zorder=3,
+            markeredgecolor="white", markeredgewidth=0.8,
+        )  # fmt: skip
+        if len(labels) > 1:
+            for label, x, y in zip(labels, xs, ys, strict=True):
+                short = label.removeprefix(name).strip(" ,:-") or label
+                axes.annotate(short, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color=colour)
+    if initial in results:
+        x, y = results[initial]["target"], results[initial]["source"]
+        axes.axhline(y, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
+        axes.axvline(x, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
+        axes.plot([x], [y], "*", color="black", markersize=15, label=f"{initial} model", zorder=4, linestyle="none")
+    for axis, key in ((axes.xaxis, "target"), (axes.yaxis, "source")):
+        values = [point[key] for point in results.values()]
+        if max(values) > WIDE * min(values) > 0:
+            (axes.set_xscale if key == "target" else axes.set_yscale)("log")
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(ScalarFormatter())
+    axes.set_xlabel(target_label)
+    axes.set_ylabel(source_label)
+    if title:
+        axes.set_title(title, loc="left", fontsize=11)
+    axes.margins(0.12)
+    axes.annotate(
+        "better", xy=(0.03, 0.03), xytext=(0.12, 0.12), xycoords="axes fraction", fontsize=9, color=GREY,
+        arrowprops={"arrowstyle": "->", "color": GREY},
+    )  # fmt: skip
+    axes.grid(color="#e3e5e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    path = Path(path)
+    try:
+        figure.savefig(path, dpi=160)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the plot must go to a writable .png, .svg or .pdf file, got {path}: {error}") from None
+    return path
+
+
+def check_points(results: Mapping[str, Point], families: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError unless there are points, all complete, and families name only known ones."""
+    if not results:
+        raise ConfigError("a trade-off plot needs at least one model, got none")
+    for label, point in results.items():
+        missing = [axis for axis in ("source", "target") if not isinstance(point.get(axis), int | float)]
+        if missing:
+            raise ConfigError(f"every model needs a source and a target perplexity, got no {missing[0]} for {label!r}")
+    unknown = [label for labels in families.values() for label in labels if label not in results]
+    if unknown:
+        raise ConfigError(f"families may only name given models, got {unknown[0]!r}")
+
+
+def _draw_front(axes: Any, points: Mapping[str, Point]) -> None:
+    front = pareto_front(points)
+    if len(front) > 1:
+        xs, ys = [points[label]["target"] for label in front], [points[label]["source"] for label in front]
+        axes.plot(xs, ys, "--", color=GREY, linewidth=1.0, zorder=2, label="Pareto front")
