@@ -119,8 +119,7 @@ def _string(record: Record, column: str) -> str:
 
 
 def _unicode(text: str, column: str, where: str) -> str:
-    """`text` itself, unless it holds half a surrogate pair, which JSON can express and no tokenizer can
-    read."""
+    """`text` itself, unless it holds half a surrogate pair: JSON can express it, no tokenizer can read it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -248,9 +247,13 @@ def _alpaca(record: Record, has_chat_template: bool) -> Example:
 
 def _integers(record: Record, column: str) -> np.ndarray:
     values = _sequence(record, column)
-    if not all(isinstance(value, int | np.integer) for value in values):
+    try:
+        array = np.array(values) if values else np.zeros(0, dtype=np.int64)
+    except ValueError:  # lists of several lengths
+        array = np.array(None)
+    if array.ndim != 1 or array.dtype.kind not in "iub":
         raise CorpusError(f"{column} must be a list of integers, got other values in {record.where}")
-    return np.array(values, dtype=np.int64)
+    return array.astype(np.int64)
 
 
 def _tokens(record: Record, vocab_size: int) -> Tokens:

@@ -9,9 +9,8 @@ the same corpus, tokenizer and settings give the same rows.
 N: tokens of a document, L: tokens of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from cache_builder.encoding import Encoded, SpecialTokens, encode_documents, enc
 from cache_builder.readers import Record
 from formats.errors import ConfigError, CorpusError
 from formats.rows import TokenRow
+
+MAX_BATCH_CHARS = 1 << 22
 
 
 @dataclass
@@ -122,7 +123,7 @@ class TokenisedRows(Iterator[TokenRow]):
 
     def _generate(self) -> Iterator[TokenRow]:
         stats = self.stats
-        for records in _batched(self._corpus, self._config.batch_size):
+        for records in batches(self._corpus, self._config.batch_size):
             examples = [
                 convert(
                     record,
@@ -232,7 +233,15 @@ def _encode_tokens(example: Tokens) -> Encoded:
     return Encoded(ids, example.loss_mask.astype(np.bool_), splittable=False)
 
 
-def _batched(corpus: Corpus, size: int) -> Iterator[list[Record]]:
-    records = iter(corpus)
-    while batch := list(islice(records, size)):
+def batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Up to `size` records at a time, fewer if they are long, so that a batch of books does not fill the memory."""
+    batch: list[Record] = []
+    num_chars = 0
+    for record in records:
+        batch.append(record)
+        num_chars += sum(len(value) for value in record.values.values() if isinstance(value, str))
+        if len(batch) == size or num_chars >= MAX_BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
         yield batch

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cache_builder.encoding
+import cache_builder.tokenise
 from cache_builder.corpus import CorpusConfig, open_corpus
-from cache_builder.tokenise import TokenisedRows, split_document, tokenise
+from cache_builder.readers import Record
+from cache_builder.tokenise import TokenisedRows, batches, split_document, tokenise
 from formats.errors import ConfigError, CorpusError
 from formats.rows import TokenRow
 
@@ -280,6 +282,14 @@ def test_batch_size_never_changes_the_rows(tmp_path: Path, tiny_tokenizer: Any) 
         assert [row.key for row in rows] == [row.key for row in reference]
 
 
+def test_long_records_make_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_builder.tokenise, "MAX_BATCH_CHARS", 10)
+    lengths = [1, 1, 1, 1, 9, 3, 30, 2, 2]
+    records = [Record({"text": "x" * length, "id": 1}, "data", 1) for length in lengths]
+    batched = [[len(record.values["text"]) for record in batch] for batch in batches(records, 3)]
+    assert batched == [[1, 1, 1], [1, 9], [3, 30], [2, 2]]
+
+
 def test_records_are_read_as_rows_are_asked_for(tmp_path: Path) -> None:
     """A corpus larger than memory: an error on line 100 does not hinder the rows before it."""
     path = tmp_path / "data.jsonl"
@@ -435,6 +445,21 @@ BAD_RECORDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "input_ids must be a list of integers, got other values in data.jsonl, line 2",
     ),
     (
+        {"input_ids": [7, 8]},
+        {"input_ids": [[7, 8], [9]]},
+        "input_ids must be a list of integers, got other values in data.jsonl, line 2",
+    ),
+    (
+        {"input_ids": [7, 8]},
+        {"input_ids": [7, None]},
+        "input_ids must be a list of integers, got other values in data.jsonl, line 2",
+    ),
+    (
+        {"messages": [USER], "tools": "[]"},
+        {"messages": [USER], "tools": ["clock"]},
+        "tools must be a list of JSON schemas, got another list in data.jsonl, line 2",
+    ),
+    (
         {"input_ids": [7, 8], "attention_mask": [1, 1]},
         {"input_ids": [7, 8, 9], "attention_mask": [1, 0, 1]},
         "attention_mask must be one run of ones, got gaps in data.jsonl, line 2",
@@ -454,6 +479,23 @@ def test_bad_records_are_named(
     with pytest.raises(CorpusError) as caught:
         rows_of(tmp_path, [good, bad], byte_tokenizer(CHATML))
     assert str(caught.value) == message
+
+
+def test_tools_and_tool_calls(tmp_path: Path) -> None:
+    """Tool descriptions come as objects, as JSON strings or as one JSON string; a call needs no content."""
+    template = (
+        "{{ tools[0]['name'] }}:" + CHATML[: CHATML.index("m['content'] +")] + "m['content'] + "
+        "(m['tool_calls'][0]['name'] if m['tool_calls'] else '') +"
+        + CHATML[CHATML.index("m['content'] +") + 14 :]
+    )
+    tokenizer = byte_tokenizer(template)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
+    for tools in ([{"name": "T"}], ['{"name": "T"}'], '[{"name": "T"}]'):
+        [row], _ = rows_of(tmp_path, [{"messages": [USER, call], "tools": tools}], tokenizer)
+        assert shown(row, tokenizer) == (
+            "T:<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nclock<|im_end|>\n",
+            ["clock<|im_end|>"],
+        )
 
 
 def test_content_in_text_parts_and_null_fields(tmp_path: Path) -> None:
