@@ -1,4 +1,4 @@
-"""A cache with made-up teacher distributions, for timings: what a step costs does not depend on their values."""
+"""A cache with made-up teacher distributions, for timings: the cost of a step is the same for any values."""
 
 from pathlib import Path
 

@@ -1,0 +1,241 @@
+"""How faithful are gradients from a cache? Compared with the online two-model computation, as drift grows.
+
+    python benchmarks/fidelity.py [--model examples/tiny-base] [--steps 0 10 100] [--temperatures 0.5 1 2]
+
+The student starts as the teacher and drifts by plain fine-tuning. At each stop, batch by batch, the gradient
+of the KL term alone with respect to *all parameters* is taken five ways:
+
+    online        KL(p || q) over the full vocabulary, both models run: the truth
+    cache         our loss on our cache: written by CacheWriter with its default codec, read by TeacherCache
+    renormalised  the same stored entries, renormalised to one, the rest of the vocabulary taken as impossible
+    zero-filled   the same entries at their true probabilities, the tail's term dropped
+    sampled       50 draws at T = 1, importance-weighted to T (Sparse Logit Sampling, ACL 2025)
+
+Reported per method: median angle and norm ratio to the truth over batches, and relative error. At step 0 the
+truth is zero, so there the norm is given relative to the cross-entropy's gradient of the same batch.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, topk_targets
+
+from formats.cache import TeacherCache
+from formats.rows import TokenRow
+from formats.topk import TopKLogprobs
+from formats.writer import CacheWriter
+from trainer.loss import label_annealing_loss
+from trainer.teacher_batch import TeacherBatch
+
+METHODS = ("cache", "renormalised", "zero-filled", "sampled")
+NUM_DRAWS = 50
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One gradient against the truth."""
+
+    angle: float
+    """Degrees."""
+    norm_ratio: float
+    relative_error: float
+    relative_to_ce: float
+    """|gradient| / |gradient of the cross-entropy|: the only meaningful number at step 0."""
+
+
+def parameter_gradient(model: Any) -> torch.Tensor:
+    """All gradients in one float64 vector."""
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def gradient_from_logits(model: Any, ids_BS: torch.Tensor, grad_logits_NV: torch.Tensor) -> torch.Tensor:
+    """The parameter gradient that a given gradient with respect to the logits [B * (S - 1), V] causes."""
+    model.zero_grad(set_to_none=True)
+    logits = model(input_ids=ids_BS).logits[:, :-1].flatten(0, 1)
+    logits.backward(gradient=grad_logits_NV.to(logits.dtype))
+    return parameter_gradient(model)
+
+
+def gradient_from_cache(
+    model: Any, ids_BS: torch.Tensor, topk: TopKLogprobs, temperature: float
+) -> torch.Tensor:
+    """The KL gradient of the product's loss."""
+    model.zero_grad(set_to_none=True)
+    batch, length = ids_BS.shape
+    hidden = model.model(input_ids=ids_BS).last_hidden_state.flatten(0, 1)
+    rows = np.arange(batch * length).reshape(batch, length)[:, :-1].reshape(-1)
+    teacher = TeacherBatch.from_topk(rows, topk, temperature)
+    no_labels = torch.full((batch * length,), -100)
+    label_annealing_loss(hidden, model.lm_head.weight, no_labels, teacher).loss.backward()
+    return parameter_gradient(model)
+
+
+def compare(gradient: torch.Tensor, truth: torch.Tensor, ce: torch.Tensor) -> Comparison:
+    """Angle, norm ratio and relative error; NaN where the truth is zero."""
+    norm, true_norm = gradient.norm(), truth.norm()
+    if true_norm < 1e-5 * ce.norm():
+        return Comparison(math.nan, math.nan, math.nan, float(norm / ce.norm()))
+    cosine = float(torch.dot(gradient, truth) / (norm * true_norm))
+    return Comparison(
+        math.degrees(math.acos(min(1.0, cosine))),
+        float(norm / true_norm),
+        float((gradient - truth).norm() / true_norm),
+        float(norm / ce.norm()),
+    )
+
+
+def measure_batch(
+    student: Any, teacher: Any, ids_BS: torch.Tensor, topk: TopKLogprobs, temperature: float, seed: int
+) -> dict[str, Comparison]:
+    """All methods on one batch."""
+    with torch.no_grad():
+        z = student(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double()
+        logprobs = torch.log_softmax(teacher(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double(), -1)
+    num_rows, beta = len(z), 1.0 / temperature
+    q, p = torch.softmax(beta * z, -1), torch.softmax(beta * logprobs, -1)
+    labels = ids_BS[:, 1:].flatten()
+    ce = torch.softmax(z, -1)
+    ce[torch.arange(num_rows), labels] -= 1.0
+
+    stored, mass = topk_targets(topk, temperature, z.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    gradients = {
+        "online": beta * (q - p),
+        "renormalised": beta * (q - stored / mass),
+        "zero-filled": beta * (mass * q - stored),
+        "sampled": beta * (q - sampled_targets(logprobs, temperature, NUM_DRAWS, generator)),
+    }
+    found = {name: gradient_from_logits(student, ids_BS, g / num_rows) for name, g in gradients.items()}
+    found["cache"] = gradient_from_cache(student, ids_BS, topk, temperature)
+    ce_gradient = gradient_from_logits(student, ids_BS, ce / num_rows)
+    return {name: compare(found[name], found["online"], ce_gradient) for name in METHODS}
+
+
+def through_a_cache(teacher: Any, batches: list[torch.Tensor], folder: Path) -> list[TopKLogprobs]:
+    """Every batch's teacher targets, written to a cache with its default codec and read back."""
+    vocab_size = teacher.config.vocab_size
+    with CacheWriter(folder, identity={}, vocab_size=vocab_size, min_prob=MIN_PROB, max_k=MAX_K) as writer:
+        for ids_BS in batches:
+            for ids in ids_BS:
+                mask = np.ones(len(ids), dtype=bool)
+                mask[0] = False
+                with torch.no_grad():
+                    logits = teacher(input_ids=ids[None]).logits[0, :-1]
+                writer.append(TokenRow(ids.numpy(), mask), capture(logits))
+    cache = TeacherCache(folder)
+    size = len(batches[0])
+    return [
+        TopKLogprobs.concatenate([cache[i].teacher for i in range(start, start + size)])
+        for start in range(0, len(cache), size)
+    ]
+
+
+def drift(
+    student: Any, batches: list[torch.Tensor], num_steps: int, start: int, learning_rate: float
+) -> None:
+    """Plain fine-tuning, continued over `batches` in turn."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate)
+    for step in range(start, start + num_steps):
+        ids = batches[step % len(batches)]
+        student.zero_grad(set_to_none=True)
+        student(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+def measure(
+    teacher: Any,
+    train: list[torch.Tensor],
+    held_out: list[torch.Tensor],
+    *,
+    stops: list[int],
+    temperatures: list[float],
+    learning_rate: float,
+) -> dict[tuple[int, float, str], list[Comparison]]:
+    """Comparisons per (steps of drift, temperature, method), one for each held-out batch."""
+    student = copy.deepcopy(teacher)
+    results: dict[tuple[int, float, str], list[Comparison]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        caches = through_a_cache(teacher, held_out, Path(folder) / "cache")
+    done = 0
+    for stop in stops:
+        student.train()
+        drift(student, train, stop - done, done, learning_rate)
+        done = stop
+        student.eval()
+        for temperature in temperatures:
+            for number, (ids, topk) in enumerate(zip(held_out, caches, strict=True)):
+                for method, found in measure_batch(student, teacher, ids, topk, temperature, number).items():
+                    results.setdefault((stop, temperature, method), []).append(found)
+            print(f"{stop} steps, T = {temperature:g} done", file=sys.stderr, flush=True)
+    return results
+
+
+def print_report(results: dict[tuple[int, float, str], list[Comparison]]) -> None:
+    """One table, medians over batches."""
+    print("| steps | T | method | angle, degrees | norm ratio | relative error | norm / CE norm |")
+    print("|---:|---:|---|---:|---:|---:|---:|")
+    for (stop, temperature, method), found in results.items():
+        median = {
+            name: statistics.median(getattr(one, name) for one in found)
+            for name in ("angle", "norm_ratio", "relative_error", "relative_to_ce")
+        }
+        cells = ["" if math.isnan(value) else f"{value:.4f}" for value in median.values()]
+        print(f"| {stop} | {temperature:g} | {method} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=root / "examples" / "tiny-base")
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 10, 100])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--batches", type=int, default=5, help="held-out batches to take medians over")
+    parser.add_argument("--rows", type=int, default=4, help="rows per batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens per row")
+    parser.add_argument("--json", type=Path, help="write every comparison here")
+    args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"no model in {args.model}; run examples/make_tiny_base.py or pass --model")
+    from fidelity_data import text_batches
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    sizes = {"rows": args.rows, "length": args.length}
+    train = text_batches(tokenizer, "target-train", 20, **sizes)
+    held_out = text_batches(tokenizer, "target-heldout", args.batches, **sizes)
+    results = measure(
+        teacher,
+        train,
+        held_out,
+        stops=sorted(args.steps),
+        temperatures=args.temperatures,
+        learning_rate=args.learning_rate,
+    )
+    print_report(results)
+    if args.json:
+        rows = [
+            {"steps": s, "temperature": t, "method": m, "batches": [vars(one) for one in found]}
+            for (s, t, m), found in results.items()
+        ]
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
