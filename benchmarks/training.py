@@ -114,7 +114,7 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
                 runs[variant].append(run_variant(variant, {**options, "cache": cache}))
     results = {variant: merge(found) for variant, found in runs.items()}
     print(
-        f"\n## Steps: {runs["hf"][0]["parameters"] / 1e6:.1f}M parameters, vocabulary {sizes['vocab']:,}, "
+        f"\n## Steps: {runs['hf'][0]['parameters'] / 1e6:.1f}M parameters, vocabulary {sizes['vocab']:,}, "
         f"{sizes['batch']} x {sizes['seq']} tokens, head {args.head_size}, T = {args.temperature:g}, "
         f"{args.device} {args.dtype}, {args.rounds} x {args.steps} steps\n"
     )
