@@ -1,15 +1,29 @@
 """The two passes over the vocabulary: maxima of blocks, and sums of blocks at every tail node.
 
-N: rows, V: vocabulary, K: blocks of a row (the last one may be short), B: tail nodes.
+A block is a residue class: with K blocks, block k holds the ids k, k + K, k + 2K, ...  Any partition would do,
+and this one turns both reductions into sums of whole vectors, with nothing to add up across a vector register.
+
+On a CPU the passes are plain operations on a scratch buffer that is kept between calls: fresh temporaries of this
+size cost more in page faults than the arithmetic.  On a GPU `torch.compile` fuses them into one kernel, and where
+that fails the plain operations run instead.
+
+N: rows, V: vocabulary, S: entries in a block, K: blocks of a row, B: tail nodes.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 BLOCK = 64
-"""Entries in a block: long enough that block data are small, short enough that few entries are gathered."""
+"""S: long enough that block data are small, short enough that few entries are gathered."""
+
+
+def num_blocks(vocab_size: int) -> int:
+    """K: as few as hold the vocabulary.  The last stripe of K ids may be short."""
+    return -(-vocab_size // BLOCK)
 
 
 @lru_cache
@@ -29,26 +43,103 @@ def power_plan(betas: tuple[float, ...]) -> tuple[tuple[int, int] | None, ...]:
 def block_maxima(logits_NV: torch.Tensor) -> torch.Tensor:
     """float32 [N, K]: the maximum of every block."""
     vocab_size = logits_NV.shape[1]
-    whole = vocab_size // BLOCK * BLOCK
-    maxima_NK = logits_NV[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1) if whole else logits_NV[:, :0]
-    if whole == vocab_size:
-        return maxima_NK
-    return torch.cat([maxima_NK, logits_NV[:, whole:].amax(-1, keepdim=True)], -1)
+    blocks = num_blocks(vocab_size)
+    whole = vocab_size // blocks
+    maxima_NK = logits_NV[:, : whole * blocks].unflatten(1, (whole, blocks)).amax(1)
+    short = vocab_size - whole * blocks
+    if short:
+        maxima_NK[:, :short] = torch.maximum(maxima_NK[:, :short], logits_NV[:, whole * blocks :])
+    return maxima_NK
 
 
 def block_sums(logits_NV: torch.Tensor, max_N: torch.Tensor, betas: Sequence[float]) -> torch.Tensor:
     """float32 [N, B, K]: sums of exp(beta * (l - max)) over every block."""
     num_rows, vocab_size = logits_NV.shape
-    whole = vocab_size // BLOCK * BLOCK
-    num_blocks = -(-vocab_size // BLOCK)
-    sums_NBK = logits_NV.new_empty(num_rows, len(betas), num_blocks)
-    shifted_NV = logits_NV - max_N.unsqueeze(-1)
-    powers: list[torch.Tensor] = []
-    for node, pair in enumerate(power_plan(tuple(betas))):
-        power_NV = (shifted_NV * betas[node]).exp_() if pair is None else powers[pair[0]] * powers[pair[1]]
-        powers.append(power_NV)
-        if whole:
-            sums_NBK[:, node, : whole // BLOCK] = power_NV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
-        if whole != vocab_size:
-            sums_NBK[:, node, -1] = power_NV[:, whole:].sum(-1)
+    blocks = num_blocks(vocab_size)
+    whole = vocab_size // blocks
+    stripes_NSK = logits_NV[:, : whole * blocks].unflatten(1, (whole, blocks))
+    sums_NBK = _sums_of(stripes_NSK, max_N, tuple(betas))
+    short = vocab_size - whole * blocks
+    if short:
+        rest_N1K = logits_NV[:, whole * blocks :].unsqueeze(1)
+        sums_NBK[:, :, :short] += _eager_sums(rest_N1K, max_N, tuple(betas))
     return sums_NBK
+
+
+def _sums_of(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
+    if x_NSK.device.type != "cpu":
+        fused = _fused_sums(betas)
+        if fused is not None:
+            try:
+                return fused(x_NSK, max_N)
+            except Exception as error:  # no compiler, no Triton, an unsupported device: slower, not wrong
+                _FAILED.add(betas)
+                warnings.warn(f"torch.compile failed, reducing without it: {error}"[:300], stacklevel=2)
+    return _eager_sums(x_NSK, max_N, betas)
+
+
+_FAILED: set[tuple[float, ...]] = set()
+
+
+@lru_cache
+def _compiled(betas: tuple[float, ...]) -> Callable[..., torch.Tensor]:
+    def sums(x_NSK: torch.Tensor, max_N: torch.Tensor) -> torch.Tensor:
+        shifted_NSK = x_NSK - max_N[:, None, None]
+        powers: list[torch.Tensor] = []
+        for beta, pair in zip(betas, power_plan(betas), strict=True):
+            powers.append((shifted_NSK * beta).exp() if pair is None else powers[pair[0]] * powers[pair[1]])
+        return torch.stack([power.sum(1) for power in powers], 1)
+
+    return torch.compile(sums, dynamic=True)
+
+
+def _fused_sums(betas: tuple[float, ...]) -> Callable[..., torch.Tensor] | None:
+    return None if betas in _FAILED else _compiled(betas)
+
+
+_SCRATCH: dict[Any, torch.Tensor] = {}
+
+
+def _scratch(num_buffers: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """float32 [num_buffers, *shape], contents undefined, valid until the next call for the same width."""
+    key = (num_buffers, shape[1:], device)
+    kept = _SCRATCH.get(key)
+    if kept is None or kept.shape[1] < shape[0]:
+        kept = _SCRATCH[key] = torch.empty(num_buffers, *shape, device=device)
+    return kept[:, : shape[0]]
+
+
+def _eager_sums(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
+    plan = power_plan(betas)
+    buffers, slots = _assign_buffers(plan)
+    scratch = _scratch(buffers, x_NSK.shape, x_NSK.device)
+    sums_NBK = x_NSK.new_empty(len(x_NSK), len(betas), x_NSK.shape[2])
+    for node, pair in enumerate(plan):
+        power_NSK = scratch[slots[node]]
+        if pair is None:
+            beta = betas[node]
+            torch.add((max_N * -beta)[:, None, None], x_NSK, alpha=beta, out=power_NSK)
+            power_NSK.exp_()
+        else:
+            torch.mul(scratch[slots[pair[0]]], scratch[slots[pair[1]]], out=power_NSK)
+        torch.sum(power_NSK, 1, out=sums_NBK[:, node])
+    return sums_NBK
+
+
+@lru_cache
+def _assign_buffers(plan: tuple[tuple[int, int] | None, ...]) -> tuple[int, tuple[int, ...]]:
+    """(number of buffers, buffer of every node): a buffer is reused once no later node needs its power."""
+    last_use = [max([m for m, pair in enumerate(plan) if pair and n in pair], default=n) for n in range(len(plan))]
+    free: list[int] = []
+    slots: list[int] = []
+    count = 0
+    for node in range(len(plan)):
+        # A factor used for the last time here may be overwritten by the product itself.
+        free += [slots[n] for n in range(node) if last_use[n] == node]
+        free += [slots[node - 1]] if node and last_use[node - 1] == node - 1 else []
+        if free:
+            slots.append(free.pop())
+        else:
+            slots.append(count)
+            count += 1
+    return count, tuple(slots)

@@ -19,7 +19,6 @@ Algorithm, per chunk of rows small enough to stay in cache; the vocabulary is cu
 Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the vocabulary replaces step 3.
 
 Cost: two passes over the logits and one exponential per entry; no sort of the vocabulary, no second softmax.
-With `torch.compile` step 2 is one loop; without a compiler it runs as separate operations on cached data.
 
 N: rows, V: vocabulary, K: blocks of a row, B: tail nodes, C: gathered blocks of all rows, S: entries in a block,
 H: head candidates of the row that has most, M: head entries of all rows.
@@ -31,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from cache_builder.block_sums import BLOCK, block_maxima, block_sums
+from cache_builder.block_sums import BLOCK, block_maxima, block_sums, num_blocks
 
 CPU_CHUNK_BYTES = 1 << 20
 """fp32 bytes of logits reduced at a time on a CPU: about the second-level cache of two cores."""
@@ -137,7 +136,7 @@ def _sparse_head(
     """Step 3: the head from the gathered blocks.  `sums_NBK` is zero at those blocks."""
     num_rows, vocab_size = logits_NV.shape
     device = logits_NV.device
-    ids_CS = blocks_C.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=device)
+    ids_CS = blocks_C.unsqueeze(-1) + num_blocks(vocab_size) * torch.arange(BLOCK, device=device)
     inside_CS = ids_CS < vocab_size
     values_CS = logits_NV[rows_C.unsqueeze(-1), ids_CS.clamp_(max=vocab_size - 1)]
     values_CS = values_CS.masked_fill_(~inside_CS, -math.inf)
@@ -145,7 +144,7 @@ def _sparse_head(
     c_M, s_M = (values_CS >= torch.minimum(least_N, max_N)[rows_C].unsqueeze(-1)).nonzero(as_tuple=True)
     rows_M = rows_C[c_M]
 
-    # Ragged to padded: entries of a row are consecutive and in ascending id, so a stable sort breaks ties by id.
+    # Ragged to padded: the entries of a row are consecutive.
     counts_N = torch.bincount(rows_M, minlength=num_rows)
     width = max(int(counts_N.max()), 1) if num_rows else 1
     rank_M = torch.arange(len(rows_M), device=device) - (counts_N.cumsum(0) - counts_N)[rows_M]
@@ -153,7 +152,8 @@ def _sparse_head(
     slot_NH = torch.full((num_rows, width), -1, dtype=torch.int64, device=device)
     head_NH[rows_M, rank_M] = values_CS[c_M, s_M]
     slot_NH[rows_M, rank_M] = c_M * BLOCK + s_M
-    head_NH, order_NH = head_NH.sort(stable=True, dim=-1, descending=True)
+    head_ids_NH = torch.where(slot_NH < 0, vocab_size, ids_CS.view(-1)[slot_NH.clamp(min=0)] if len(c_M) else 0)
+    head_NH, order_NH = _sort_by_value_then_id(head_NH, head_ids_NH)
     head_NH = _below_out(head_NH[:, :max_k], least_N)
     slot_NH = slot_NH.gather(-1, order_NH)[:, :max_k]
 
@@ -162,8 +162,14 @@ def _sparse_head(
     tail_CS[kept] = -math.inf
     tail_CB = (tail_CS.view_as(values_CS).unsqueeze(-1) * betas_B).exp().sum(1)
     tail_sums_NB = sums_NBK.sum(-1).index_add_(0, rows_C, tail_CB)
-    head_ids_NH = ids_CS.view(-1)[slot_NH.clamp(min=0)] if len(ids_CS) else slot_NH.clamp(min=0)
-    return head_ids_NH, head_NH, tail_sums_NB
+    return head_ids_NH.gather(-1, order_NH)[:, :max_k], head_NH, tail_sums_NB
+
+
+def _sort_by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values in descending order, equal ones by ascending id, and the order that does it."""
+    by_id_NH = ids_NH.argsort(dim=-1)
+    values_NH, by_value_NH = values_NH.gather(-1, by_id_NH).sort(stable=True, dim=-1, descending=True)
+    return values_NH, by_id_NH.gather(-1, by_value_NH)
 
 
 def _below_out(head_NH: torch.Tensor, least_N: torch.Tensor) -> torch.Tensor:
@@ -199,9 +205,8 @@ def _topk_by_id(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     if len(rows_R):
         values_RV, ids_RV = logits_NV[rows_R].sort(stable=True, dim=-1, descending=True)
         values_NH[rows_R], ids_NH[rows_R] = values_RV[:, :k], ids_RV[:, :k]
-    ids_NH, order_NH = ids_NH.sort(dim=-1)
-    values_NH, again_NH = values_NH.gather(-1, order_NH).sort(stable=True, dim=-1, descending=True)
-    return values_NH, ids_NH.gather(-1, again_NH)
+    values_NH, order_NH = _sort_by_value_then_id(values_NH, ids_NH)
+    return values_NH, ids_NH.gather(-1, order_NH)
 
 
 def _repair_underflow(

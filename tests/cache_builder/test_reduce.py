@@ -187,11 +187,48 @@ def test_every_node_but_the_first_is_a_product():
     assert power_plan((0.3, 1.0)) == (None, None)
 
 
+def test_no_power_is_overwritten_before_its_last_use():
+    for plan in (power_plan(TAIL_BETAS), power_plan((0.25, 0.5, 1.0, 2.0)), power_plan((0.3, 1.0, 1.3))):
+        count, slots = block_sums._assign_buffers(plan)
+        assert max(slots) == count - 1
+        holds = {}
+        for node, pair in enumerate(plan):
+            for factor in pair or ():
+                assert holds[slots[factor]] == factor
+            holds[slots[node]] = node
+
+
 def test_block_sums_and_maxima_by_hand():
+    # 66 entries make two blocks, the even and the odd ids.
     logits = torch.arange(BLOCK + 2, dtype=torch.float32)[None] * 0.1
     maxima = block_sums.block_maxima(logits)
-    assert maxima.tolist() == [[pytest.approx(6.3), pytest.approx(6.5)]]
+    assert maxima.tolist() == [[pytest.approx(6.4), pytest.approx(6.5)]]
     sums = block_sums.block_sums(logits, maxima.amax(-1), (0.5, 1.0))
     expected = np.exp(np.arange(BLOCK + 2) * 0.1 - 6.5)
-    assert sums[0, 1].tolist() == [pytest.approx(expected[:BLOCK].sum()), pytest.approx(expected[BLOCK:].sum())]
-    assert sums[0, 0].sum().item() == pytest.approx(np.sqrt(expected).sum())
+    assert sums[0, 1].tolist() == [pytest.approx(expected[::2].sum()), pytest.approx(expected[1::2].sum())]
+    assert sums[0, 0].tolist()[1] == pytest.approx(np.sqrt(expected[1::2]).sum())
+
+
+@pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 127, 128, 1003, 4099])
+def test_blocks_cover_every_id_once(vocab_size):
+    blocks = block_sums.num_blocks(vocab_size)
+    logits = draw(3, vocab_size, 2.0)
+    maximum = logits.amax(-1)
+    maxima = block_sums.block_maxima(logits)
+    sums = block_sums.block_sums(logits, maximum, TAIL_BETAS)
+    assert maxima.shape == (3, blocks) and sums.shape == (3, len(TAIL_BETAS), blocks)
+    for block in range(blocks):
+        members = logits[:, block::blocks]
+        assert torch.equal(maxima[:, block], members.amax(-1)) and members.shape[1] <= BLOCK
+        for node, beta in enumerate(TAIL_BETAS):
+            expected = ((members - maximum[:, None]) * beta).exp().sum(-1)
+            torch.testing.assert_close(sums[:, node, block], expected, atol=0, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_compiled_sums_equal_the_plain_ones():
+    """The kernel that GPUs run, built here by the CPU's compiler."""
+    x = draw(6, 640, 3.0).unflatten(1, (64, 10))
+    maximum = x.amax((1, 2))
+    compiled = block_sums._compiled(TAIL_BETAS)(x, maximum)
+    torch.testing.assert_close(compiled, block_sums._eager_sums(x, maximum, TAIL_BETAS), atol=1e-7, rtol=1e-5)
