@@ -158,9 +158,7 @@ class ArrowFile:
         try:
             self._read_footer(footer, size - 10 - length)
         except (struct.error, IndexError, RecursionError, UnicodeDecodeError) as error:
-            raise CorruptShardError(
-                f"{name} has a broken footer ({error}); copy or build it again"
-            ) from None
+            raise CorruptShardError(f"{name} has a broken footer ({error}); copy or build it again") from None
 
     def _read_footer(self, data: bytes, end: int) -> None:
         footer = _root(data)
@@ -209,11 +207,7 @@ class ArrowFile:
             raise IndexError("message length")
         message = _root(head[8 : 8 + length])
         record = message.table(2)
-        if (
-            message.scalar(1, "<B") != _RECORD_BATCH
-            or record is None
-            or message.scalar(3, "<q") != len(body)
-        ):
+        if message.scalar(1, "<B") != _RECORD_BATCH or record is None or message.scalar(3, "<q") != len(body):
             raise IndexError("not a record batch")
         if record.table(3) is not None:
             raise CorruptShardError(

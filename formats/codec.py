@@ -1,8 +1,12 @@
-"""The payload codec: one row's teacher distributions to bytes and back.
+"""The payload codec: one row's teacher distributions to bytes and back. docs/format.md specifies every byte.
 
-docs/format.md specifies every byte. P: positions, N: entries, K: tail nodes.
+Heads are sorted by token rank and stored as rank gaps; every number is split into byte planes (all low
+bytes, then all high bytes), plane after plane in one zstd frame whose blocks end with the sections, so that
+each section gets entropy tables of its own. Encoding and decoding are a few dozen numpy passes over a row,
+with no loop over positions or entries. P: positions, N: entries, K: tail nodes.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,34 +15,59 @@ import zstandard
 
 from formats import segments
 from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
+from formats.quantise import dequantise_tails, probability_tables, quantise_probabilities, quantise_tails
 from formats.tail import TAIL_BETAS
 from formats.topk import TopKLogprobs
+from formats.vocabulary import permutations
 
 MAX_BODY_BYTES = (1 << 31) - 1
+MAX_ROW_POSITIONS = 1 << 22
+MASS_TOLERANCE = 0.02
+PROBABILITY_KINDS = ("companded", "float32")
+SECTIONS = ("counts", "ids", "probabilities", "tails")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """How payloads are encoded.
+    """How payloads are encoded. The defaults were chosen by measurement (docs/benchmarks.md).
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    probabilities: str = "float32"
-    """How logprobs are stored; `float32` is exact."""
-    zstd_level: int = 3
-    """Compression level, 1 to 19."""
+    probabilities: str = "companded"
+    """`companded`: probabilities as 1-2 byte codes, tails in steps; `float32`: both exact, for proofs."""
+    sqrt_steps: int = 240
+    """Steps in sqrt(p): the resolution of small probabilities, which matters at high temperatures."""
+    linear_steps: int = 2000
+    """Further steps in p: the resolution of large probabilities, which matters at low temperatures."""
+    tail_steps: int = 64
+    """Steps per nat of the tail nodes: their error is at most half a step."""
+    rank_ids: bool = True
+    """Store ids by frequency rank, with the table in the shard; False stores them as they are."""
+    zstd_level: int = 12
+    """Compression level, 1 to 19: reading is equally fast for all of them, writing is not."""
 
     def __post_init__(self) -> None:
-        if self.probabilities != "float32":
-            raise ConfigError(f"probabilities must be float32, got {self.probabilities!r}")
-        if type(self.zstd_level) is not int or not 1 <= self.zstd_level <= 19:
-            raise ConfigError(f"zstd_level must be from 1 to 19, got {self.zstd_level!r}")
+        if self.probabilities not in PROBABILITY_KINDS:
+            raise ConfigError(
+                f"probabilities must be one of {', '.join(PROBABILITY_KINDS)}, got {self.probabilities!r}"
+            )
+        for name, low, high in (
+            ("sqrt_steps", 1, 1 << 14),
+            ("linear_steps", 0, 1 << 15),
+            ("tail_steps", 1, 256),
+            ("zstd_level", 1, 19),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        if type(self.rank_ids) is not bool:
+            raise ConfigError(f"rank_ids must be true or false, got {self.rank_ids!r}")
 
     @classmethod
     def lossless(cls) -> "CodecConfig":
-        """Exact float32 logprobs and tails; with `max_k` = V the cache is the full distribution."""
+        """Exact float32 logprobs and tails; with `max_k` = V the cache holds the full distribution."""
         return cls(probabilities="float32")
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +84,7 @@ class CodecConfig:
         known = {item.name for item in fields(cls)}
         if not isinstance(content, dict) or set(content) != known:
             raise UnsupportedVersionError(
-                f"the codec must have the keys {sorted(known)}, got {content!r}; upgrade anneal"
+                f"the codec must have the keys {', '.join(sorted(known))}, got {str(content)[:200]}; upgrade anneal"
             )
         try:
             return cls(**content)
@@ -63,85 +92,219 @@ class CodecConfig:
             raise UnsupportedVersionError(f"this codec is not known: {error}; upgrade anneal") from None
 
 
-class Codec:
-    """Encoder and decoder of one configuration and vocabulary. Not shared between threads."""
+def bytes_for(largest: int) -> int:
+    """Byte planes that hold the numbers 0 to `largest`."""
+    return max(1, (int(largest).bit_length() + 7) // 8)
 
-    def __init__(self, config: CodecConfig, vocab_size: int, max_k: int) -> None:
+
+def to_planes(values: np.ndarray, width: int) -> bytes:
+    """All low bytes, then all second bytes, ...: `width` planes."""
+    as_bytes = np.ascontiguousarray(values, dtype="<u4").view(np.uint8).reshape(-1, 4)
+    return np.ascontiguousarray(as_bytes[:, :width].T).tobytes()
+
+
+def from_planes(body: np.ndarray, start: int, count: int, width: int) -> np.ndarray:
+    """uint32 [count]: the inverse of `to_planes`, read at body[start:]."""
+    planes = body[start : start + count * width].reshape(width, count)
+    values = planes[0].astype(np.uint32)
+    for k in range(1, width):
+        values |= planes[k].astype(np.uint32) << np.uint32(8 * k)
+    return values
+
+
+class Codec:
+    """Encoder and decoder of one configuration, vocabulary and rank table. Not shared between threads.
+
+    Args:
+        config: what to store and how finely.
+        vocab_size: V.
+        max_k: the most entries a head may have.
+        ranked_ids: int32, frequent token ids first (see `vocabulary.py`); None or empty for id order.
+    """
+
+    def __init__(
+        self, config: CodecConfig, vocab_size: int, max_k: int, ranked_ids: np.ndarray | None = None
+    ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.max_k = min(max_k, vocab_size)
+        self._id_of_rank: np.ndarray | None = None
+        if ranked_ids is not None and len(ranked_ids):
+            self._id_of_rank, self._rank_of_id = permutations(ranked_ids, vocab_size)
+        self._count_width = bytes_for(self.max_k - 1)
+        self._id_width = bytes_for(vocab_size - 1)
+        self._exact = config.probabilities == "float32"
+        self._number_width = 4 if self._exact else 2
+        self._logprob_table, self._mass_table = probability_tables(config.sqrt_steps, config.linear_steps)
         self._compressor = zstandard.ZstdCompressor(
             level=config.zstd_level, write_checksum=True, write_content_size=True, write_dict_id=False
         )
         self._decompressor = zstandard.ZstdDecompressor()
 
+    def body_bytes(self, num_positions: int, num_entries: int) -> int:
+        """Bytes of a row before compression."""
+        per_position = self._count_width + self._number_width * len(TAIL_BETAS)
+        return num_positions * per_position + num_entries * (self._id_width + self._number_width)
+
+    # --- encoding -----------------------------------------------------------------------------------------
+
+    def sections(self, topk: TopKLogprobs) -> tuple[bytes, bytes, bytes, bytes]:
+        """The uncompressed sections of one row, in the order of `SECTIONS`.
+
+        Raises:
+            ValueError: the contents are invalid, unnormalised, or break `vocab_size` or `max_k`.
+        """
+        self._check(topk)
+        ranks = self._rank_of_id[topk.token_ids] if self._id_of_rank is not None else topk.token_ids
+        order = segments.segment_order(ranks, topk.offsets)
+        ranks, logprobs = ranks[order].astype(np.int64), topk.logprobs[order]
+        gaps = np.diff(ranks, prepend=-1) - 1
+        first = topk.offsets[:-1]
+        gaps[first] = ranks[first]
+        if self._exact:
+            probabilities = to_planes(logprobs.view(np.uint32), 4)
+            tails = to_planes(np.ascontiguousarray(topk.log_tail_nodes.T).view(np.uint32).ravel(), 4)
+        else:
+            config = self.config
+            codes = quantise_probabilities(logprobs, config.sqrt_steps, config.linear_steps)
+            probabilities = to_planes(codes, 2)
+            stored = quantise_tails(
+                topk.log_tail_nodes,
+                self.vocab_size - topk.counts,
+                codes,
+                topk.offsets,
+                self._mass_table,
+                config.tail_steps,
+            )
+            tails = to_planes(stored.ravel(), 2)
+        return (
+            to_planes(topk.counts - 1, self._count_width),
+            to_planes(gaps, self._id_width),
+            probabilities,
+            tails,
+        )
+
+    def _check(self, topk: TopKLogprobs) -> None:
+        if topk.vocab_size != self.vocab_size:
+            raise ValueError(f"vocab_size must be {self.vocab_size}, got {topk.vocab_size}")
+        if len(topk) > MAX_ROW_POSITIONS:
+            raise ValueError(f"a row must have at most {MAX_ROW_POSITIONS} positions, got {len(topk)}")
+        topk.validate()
+        if len(topk) and int(topk.counts.max()) > self.max_k:
+            raise ValueError(
+                f"a head must have at most max_k = {self.max_k} entries, got {topk.counts.max()}"
+            )
+        if self.body_bytes(len(topk), topk.num_entries) > MAX_BODY_BYTES:
+            raise ValueError("a row's teacher must be below 2 GiB; use shorter rows or a smaller max_k")
+        if not self._exact and len(topk):
+            mass = np.exp(topk.log_partition(1.0).astype(np.float64))
+            if not (np.abs(mass - 1) <= MASS_TOLERANCE).all():
+                worst = mass[np.argmax(np.abs(mass - 1))]
+                raise ValueError(
+                    f"head and tail of a position must sum to 1, got {worst:.4g}; "
+                    "logprobs must be normalised over the whole vocabulary"
+                )
+
     def encode(self, topk: TopKLogprobs) -> bytes:
         """The payload of one row; empty for a row without positions.
 
         Raises:
-            ValueError: the contents are invalid or break `vocab_size` or `max_k`.
+            ValueError: see `sections`.
         """
-        if topk.vocab_size != self.vocab_size:
-            raise ValueError(f"vocab_size must be {self.vocab_size}, got {topk.vocab_size}")
-        topk.validate()
+        sections = self.sections(topk)
         if len(topk) == 0:
             return b""
-        if int(topk.counts.max()) > self.max_k:
-            raise ValueError(f"a head must have at most {self.max_k} entries, got {topk.counts.max()}")
-        order = segments.segment_order(topk.token_ids, topk.offsets)
-        body = b"".join(
-            (
-                topk.counts.astype("<u4").tobytes(),
-                topk.token_ids[order].astype("<u4").tobytes(),
-                topk.logprobs[order].astype("<f4").tobytes(),
-                topk.log_tail_nodes.astype("<f4").tobytes(),
-            )
-        )
-        if len(body) > MAX_BODY_BYTES:
-            raise ValueError(
-                f"a row's payload must be below 2 GiB, got {len(body)} bytes; use a smaller max_k"
-            )
-        return self._compressor.compress(body)
+        stream = self._compressor.compressobj(size=sum(map(len, sections)))
+        parts = []
+        for section in sections[:-1]:
+            parts.append(stream.compress(section))
+            parts.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+        parts.append(stream.compress(sections[-1]))
+        parts.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH))
+        return b"".join(parts)
+
+    # --- decoding -----------------------------------------------------------------------------------------
 
     def decode(self, payload: bytes | memoryview, num_positions: int) -> TopKLogprobs:
-        """Inverse of `encode`.
+        """Inverse of `encode`; entries come in rank order.
 
         Raises:
-            CorruptShardError: the payload breaks a rule; nothing larger than the rule allows is allocated.
+            CorruptShardError: the payload breaks a rule; nothing larger than the rules allow is allocated.
         """
         if num_positions == 0:
             if len(payload):
                 raise CorruptShardError("a row without positions must have an empty payload")
             return TopKLogprobs.empty(self.vocab_size)
         body = self._decompress(payload, num_positions)
-        entries = len(body) - 4 * num_positions * (1 + len(TAIL_BETAS))
-        if entries < 0 or entries % 8:
-            raise CorruptShardError("payload sections do not fill the payload")
-        n = entries // 8
-        counts = np.frombuffer(body, "<u4", num_positions)
-        if counts.min() < 1 or counts.max() > self.max_k or int(counts.sum(dtype=np.int64)) != n:
+        at = num_positions * self._count_width
+        counts = from_planes(body, 0, num_positions, self._count_width).astype(np.int64) + 1
+        n = int(counts.sum())
+        if len(body) != self.body_bytes(num_positions, n) or int(counts.max()) > self.max_k:
             raise CorruptShardError("head sizes do not match the payload")
-        at = 4 * num_positions
-        topk = TopKLogprobs(
-            segments.offsets_of(counts),
-            np.frombuffer(body, "<u4", n, at).astype(np.int32),
-            np.frombuffer(body, "<f4", n, at + 4 * n),
-            np.frombuffer(body, "<f4", num_positions * len(TAIL_BETAS), at + 8 * n).reshape(
-                num_positions, -1
-            ),
-            self.vocab_size,
-        )
-        try:
-            return topk.validate()
-        except ValueError as error:
-            raise CorruptShardError(f"payload contents are invalid: {error}") from None
+        offsets = segments.offsets_of(counts)
+        token_ids = self._decode_ids(from_planes(body, at, n, self._id_width), offsets, counts)
+        at += n * self._id_width
+        codes = from_planes(body, at, n, self._number_width)
+        at += n * self._number_width
+        stored = from_planes(body, at, num_positions * len(TAIL_BETAS), self._number_width)
+        stored = stored.reshape(len(TAIL_BETAS), num_positions)
+        if self._exact:
+            logprobs = codes.view(np.float32)
+            nodes = np.ascontiguousarray(stored.view(np.float32).T)
+            bound = np.log(self.vocab_size) + 1e-3
+            if not ((logprobs <= 1e-3).all() and (nodes <= bound).all()):
+                raise CorruptShardError("logprobs must be at most 0 and tails at most log V")
+        else:
+            if int(codes.max()) >= len(self._logprob_table):
+                raise CorruptShardError("a probability code is above the largest one")
+            logprobs = self._logprob_table[codes]
+            nodes = dequantise_tails(
+                stored, self.vocab_size - counts, codes, offsets, self._mass_table, self.config.tail_steps
+            )
+        return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size)
 
-    def _decompress(self, payload: bytes | memoryview, num_positions: int) -> bytes:
-        limit = min(MAX_BODY_BYTES, 4 * num_positions * (1 + len(TAIL_BETAS) + 2 * self.max_k))
+    def _decode_ids(self, gaps: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        running = np.cumsum(gaps, dtype=np.int64)
+        running += np.arange(1, len(gaps) + 1)
+        # Ranks restart in every head: subtract what had accumulated before it.
+        before = np.zeros(len(counts), np.int64)
+        before[1:] = running[offsets[1:-1] - 1]
+        running -= np.repeat(before + 1, counts)
+        if int(running[offsets[1:] - 1].max()) >= self.vocab_size:
+            raise CorruptShardError("a token id is outside the vocabulary")
+        return running.astype(np.int32) if self._id_of_rank is None else self._id_of_rank[running]
+
+    def _decompress(self, payload: bytes | memoryview, num_positions: int) -> np.ndarray:
+        if num_positions > MAX_ROW_POSITIONS:
+            raise CorruptShardError(
+                f"a row must have at most {MAX_ROW_POSITIONS} positions, got {num_positions}"
+            )
+        least = self.body_bytes(num_positions, num_positions)
+        most = min(MAX_BODY_BYTES, self.body_bytes(num_positions, num_positions * self.max_k))
         try:
             declared = zstandard.frame_content_size(payload)
-            if not 0 < declared <= limit:
-                raise CorruptShardError(f"a payload must declare 1 to {limit} bytes, got {declared}")
-            return self._decompressor.decompress(payload, allow_extra_data=False)
+            if not least <= declared <= most:
+                raise CorruptShardError(f"a payload must declare {least} to {most} bytes, got {declared}")
+            if not payload[4] & 4:
+                raise CorruptShardError("a payload must carry a checksum")
+            body = self._decompressor.decompress(payload, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise CorruptShardError(f"a payload must be one intact zstd frame: {error}") from None
+        if len(body) != declared:
+            raise CorruptShardError(f"a payload must hold the {declared} bytes it declares, got {len(body)}")
+        return np.frombuffer(body, np.uint8)
+
+
+def section_bytes(codec: Codec, rows: Sequence[TopKLogprobs]) -> dict[str, float]:
+    """Compressed bytes of each section over some rows: sections compressed alone, scaled to the payloads'
+    sum."""
+    alone = dict.fromkeys(SECTIONS, 0)
+    total = 0
+    compressor = zstandard.ZstdCompressor(level=codec.config.zstd_level, write_content_size=False)
+    for row in rows:
+        if len(row):
+            total += len(codec.encode(row))
+            for name, section in zip(SECTIONS, codec.sections(row), strict=True):
+                alone[name] += len(compressor.compress(section))
+    scale = total / max(1, sum(alone.values()))
+    return {name: size * scale for name, size in alone.items()}

@@ -34,9 +34,7 @@ def check_name(name: Any) -> str:
         FormatError: anything else.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name or name == MANIFEST_NAME:
-        raise FormatError(
-            f"a file named in the manifest must be a plain name inside the cache, got {name!r}"
-        )
+        raise FormatError(f"a file named in the manifest must be a plain name inside the cache, got {name!r}")
     return name
 
 
@@ -115,9 +113,7 @@ class Manifest:
         if not isinstance(self.identity, dict) or not isinstance(self.files, dict):
             raise FormatError("identity and files must be JSON objects")
         if self.positions not in POSITION_MODES:
-            raise FormatError(
-                f"positions must be one of {', '.join(POSITION_MODES)}, got {self.positions!r}"
-            )
+            raise FormatError(f"positions must be one of {', '.join(POSITION_MODES)}, got {self.positions!r}")
         if type(self.min_prob) not in (int, float) or not 0 <= self.min_prob <= 1:
             raise FormatError(f"min_prob must be from 0 to 1, got {self.min_prob!r}")
         if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
@@ -220,9 +216,7 @@ def read_manifest_bytes(store: Any) -> bytes:
 def _require_keys(content: Any, expected: set[str], what: str) -> None:
     if not isinstance(content, dict) or set(content) != expected:
         got = sorted(set(content) ^ expected) if isinstance(content, dict) else type(content).__name__
-        raise FormatError(
-            f"{what} must have exactly the keys of format version {VERSION}, differs in {got}"
-        )
+        raise FormatError(f"{what} must have exactly the keys of format version {VERSION}, differs in {got}")
 
 
 def check_version(content: dict[str, Any], what: str) -> None:

@@ -2,9 +2,10 @@
 
 The writer encodes a row at a time and flushes a record batch every `ROWS_PER_BATCH` rows, so that row r
 lies in batch r // rows_per_batch: a random row is one division, one memory-mapped slice, one decompression.
-The same input gives the same bytes. The reader trusts nothing: see `arrow_file.py` for the container,
-`codec.py` for the payload; the content key of every row is recomputed when the row is read, which checks
-tokens and mask as well.
+The same input gives the same bytes; the rank table of the ids is learned from the rows that hold the first
+`SAMPLE_ENTRIES` head entries, so until then rows wait in memory (about 8 MB). The reader trusts nothing:
+see `arrow_file.py` for the container, `codec.py` for the payload; the content key of every row is
+recomputed when the row is read, which checks tokens and mask as well.
 """
 
 import hashlib
@@ -22,15 +23,19 @@ from formats.errors import CorruptShardError, FormatError
 from formats.manifest import FORMAT, VERSION, ShardInfo, check_version
 from formats.rows import KEY_BYTES, POSITION_MODES, TokenRow, content_key
 from formats.sealed import seal, unseal
+from formats.segments import offsets_of
 from formats.store import Source
 from formats.tail import TAIL_BETAS
 from formats.topk import MAX_VOCAB_SIZE, TopKLogprobs
+from formats.vocabulary import from_text, rank_by_frequency, to_text
 
 ROWS_PER_BATCH = 32
+SAMPLE_ENTRIES = 1 << 20
 MAX_ROWS_PER_BATCH = 1 << 16
 METADATA_KEY = b"anneal"
 _METADATA_KEYS = {
-    "format", "version", "codec", "tail_betas", "positions", "max_k", "vocab_size", "rows_per_batch"
+    "format", "version", "codec", "tail_betas", "positions", "max_k", "vocab_size", "rows_per_batch",
+    "ranked_ids",
 }  # fmt: skip
 
 
@@ -80,46 +85,35 @@ class ShardWriter:
         codec: CodecConfig | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
     ) -> None:
-        import pyarrow as pa
-
         if positions not in POSITION_MODES:
             raise ValueError(f"positions must be one of {', '.join(POSITION_MODES)}, got {positions!r}")
         if not 1 <= vocab_size <= MAX_VOCAB_SIZE or max_k < 1:
             raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE} and max_k at least 1")
         self._path = Path(path)
         self._positions = positions
-        config = codec if codec is not None else CodecConfig()
-        self._codec = Codec(config, vocab_size, max_k)
+        self._config = codec if codec is not None else CodecConfig()
+        self._vocab_size = vocab_size
+        self._max_k = min(max_k, vocab_size)
         self._rows_per_batch = rows_per_batch
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "codec": config.to_dict(),
-            "tail_betas": list(TAIL_BETAS),
-            "positions": positions,
-            "max_k": self._codec.max_k,
-            "vocab_size": vocab_size,
-            "rows_per_batch": rows_per_batch,
-        }
-        item = {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_())}
-        self._schema = pa.schema(
-            [
-                pa.field("key", pa.binary(KEY_BYTES), nullable=False),
-                *(pa.field(name, kind, nullable=False) for name, kind in item.items()),
-                pa.field("payload", pa.large_binary(), nullable=False),
-            ],
-            metadata={METADATA_KEY: seal(metadata)},
-        )
         self._file = _HashingFile(self._path)
-        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
+        self._waiting: list[tuple[TokenRow, TopKLogprobs]] = []
         self._pending: list[tuple[TokenRow, bytes]] = []
+        self._codec: Codec | None = None
+        self._writer: Any = None
         self._counts = dict.fromkeys(("rows", "tokens", "positions", "entries", "payload_bytes"), 0)
 
-    def append(self, row: TokenRow, teacher: TopKLogprobs) -> int:
-        """Add one example; returns the bytes of its payload.
+    @property
+    def num_payload_bytes(self) -> int:
+        """Bytes of the payloads encoded so far; rows that still wait for the rank table do not count."""
+        return self._counts["payload_bytes"]
+
+    def append(self, row: TokenRow, teacher: TopKLogprobs) -> None:
+        """Add one example.
 
         Raises:
-            ValueError: `teacher` has another number of positions than the row, or invalid contents.
+            ValueError: `teacher` has another number of positions than the row, or invalid contents (the
+            latter
+                may be noticed a few rows later).
         """
         expected = len(row.positions(self._positions))
         if len(teacher) != expected:
@@ -128,19 +122,63 @@ class ShardWriter:
             )
         if len(row) and not 0 <= int(row.input_ids.min()) <= int(row.input_ids.max()) < MAX_VOCAB_SIZE:
             raise ValueError(f"input_ids must be from 0 to {MAX_VOCAB_SIZE - 1}")
-        payload = self._codec.encode(teacher)
-        self._pending.append((row, payload))
+        if teacher.vocab_size != self._vocab_size:
+            raise ValueError(f"vocab_size must be {self._vocab_size}, got {teacher.vocab_size}")
         for name, value in (
             ("rows", 1),
             ("tokens", len(row)),
             ("positions", len(teacher)),
             ("entries", teacher.num_entries),
-            ("payload_bytes", len(payload)),
         ):
             self._counts[name] += value
+        if self._codec is None:
+            self._waiting.append((row, teacher))
+            if self._counts["entries"] >= SAMPLE_ENTRIES:
+                self._start()
+        else:
+            self._encode(self._codec, row, teacher)
+
+    def _start(self) -> None:
+        """Fix the rank table, write the header and encode the rows that waited for it."""
+        import pyarrow as pa
+
+        ranked_ids = np.zeros(0, np.int32)
+        if self._config.rank_ids and self._waiting:
+            sample = np.concatenate([teacher.token_ids for _, teacher in self._waiting])
+            ranked_ids = rank_by_frequency(sample, self._vocab_size)
+        codec = Codec(self._config, self._vocab_size, self._max_k, ranked_ids)
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "codec": self._config.to_dict(),
+            "tail_betas": list(TAIL_BETAS),
+            "positions": self._positions,
+            "max_k": self._max_k,
+            "vocab_size": self._vocab_size,
+            "rows_per_batch": self._rows_per_batch,
+            "ranked_ids": to_text(ranked_ids),
+        }
+        self._schema = pa.schema(
+            [
+                pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+                pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+                pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+                pa.field("payload", pa.large_binary(), nullable=False),
+            ],
+            metadata={METADATA_KEY: seal(metadata)},
+        )
+        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
+        self._codec = codec
+        for row, teacher in self._waiting:
+            self._encode(codec, row, teacher)
+        self._waiting.clear()
+
+    def _encode(self, codec: Codec, row: TokenRow, teacher: TopKLogprobs) -> None:
+        payload = codec.encode(teacher)
+        self._counts["payload_bytes"] += len(payload)
+        self._pending.append((row, payload))
         if len(self._pending) == self._rows_per_batch:
             self._flush()
-        return len(payload)
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -149,8 +187,8 @@ class ShardWriter:
             return
         rows = [row for row, _ in self._pending]
         payloads = [payload for _, payload in self._pending]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
-        payload_offsets = np.concatenate([[0], np.cumsum([len(p) for p in payloads])]).astype(np.int64)
+        offsets = offsets_of(np.array([len(row) for row in rows])).astype(np.int32)
+        payload_offsets = offsets_of(np.array([len(payload) for payload in payloads]))
         columns = [
             pa.array([row.key for row in rows], pa.binary(KEY_BYTES)),
             pa.ListArray.from_arrays(offsets, np.concatenate([row.input_ids for row in rows])),
@@ -166,6 +204,8 @@ class ShardWriter:
 
     def close(self, name: str | None = None) -> ShardInfo:
         """Finish and fsync the file; `name` is the name it will be committed under (default: its own)."""
+        if self._codec is None:
+            self._start()
         self._flush()
         self._writer.close()
         self._file.close()
@@ -234,7 +274,8 @@ class ShardReader:
                     f"{name}: {key} must be a whole number from 1 to {limit}, got {settings[key]!r}"
                 )
         self.codec_config = CodecConfig.from_dict(settings["codec"])
-        self.codec = Codec(self.codec_config, vocab_size, max_k)
+        ranked_ids = from_text(settings["ranked_ids"], vocab_size)
+        self.codec = Codec(self.codec_config, vocab_size, max_k, ranked_ids)
         self._cached: OrderedDict[int, Batch] = OrderedDict()
         last = self._batch(self._file.num_batches - 1) if self._file.num_batches else ()
         self._num_rows = max(self._file.num_batches - 1, 0) * self._rows_per_batch + len(last)

@@ -119,9 +119,7 @@ class RemoteFile:
 
     def read(self, offset: int, length: int) -> memoryview:
         _check_range(self.name, self.size, offset, length)
-        data = self._store.filesystem.cat_file(
-            self._store.path(self.name), start=offset, end=offset + length
-        )
+        data = self._store.filesystem.cat_file(self._store.path(self.name), start=offset, end=offset + length)
         if len(data) != length:
             raise CorruptShardError(
                 f"{self.name} must have {offset + length} bytes, got fewer; copy it again"

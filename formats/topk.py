@@ -131,8 +131,11 @@ class TopKLogprobs:
         offsets = segments.offsets_of(self.counts[chosen])
         source = np.repeat(self.offsets[:-1][chosen], np.diff(offsets)) + segments.rank_in_segment(offsets)
         return TopKLogprobs(
-            offsets, self.token_ids[source], self.logprobs[source], self.log_tail_nodes[chosen],
-            self.vocab_size
+            offsets,
+            self.token_ids[source],
+            self.logprobs[source],
+            self.log_tail_nodes[chosen],
+            self.vocab_size,
         )
 
     @staticmethod

@@ -78,16 +78,15 @@ class CacheWriter:
         self._temporary = Path()
         self._rows_in_shard = 0
 
-    def append(self, row: TokenRow, teacher: TopKLogprobs) -> int:
-        """Add one example; returns the bytes of its payload."""
+    def append(self, row: TokenRow, teacher: TopKLogprobs) -> None:
+        """Add one example."""
         if self._writer is None:
             self._temporary = temporary_name(self.directory / shard_name(len(self._shards)))
             self._writer = ShardWriter(self._temporary, **self._shard_options)  # type: ignore[arg-type]
-        size = self._writer.append(row, teacher)
+        self._writer.append(row, teacher)
         self._rows_in_shard += 1
         if self._rows_in_shard == self._rows_per_shard:
             self._finish_shard()
-        return size
 
     def add_file(self, name: str, data: bytes) -> None:
         """Store an auxiliary file such as `tokenizer.json`."""
