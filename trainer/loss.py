@@ -10,15 +10,15 @@ N: rows (batch * sequence), D: hidden size, V: rows of the head, padding include
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from formats.errors import ConfigError
+from trainer.loss_autograd import FusedLabelAnnealing
 from trainer.loss_chunk import RowWeights
-from trainer.loss_fused import Head, Wanted, arithmetic_dtype, default_chunk_size, fused_loss
-from trainer.loss_rows import IGNORE_INDEX, RowPlan, plan_rows
+from trainer.loss_fused import Head, arithmetic_dtype, default_chunk_size
+from trainer.loss_rows import IGNORE_INDEX, plan_rows
 from trainer.teacher_batch import TeacherBatch
 
 KL_DIRECTIONS = ("forward", "reverse")
@@ -146,7 +146,7 @@ def label_annealing_loss(
         "reverse": kl_direction == "reverse",
         "num_weight_rows": weight_VD.shape[0],
     }
-    loss, sum_ce, sum_kl, sum_q = _LabelAnnealing.apply(
+    loss, sum_ce, sum_kl, sum_q = FusedLabelAnnealing.apply(
         hidden_ND, weight_VD, bias_V, settings, unit, torch.is_grad_enabled(), (per_ce, per_kl, kl_coef)
     )
     mean_K = 1.0 / max(len(teacher), 1) if teacher is not None else 0.0
@@ -160,69 +160,6 @@ def label_annealing_loss(
         num_ce=local_ce,
         num_kl=local_kl,
     )
-
-
-class _LabelAnnealing(torch.autograd.Function):
-    """Computes the gradients in `forward`, while each chunk's logits exist, and scales them in `backward`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        settings: dict[str, Any],
-        unit: torch.Tensor,
-        grad_enabled: bool,
-        scales: tuple[torch.Tensor, torch.Tensor, float],
-    ) -> tuple[torch.Tensor, ...]:
-        needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            result = fused_loss(hidden_ND, wanted=Wanted(*needs), **settings)
-            per_ce, per_kl, kl_coef = scales
-            loss = result.sum_ce * per_ce + kl_coef * (result.sum_kl * per_kl)
-        plan: RowPlan = settings["plan"]
-        ctx.rows_M, ctx.unit = plan.rows_M, unit
-        ctx.num_rows, ctx.hidden_dtype = hidden_ND.shape[0], hidden_ND.dtype
-        ctx.weight_dtype = weight_VD.dtype
-        ctx.gradients = (result.grad_hidden_MD, result.grad_weight_VD, result.grad_bias_V)
-        outputs = (result.sum_ce, result.sum_kl, result.sum_student_head_mass)
-        ctx.mark_non_differentiable(*outputs)
-        ctx.set_materialize_grads(False)
-        return loss, *outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        upstream = grad_outputs[0]
-        if upstream is None:
-            return (None,) * 7
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "label_annealing_loss can be backpropagated once, because its gradients are handed over, not "
-                "copied; got a second backward pass: compute the loss again instead of using retain_graph"
-            )
-        grad_hidden_MD, grad_weight, grad_bias = ctx.gradients
-        ctx.gradients = None
-        factor = upstream / ctx.unit
-        # Most losses are roots of the graph: reading a CPU scalar to save a pass over the head costs nothing.
-        if not (factor.device.type == "cpu" and factor.item() == 1.0):
-            for gradient in (grad_hidden_MD, grad_weight, grad_bias):
-                if gradient is not None:
-                    gradient.mul_(factor)
-        grad_hidden = None
-        if grad_hidden_MD is not None:
-            if ctx.rows_M.numel() == ctx.num_rows:
-                grad_hidden = grad_hidden_MD.to(ctx.hidden_dtype)
-            else:
-                shape = (ctx.num_rows, grad_hidden_MD.shape[1])
-                grad_hidden = grad_hidden_MD.new_zeros(shape, dtype=ctx.hidden_dtype)
-                grad_hidden.index_copy_(0, ctx.rows_M, grad_hidden_MD.to(ctx.hidden_dtype))
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.weight_dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _reciprocal(count: torch.Tensor | float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

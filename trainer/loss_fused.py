@@ -20,7 +20,7 @@ from trainer.loss_chunk import RowWeights, process_chunk
 from trainer.loss_rows import RowPlan
 
 # Bytes of vocabulary-sized buffers per chunk. The head's gradient is read and written once per chunk, which
-# costs little next to the multiplications from about 256 rows on: a chunk never has fewer. See docs/method.md.
+# costs little next to the multiplications from about 256 rows on; a chunk never has fewer (docs/method.md).
 CHUNK_BYTES = {"cpu": 64 << 20}
 DEFAULT_CHUNK_BYTES = 256 << 20
 MIN_CHUNK_ROWS = 256

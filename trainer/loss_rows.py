@@ -8,12 +8,12 @@ N: rows given, M: rows that count, K: rows with teacher targets, E: head entries
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from formats.errors import ConfigError, FormatError
+from formats.errors import AnnealError, ConfigError, FormatError
 from trainer.teacher_batch import TeacherBatch
 
 IGNORE_INDEX = -100
@@ -134,7 +134,7 @@ def plan_rows(
     if teacher is not None:
         counts_N = counts_N.index_fill(0, teacher.rows, True)
     rows_M = counts_N.nonzero().squeeze(1)
-    labels_M = labels_N[rows_M]
+    labels_M = labels_N[rows_M].long()
     num_selected = rows_M.numel()
     num_chunks = math.ceil(num_selected / chunk_size)
     bounds = [num_selected * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
@@ -155,27 +155,32 @@ def _check_values(
     labels_N: torch.Tensor, teacher: TeacherBatch | None, *, num_rows: int, vocab_size: int
 ) -> None:
     """One transfer for all value checks: an index out of range on a GPU otherwise kills the whole process."""
-    bad_label = (labels_N != IGNORE_INDEX) & ((labels_N < 0) | (labels_N >= vocab_size))
-    found = [bad_label.any()]
+    bad_N = (labels_N != IGNORE_INDEX) & ((labels_N < 0) | (labels_N >= vocab_size))
+    rule = f"labels must be {IGNORE_INDEX} or lie in [0, {vocab_size})"
+    checks: list[tuple[type[AnnealError], str, torch.Tensor, torch.Tensor, str]] = [
+        (ConfigError, rule, labels_N, bad_N, "check the tokenizer")
+    ]
     if teacher is not None:
-        for field in fields(teacher):
-            tensor = getattr(teacher, field.name)
-            if isinstance(tensor, torch.Tensor) and tensor.device != labels_N.device:
-                raise ConfigError(
-                    f"teacher targets must be on {labels_N.device} like the labels, got {tensor.device}; "
-                    "call teacher.to(device)"
-                )
-        rows, ids = teacher.rows, teacher.token_ids
-        found.append((rows[1:] <= rows[:-1]).any() | (rows[0] < 0) | (rows[-1] >= num_rows))
-        found.append(((ids < 0) | (ids >= vocab_size)).any())
-        ends = (teacher.offsets[0] != 0) | (teacher.offsets[-1] != ids.numel())
-        found.append(ends | (teacher.counts < 0).any())
-    rules = (
-        (ConfigError, f"labels must be {IGNORE_INDEX} or lie in [0, {vocab_size}); check the tokenizer"),
-        (FormatError, f"teacher rows must be ascending, unique and in [0, {num_rows}); check the collator"),
-        (FormatError, f"teacher token ids must lie in [0, {vocab_size}); the cache has another vocabulary"),
-        (FormatError, "teacher offsets must ascend from 0 to the number of entries; check the collator"),
-    )
-    for (error, rule), bad in zip(rules, torch.stack(found).tolist(), strict=False):
-        if bad:
-            raise error(rule)
+        if teacher.rows.device != labels_N.device:
+            raise ConfigError(
+                f"teacher targets must be on {labels_N.device} like the labels, got {teacher.rows.device}; "
+                "call teacher.to(device)"
+            )
+        rows, ids, offsets = teacher.rows, teacher.token_ids, teacher.offsets
+        bad_rows = (rows < 0) | (rows >= num_rows)
+        bad_rows[1:] |= rows[1:] <= rows[:-1]
+        rule = f"teacher rows must be ascending, unique and in [0, {num_rows})"
+        checks.append((FormatError, rule, rows, bad_rows, "check the collator"))
+        rule = f"teacher token ids must lie in [0, {vocab_size})"
+        bad_ids = (ids < 0) | (ids >= vocab_size)
+        checks.append((FormatError, rule, ids, bad_ids, "the cache has another vocabulary"))
+        bad_offsets = torch.zeros_like(offsets, dtype=torch.bool)
+        bad_offsets[0] = offsets[0] != 0
+        bad_offsets[1:] = offsets[1:] < offsets[:-1]
+        bad_offsets[-1:] |= offsets[-1:] != ids.numel()
+        rule = f"teacher offsets must ascend from 0 to {ids.numel()}"
+        checks.append((FormatError, rule, offsets, bad_offsets, "check the collator"))
+    found = torch.stack([bad.any() for _, _, _, bad, _ in checks]).tolist()
+    for (error, rule, values, bad, remedy), broken in zip(checks, found, strict=True):
+        if broken:
+            raise error(f"{rule}, got {values[bad][0].item()}; {remedy}")

@@ -153,8 +153,12 @@ def test_no_grad_and_frozen_everything_give_the_same_values():
     with torch.no_grad():
         leaf = case.hidden.clone().requires_grad_()
         quiet = label_annealing_loss(leaf, case.weight, case.labels, case.teacher, bias_V=case.bias)
+    with torch.inference_mode():
+        inference = label_annealing_loss(
+            case.hidden, case.weight, case.labels.int(), case.teacher, bias_V=case.bias
+        )
     frozen = label_annealing_loss(case.hidden, case.weight, case.labels, case.teacher, bias_V=case.bias)
-    for out in (quiet, frozen):
+    for out in (quiet, inference, frozen):
         assert not out.loss.requires_grad
         for name in ("loss", "ce", "kl", "head_mass", "student_head_mass", "num_ce", "num_kl"):
             assert getattr(out, name).item() == pytest.approx(getattr(expected, name).item(), rel=1e-12)
