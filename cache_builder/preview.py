@@ -1,4 +1,4 @@
-"""A look at the data before a build: one decoded row, its targets marked.
+"""A look at the data before a build: what was recognised, and one decoded row with its targets marked.
 
 Targets stand between ⟦ and ⟧, so that they show without colour; with colour everything else is dimmed.
 """
@@ -25,9 +25,7 @@ def preview(
     color: bool = False,
     max_chars: int = 1600,
 ) -> str:
-    """The first row of the corpus as text of about a screen; reads a few records only.
-
-    How records become rows is said by `tokenise(...).describe()`.
+    """What was recognised and the first row of the corpus, about a screen of text; reads a few records only.
 
     Raises:
         CorpusError, ConfigError: as `tokenise`.
@@ -37,7 +35,8 @@ def preview(
     rows = tokenise(_first_records(corpus), tokenizer, replace(config, batch_size=SAMPLE_BATCH))
     row = next(rows)
     heading = f"sample: {len(row)} tokens, {int(row.loss_mask.sum())} with loss, between {OPEN} and {CLOSE}"
-    return f"{heading}\n{render_row(row, tokenizer, color=color, max_chars=max_chars)}"
+    sample = render_row(row, tokenizer, color=color, max_chars=max_chars)
+    return "\n".join([*tokenise(corpus, tokenizer, config).describe(), heading, sample])
 
 
 def _first_records(corpus: Corpus) -> Corpus:

@@ -234,7 +234,7 @@ def _encode_tokens(example: Tokens) -> Encoded:
 
 
 def batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    """Up to `size` records at a time, fewer if they are long, so that a batch of books does not fill the memory."""
+    """Up to `size` records at a time; fewer long ones, so that a batch of books does not fill the memory."""
     batch: list[Record] = []
     num_chars = 0
     for record in records:

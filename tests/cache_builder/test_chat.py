@@ -175,9 +175,12 @@ def test_an_unstable_template_is_refused_with_the_row() -> None:
     )
 
 
-def test_a_turn_rewritten_later_is_refused() -> None:
-    """Shortening is an ending of the full turn; anything else would make the mask a guess."""
-    rewritten = CHATML.replace("m['content'] +", "(m['content'] if loop.last else m['content'] | upper) +")
+@pytest.mark.parametrize("earlier", ["m['content'] | upper", "''"])
+def test_a_turn_rewritten_or_emptied_later_is_refused(earlier: str) -> None:
+    """Shortening leaves an ending with the answer in it; anything else would make the mask a guess."""
+    rewritten = CHATML.replace(
+        "m['content'] +", f"(({earlier}) if m['role'] == 'assistant' and not loop.last else m['content']) +"
+    )
     with pytest.raises(CorpusError, match="must render the beginning"):
         ChatEncoder(byte_tokenizer(rewritten)).encode([conversation(TURNS)])
 
