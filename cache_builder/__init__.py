@@ -33,7 +33,7 @@ _MODULES = {
     "make_teacher": "teacher",
 }
 
-__all__ = sorted(_MODULES)  # noqa: PLE0605
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,12 @@
 """The two passes over the vocabulary: maxima of blocks, and sums of blocks at every tail node.
 
-A block is a residue class: with K blocks, block k holds the ids k, k + K, k + 2K, ...  Any partition would do,
-and this one turns both reductions into sums of whole vectors, with nothing to add up across a vector register.
+A block is a residue class: with K blocks, block k holds the ids k, k + K, k + 2K, ...  Any partition would
+do, and this one turns both reductions into sums of whole vectors, with nothing to add up across a vector
+register.
 
-On a CPU the passes are plain operations on a scratch buffer that is kept between calls: fresh temporaries of this
-size cost more in page faults than the arithmetic.  On a GPU `torch.compile` fuses them into one kernel, and where
-that fails the plain operations run instead.
+On a CPU the passes are plain operations on a scratch buffer that is kept between calls: fresh temporaries
+of this size cost more in page faults than the arithmetic.  On a GPU `torch.compile` fuses them into one
+kernel, and where that fails the plain operations run instead.
 
 N: rows, V: vocabulary, S: entries in a block, K: blocks of a row, B: tail nodes.
 """
@@ -54,7 +55,7 @@ def block_maxima(logits_NV: torch.Tensor) -> torch.Tensor:
 
 def block_sums(logits_NV: torch.Tensor, max_N: torch.Tensor, betas: Sequence[float]) -> torch.Tensor:
     """float32 [N, B, K]: sums of exp(beta * (l - max)) over every block."""
-    num_rows, vocab_size = logits_NV.shape
+    vocab_size = logits_NV.shape[1]
     blocks = num_blocks(vocab_size)
     whole = vocab_size // blocks
     stripes_NSK = logits_NV[:, : whole * blocks].unflatten(1, (whole, blocks))
@@ -129,7 +130,9 @@ def _eager_sums(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ..
 @lru_cache
 def _assign_buffers(plan: tuple[tuple[int, int] | None, ...]) -> tuple[int, tuple[int, ...]]:
     """(number of buffers, buffer of every node): a buffer is reused once no later node needs its power."""
-    last_use = [max([m for m, pair in enumerate(plan) if pair and n in pair], default=n) for n in range(len(plan))]
+    last_use = [
+        max([m for m, pair in enumerate(plan) if pair and n in pair], default=n) for n in range(len(plan))
+    ]
     free: list[int] = []
     slots: list[int] = []
     count = 0

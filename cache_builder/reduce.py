@@ -6,22 +6,22 @@ For every row of logits l, with p = softmax(l):
     log p       of the head, natural log, normalised over the whole vocabulary
     A(beta)     log sum over the rest of exp(beta * log p), for every beta in `betas`
 
-Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of the
-mass, `total - head` in fp32 would be noise.
+Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of
+the mass, `total - head` in fp32 would be noise.
 
 Algorithm, per chunk of rows small enough to stay in cache; the vocabulary is cut into blocks:
   1. maxima of the blocks, then of the row, m (one pass);
   2. sums over the blocks of t = exp(betas[0] * (l - m)) and of its powers: the betas double, so four
      temperatures cost one exponential (one pass).  The sums at beta = 1 give Z, hence the exact threshold;
   3. only blocks whose maximum passes the threshold can hold a head entry, at most 1/min_prob of them and in
-     practice a few: they are gathered, the head is picked from them, and their share of the tail is summed again
-     without it.  Blocks without a head entry are tail as they are.
+     practice a few: they are gathered, the head is picked from them, and their share of the tail is summed
+     again without it.  Blocks without a head entry are tail as they are.
 Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the vocabulary replaces step 3.
 
 Cost: two passes over the logits and one exponential per entry; no sort of the vocabulary, no second softmax.
 
-N: rows, V: vocabulary, K: blocks of a row, B: tail nodes, C: gathered blocks of all rows, S: entries in a block,
-H: head candidates of the row that has most, M: head entries of all rows.
+N: rows, V: vocabulary, K: blocks of a row, B: tail nodes, C: gathered blocks of all rows, S: entries in a
+block, H: head candidates of the row that has most, M: head entries of all rows.
 """
 
 import math
@@ -95,7 +95,9 @@ def concatenate_rows(
     return ReducedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def _reduce_chunk(logits_NV: torch.Tensor, min_prob: float, max_k: int, betas: Sequence[float]) -> ReducedRows:
+def _reduce_chunk(
+    logits_NV: torch.Tensor, min_prob: float, max_k: int, betas: Sequence[float]
+) -> ReducedRows:
     betas_B = torch.tensor(betas, dtype=torch.float32, device=logits_NV.device)
     maxima_NK = block_maxima(logits_NV)
     max_N = maxima_NK.amax(-1)
@@ -109,7 +111,14 @@ def _reduce_chunk(logits_NV: torch.Tensor, min_prob: float, max_k: int, betas: S
         head_ids_NH, head_NH, tail_sums_NB = _dense_head(logits_NV, max_N, least_N, max_k, betas, betas_B)
     else:
         head_ids_NH, head_NH, tail_sums_NB = _sparse_head(
-            logits_NV, max_N, least_N, max_k, betas_B, rows_C, blocks_C, sums_NBK.masked_fill_(passes_NK[:, None], 0)
+            logits_NV,
+            max_N,
+            least_N,
+            max_k,
+            betas_B,
+            rows_C,
+            blocks_C,
+            sums_NBK.masked_fill_(passes_NK[:, None], 0),
         )
     log_tail_NB = tail_sums_NB.log() + (max_N - log_z_N).unsqueeze(-1) * betas_B
     keep_NH = head_NH > -math.inf
@@ -152,7 +161,9 @@ def _sparse_head(
     slot_NH = torch.full((num_rows, width), -1, dtype=torch.int64, device=device)
     head_NH[rows_M, rank_M] = values_CS[c_M, s_M]
     slot_NH[rows_M, rank_M] = c_M * BLOCK + s_M
-    head_ids_NH = torch.where(slot_NH < 0, vocab_size, ids_CS.view(-1)[slot_NH.clamp(min=0)] if len(c_M) else 0)
+    head_ids_NH = torch.where(
+        slot_NH < 0, vocab_size, ids_CS.view(-1)[slot_NH.clamp(min=0)] if len(c_M) else 0
+    )
     head_NH, order_NH = _sort_by_value_then_id(head_NH, head_ids_NH)
     head_NH = _below_out(head_NH[:, :max_k], least_N)
     slot_NH = slot_NH.gather(-1, order_NH)[:, :max_k]
@@ -165,7 +176,9 @@ def _sparse_head(
     return head_ids_NH.gather(-1, order_NH)[:, :max_k], head_NH, tail_sums_NB
 
 
-def _sort_by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _sort_by_value_then_id(
+    values_NH: torch.Tensor, ids_NH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Values in descending order, equal ones by ascending id, and the order that does it."""
     by_id_NH = ids_NH.argsort(dim=-1)
     values_NH, by_value_NH = values_NH.gather(-1, by_id_NH).sort(stable=True, dim=-1, descending=True)

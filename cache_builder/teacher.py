@@ -37,8 +37,9 @@ class TeacherConfig:
     dtype: str = "auto"
     """Weights and activations: `auto` is the type the checkpoint was saved in."""
     head_dtype: str = "float32"
-    """Type of the output projection: `float32`, or `model` for the type of the weights.  16-bit logits between 16
-    and 32 come in steps of 0.125 (bf16), which would be the largest error of the whole capture."""
+    """Type of the output projection: `float32`, or `model` for the type of the weights.  16-bit logits
+    between 16 and 32 come in steps of 0.125 (bf16), which would be the largest error of the whole
+    capture."""
     min_prob: float = 1e-3
     """Entries with at least this probability are kept."""
     max_k: int = 128
@@ -129,10 +130,11 @@ def check_row(row: TokenRow, number: int, *, max_length: int, vocab_size: int) -
             f"rows must have at most {max_length} tokens (max_length), got {len(row)} in row {number}; "
             "split or truncate it"
         )
-    if len(row) and not (0 <= row.input_ids.min() and row.input_ids.max() < vocab_size):
-        bad = row.input_ids.max() if row.input_ids.max() >= vocab_size else row.input_ids.min()
+    low, high = (int(row.input_ids.min()), int(row.input_ids.max())) if len(row) else (0, 0)
+    if low < 0 or high >= vocab_size:
         raise TeacherError(
-            f"token ids must be from 0 to {vocab_size - 1} (the model's vocabulary), got {bad} in row {number}; "
+            f"token ids must be from 0 to {vocab_size - 1} (the model's vocabulary), "
+            f"got {high if high >= vocab_size else low} in row {number}; "
             "use the tokenizer that belongs to the model"
         )
 

@@ -56,7 +56,8 @@ class TransformersTeacher:
             model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, dtype), **args)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"the model must load in transformers, got: {_one_line(error)}") from error
-        self._model: Any = model.to(self._device).eval()
+        self._model: Any = model.eval()
+        self._model.to(self._device)
         self._dtype = dtype
         self._attention = str(getattr(model.config, "_attn_implementation", None))
         if config.head_dtype == "float32" and dtype != "float32":

@@ -1,11 +1,11 @@
 """The part that runs inside vLLM: a pooler that projects, reduces and keeps only the packed result.
 
-vLLM's pooling runner hands a model's pooler the hidden states of all tokens scheduled in a step, the requests
-one after the other.  `TeacherPooler` picks the rows whose next token is selected, projects them with the model's
-own `compute_logits` (which applies its logit scale and softcap and cuts vLLM's vocabulary padding) and reduces
-them, a bounded number of rows at a time; no [tokens, vocabulary] array of a whole step exists.  Under chunked
-prefill the reduced rows of a request wait in its pooling state until its last chunk; hidden states are never
-kept.
+vLLM's pooling runner hands a model's pooler the hidden states of all tokens scheduled in a step, the
+requests one after the other.  `TeacherPooler` picks the rows whose next token is selected, projects them
+with the model's own `compute_logits` (which applies its logit scale and softcap and cuts vLLM's vocabulary
+padding) and reduces them, a bounded number of rows at a time; no [tokens, vocabulary] array of a whole step
+exists.  Under chunked prefill the reduced rows of a request wait in its pooling state until its last chunk;
+hidden states are never kept.
 
 Classes are built on demand: `AnnealLlamaForCausalLM` is vLLM's `LlamaForCausalLM` with this pooler.
 """
@@ -27,7 +27,9 @@ TASK: PoolingTask = "token_embed"
 CONFIG_KEY = "anneal"
 POSITIONS_KEY = "anneal_positions"
 CPU_LOGITS_BYTES = 1 << 26
+"""fp32 bytes of logits projected at a time on a CPU: a few hundred rows, enough for an efficient product."""
 CUDA_LOGITS_BYTES = 1 << 30
+"""The same on a GPU; vLLM's memory profiling runs the pooler and so counts them."""
 
 
 class PoolerSettings(TypedDict):
@@ -53,11 +55,12 @@ def decode_positions(data: bytes, num_tokens: int) -> np.ndarray:
 class TeacherPooler(Pooler):
     """Projects and reduces the selected rows of every request."""
 
-    def __init__(self, model: Any, settings: PoolerSettings) -> None:
+    def __init__(self, model: Any, settings: PoolerSettings, vocab_size: int) -> None:
         super().__init__()
         # In a tuple, so that torch does not register the model as a child of its own child.
         self._model = (model,)
         self.settings = settings
+        self.vocab_size = vocab_size
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
         return {TASK}
@@ -65,7 +68,7 @@ class TeacherPooler(Pooler):
     def forward(
         self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata
     ) -> list[torch.Tensor | None]:
-        """One packed int32 tensor (see `wire`) for each request that ends in this step, None for the others."""
+        """A packed int32 tensor (see `wire`) for every request that ends in this step, else None."""
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled = cursor.num_scheduled_tokens_cpu.numpy().astype(np.int64)
         seen = cursor.seq_lens_cpu.numpy().astype(np.int64)
@@ -92,13 +95,14 @@ class TeacherPooler(Pooler):
         index = torch.from_numpy(rows).to(device, non_blocking=True)
         budget = CPU_LOGITS_BYTES if device.type == "cpu" else CUDA_LOGITS_BYTES
         model = self._model[0]
-        vocab_size = model.config.vocab_size
-        step = max(1, budget // (4 * vocab_size))
+        step = max(1, budget // (4 * self.vocab_size))
         parts = []
         for start in range(0, len(rows), step):
             logits_NV = model.compute_logits(hidden_states[index[start : start + step]])
             if logits_NV is None:  # a tensor-parallel rank that gathers nothing answers with nothing
                 continue
+            if logits_NV.shape[-1] != self.vocab_size:
+                raise RuntimeError(f"expected {self.vocab_size} logits, got {logits_NV.shape[-1]}")
             parts.append(
                 reduce.reduce_logits(
                     logits_NV,
@@ -113,7 +117,7 @@ class TeacherPooler(Pooler):
         self, reduced: reduce.ReducedRows, lengths: list[int], metadata: PoolingMetadata
     ) -> list[torch.Tensor | None]:
         finished = metadata.get_pooling_cursor().get_finished_mask()
-        if len(reduced.counts) == 0 and sum(lengths):
+        if len(reduced.counts) == 0:  # also on a rank that saw no logits: its output is not used
             lengths = [0] * len(lengths)
         rows_at = np.concatenate([[0], np.cumsum(lengths)])
         entries_at = torch.cat([reduced.counts.new_zeros(1), reduced.counts.cumsum(0)])[
@@ -147,7 +151,8 @@ def _build(architecture: str) -> type:
 
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self.pooler = TeacherPooler(self, vllm_config.additional_config[CONFIG_KEY])
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        self.pooler = TeacherPooler(self, vllm_config.additional_config[CONFIG_KEY], vocab_size)
 
     # A pooling model states how it attends; a generating one is asked other questions about the same.
     attention = "hybrid" if is_hybrid(base) else "attention_free" if is_attention_free(base) else "decoder"

@@ -1,12 +1,13 @@
 """From a `TeacherConfig` to vLLM's `EngineArgs`: environment, architecture, typed user settings, refusals."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cache_builder.teacher import TeacherConfig
@@ -39,6 +40,19 @@ def quiet_environment(debug: bool, *, local: bool) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@contextlib.contextmanager
+def quiet_children(debug: bool) -> Iterator[None]:
+    """Processes started inside inherit a Python that shows no warnings of other people's libraries."""
+    if debug or "PYTHONWARNINGS" in os.environ:
+        yield
+        return
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+
+
 def import_vllm() -> Any:
     """vLLM, or one line about what is missing.
 
@@ -65,8 +79,8 @@ def broken_import_message(error: BaseException) -> str:
     text = one_line(error)
     if "torchvision" in text:
         return (
-            "torch and torchvision must come from the same build, got 'torchvision::nms does not exist' or alike; "
-            "anneal needs no torchvision: run pip uninstall -y torchvision torchaudio"
+            "torch and torchvision must come from the same build, got 'torchvision::nms does not exist' or "
+            "alike; anneal needs no torchvision: run pip uninstall -y torchvision torchaudio"
         )
     return (
         f"vLLM must import, got: {text}; install torch and vLLM from the same source (anneal[vllm] or "
@@ -91,12 +105,17 @@ def teacher_architectures(model_config: Mapping[str, Any]) -> list[str]:
         raise ConfigError("config.json must name the model's architecture, got none under 'architectures'")
     name = names[0]
     known = text_architectures()
+    if teacher_architecture(known[0]) not in ModelRegistry.get_supported_archs():
+        raise ConfigError(
+            "vLLM must load the plugin 'anneal', which it did not find; install this package with pip "
+            "(a source tree: pip install -e .), and let VLLM_PLUGINS, if set, include anneal"
+        )
     if name in known:
         return [teacher_architecture(name), name]
     if name in ModelRegistry.get_supported_archs():
         raise ConfigError(
-            f"the vllm engine captures decoder-only text models, got {name} (multimodal, encoder or pooling); "
-            "use the checkpoint of its text model, or --engine transformers"
+            f"the vllm engine captures decoder-only text models, got {name} (multimodal, encoder or "
+            "pooling); use the checkpoint of its text model, or --engine transformers"
         )
     import transformers
 
@@ -136,6 +155,7 @@ def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[s
         "enable_prefix_caching": False,  # every position has to be computed, none may come from a cache
         "async_scheduling": False,  # with it, what shares a step depends on when results arrive
         "disable_log_stats": True,
+        "use_tqdm_on_load": config.debug,
     }
     if current_platform.is_cpu():
         arguments["enforce_eager"] = True

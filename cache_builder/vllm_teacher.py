@@ -1,12 +1,14 @@
 """The fast teacher: vLLM prefill through a pooling model that keeps its output head.
 
-`vllm_plugin` registers a teacher variant of every text architecture, `vllm_pooler` reduces inside the engine, and
-this class feeds rows and decodes answers.  Nothing is generated and no `prompt_logprobs` are asked for.
+`vllm_plugin` registers a teacher variant of every text architecture, `vllm_pooler` reduces inside the
+engine, and this class feeds rows and decodes answers.  Nothing is generated and no `prompt_logprobs` are
+asked for.
 
-Rows go to the engine in waves of a fixed number of tokens.  A wave is queued while the scheduler is paused and
-then released at once, so that what runs together in a step depends on the rows alone, never on timing: the same
-call gives the same bits again.  The next wave is released before the results of the last one are handed out, so
-the engine computes while the caller encodes and writes.  In memory at any time: two waves of rows and results.
+Rows go to the engine in waves of a fixed number of tokens.  A wave is queued while the scheduler is paused
+and then released at once, so that what runs together in a step depends on the rows alone, never on timing:
+the same call gives the same bits again.  The next wave is released before the results of the last one are
+handed out, so the engine computes while the caller encodes and writes.  In memory at any time: two waves of
+rows and results.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ from cache_builder.vllm_settings import (
     engine_arguments,
     import_vllm,
     one_line,
+    quiet_children,
     quiet_environment,
     teacher_architectures,
 )
@@ -65,8 +68,8 @@ class _Member:
 class VLLMTeacher:
     """A vLLM engine as a teacher.
 
-    The engine runs in processes of its own, which re-import the main module: a script that makes a `VLLMTeacher`
-    needs the usual `if __name__ == "__main__":` guard.
+    The engine runs in processes of its own, which re-import the main module: a script that makes a
+    `VLLMTeacher` needs the usual `if __name__ == "__main__":` guard.
 
     Raises:
         ConfigError: vLLM is not installed, does not know the architecture, or refuses a setting.
@@ -110,7 +113,7 @@ class VLLMTeacher:
                     self._engine.abort_request(list(running))
 
     def _waves(self, rows: Iterable[TokenRow]) -> Iterator[list[_Member]]:
-        """Cut the rows into waves of at most `_wave_tokens` tokens that need the engine (at least one row)."""
+        """Cut the rows into waves of `_wave_tokens` tokens that need the engine, or of one longer row."""
         wave: list[_Member] = []
         tokens = 0
         for number, row in enumerate(rows):
@@ -126,7 +129,7 @@ class VLLMTeacher:
             yield wave
 
     def _release(self, wave: list[_Member]) -> dict[str, _Member]:
-        """Queue a wave on the paused scheduler, then let it run.  Rows without positions are answered here."""
+        """Queue a wave on the paused scheduler, then let it run; rows without positions need no engine."""
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
@@ -208,7 +211,8 @@ def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig) -> Any:
 
     try:
         engine_args = vllm.EngineArgs(**arguments)
-        return vllm.LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+        with quiet_children(config.debug):
+            return vllm.LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"vLLM must accept the model and its settings, got: {one_line(error)}") from error
     except Exception as error:
@@ -243,5 +247,3 @@ def _vllm_version() -> str:
 
 def _torch_version() -> str:
     return importlib.metadata.version("torch")
-
-

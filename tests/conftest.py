@@ -14,8 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-# `--import-mode=importlib` leaves sys.path alone.  Not this directory itself: tests/cache_builder would hide the
-# package of the same name.
+# `--import-mode=importlib` leaves sys.path alone.  Not this directory itself: tests/cache_builder would
+# hide the package of the same name.
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 

@@ -47,9 +47,9 @@ def test_unknown_engine():
 def test_a_row_must_fit_the_model():
     row = TokenRow(np.array([1, 2, 3]), np.array([False, True, True]))
     check_row(row, 0, max_length=3, vocab_size=4)
-    with pytest.raises(TeacherError, match="at most 2 tokens .*got 3 in row 7"):
+    with pytest.raises(TeacherError, match=r"at most 2 tokens .*got 3 in row 7"):
         check_row(row, 7, max_length=2, vocab_size=4)
-    with pytest.raises(TeacherError, match="from 0 to 2 .*got 3 in row 7"):
+    with pytest.raises(TeacherError, match=r"from 0 to 2 .*got 3 in row 7"):
         check_row(row, 7, max_length=3, vocab_size=3)
     negative = TokenRow(np.array([1, -5]), np.array([False, True]))
     with pytest.raises(TeacherError, match="got -5 in row 0"):
@@ -60,7 +60,7 @@ def test_a_row_must_fit_the_model():
 def test_nan_is_named_with_its_row():
     tails = np.zeros((2, len(TAIL_BETAS)))
     topk = TopKLogprobs(np.array([0, 1, 2]), np.array([0, 1]), np.array([-1.0, np.nan]), tails, 9)
-    with pytest.raises(TeacherError, match="NaN in row 4; .*--dtype"):
+    with pytest.raises(TeacherError, match=r"NaN in row 4; .*--dtype"):
         check_numbers(topk, 4)
     fine = topk.slice(0, 1)
     assert check_numbers(fine, 4) is fine
@@ -107,6 +107,8 @@ def test_every_public_name_exists():
     import cache_builder
 
     for name, module in cache_builder._MODULES.items():
-        assert importlib.import_module(f"cache_builder.{module}").__dict__[name] is getattr(cache_builder, name)
+        assert importlib.import_module(f"cache_builder.{module}").__dict__[name] is getattr(
+            cache_builder, name
+        )
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = cache_builder.nonsense

@@ -49,7 +49,10 @@ def test_strings_take_the_declared_type(given, expected):
         ({"enforce_eager": "maybe"}, "enforce_eager must be bool, got 'maybe'"),
         ({"max_model_len": "100"}, "max_model_len is set by anneal, got '100'; use --max-length"),
         ({"dtype": "half"}, "use --dtype"),
-        ({"enable_prefix_caching": "true"}, "enable_prefix_caching is set by anneal, got 'true'; leave it out"),
+        (
+            {"enable_prefix_caching": "true"},
+            "enable_prefix_caching is set by anneal, got 'true'; leave it out",
+        ),
     ],
 )
 def test_engine_arguments_that_are_refused(given, message):
@@ -80,7 +83,9 @@ def test_every_text_architecture_has_a_teacher():
     load_general_plugins()  # the entry point of the installed package, as vLLM calls it
     supported = ModelRegistry.get_supported_archs()
     names = text_architectures()
-    assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "TransformersForCausalLM"} <= set(names)
+    assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "TransformersForCausalLM"} <= set(
+        names
+    )
     assert len(names) > 100
     assert all(teacher_architecture(name) in supported for name in names)
     assert not [name for name in names if "Embedding" in name or "MultiModal" in name]
@@ -105,10 +110,12 @@ def test_architectures_that_are_taken_or_refused():
         "LlamaForCausalLM",
     ]
     # Known to transformers only: vLLM's Transformers backend runs it.
-    assert teacher_architectures({"architectures": ["BioGptForCausalLM"]})[0] == "AnnealTransformersForCausalLM"
-    with pytest.raises(ConfigError, match="LlavaForConditionalGeneration .multimodal"):
+    assert (
+        teacher_architectures({"architectures": ["BioGptForCausalLM"]})[0] == "AnnealTransformersForCausalLM"
+    )
+    with pytest.raises(ConfigError, match=r"LlavaForConditionalGeneration .multimodal"):
         teacher_architectures({"architectures": ["LlavaForConditionalGeneration"]})
-    with pytest.raises(ConfigError, match="got LlamaForCausalLLM; did its config mean LlamaForCausalLM?"):
+    with pytest.raises(ConfigError, match=r"got LlamaForCausalLLM; did its config mean LlamaForCausalLM\?"):
         teacher_architectures({"architectures": ["LlamaForCausalLLM"]})
     with pytest.raises(ConfigError, match="must name the model's architecture"):
         teacher_architectures({})

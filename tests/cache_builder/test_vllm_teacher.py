@@ -158,9 +158,10 @@ def test_bf16_is_within_the_noise_of_bf16(name, request):
     assert shared > reference_shared - 0.03
     # Tails, at T = 1: the logarithm of the mass outside the head, compared where the mass is comparable.
     one = captured.log_tail_nodes[:, 4]
-    assert np.abs(one - exact.log_tail_nodes[:, 4]).mean() < 1.3 * np.abs(
-        reference.log_tail_nodes[:, 4] - exact.log_tail_nodes[:, 4]
-    ).mean() + 1e-3
+    assert (
+        np.abs(one - exact.log_tail_nodes[:, 4]).mean()
+        < 1.3 * np.abs(reference.log_tail_nodes[:, 4] - exact.log_tail_nodes[:, 4]).mean() + 1e-3
+    )
 
 
 def save_successor_model(directory, tokenizer_dir):

@@ -9,7 +9,9 @@ from formats.rows import TokenRow
 from formats.topk import TAIL_BETAS, TopKLogprobs
 
 
-def random_rows(lengths: list[int], vocab_size: int, seed: int = 0, loss_share: float = 0.5) -> list[TokenRow]:
+def random_rows(
+    lengths: list[int], vocab_size: int, seed: int = 0, loss_share: float = 0.5
+) -> list[TokenRow]:
     """Rows of random tokens, about `loss_share` of them targets."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -30,7 +32,7 @@ def dense_logprobs(model, row: TokenRow, positions: np.ndarray) -> np.ndarray:
 
 
 def assert_head_is_right(topk: TopKLogprobs, dense: np.ndarray, *, min_prob: float, max_k: int, atol: float):
-    """Every entry has the dense value, and no entry that clearly belongs to the head is missing or surplus."""
+    """Every entry has the dense value; none that clearly belongs to the head is missing or surplus."""
     assert len(topk) == len(dense)
     for p in range(len(topk)):
         a, b = topk.offsets[p], topk.offsets[p + 1]
@@ -70,9 +72,7 @@ def shared_deviation(one: TopKLogprobs, other: TopKLogprobs) -> tuple[float, flo
 def tail_deviation(one: TopKLogprobs, other: TopKLogprobs) -> np.ndarray:
     """|difference| of A at the nodes, at the positions whose heads hold the same ids: float32 [P', B]."""
     same = [
-        p
-        for p in range(len(one))
-        if set(_entries(one, p)[0].tolist()) == set(_entries(other, p)[0].tolist())
+        p for p in range(len(one)) if set(_entries(one, p)[0].tolist()) == set(_entries(other, p)[0].tolist())
     ]
     return np.abs(one.log_tail_nodes[same] - other.log_tail_nodes[same])
 
