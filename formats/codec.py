@@ -84,7 +84,8 @@ class CodecConfig:
         known = {item.name for item in fields(cls)}
         if not isinstance(content, dict) or set(content) != known:
             raise UnsupportedVersionError(
-                f"the codec must have the keys {', '.join(sorted(known))}, got {str(content)[:200]}; upgrade anneal"
+                f"the codec must have the keys {', '.join(sorted(known))}, got {str(content)[:200]}; "
+                "upgrade anneal"
             )
         try:
             return cls(**content)

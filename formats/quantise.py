@@ -1,16 +1,16 @@
 """Quantisation of probabilities and tail nodes: what the compact codec loses, and how little.
 
-**Probabilities.** With s = sqrt(p), an entry is stored as the whole number c = round(a*s + b*s^2), at least 1. The
-two terms are what rate-distortion theory asks for: equal KL share needs steps proportional to sqrt(p),
+**Probabilities.** With s = sqrt(p), an entry is stored as the whole number c = round(a*s + b*s^2), at least
+1. The two terms are what rate-distortion theory asks for: equal KL share needs steps proportional to sqrt(p),
 equal share in the gradient at T = 1 equal steps in p, and minimising entropy under both gives a step
 density that is their sum. `a` steps govern small p and high T, `b` steps the few large p and low T; large
 codes are rare, so they cost little once compressed. Error: |p' - p| <= (sqrt(p) / a) / (1 + 2*sqrt(p)*b/a),
 half a step, wherever p is not below the smallest code. Code 0 means p = 0.
 
-**Tail nodes.** A(beta) is stored in steps of 1/`tail_steps` nats as the difference to an integer prediction from
-nodes already known, modulo 2^16. The prediction of A(1) is the log of the mass the quantised head leaves; the
-others are fixed linear combinations, exact for a linear A, fitted to language model tails. Error: half a
-step.
+**Tail nodes.** A(beta) is stored in steps of 1/`tail_steps` nats as the difference to an integer prediction
+from nodes already known, modulo 2^16. The prediction of A(1) is the log of the mass the quantised head
+leaves; the others are fixed linear combinations, exact for a linear A, fitted to language model tails.
+Error: half a step.
 
 All predictions are integer arithmetic on stored codes, so every implementation reproduces them to the bit.
 P: positions, N: entries, K: nodes.

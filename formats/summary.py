@@ -1,26 +1,125 @@
-"""What `anneal cache inspect` prints, as one dictionary."""
+"""What `anneal cache inspect` prints, as one JSON-ready dictionary; docs/inspect.md describes its keys.
+
+Counts and bytes by column are exact and come from the manifest alone. Everything about distributions needs
+decoding, so a large cache is sampled: rows evenly spread, up to `SAMPLE_POSITIONS` positions; `full=True`
+reads all.
+"""
 
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from formats.codec import section_bytes
+from formats.manifest import VERSION
+from formats.rows import KEY_BYTES
+from formats.statistics import distribution, entropy, head_size_histogram
+from formats.topk import TopKLogprobs
 
 if TYPE_CHECKING:
     from formats.cache import TeacherCache
 
+SAMPLE_POSITIONS = 100_000
+SAMPLE_ROWS = 1_000
+PARTS_ROWS = 64
+NUM_UNCERTAIN = 10
+COUNTS = ("num_rows", "num_tokens", "num_positions", "num_entries", "num_bytes", "num_payload_bytes")
 
-def summarise(cache: "TeacherCache") -> dict[str, Any]:
-    """Counts from the manifest."""
-    shards = cache.manifest.shards
-    return {
-        "identity": cache.manifest.identity,
-        **{
-            name: sum(getattr(shard, name) for shard in shards)
-            for name in (
-                "num_rows",
-                "num_tokens",
-                "num_positions",
-                "num_entries",
-                "num_bytes",
-                "num_payload_bytes",
-            )
+
+def summarise(cache: "TeacherCache", *, full: bool = False) -> dict[str, Any]:
+    """Identity, settings, counts, bytes and distributions of a cache.
+
+    Args:
+        cache: an open cache.
+        full: decode every row for the distributions instead of a sample.
+
+    Raises:
+        FormatError: a row that is read is damaged.
+    """
+    manifest = cache.manifest
+    totals = {name: sum(getattr(shard, name) for shard in manifest.shards) for name in COUNTS}
+    rows = sampled_rows(cache, full)
+    summary: dict[str, Any] = {
+        "path": cache.path,
+        "format_version": VERSION,
+        "identity": manifest.identity,
+        "settings": {
+            "codec": manifest.codec.to_dict(),
+            "positions": manifest.positions,
+            "min_prob": manifest.min_prob,
+            "max_k": manifest.max_k,
+            "vocab_size": manifest.vocab_size,
         },
-        "num_shards": len(shards),
+        "num_shards": len(manifest.shards),
+        **totals,
+        "bytes_per_token": totals["num_bytes"] / max(1, totals["num_tokens"]),
+        "payload_bytes_per_position": totals["num_payload_bytes"] / max(1, totals["num_positions"]),
+        "columns": _columns(totals, manifest.num_rows),
     }
+    return summary | _distributions(cache, rows, totals["num_positions"])
+
+
+def _columns(totals: dict[str, int], num_rows: int) -> dict[str, dict[str, float]]:
+    sizes = {
+        "key": KEY_BYTES * num_rows,
+        "input_ids": 4 * totals["num_tokens"],
+        "loss_mask": (totals["num_tokens"] + 7) // 8,
+        "payload": totals["num_payload_bytes"],
+    }
+    sizes["container"] = totals["num_bytes"] - sum(sizes.values())
+    tokens = max(1, totals["num_tokens"])
+    return {name: {"bytes": size, "bytes_per_token": size / tokens} for name, size in sizes.items()}
+
+
+def sampled_rows(cache: "TeacherCache", full: bool) -> np.ndarray:
+    """Row indices to decode, ascending and evenly spread."""
+    count = len(cache)
+    if full or count == 0:
+        return np.arange(count)
+    positions = sum(shard.num_positions for shard in cache.manifest.shards)
+    wanted = min(SAMPLE_ROWS, max(1, round(count * SAMPLE_POSITIONS / max(1, positions))))
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def _distributions(cache: "TeacherCache", rows: np.ndarray, num_positions: int) -> dict[str, Any]:
+    counts, masses, entropies, uncertain = [], [], [], []
+    # Spread over the sample, so that the parts are not those of the first rows only.
+    for_parts = set(rows[np.linspace(0, len(rows) - 1, min(PARTS_ROWS, len(rows))).astype(int)].tolist())
+    parts: list[TopKLogprobs] = []
+    for index in rows.tolist():
+        row = cache[index]
+        teacher = row.teacher
+        if index in for_parts:
+            parts.append(teacher)
+        nats = entropy(teacher)
+        counts.append(teacher.counts)
+        masses.append(teacher.head_mass(1.0))
+        entropies.append(nats)
+        for p in np.argsort(-nats, kind="stable")[:NUM_UNCERTAIN].tolist():
+            uncertain.append((float(nats[p]), index, int(row.positions[p]), float(masses[-1][p])))
+    flat_counts = np.concatenate(counts) if counts else np.zeros(0, np.int64)
+    uncertain.sort(key=lambda item: (-item[0], item[1:3]))
+    return {
+        "sample": {
+            "rows": len(rows),
+            "positions": len(flat_counts),
+            "complete": len(flat_counts) == num_positions,
+        },
+        "payload_parts": _parts(cache, parts),
+        "head_size": distribution(flat_counts) | {"histogram": head_size_histogram(flat_counts)},
+        "head_mass": distribution(np.concatenate(masses) if masses else np.zeros(0)),
+        "entropy": distribution(np.concatenate(entropies) if entropies else np.zeros(0)),
+        "most_uncertain": [
+            {"row": row, "position": position, "entropy": nats, "head_mass": mass}
+            for nats, row, position, mass in uncertain[:NUM_UNCERTAIN]
+        ],
+    }
+
+
+def _parts(cache: "TeacherCache", rows: list[TopKLogprobs]) -> dict[str, Any]:
+    """Bytes per position of each payload section, over some rows; estimated by compressing each section
+    alone."""
+    positions = sum(len(row) for row in rows)
+    if positions == 0:
+        return {}
+    sizes = section_bytes(cache.shard(0).codec, rows)
+    return {name: {"bytes_per_position": size / positions} for name, size in sizes.items()}

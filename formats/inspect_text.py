@@ -1,0 +1,156 @@
+"""The summary and the row view as text for a terminal."""
+
+from typing import Any
+
+BAR = 40
+PARTS = {
+    "counts": "head sizes",
+    "ids": "token ids",
+    "probabilities": "probabilities",
+    "tails": "tail function",
+}
+
+
+def human_bytes(size: float) -> str:
+    """1,234 B, 56.7 KiB, 8.9 MiB, ..."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    is_hash = len(text) >= 40 and all(c in "0123456789abcdef" for c in text)
+    return text[:12] if is_hash else text if len(text) <= 80 else text[:77] + "..."
+
+
+def _table(rows: list[tuple[str, ...]], indent: str = "  ") -> list[str]:
+    """First column left, the rest right aligned."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [
+        indent + "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths,
+        strict=True))) for row in rows
+    ]  # fmt: skip
+
+
+def _identity(identity: dict[str, Any]) -> list[str]:
+    lines = []
+    for section, content in identity.items():
+        pairs = content.items() if isinstance(content, dict) else [("", content)]
+        shown = [f"{key} {_short(value)}".strip() for key, value in pairs if value not in (None, "", {}, [])]
+        line = f"  {section:<14}"
+        for item in shown:
+            if len(line) + len(item) > 108:
+                lines.append(line.rstrip(", ") + ",")
+                line = " " * 16
+            line += item + ", "
+        lines.append(line.rstrip(", "))
+    return lines
+
+
+def _spread(name: str, values: dict[str, Any], digits: int) -> tuple[str, ...]:
+    keys = ("mean", "min", "p5", "p25", "p50", "p75", "p95", "max")
+    return (name, *(f"{values[key]:.{digits}f}" for key in keys))
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """A report of about forty lines."""
+    s = summary
+    settings = s["settings"]
+    lines = [
+        f"teacher cache {s['path']} (format {s['format_version']})",
+        f"  {s['num_rows']:,} rows, {s['num_tokens']:,} tokens, {s['num_positions']:,} positions with a teacher, "
+        f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {human_bytes(s['num_bytes'])}",
+        f"  vocabulary {settings['vocab_size']:,}; heads: p >= {settings['min_prob']:g}, "
+        f"at most {settings['max_k']:,}; positions: {settings['positions']}",
+        "",
+        "identity",
+        *_identity(s["identity"]),
+        "",
+        "bytes per token",
+    ]
+    columns = [
+        (name, f"{c['bytes_per_token']:.2f}", human_bytes(c["bytes"])) for name, c in s["columns"].items()
+    ]
+    lines += _table([*columns, ("total", f"{s['bytes_per_token']:.2f}", human_bytes(s["num_bytes"]))])
+    if s["payload_parts"]:
+        lines += ["", "payload, bytes per position"]
+        parts = [
+            (PARTS[name], f"{part['bytes_per_position']:.2f}") for name, part in s["payload_parts"].items()
+        ]
+        lines += _table([*parts, ("total", f"{s['payload_bytes_per_position']:.2f}")])
+    sample = s["sample"]
+    if sample["positions"] == 0:
+        return "\n".join([*lines, "", "no position carries a teacher distribution"])
+    of = "all rows"
+    if not sample["complete"]:
+        of = f"a sample of {sample['rows']:,} of {s['num_rows']:,} rows; --full for all"
+    lines += ["", f"distributions ({sample['positions']:,} positions, {of})"]
+    lines += _table(
+        [
+            ("", "mean", "min", "p5", "p25", "median", "p75", "p95", "max"),
+            _spread("head size", s["head_size"], 1),
+            _spread("covered mass", s["head_mass"], 4),
+            _spread("entropy, nats", s["entropy"], 3),
+        ]
+    )
+    lines += ["", "head sizes"]
+    bins = s["head_size"]["histogram"]
+    most = max(item["positions"] for item in bins)
+    for item in bins:
+        name = f"{item['from']}" if item["from"] == item["to"] else f"{item['from']}-{item['to']}"
+        bar = "#" * round(BAR * item["positions"] / most)
+        lines.append(f"  {name:>11}  {bar:<{BAR}} {item['positions'] / sample['positions']:6.1%}")
+    lines += ["", "most uncertain positions (anneal cache inspect CACHE --row N shows a row)"]
+    lines += _table(
+        [
+            ("row", "position", "entropy, nats", "covered mass"),
+            *(
+                (str(u["row"]), str(u["position"]), f"{u['entropy']:.3f}", f"{u['head_mass']:.4f}")
+                for u in s["most_uncertain"]
+            ),
+        ]
+    )
+    return "\n".join(lines)
+
+
+def _quote(text: str, width: int) -> str:
+    shown = repr(text)[1:-1]
+    return f"'{shown}'" if len(shown) <= width else f"'{shown[: width - 3]}...'"
+
+
+def row_text(view: dict[str, Any]) -> str:
+    """The tokens of a row (targets of the loss in brackets), then one line per position."""
+    tokens = "".join(f"[{t['text']}]" if t["loss"] else t["text"] for t in view["tokens"])
+    lines = [
+        f"row {view['row']}, key {view['key']}, {view['num_tokens']:,} tokens, "
+        f"{len(view['positions']):,} positions with a teacher",
+        "",
+        tokens,
+        "",
+    ]
+    if not view["positions"]:
+        return "\n".join([*lines, "no position of this row carries a teacher distribution"])
+    table = [("position", "token", "next", "p(next)", "entropy", "head", "top alternatives")]
+    for item in view["positions"]:
+        prob = "-" if item["next_prob"] is None else f"{item['next_prob']:.3f}"
+        top = "  ".join(f"{_quote(t['token'], 14)} {t['prob']:.3f}" for t in item["top"])
+        table.append(
+            (
+                str(item["position"]),
+                _quote(item["token"], 14),
+                _quote(item["next_token"], 14),
+                prob,
+                f"{item['entropy']:.2f}",
+                str(item["head_size"]),
+                top,
+            )
+        )
+    widths = [max(len(row[k]) for row in table) for k in range(6)]
+    lines += [
+        "  ".join(cell.rjust(w) for cell, w in zip(row[:6], widths, strict=True)) + "  " + row[6]
+        for row in table
+    ]
+    return "\n".join([*lines, "", "p(next) is '-' where the next token is outside the head"])

@@ -1,0 +1,85 @@
+"""One row of a cache for reading: its tokens, and what the teacher expected at each position.
+
+Token texts come from the cache's own `tokenizer.json` through the `tokenizers` library; without one, ids
+are shown.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from formats.statistics import entropy
+
+if TYPE_CHECKING:
+    from formats.cache import TeacherCache
+
+TOKENIZER_FILE = "tokenizer.json"
+NUM_ALTERNATIVES = 4
+
+
+def token_texts(cache: "TeacherCache") -> Callable[[int], str]:
+    """A function from token id to its text, `#id` where the cache carries no tokenizer or the id is
+    unknown."""
+    if TOKENIZER_FILE not in cache.manifest.files:
+        return lambda token_id: f"#{token_id}"
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(cache.file(TOKENIZER_FILE).decode())
+
+    def text(token_id: int) -> str:
+        decoded = tokenizer.decode([token_id], skip_special_tokens=False)
+        if decoded and "\ufffd" not in decoded:
+            return decoded
+        # Part of a character, or nothing to show: the vocabulary's own spelling says more.
+        return tokenizer.id_to_token(token_id) or f"#{token_id}"
+
+    return text
+
+
+def view_row(cache: "TeacherCache", index: int) -> dict[str, Any]:
+    """Row `index` as a JSON-ready dictionary.
+
+    Keys: row, key, num_tokens, tokens [{id, text, loss}], positions [{position, token, next_id, next_token,
+    next_prob (None outside the head), head_size, head_mass, entropy, top [{id, token, prob}]}].
+
+    Raises:
+        IndexError: no such row.
+        FormatError: the row is damaged.
+    """
+    row = cache[index]
+    text = token_texts(cache)
+    teacher = row.teacher.sorted()
+    nats, mass = entropy(teacher), teacher.head_mass(1.0)
+    positions = []
+    for p, position in enumerate(row.positions.tolist()):
+        a, b = teacher.offsets[p : p + 2]
+        ids, probs = teacher.token_ids[a:b], np.exp(teacher.logprobs[a:b].astype(np.float64))
+        next_id = int(row.input_ids[position + 1])
+        hit = np.flatnonzero(ids == next_id)
+        positions.append(
+            {
+                "position": position,
+                "token": text(int(row.input_ids[position])),
+                "next_id": next_id,
+                "next_token": text(next_id),
+                "next_prob": float(probs[hit[0]]) if len(hit) else None,
+                "head_size": int(b - a),
+                "head_mass": float(mass[p]),
+                "entropy": float(nats[p]),
+                "top": [
+                    {"id": int(ids[k]), "token": text(int(ids[k])), "prob": float(probs[k])}
+                    for k in range(min(NUM_ALTERNATIVES, len(ids)))
+                ],
+            }
+        )
+    return {
+        "row": index,
+        "key": row.key.hex(),
+        "num_tokens": len(row),
+        "tokens": [
+            {"id": token, "text": text(token), "loss": loss}
+            for token, loss in zip(row.input_ids.tolist(), row.loss_mask.tolist(), strict=True)
+        ],
+        "positions": positions,
+    }
