@@ -117,7 +117,8 @@ class TokenisedRows(Iterator[TokenRow]):
             lines.append("no chat template: records become ### Instruction / ### Input / ### Response text")
         if self._chat is None and layout.name != "input_ids":
             name = self._tokenizer.convert_ids_to_tokens(eos[0]) if eos else None
-            lines.append(f"end: {name} appended" if name else "end: nothing appended")
+            own = "the tokenizer's own" if self._special.suffix else "nothing"
+            lines.append(f"end: {name} appended" if name else f"end: {own} appended")
         lines.append(f"longer than {config.max_length} tokens: {'split' if layout.splits else 'truncated'}")
         return lines
 

@@ -347,6 +347,11 @@ def test_description_says_how_records_become_rows(tmp_path: Path) -> None:
         "end: </s> appended",
         "longer than 64 tokens: split",
     ]
+    for tokenizer, line in (
+        (merging_tokenizer([], adds_eos=True), "end: the tokenizer's own appended"),
+        (byte_tokenizer(has_eos=False), "end: nothing appended"),
+    ):
+        assert line in rows_of(tmp_path, [{"text": "abc"}], tokenizer)[1].describe()
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     _, chat = rows_of(tmp_path, [{"messages": messages}], byte_tokenizer(CHATML), max_length=64)
     assert chat.describe()[1:] == [
