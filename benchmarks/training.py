@@ -21,34 +21,11 @@ from typing import Any
 from training_cache import write_cache
 
 HERE = Path(__file__).resolve().parent
-PRESETS = {
-    "60m": {
-        "vocab": 32_000,
-        "hidden": 512,
-        "intermediate": 1408,
-        "layers": 8,
-        "heads": 8,
-        "seq": 512,
-        "batch": 4,
-    },
-    "1b": {
-        "vocab": 128_256,
-        "hidden": 2048,
-        "intermediate": 8192,
-        "layers": 16,
-        "heads": 32,
-        "seq": 2048,
-        "batch": 4,
-    },
-    "tiny": {
-        "vocab": 1000,
-        "hidden": 64,
-        "intermediate": 128,
-        "layers": 2,
-        "heads": 2,
-        "seq": 64,
-        "batch": 2,
-    },
+PRESETS: dict[str, dict[str, Any]] = {
+    "60m": dict(vocab=32_000, hidden=512, intermediate=1408, layers=8, heads=8, seq=512, batch=4),
+    "1b": dict(vocab=128_256, hidden=2048, intermediate=8192, layers=16, heads=32, seq=2048, batch=4),
+    "demo": dict(vocab=4096, hidden=256, intermediate=512, layers=4, heads=4, seq=256, batch=8, tied=True),
+    "tiny": dict(vocab=1000, hidden=64, intermediate=128, layers=2, heads=2, seq=64, batch=2),
 }
 STEP_VARIANTS = ("anneal", "direct", "online", "hf")
 STEP_RATIOS = (
@@ -112,9 +89,11 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.rounds):
             for variant in STEP_VARIANTS:
                 runs[variant].append(run_variant(variant, {**options, "cache": cache}))
+        loader = run_variant("loader", {**options, "cache": cache, "device": "cpu"})["seconds"][0]
     results = {variant: merge(found) for variant, found in runs.items()}
     print(
-        f"\n## Steps: {runs['hf'][0]['parameters'] / 1e6:.1f}M parameters, vocabulary {sizes['vocab']:,}, "
+        f"\n## Steps: {runs['hf'][0]['parameters'] / 1e6:.1f}M parameters, "
+        f"vocabulary {sizes['vocab']:,}, "
         f"{sizes['batch']} x {sizes['seq']} tokens, head {args.head_size}, T = {args.temperature:g}, "
         f"{args.device} {args.dtype}, {args.rounds} x {args.steps} steps\n"
     )
@@ -137,7 +116,12 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
         else:
             ratio, by_cpu = ours["peak_bytes"] / other["peak_bytes"], ""
         print(f"| {measured} | {NAMES[against]} | {ratio:.3f} | {by_cpu} | <= {target:.2f} |")
-    return results
+    tokens = sizes["batch"] * sizes["seq"]
+    print(
+        f"\nOne loader worker: {tokens / loader:,.0f} tokens/s, {ours['seconds'] / loader:.1f} x what this "
+        "model trains at (target for the demo model, --preset demo: >= 20)"
+    )
+    return {**results, "loader_seconds_per_batch": loader}
 
 
 def loss_report(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     anneal   LabelAnnealingTrainer from a cache          direct   the same harness, cross-entropy alone
     online   Trainer, frozen copy of the model, dense KL  hf      transformers.Trainer as it comes
-    loss-fused / loss-dense   the loss and its gradients alone
+    loss-fused / loss-dense   the loss and its gradients alone        loader   one worker decoding batches
 
 Prints one JSON object on its last line. Memory is the high-water mark above what the process held before the
 model (or, for the loss alone, before the loss) existed: resident bytes on a CPU, allocated bytes on a GPU.
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 TRAINING = ("anneal", "direct", "online", "hf")
 LOSSES = ("loss-fused", "loss-dense")
+LOADER = "loader"
 
 
 class PeakMemory:
@@ -64,7 +65,7 @@ def make_model(sizes: argparse.Namespace) -> Any:
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.heads,
         max_position_embeddings=sizes.seq,
-        tie_word_embeddings=False,
+        tie_word_embeddings=sizes.tied,
         use_cache=False,
     )
     dtype = torch.bfloat16 if sizes.dtype == "bf16" else torch.float32
@@ -189,9 +190,33 @@ def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def run_loader(sizes: argparse.Namespace) -> dict[str, Any]:
+    """Batches per second of one worker process, decoding from the cache, after the first batch came."""
+    from torch.utils.data import DataLoader
+
+    from trainer.collator import LabelAnnealingCollator
+    from trainer.dataset import CachedDataset
+
+    cached = CachedDataset(sizes.cache, sizes.temperature)
+    order = [i % len(cached) for i in range(sizes.batch * 200)]
+    loader = DataLoader(
+        cached,
+        sizes.batch,
+        sampler=order,
+        num_workers=1,
+        collate_fn=LabelAnnealingCollator(),
+        prefetch_factor=8,
+    )
+    batches = iter(loader)
+    next(batches)
+    start = time.perf_counter()
+    count = sum(1 for _ in batches)
+    return {"seconds": [(time.perf_counter() - start) / count], "cpu_seconds": [0.0], "peak_bytes": 0}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variant", choices=(*TRAINING, *LOSSES), required=True)
+    parser.add_argument("--variant", choices=(*TRAINING, *LOSSES, LOADER), required=True)
     for name in ("vocab", "hidden", "intermediate", "layers", "heads", "seq", "batch", "rows", "head_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
@@ -200,10 +225,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--tied", action="store_true")
     parser.add_argument("--cache", type=Path)
     sizes = parser.parse_args()
-    result = run_training(sizes) if sizes.variant in TRAINING else run_loss(sizes)
-    print(json.dumps(result))
+    run = run_training if sizes.variant in TRAINING else run_loader if sizes.variant == LOADER else run_loss
+    print(json.dumps(run(sizes)))
 
 
 if __name__ == "__main__":
