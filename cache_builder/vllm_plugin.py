@@ -3,10 +3,22 @@
 vLLM calls `register` in each of its processes.  For every architecture `X` that generates text it adds
 `AnnealX`, which resolves lazily to a real subclass of vLLM's own class (see `vllm_pooler`), so that no model
 code is imported here and nothing changes for anyone who does not ask for an `Anneal...` architecture.
+
+vLLM's engine process outlives a parent that was killed outright, and keeps its memory.  In processes that a
+`VLLMTeacher` started, `register` also starts a thread that ends the engine when its parent is gone.
 """
+
+import os
+import signal
+import threading
+import time
 
 PREFIX = "Anneal"
 MODULE = "cache_builder.vllm_pooler"
+PARENT_VARIABLE = "ANNEAL_ENGINE_PARENT"
+"""Set while an engine starts to the process id of its owner; inherited by the engine's processes."""
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 10.0
 
 
 def teacher_architecture(architecture: str) -> str:
@@ -29,8 +41,25 @@ def _generates_text(class_name: str) -> bool:
     )
 
 
+def end_with_parent() -> None:
+    """Watch the process that owns this engine, if it is our parent, and end when it does."""
+    parent = os.getppid()
+    if os.environ.get(PARENT_VARIABLE) != str(parent):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="anneal-parent-watch", daemon=True).start()
+
+
 def register() -> None:
     """Register the teacher variants; safe to call more than once."""
+    end_with_parent()
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

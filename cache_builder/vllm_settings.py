@@ -11,11 +11,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cache_builder.teacher import TeacherConfig
-from cache_builder.vllm_plugin import teacher_architecture, text_architectures
+from cache_builder.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
 from formats.errors import ConfigError
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """A prefill needs little: the rows of one step.  vLLM's own default is a share of the whole memory."""
+
+FEW_CORES = 4
+"""vLLM on a CPU pins its worker and keeps a core free for the scheduler, which would halve two cores.  Up to
+so many cores the worker is left unpinned and uses all of them; VLLM_CPU_OMP_THREADS_BIND overrides it."""
 
 RESERVED_ARGS = {
     "model": "--model",
@@ -36,21 +40,24 @@ def quiet_environment(debug: bool, *, local: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if debug else "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if len(os.sched_getaffinity(0)) <= FEW_CORES:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if local:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @contextlib.contextmanager
-def quiet_children(debug: bool) -> Iterator[None]:
-    """Processes started inside inherit a Python that shows no warnings of other people's libraries."""
-    if debug or "PYTHONWARNINGS" in os.environ:
-        yield
-        return
-    os.environ["PYTHONWARNINGS"] = "ignore"
+def child_environment(debug: bool) -> Iterator[None]:
+    """What processes started inside inherit: whose they are, and no warnings of other people's libraries."""
+    added = {PARENT_VARIABLE: str(os.getpid())}
+    if not debug and "PYTHONWARNINGS" not in os.environ:
+        added["PYTHONWARNINGS"] = "ignore"
+    os.environ.update(added)
     try:
         yield
     finally:
-        del os.environ["PYTHONWARNINGS"]
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def import_vllm() -> Any:

@@ -29,10 +29,10 @@ from cache_builder.teacher import (
     read_model_config,
 )
 from cache_builder.vllm_settings import (
+    child_environment,
     engine_arguments,
     import_vllm,
     one_line,
-    quiet_children,
     quiet_environment,
     teacher_architectures,
 )
@@ -211,7 +211,7 @@ def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig) -> Any:
 
     try:
         engine_args = vllm.EngineArgs(**arguments)
-        with quiet_children(config.debug):
+        with child_environment(config.debug):
             return vllm.LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"vLLM must accept the model and its settings, got: {one_line(error)}") from error

@@ -1,0 +1,108 @@
+"""The engine's processes: gone after close, and gone after their owner was killed outright."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+OWNER = """
+import sys, time
+from cache_builder import TeacherConfig, VLLMTeacher
+
+def main():
+    teacher = VLLMTeacher(TeacherConfig(model=sys.argv[1], max_length=64))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    teacher.close()
+    teacher.close()
+    print("closed", flush=True)
+    sys.stdin.readline()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below `pid`, from /proc."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    found, frontier = [], {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier}
+        found += sorted(frontier)
+    return found
+
+
+def alive(pids: list[int]) -> list[int]:
+    def running(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return [pid for pid in pids if running(pid)]
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return alive(pids)
+
+
+def engine_processes(pid: int) -> list[int]:
+    """Those descendants that hold the engine; Python's resource tracker ends by itself, later."""
+    kept = []
+    for child in descendants(pid):
+        command = Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"resource_tracker" not in command:
+            kept.append(child)
+    return kept
+
+
+@pytest.fixture
+def owner(tiny_llama_dir, tmp_path):
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tiny_llama_dir)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    yield process
+    leftovers = [process.pid, *descendants(process.pid)] if process.poll() is None else []
+    for pid in leftovers:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_close_ends_the_engine(owner):
+    engine = engine_processes(owner.pid)
+    assert len(engine) >= 2, "an engine process and a worker"
+    print(file=owner.stdin, flush=True)
+    assert owner.stdout.readline() == "closed\n"
+    assert wait_until_gone(engine, 30) == []
+
+
+def test_an_engine_does_not_outlive_a_killed_owner(owner):
+    engine = engine_processes(owner.pid)
+    assert len(engine) >= 2, "an engine process and a worker"
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert wait_until_gone(engine, 60) == []
