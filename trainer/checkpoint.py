@@ -1,8 +1,9 @@
 """Checkpoints that are complete or absent.
 
-`transformers` writes a checkpoint in place: killed half-way, it leaves a directory with the right name and wrong
-contents, and resumes from it. Here a checkpoint is written to a hidden staging directory, flushed to the disk,
-marked with the list of its files and their sizes, and only then renamed; resuming takes the newest marked one.
+`transformers` writes a checkpoint in place: killed half-way, it leaves a directory with the right name and
+wrong contents, and resumes from it. Here a checkpoint is written to a hidden staging directory, flushed to
+the disk, marked with the list of its files and their sizes, and only then renamed; resuming takes the
+newest marked one.
 
     out/.checkpoint-40.staging/   being written; swept away at the next start
     out/checkpoint-40/            complete: complete.json names every file
@@ -80,7 +81,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def sweep(run_dir: Path) -> list[str]:
-    """Remove what an interrupted save left behind; returns the names. Complete checkpoints are never touched."""
+    """Remove what an interrupted save left behind, never a complete checkpoint; returns the names."""
     removed = []
     for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else ():
         unmarked = _NAME.match(path.name) and path.is_dir() and not is_complete(path)
@@ -91,7 +92,7 @@ def sweep(run_dir: Path) -> list[str]:
 
 
 def rotate(run_dir: Path, limit: int | None, keep: Path | None = None) -> None:
-    """Delete the oldest complete checkpoints until `limit` are left; `keep` (the best one) is never deleted."""
+    """Delete the oldest complete checkpoints until `limit` are left, but never `keep`, the best one."""
     if limit is None or limit <= 0:
         return
     candidates = [path for _, path in complete_checkpoints(run_dir)]

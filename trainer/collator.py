@@ -1,7 +1,7 @@
 """From items to a batch: padding or packing, and the teacher's rows in the flattened [B * S] numbering.
 
-A batch is a flat dict of tensors, so that any loader can pin and move it. `split_batch` turns it, on the device,
-into what the model takes, the shifted labels and a `TeacherBatch`.
+A batch is a flat dict of tensors, so that any loader can pin and move it. `split_batch` turns it, on the
+device, into what the model takes, the shifted labels and a `TeacherBatch`.
 
 B: sequences, S: tokens of the longest one, K: positions with teacher targets, E: head entries of all of them.
 """
@@ -25,9 +25,9 @@ class LabelAnnealingCollator:
     The batch holds
 
         input_ids      int32 [B, S], padded on the right
-        attention_mask bool [B, S]             without packing
-        position_ids   int32 [B, S]            with packing: restarts at 0 with every row; its restarts are how
-                                               transformers keeps attention within a row, so no mask is passed
+        attention_mask bool [B, S], without packing
+        position_ids   int32 [B, S], with packing: restarts at 0 with every row; by the restarts
+                       transformers keeps attention within a row, so no mask is passed
         labels         int32 [B, S], not shifted, -100 where there is no cross-entropy
         teacher_rows   int32 [K], teacher_offsets int32 [K + 1], teacher_log_tail float32 [K]
         teacher_token_ids int32 [E], teacher_logprobs float32 [E]
@@ -89,13 +89,16 @@ class LabelAnnealingCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()} | extra
 
 
-def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor, TeacherBatch | None]:
+def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor, TeacherBatch | None]:
     """(model inputs, labels_N, teacher) of a collated batch, on whatever device it is.
 
     labels_N is int64 [B * S] and shifted: labels_N[n] is the token that hidden row n predicts, or -100. The
     teacher is None when the batch has no teacher targets.
     """
     inputs = {name: batch[name] for name in MODEL_COLUMNS if name in batch}
+    # With a cache of keys and values transformers does not look for packed rows, and attention leaks across
+    # them.
+    inputs["use_cache"] = False
     labels_BS = batch["labels"]
     labels_N = torch.full(labels_BS.shape, IGNORED, dtype=torch.int64, device=labels_BS.device)
     labels_N[:, :-1] = labels_BS[:, 1:]

@@ -4,7 +4,6 @@ Everything that `transformers.TrainingArguments` already names stays under that 
 here are what label annealing adds. `trainer.config_file` reads them from YAML and from the command line.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,7 +20,7 @@ SMALLEST_TEMPERATURE = 0.5
 
 def _number(name: str, value: Any, *, integer: bool = False) -> None:
     kinds: tuple[type, ...] = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or value - value != 0:
         raise ConfigError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
 
 
@@ -57,13 +56,15 @@ class MixedCache:
     path: str
     """Directory of the cache. Its teacher must be the same initial model."""
     weight: float = 1.0
-    """Rows (packs, when packing) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth."""
+    """Rows (or packs) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth."""
     loss: str = "both"
     """`both` learns and retains its text, `ce` is plain replay, `kl` retains without learning the text."""
 
     def __post_init__(self) -> None:
         _path("caches.path", self.path, "a cache directory")
-        _at_least("caches.weight", self.weight, 0.0, "a weight of 0.1 adds one row to ten of the target cache")
+        _at_least(
+            "caches.weight", self.weight, 0.0, "a weight of 0.1 adds one row to ten of the target cache"
+        )
         _one_of("caches.loss", self.loss, ROW_LOSSES)
 
 
@@ -82,7 +83,7 @@ class LoraSettings:
     dropout: float = 0.0
     """Dropout on the adapters' input, in [0, 1)."""
     target_modules: str | Sequence[str] = "all-linear"
-    """Modules that get an adapter: `all-linear` (all but the output head), a name ending, or a list of them."""
+    """Modules that get an adapter: `all-linear` (all but the output head), a name ending, or a list."""
     merge: bool = True
     """Merge the adapter into the saved model, which any engine can serve, and keep it in `adapter/` as well.
     False saves the adapter alone."""
@@ -113,7 +114,7 @@ class TrainConfig:
     model: str
     """The initial model: the one that built the cache (directory or hub name)."""
     out: str
-    """Directory for the result; empty, new, or an interrupted run of the same settings, which is continued."""
+    """Directory for the result: new, empty, or an interrupted run of the same settings, to continue."""
     revision: str | None = None
     """Revision of a hub model."""
 
@@ -125,12 +126,12 @@ class TrainConfig:
     """`forward` is KL(initial || model), the paper's appendix A.3; `reverse` is its Eq. 2."""
 
     step0_threshold: float = 0.02
-    """Nats. Training is refused when KL(initial || model) exceeds it before the first update: the model then is
-    not the teacher. docs/training.md gives the measured noise floor behind the default."""
+    """Nats. Training is refused when KL(initial || model) exceeds it before the first update: the model
+    then is not the teacher. docs/training.md gives the measured noise floor behind the default."""
     step0_rows: int = 32
     """Rows on which the KL before the first update is measured."""
     allow_different_student: bool = False
-    """Distil into a model that is not the teacher (same vocabulary): lifts the identity and the step-0 refusal."""
+    """Distil into another model of the same vocabulary: lifts the identity and the step-0 refusal."""
 
     packing: bool = False
     """Put several rows into one sequence (best fit), with positions reset and no attention across rows."""
@@ -165,14 +166,16 @@ class TrainConfig:
         _number("temperature", self.temperature)
         if self.temperature < SMALLEST_TEMPERATURE:
             raise ConfigError(
-                f"temperature must be at least {SMALLEST_TEMPERATURE:g}, the coldest one whose tail a cache holds, "
+                f"temperature must be at least {SMALLEST_TEMPERATURE:g}, the coldest a cache can serve, "
                 f"got {self.temperature:g}; 1 is the usual choice"
             )
         _one_of("kl_direction", self.kl_direction, KL_DIRECTIONS)
         _at_least("step0_threshold", self.step0_threshold, 0.0, "the default is 0.02 nats")
         _at_least("step0_rows", self.step0_rows, 1, "the default is 32", integer=True)
         if self.pack_length is not None:
-            _at_least("pack_length", self.pack_length, 2, "leave it out to take the longest row", integer=True)
+            _at_least(
+                "pack_length", self.pack_length, 2, "leave it out to take the longest row", integer=True
+            )
         for name in ("allow_different_student", "packing", "group_by_length", "keep_checkpoints"):
             _flag(name, getattr(self, name))
         _one_of("dtype", self.dtype, DTYPES)

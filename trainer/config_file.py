@@ -1,7 +1,7 @@
 """Settings from three places, the later winning: a YAML file, the command line's flags, `--set key=value`.
 
-Unknown keys are errors that name the nearest right one. Values of `--set` are read as YAML, so `true`, `3` and
-`[q_proj, v_proj]` mean what they look like, and so does `1e-5`, which YAML 1.1 would read as a string.
+Unknown keys are errors that name the nearest right one. Values of `--set` are read as YAML, so `true`, `3`
+and `[q_proj, v_proj]` mean what they look like, and so does `1e-5`, which YAML 1.1 would read as a string.
 """
 
 import difflib
@@ -30,7 +30,9 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)|[0-9]+\.[0-9]*|\.inf|\.Inf|\.nan|\.NaN)$"),
+    re.compile(
+        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)|[0-9]+\.[0-9]*|\.inf|\.Inf|\.nan|\.NaN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -86,7 +88,9 @@ def apply_override(settings: dict[str, Any], assignment: str) -> None:
     key, separator, text = assignment.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise ConfigError(f"--set takes KEY=VALUE, got {assignment!r}; for example --set training.learning_rate=1e-5")
+        raise ConfigError(
+            f"--set takes KEY=VALUE, got {assignment!r}; for example --set training.learning_rate=1e-5"
+        )
     value = parse_yaml(text, f"the value of --set {key}")
     node: Any = settings
     for depth, part in enumerate(parts):
@@ -125,7 +129,9 @@ def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and values.get(entry.name) is None:
             flag = "the CACHE argument" if entry.name == "cache" else f"--{entry.name}"
-            raise ConfigError(f"{entry.name} is required; give {flag} or `{entry.name}:` in the --config file")
+            raise ConfigError(
+                f"{entry.name} is required; give {flag} or `{entry.name}:` in the --config file"
+            )
     for name in ("training", "eval_caches"):
         if name in values:
             values[name] = _mapping(name, values[name] or {})

@@ -1,4 +1,4 @@
-"""Cached rows as a map-style `torch.utils.data.Dataset`: decoded where they are fetched, in the loader's worker.
+"""Cached rows as a map-style `torch.utils.data.Dataset`, decoded where they are fetched, in the worker.
 
 An item is a dict of compact numpy arrays, never lists and never int64. The tail mass is taken at the run's
 temperature here, so the interpolation runs in the worker and the GPU sees one number per position.
@@ -60,14 +60,18 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         ConfigError: the cache has no rows, or no teacher positions although KL is asked for.
     """
 
-    def __init__(self, cache: TeacherCache | str | Path, temperature: float = 1.0, loss: str = "both") -> None:
+    def __init__(
+        self, cache: TeacherCache | str | Path, temperature: float = 1.0, loss: str = "both"
+    ) -> None:
         if loss not in ROW_LOSSES:
             raise ConfigError(f"loss must be one of {', '.join(ROW_LOSSES)}, got {loss!r}")
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.temperature = float(temperature)
         self.loss = loss
         if len(self.cache) == 0:
-            raise ConfigError(f"a training cache needs rows, got none in {self.name}; check the corpus it was built from")
+            raise ConfigError(
+                f"a training cache needs rows, got none in {self.name}; check the corpus it was built from"
+            )
         if loss != "ce" and not sum(shard.num_positions for shard in self.cache.manifest.shards):
             raise ConfigError(
                 f"KL needs teacher positions, got a cache without any: {self.name}; its rows carry no loss, "
@@ -102,7 +106,9 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
             return item | no_teacher()
         positions = np.asarray(row.positions, dtype=np.int32)
         if len(positions) != len(topk):
-            raise FormatError(f"row {index} of {self.name} has {len(positions)} positions but {len(topk)} targets")
+            raise FormatError(
+                f"row {index} of {self.name} has {len(positions)} positions but {len(topk)} targets"
+            )
         return item | {
             "teacher_positions": positions,
             "teacher_counts": topk.counts.astype(np.int32),
@@ -131,7 +137,8 @@ class UnitDataset(torch.utils.data.Dataset[Any]):
 
     def __init__(self, datasets: Sequence[Any]) -> None:
         self.datasets = list(datasets)
-        self.offsets = np.concatenate([[0], np.cumsum([len(dataset) for dataset in self.datasets])]).astype(np.int64)
+        counts = [len(dataset) for dataset in self.datasets]
+        self.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -148,5 +155,7 @@ class UnitDataset(torch.utils.data.Dataset[Any]):
             unit = Unit((unit,))
         items = [self.row(number) for number in unit]
         if unit.is_filler:
-            items = [item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher() for item in items]
+            items = [
+                item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher() for item in items
+            ]
         return items

@@ -1,7 +1,8 @@
-"""How well a model fits a text, and how far it has moved from the initial model, read off an evaluation cache.
+"""How well a model fits a text and how far it has moved from the initial one, read off an evaluation cache.
 
-An evaluation cache holds held-out text with the *initial* model's logprobs, so one pass of the model under test
-gives cross-entropy, perplexity and KL(initial || model) (T = 1, forward) without loading the initial model.
+An evaluation cache holds held-out text with the *initial* model's logprobs, so one pass of the model under
+test gives cross-entropy, perplexity and KL(initial || model) (T = 1, forward) without loading the initial
+model.
 """
 
 import json
@@ -47,8 +48,8 @@ def evaluate(
     Raises:
         ConfigError: not a model, no tokenizer, two caches of one name.
         FormatError: a cache is missing, unfinished or broken.
-        IdentityMismatchError: another vocabulary or tokenizer, or another initial model than the one this model was
-            trained from.
+        IdentityMismatchError: another vocabulary or tokenizer, or another initial model than the one this
+            model was trained from.
     """
     import torch
 
@@ -77,7 +78,9 @@ def evaluate(
         num_rows = len(dataset) if limit is None else min(limit, len(dataset))
         groups = batches_of_tokens(dataset.lengths()[:num_rows], batch_tokens)
 
-        def loader(name: str = name, dataset: CachedDataset = dataset, groups: list = groups) -> Iterator[Any]:
+        def loader(
+            name: str = name, dataset: CachedDataset = dataset, groups: list = groups
+        ) -> Iterator[Any]:
             done, total = 0, sum(len(group) for group in groups)
             for group in groups:
                 batch = collator([dataset[row] for row in group])
@@ -113,7 +116,9 @@ def name_caches(caches: Mapping[str, str | Path] | Sequence[str | Path]) -> dict
         for path in caches:
             name = str(path).rstrip("/").rsplit("/", 1)[-1]
             if name in named:
-                raise ConfigError(f"evaluation caches need different names, got {name} twice; name them NAME=CACHE")
+                raise ConfigError(
+                    f"evaluation caches need different names, got {name} twice; name them NAME=CACHE"
+                )
             named[name] = str(path)
     if not named:
         raise ConfigError("evaluation needs at least one cache, got none; build one from held-out text")
@@ -121,7 +126,7 @@ def name_caches(caches: Mapping[str, str | Path] | Sequence[str | Path]) -> dict
 
 
 def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:
-    """Row numbers in batches of similar length and at most `batch_tokens` padded tokens, at least one row each."""
+    """Row numbers in batches of similar length, each of one row or at most `batch_tokens` padded tokens."""
     batches: list[list[int]] = []
     for row in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
         # Sorted longest first, so the first row of a batch sets its width.
@@ -135,8 +140,8 @@ def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]
 def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> None:
     """Refuse a cache whose numbers mean nothing for this model.
 
-    The vocabulary must agree; and a model that records which initial model it comes from (`anneal.json`) is only
-    compared with caches of that one.
+    The vocabulary must agree; and a model that records which initial model it comes from (`anneal.json`) is
+    only compared with caches of that one.
 
     Raises:
         IdentityMismatchError: naming the part that differs.
@@ -155,8 +160,9 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> Non
         return
     if recorded.teacher.get("weights") not in (None, weights):
         raise IdentityMismatchError(
-            f"{cache.path}: KL to the initial model needs a cache of the initial model, got one built with other "
-            f"weights ({str(recorded.teacher['weights'])[:12]}, the model was trained from {str(weights)[:12]}); "
+            f"{cache.path}: KL to the initial model needs a cache of the initial model, got one built with "
+            f"other weights ({str(recorded.teacher['weights'])[:12]}; the model was trained from "
+            f"{str(weights)[:12]}); "
             "rebuild the cache with the initial model"
         )
 
@@ -164,9 +170,12 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> Non
 def format_evaluation(results: Mapping[str, Result]) -> str:
     """A table for people: one line per cache."""
     header = ("cache", "CE", "perplexity", "KL(initial || model)", "tokens")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for name, result in results.items():
-        cells = [_cell(result.get(key), form) for key, form in (("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"))]
+        cells = [
+            _cell(result.get(key), form)
+            for key, form in (("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"))
+        ]
         rows.append((name, *cells, f"{result['num_tokens']:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = []

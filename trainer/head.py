@@ -1,10 +1,11 @@
 """The output head, reached inside the model's own forward pass.
 
-`install` replaces the `forward` of the output embedding (`lm_head`). During a training step it receives the final
-hidden states where the model would have projected them, computes the label annealing loss from them and its own
-weight, and returns the scalar in place of [B, S, V] logits; a hook on the model hands the loss out. So the loss runs
-where DDP watches, where FSDP has gathered the weight, inside autocast and behind adapters, for any architecture,
-and the logits of a batch are never built. Outside of a training step the head behaves as before.
+`install` replaces the `forward` of the output embedding (`lm_head`). During a training step it receives the
+final hidden states where the model would have projected them, computes the label annealing loss from them
+and its own weight, and returns the scalar in place of [B, S, V] logits; a hook on the model hands the loss
+out. So the loss runs where DDP watches, where FSDP has gathered the weight, inside autocast and behind
+adapters, for any architecture, and the logits of a batch are never built. Outside of a training step the
+head behaves as before.
 
 What a model does to its logits afterwards (softcap, scale) is read from its configuration and verified by
 numbers before training: an unknown post-processing is refused by the model's name, never ignored.
@@ -30,7 +31,7 @@ multiplies (Cohere; Falcon-H1)."""
 SOFTCAP = "final_logit_softcapping"
 """cap * tanh(logits / cap), Gemma 2 and later."""
 VERIFY_TOLERANCE = 2e-2
-"""Largest deviation allowed between the model's logits and ours, relative to their spread; bf16 noise is 4e-3."""
+"""Largest deviation allowed between the model's logits and ours, relative to their spread (bf16: 4e-3)."""
 
 
 @dataclass
@@ -55,7 +56,7 @@ class HeadRequest:
     """[1, 1, 1], the very tensor that left the head."""
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The transformers model inside DDP, `torch.compile` and peft wrappers."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -74,7 +75,7 @@ class OutputHead:
     Use `OutputHead.of(model)`, then `install()`, then `with head.requested(request): model(**inputs)`.
     """
 
-    def __init__(self, model: nn.Module, module: nn.Module, softcap: float | None, scale: float) -> None:
+    def __init__(self, model: nn.Module, module: Any, softcap: float | None, scale: float) -> None:
         self.model, self.module = model, module
         self.softcap, self.scale = softcap, scale
         self.vocab_size: int | None = None
@@ -94,20 +95,28 @@ class OutputHead:
         name = type(inner).__name__
         module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
         if module is None:
-            raise ConfigError(f"label annealing needs a causal language model with an output head, got {name}")
+            raise ConfigError(
+                f"label annealing needs a causal language model with an output head, got {name}"
+            )
         if hasattr(module, "modules_to_save"):  # peft trains a full copy of the head
             module = module.modules_to_save[module.active_adapters[0]]
         if hasattr(module, "base_layer"):
-            raise ConfigError(f"adapters on the output head are not supported, got one on {name}; "
-                              "take lm_head out of lora.target_modules")
+            raise ConfigError(
+                f"adapters on the output head are not supported, got one on {name}; "
+                "take lm_head out of lora.target_modules"
+            )
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
-            raise ConfigError(f"the output head must have a floating-point [vocabulary, hidden] weight, "
-                              f"got {type(module).__name__} in {name}")
+            raise ConfigError(
+                f"the output head must have a floating-point [vocabulary, hidden] weight, "
+                f"got {type(module).__name__} in {name}"
+            )
         config = inner.config.get_text_config()
         if getattr(config, "output_router_logits", False):
-            raise ConfigError(f"the load-balancing loss of {name} is not part of label annealing; set "
-                              "output_router_logits to false in the model's config.json")
+            raise ConfigError(
+                f"the load-balancing loss of {name} is not part of label annealing; set "
+                "output_router_logits to false in the model's config.json"
+            )
         scale = 1.0
         for attribute, divides in SCALES:
             factor = getattr(config, attribute, None)
@@ -127,7 +136,7 @@ class OutputHead:
         """Take the head's place in the model; `remove` undoes it. Install before the model is wrapped."""
         if self._original is None:
             self._original = self.module.forward
-            self.module.forward = self._forward  # type: ignore[method-assign]
+            self.module.forward = self._forward
             self._hook = self.model.register_forward_hook(self._hand_out, prepend=True)
         return self
 
@@ -171,8 +180,8 @@ class OutputHead:
             vocab_size=self.vocab_size,
         )
         request.output = output
-        # Three dimensions, because the model goes on to treat this as logits. The same tensor is handed out below:
-        # FSDP hangs its backward hooks on what a module returns.
+        # Three dimensions, because the model goes on to treat this as logits. The same tensor is handed out
+        # below: FSDP hangs its backward hooks on what a module returns.
         request.loss = output.loss.reshape(1, 1, 1)
         return request.loss
 
@@ -180,8 +189,10 @@ class OutputHead:
         if self._request is None:
             return None
         if self._request.loss is None:
-            raise ConfigError(f"{type(self.model).__name__} does not call its output head, so the loss cannot be "
-                              "taken there; this architecture is not supported")
+            raise ConfigError(
+                f"{type(self.model).__name__} does not call its output head, so the loss cannot be "
+                "taken there; this architecture is not supported"
+            )
         return {"loss": self._request.loss.reshape(())}
 
     # --- the check --------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """`transformers.Trainer` with the label annealing loss, and the traps of that class closed.
 
 - The loss is taken inside the wrapped forward (trainer/head.py); `compute_loss_func` would only see logits.
-- Denominators count the shifted labels and the teacher positions of all micro-batches and all ranks of a step, and
-  the mean that DDP and FSDP take over ranks is undone, so the gradient does not depend on how a batch is split.
+- Denominators count the shifted labels and the teacher positions of all micro-batches and all ranks of a
+  step, and the mean that DDP and FSDP take over ranks is undone, so the gradient does not depend on how a
+  batch is split.
 - The base class must not divide by the accumulation steps again (`loss_is_scaled_for_ga`).
 - Its loaders would drop the teacher's columns and repeat rows to even out the ranks: batches come from
   trainer/sampler.py instead.
@@ -13,7 +14,7 @@ Cost over plain fine-tuning: the teacher's entries in the batch, a few operation
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ class LabelAnnealingTrainer(Trainer):
     ) -> None:
         args.remove_unused_columns = False
         if args.label_smoothing_factor:
-            raise ConfigError("label smoothing is not part of label annealing; set label_smoothing_factor to 0")
+            raise ConfigError(
+                "label smoothing is not part of label annealing; set label_smoothing_factor to 0"
+            )
         if args.n_gpu > 1:
             raise ConfigError(
                 f"several GPUs need one process each, got one process for {args.n_gpu}; "
@@ -109,11 +112,15 @@ class LabelAnnealingTrainer(Trainer):
             **kwargs,
         )
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ConfigError("tensor, context and sequence parallel training are not supported; use DDP or FSDP")
+            raise ConfigError(
+                "tensor, context and sequence parallel training are not supported; use DDP or FSDP"
+            )
 
     # --- batches ----------------------------------------------------------------------------------------
 
-    def _loader(self, datasets: Sequence[CachedDataset], batches: EpochBatches, *, packing: bool) -> DataLoader:
+    def _loader(
+        self, datasets: Sequence[CachedDataset], batches: EpochBatches, *, packing: bool
+    ) -> DataLoader:
         args = self.args
         workers = args.dataloader_num_workers
         return DataLoader(
@@ -210,14 +217,14 @@ class LabelAnnealingTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of one micro-batch, scaled so that sums over micro-batches and means over ranks are the step's."""
+        """The loss of one micro-batch: summed over micro-batches and averaged over ranks it is the step's."""
         model_inputs, labels_N, teacher = split_batch(inputs)
         request = HeadRequest(
             labels_N=labels_N, teacher=teacher, kl_coef=self.kl_coef, kl_direction=self.kl_direction
         )
-        if num_items_in_batch is not None:
+        if isinstance(num_items_in_batch, torch.Tensor):
             # DDP and FSDP average over ranks what ought to be summed; a smaller denominator undoes it.
             share = num_items_in_batch[:2] / self.args.world_size
             request.num_ce, request.num_kl = share[0], share[1]
@@ -229,7 +236,9 @@ class LabelAnnealingTrainer(Trainer):
 
     # --- evaluation -------------------------------------------------------------------------------------
 
-    def measure_rows(self, dataloader: DataLoader, kl_direction: str = "forward", on_batch: Any = None) -> Measurement:
+    def measure_rows(
+        self, dataloader: DataLoader, kl_direction: str = "forward", on_batch: Any = None
+    ) -> Measurement:
         """Means over a loader on all ranks. Collective."""
         model = self._evaluation_model()
 
@@ -255,6 +264,7 @@ class LabelAnnealingTrainer(Trainer):
                 self.model = self.model_wrapped = self.accelerator.prepare(self.model)
             else:
                 self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        assert self.model is not None
         return self.model
 
     def evaluation_loop(
@@ -272,7 +282,11 @@ class LabelAnnealingTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         result = self.measure_rows(dataloader, on_batch=on_batch)
-        metrics: dict[str, float] = {"ce": result.ce, "perplexity": result.perplexity, "num_tokens": result.num_ce}
+        metrics: dict[str, float] = {
+            "ce": result.ce,
+            "perplexity": result.perplexity,
+            "num_tokens": result.num_ce,
+        }
         loss = result.ce
         if result.num_kl:
             metrics |= {"kl": result.kl, "head_mass": result.head_mass}
@@ -307,15 +321,16 @@ class LabelAnnealingTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As the base class, without `training_args.bin`: a pickle of the arguments has no place in a model."""
+        """As the base class, but without `training_args.bin`, a pickle of the arguments."""
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (Path(output_dir or self.args.output_dir or ".") / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write everything to a staging directory, mark it complete, rename it, then drop surplus old ones."""
+        """Write to a staging directory, mark it complete, rename it, then drop surplus old ones."""
         begin = time.perf_counter()
         run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
-        staging, final = checkpoint.staging_directory(run_dir, step), checkpoint.final_directory(run_dir, step)
+        staging = checkpoint.staging_directory(run_dir, step)
+        final = checkpoint.final_directory(run_dir, step)
         if checkpoint.is_complete(final):
             return
         if self.args.should_save:
@@ -345,16 +360,12 @@ class LabelAnnealingTrainer(Trainer):
 
     def _collect_callback_states(self) -> None:
         """Refresh what stateful callbacks want saved, as the base class does before it writes the state."""
-        stateful: Mapping[str, Any] = {}
+        states: dict[str, list[Any]] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                if isinstance(stateful.get(name), dict):
-                    state = [stateful[name], state]
-                elif isinstance(stateful.get(name), list):
-                    state = [*stateful[name], state]
-                stateful = {**stateful, name: state}
-        self.state.stateful_callbacks = dict(stateful)
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        single = {name: found[0] if len(found) == 1 else found for name, found in states.items()}
+        self.state.stateful_callbacks = single  # type: ignore[assignment]
 
 
 class _StepControl(TrainerCallback):

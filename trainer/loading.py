@@ -1,4 +1,4 @@
-"""Loading models and tokenizers quietly, with one-line errors; and opening caches together with their identity check."""
+"""Loading models, tokenizers and caches: quietly, with one-line errors and with the identity check."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +48,9 @@ def load_tokenizer(model_dir: Path) -> Any:
         return AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"a model directory must hold its tokenizer, got none in {model_dir}: {reason}") from None
+        raise ConfigError(
+            f"a model directory must hold its tokenizer, got none in {model_dir}: {reason}"
+        ) from None
 
 
 def stored_dtype(model_dir: Path) -> str:
@@ -81,7 +83,7 @@ def open_cache(path: str, model_dir: Path, tokenizer: Any, *, check_identity: bo
 
 
 def require_vocabulary(cache: TeacherCache, num_outputs: int, *, allow_padding: bool) -> int | None:
-    """Check that the model predicts the cache's vocabulary; returns V when the model's head is padded beyond it.
+    """Check that the model predicts the cache's vocabulary; returns V if its head is padded beyond it.
 
     Raises:
         IdentityMismatchError: another vocabulary.
@@ -92,6 +94,6 @@ def require_vocabulary(cache: TeacherCache, num_outputs: int, *, allow_padding: 
     if allow_padding and num_outputs > size:
         return size
     raise IdentityMismatchError(
-        f"a cache serves models of its own vocabulary, got a cache of {size} tokens and a model of {num_outputs}: "
+        f"a cache serves models of its own vocabulary, got {size} tokens and a model of {num_outputs}: "
         f"{cache.path}; use the model that built it"
     )

@@ -1,7 +1,7 @@
 """Mean cross-entropy and KL of a model over a loader, without gradients.
 
-One loop serves the check before the first update, evaluation during training and `anneal eval`. Sums and counts
-are kept apart until the end, so batches of any size and any number of ranks give the same means.
+One loop serves the check before the first update, evaluation during training and `anneal eval`. Sums and
+counts are kept apart until the end, so batches of any size and any number of ranks give the same means.
 """
 
 import math
@@ -25,7 +25,7 @@ class Measurement:
     ce: float
     """Cross-entropy per token that carries loss; NaN without any."""
     kl: float
-    """KL(initial || model) per position with teacher targets, at the dataset's temperature; NaN without any."""
+    """KL(initial || model) per teacher position, at the dataset's temperature; NaN without any."""
     num_ce: int
     """Tokens that carry loss."""
     num_kl: int
@@ -61,12 +61,19 @@ class Measurement:
 def batch_sums(model: nn.Module, head: OutputHead, batch: dict[str, Any], kl_direction: str) -> torch.Tensor:
     """float64 [6] on the CPU: what one batch, already on the model's device, adds to the sums."""
     inputs, labels_N, teacher = split_batch(batch)
-    request = HeadRequest(labels_N=labels_N, teacher=teacher, kl_direction=kl_direction, num_ce=1.0, num_kl=1.0)
+    request = HeadRequest(
+        labels_N=labels_N, teacher=teacher, kl_direction=kl_direction, num_ce=1.0, num_kl=1.0
+    )
     with torch.no_grad(), head.requested(request):
         model(**inputs)
     output = request.output
     assert output is not None
-    values = (output.ce, output.kl, output.head_mass * output.num_kl, output.student_head_mass * output.num_kl)
+    values = (
+        output.ce,
+        output.kl,
+        output.head_mass * output.num_kl,
+        output.student_head_mass * output.num_kl,
+    )
     return torch.stack([value.float() for value in (*values, output.num_ce, output.num_kl)]).double().cpu()
 
 

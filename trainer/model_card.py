@@ -27,8 +27,8 @@ def model_card(
     lines += ["tags:", "- anneal", "- label-annealing", "---", ""]
     lines += [f"# {base.rstrip('/').rsplit('/', 1)[-1]}, fine-tuned by {method}", ""]
     lines += [
-        f"Fine-tuned from `{base}` with `loss = CE + {config.kl_coef:g} * KL` on every training token, where KL compares "
-        "the model with its own initial weights, read from a cache of teacher logprobs.",
+        f"Fine-tuned from `{base}` with `loss = CE + {config.kl_coef:g} * KL` on every training token, "
+        "where KL compares the model with its own initial weights, read from a cache of teacher logprobs.",
         "",
         "| setting | value |",
         "|---|---|",
@@ -43,7 +43,9 @@ def model_card(
         "learning rate": training.get("learning_rate"),
         "sequences per step (per process)": int(training.get("per_device_train_batch_size", 1))
         * int(training.get("gradient_accumulation_steps", 1)),
-        "adapters": f"LoRA, rank {config.lora.r}{', merged' if config.lora.merge else ''}" if config.lora else "none",
+        "adapters": f"LoRA, rank {config.lora.r}{', merged' if config.lora.merge else ''}"
+        if config.lora
+        else "none",
     }
     if step0:
         settings["KL before the first update"] = f"{step0['kl']:.2e} nats (threshold {step0['threshold']:g})"
@@ -53,10 +55,23 @@ def model_card(
         settings["last logged KL"] = f"{last['kl']:.5f}"
     lines += [f"| {name} | {value} |" for name, value in settings.items()]
     if evaluation:
-        lines += ["", "## Evaluation", "", "| text | CE | perplexity | KL(initial \\|\\| model) | tokens |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "## Evaluation",
+            "",
+            "| text | CE | perplexity | KL(initial \\|\\| model) | tokens |",
+            "|---|---|---|---|---|",
+        ]
         for name, result in evaluation.items():
             kl = "-" if result.get("kl") is None else f"{result['kl']:.5f}"
-            lines.append(f"| {name} | {result['ce']:.4f} | {result['perplexity']:.3f} | {kl} | {result['num_tokens']:,} |")
+            lines.append(
+                f"| {name} | {result['ce']:.4f} | {result['perplexity']:.3f} | {kl} | "
+                f"{result['num_tokens']:,} |"
+            )
         lines += ["", "KL is measured at T = 1 in nats per token against the initial model."]
-    lines += ["", "The settings to repeat the run are in `anneal.yaml`, the measurements in `anneal.json`.", ""]
+    lines += [
+        "",
+        "The settings to repeat the run are in `anneal.yaml`, the measurements in `anneal.json`.",
+        "",
+    ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a bar on a terminal, one plain line per log entry elsewhere. All on stderr."""
+"""What a user sees of a run, on stderr: a bar on a terminal, one plain line per log entry elsewhere."""
 
 import sys
 import time
@@ -21,7 +21,9 @@ SHOWN = (
 def describe(logs: dict[str, Any], names: tuple[tuple[str, str, str], ...] = SHOWN) -> list[str]:
     """The shown entries of a log line, such as `CE 2.3456`."""
     # Adding zero turns the -0.00000 of a KL at the noise level into 0.00000.
-    return [f"{label} {form.format(round(logs[name], 12) + 0.0)}" for name, label, form in names if name in logs]
+    return [
+        f"{label} {form.format(round(logs[name], 12) + 0.0)}" for name, label, form in names if name in logs
+    ]
 
 
 class AnnealProgress(TrainerCallback):
@@ -55,7 +57,9 @@ class AnnealProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
         if "ce" in logs:

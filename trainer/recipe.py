@@ -1,7 +1,8 @@
 """The recipe for someone who types nothing but a cache, a model and a directory; and its TrainingArguments.
 
-It is the paper's (cosine, 5 % warm-up, small rate, no weight decay) at a batch size that fits a usual machine;
-`examples/paper.yaml` is the paper's own. Everything can be overridden under `training:`, names unchanged.
+It is the paper's (cosine, 5 % warm-up, small rate, no weight decay) at a batch size that fits a usual
+machine; `examples/paper.yaml` is the paper's own. Everything can be overridden under `training:`, names
+unchanged.
 """
 
 import dataclasses
@@ -51,7 +52,16 @@ RESERVED: Mapping[str, str] = {
 }
 """Arguments that this trainer settles itself, and what to do instead."""
 
-RUNTIME_ARGUMENTS = ("logging_", "report_to", "dataloader_", "disable_tqdm", "save_", "eval_", "run_name", "ddp_")
+RUNTIME_ARGUMENTS = (
+    "logging_",
+    "report_to",
+    "dataloader_",
+    "disable_tqdm",
+    "save_",
+    "eval_",
+    "run_name",
+    "ddp_",
+)
 """Beginnings of names that may change between an interrupted run and its continuation."""
 
 
@@ -85,7 +95,9 @@ def resolve_training(config: TrainConfig) -> dict[str, Any]:
         )
     resolved = {**DEFAULTS, **device_defaults(), **given}
     if str(resolved["eval_strategy"]) not in ("no", "IntervalStrategy.NO") and not config.eval_caches:
-        raise ConfigError("training.eval_strategy needs eval_caches, got none; add `eval_caches: {name: CACHE}`")
+        raise ConfigError(
+            "training.eval_strategy needs eval_caches, got none; add `eval_caches: {name: CACHE}`"
+        )
     return resolved
 
 

@@ -1,7 +1,8 @@
 """`train`: from a cache and a model to a directory that transformers and vLLM load.
 
-Order: settings, identity, model, output directory, then the Trainer; so a mistake costs seconds and leaves nothing
-behind. An interrupted run (SIGTERM, Ctrl-C, power cut) continues when the same command is given again.
+Order: settings, identity, model, output directory, then the Trainer; so a mistake costs seconds and leaves
+nothing behind. An interrupted run (SIGTERM, Ctrl-C, power cut) continues when the same command is given
+again.
 """
 
 import sys
@@ -58,8 +59,11 @@ class TrainReport:
     def line(self) -> str:
         """The last line for the user."""
         if self.interrupted_by:
-            return (f"stopped by {self.interrupted_by} after step {self.num_steps} of {self.max_steps}, checkpoint saved; "
-                    "the same command continues")
+            return (
+                f"stopped by {self.interrupted_by} after step {self.num_steps} of {self.max_steps}, "
+                "checkpoint saved; "
+                "the same command continues"
+            )
         return f"{self.num_steps} steps in {self.seconds:.0f} s; model in {self.out}"
 
 
@@ -71,7 +75,8 @@ def train(config: TrainConfig) -> TrainReport:
     Raises:
         ConfigError: settings, model or output directory do not fit.
         FormatError: a cache is missing, unfinished or broken.
-        IdentityMismatchError: a cache was built with another model, tokenizer or template, or the KL before the
+        IdentityMismatchError: a cache was built with another model, tokenizer or template, or the KL before
+        the
             first update is above `config.step0_threshold`.
     """
     started = time.perf_counter()
@@ -85,14 +90,17 @@ def train(config: TrainConfig) -> TrainReport:
     cache = open_cache(config.cache, model_dir, tokenizer, check_identity=check)
     mixed = [open_cache(entry.path, model_dir, tokenizer, check_identity=check) for entry in config.caches]
     held_out = {
-        name: open_cache(path, model_dir, tokenizer, check_identity=check) for name, path in config.eval_caches.items()
+        name: open_cache(path, model_dir, tokenizer, check_identity=check)
+        for name, path in config.eval_caches.items()
     }
 
     from trainer.dataset import CachedDataset
 
     # Without a KL term nobody reads the teacher's payloads, so they are not decoded either.
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
-        return CachedDataset(opened, config.temperature, "ce" if config.kl_coef == 0 and loss == "both" else loss)
+        return CachedDataset(
+            opened, config.temperature, "ce" if config.kl_coef == 0 and loss == "both" else loss
+        )
 
     train_dataset = rows(cache, "both")
     mixed_datasets = [
@@ -196,7 +204,9 @@ def _make_trainer(
 
 
 def _interruption(trainer: "LabelAnnealingTrainer") -> str | None:
-    """The signal that ended the run early, agreed on by all ranks: the last step may still have completed it."""
+    """The signal that ended the run early, agreed on by all ranks: the last step may still have completed
+    it.
+    """
     if trainer.state.global_step >= trainer.state.max_steps:
         return None
     return trainer.stop_request.signal_name or "a signal to another process"
@@ -250,7 +260,10 @@ def _publish(
         )
         (directory.staging / "README.md").write_text(card, encoding="utf-8")
         directory.publish(
-            cache=cache.identity.digest(), num_steps=report.num_steps, last=report.last, evaluation=report.evaluation
+            cache=cache.identity.digest(),
+            num_steps=report.num_steps,
+            last=report.last,
+            evaluation=report.evaluation,
         )
         if not config.keep_checkpoints:
             for checkpoint in directory.path.glob("checkpoint-*"):

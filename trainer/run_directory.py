@@ -1,10 +1,10 @@
 """The directory of a run: what may be there at the start, and how the result gets its place in one go.
 
-    anneal.yaml          the resolved settings; with them the same run can be made again
-    anneal.json          status (`running`, `complete`), the cache's identity, step 0, the evaluation
-    checkpoint-N/        while the run goes on
-    config.json, model.safetensors, tokenizer.json, README.md ...   the result; config.json comes last, so that
-                         nothing takes half a model for a model
+anneal.yaml          the resolved settings; with them the same run can be made again
+anneal.json          status (`running`, `complete`), the cache's identity, step 0, the evaluation
+checkpoint-N/        while the run goes on
+config.json, model.safetensors, tokenizer.json, README.md ...   the result; config.json comes last, so that
+                     nothing takes half a model for a model
 """
 
 import json
@@ -24,7 +24,9 @@ from trainer.recipe import RUNTIME_ARGUMENTS
 RECORD_NAME = "anneal.json"
 STAGING_NAME = ".result.staging"
 FREE_SETTINGS = frozenset({"cache", "model", "out", "eval_caches", "keep_checkpoints", "save_dtype"})
-"""Settings that may change between an interrupted run and its continuation; caches and model are compared by identity."""
+"""Settings that may change between an interrupted run and its continuation; caches and model are compared by
+identity.
+"""
 
 
 def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +58,8 @@ class RunDirectory:
         """Create the directory, or find an interrupted run of the same settings in it.
 
         Raises:
-            ConfigError: it cannot be written, holds something else, a finished run, or a run of other settings.
+            ConfigError: it cannot be written, holds something else, a finished run, or a run of other
+            settings.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,9 @@ class RunDirectory:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise ConfigError(f"--out must be a directory that can be written, got {path}: {error.strerror}") from None
+            raise ConfigError(
+                f"--out must be a directory that can be written, got {path}: {error.strerror}"
+            ) from None
         if not contents or contents == [RESOLVED_NAME]:
             directory = cls(path, {"status": "running", "identity": dict(identity)})
             save_config(settings, path / RESOLVED_NAME)
@@ -78,19 +83,24 @@ class RunDirectory:
                 f"{' and more' if len(contents) > 1 else ''}; choose another directory"
             )
         if record.get("status") == "complete":
-            raise ConfigError(f"--out must be new, empty or an interrupted run, got {path} which holds a finished run; "
-                              "choose another directory")
+            raise ConfigError(
+                f"--out must be new, empty or an interrupted run, got {path} which holds a finished run; "
+                "choose another directory"
+            )
         before = comparable(parse_yaml((path / RESOLVED_NAME).read_text(encoding="utf-8"), RESOLVED_NAME))
         now = comparable(json.loads(json.dumps(dict(settings))))
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 raise ConfigError(
-                    f"an interrupted run continues with its own settings, but {key} was {before.get(key)!r} and is "
+                    f"an interrupted run continues with its own settings, but {key} was "
+                    f"{before.get(key)!r} and is "
                     f"{now.get(key)!r}; use the same settings or another --out"
                 )
         if record.get("identity") != dict(identity):
-            raise ConfigError("an interrupted run continues with its own cache, but --out holds a run on another "
-                              "one; use the same cache or another --out")
+            raise ConfigError(
+                "an interrupted run continues with its own cache, but --out holds a run on another "
+                "one; use the same cache or another --out"
+            )
         sweep(path)
         shutil.rmtree(path / STAGING_NAME, ignore_errors=True)
         return cls(path, record, newest_checkpoint(path))

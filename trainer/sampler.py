@@ -1,12 +1,13 @@
 """Which rows form which batch: mixing, shuffling, length grouping and the split over ranks, in one place.
 
-An epoch is a list of units (rows or packs). Every source contributes `round(weight * units of the target)` of
-them, taken from an endless chain of seeded permutations, so that a replay cache of weight 0.1 shows other rows
-in the next epoch until all were seen. The list depends on the seed and the epoch alone.
+An epoch is a list of units (rows or packs). Every source contributes `round(weight * units of the target)`
+of them, taken from an endless chain of seeded permutations, so that a replay cache of weight 0.1 shows
+other rows in the next epoch until all were seen. The list depends on the seed and the epoch alone.
 
-An optimizer step covers `batch_size * accumulation * world_size` consecutive units and micro-batch j of it goes
-to rank j % world_size: the same step, and the same gradient, however the batch is split over accumulation and
-ranks. Where the last micro-batches do not reach every rank, the others get a `Filler` that carries no loss.
+An optimizer step covers `batch_size * accumulation * world_size` consecutive units and micro-batch j of it
+goes to rank j % world_size: the same step, and the same gradient, however the batch is split over
+accumulation and ranks. Where the last micro-batches do not reach every rank, the others get a `Filler` that
+carries no loss.
 
 Nothing is kept between epochs: to resume is to ask for the same epoch again and skip.
 """
@@ -102,7 +103,9 @@ class EpochBatches(torch.utils.data.Sampler[list[Unit]]):
         return units if self.lengths is None else self._grouped(units, generator)
 
     def _grouped(self, units: list[Unit], generator: np.random.Generator) -> list[Unit]:
-        """Sort within wide windows, then shuffle whole optimizer steps: similar lengths meet, order stays random."""
+        """Sort within wide windows, then shuffle whole optimizer steps: similar lengths meet, order stays
+        random.
+        """
         assert self.lengths is not None
         totals = np.asarray([int(self.lengths[list(unit)].sum()) for unit in units])
         step = self.batch_size * self.window
@@ -111,7 +114,8 @@ class EpochBatches(torch.utils.data.Sampler[list[Unit]]):
             inside = np.arange(start, min(start + step * GROUPING_WINDOW, len(units)))
             order += inside[np.argsort(-totals[inside], kind="stable")].tolist()
         full = len(order) // step
-        # The short step at the end stays last; the longest comes first, so that memory runs out at once or never.
+        # The short step at the end stays last; the longest comes first, so that memory runs out at once or
+        # never.
         steps = [order[i * step : (i + 1) * step] for i in generator.permutation(full).tolist()]
         if steps:
             longest = max(range(full), key=lambda i: int(totals[steps[i]].max()))

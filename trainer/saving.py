@@ -39,7 +39,9 @@ def save_result(
     else:
         model = unwrapped(trainer.model)
         sharded = trainer.is_fsdp_enabled
-        state: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model) if sharded else model.state_dict()
+        state: dict[str, Any] = (
+            trainer.accelerator.get_state_dict(trainer.model) if sharded else model.state_dict()
+        )
         if trainer.args.process_index == 0:
             state = {name: _cast(tensor, getattr(torch, dtype)) for name, tensor in state.items()}
             _save_full(model, state, target, dtype)
@@ -65,7 +67,9 @@ def _save_full(model: Any, state: dict[str, Any] | None, target: Path, dtype: st
 
 
 def copy_companions(model_dir: Path, target: Path) -> None:
-    """Copy the tokenizer's and the generation settings' files that the initial model has and `target` lacks."""
+    """Copy the tokenizer's and the generation settings' files that the initial model has and `target`
+    lacks.
+    """
     for pattern in COMPANIONS:
         for path in sorted(model_dir.glob(pattern)):
             if path.is_file() and not (target / path.name).exists():

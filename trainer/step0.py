@@ -1,9 +1,10 @@
 """The proof before the first update: the model must be its own teacher.
 
-Label annealing starts from the very model that filled the cache, so KL(initial || model) is then the noise of two
-engines and of the cache's quantisation, a few 1e-4 nats. Anything larger means that the run would pull the model
-towards something else: another model, revision or tokenizer, rows that are shifted by one, attention that leaks
-across packed rows, a damaged cache. The check runs on the training loader's own batches, so it covers them all.
+Label annealing starts from the very model that filled the cache, so KL(initial || model) is then the noise
+of two engines and of the cache's quantisation, a few 1e-4 nats. Anything larger means that the run would
+pull the model towards something else: another model, revision or tokenizer, rows that are shifted by one,
+attention that leaks across packed rows, a damaged cache. The check runs on the training loader's own
+batches, so it covers them all.
 """
 
 import math
@@ -67,10 +68,14 @@ def require_small(report: Step0Report) -> None:
     if report.different_student or report.kl <= report.threshold:
         return
     raise IdentityMismatchError(
-        f"KL(initial || model) before the first update must be at most {report.threshold:g} nats, got {report.kl:.3g} "
-        f"over {report.num_positions} positions: the model is not the cache's teacher. Likely causes: another model "
-        "or revision, another tokenizer or chat template, shifted rows, a damaged cache (check with `anneal cache "
-        "inspect`), or an attention kernel that cannot pack; pass --allow-different-student to distil on purpose"
+        f"KL(initial || model) before the first update must be at most {report.threshold:g} nats, got "
+        f"{report.kl:.3g} "
+        f"over {report.num_positions} positions: the model is not the cache's teacher. Likely causes: "
+        "another model "
+        "or revision, another tokenizer or chat template, shifted rows, a damaged cache (check with "
+        "`anneal cache "
+        "inspect`), or an attention kernel that cannot pack; pass --allow-different-student to distil on "
+        "purpose"
     )
 
 
@@ -105,10 +110,14 @@ def measure_step0(
     model.train(was_training)
     result = trainer.measure_rows(loader, kl_direction="forward")
     if not result.num_kl:
-        raise AnnealError(f"the first check needs teacher positions, got none in {len(rows)} rows of {dataset.name}")
+        raise AnnealError(
+            f"the first check needs teacher positions, got none in {len(rows)} rows of {dataset.name}"
+        )
     if math.isnan(result.kl):
-        raise AnnealError("KL(initial || model) must be a number before the first update, got NaN: the model or the "
-                          "cache holds NaN; check the model's weights and dtype")
+        raise AnnealError(
+            "KL(initial || model) must be a number before the first update, got NaN: the model or the "
+            "cache holds NaN; check the model's weights and dtype"
+        )
     return Step0Report(
         kl=result.kl,
         ce=result.ce,
@@ -124,7 +133,9 @@ def measure_step0(
 class Step0Check(TrainerCallback):
     """Runs the check when everything is wrapped and placed, and before any update; skipped when resuming."""
 
-    def __init__(self, trainer: LabelAnnealingTrainer, dataset: CachedDataset, on_report: Any, **settings: Any) -> None:
+    def __init__(
+        self, trainer: LabelAnnealingTrainer, dataset: CachedDataset, on_report: Any, **settings: Any
+    ) -> None:
         self.trainer, self.dataset, self.on_report, self.settings = trainer, dataset, on_report, settings
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,8 +1,8 @@
 """The picture of a sweep: what was learnt (target text) against what was kept (source text).
 
-One point per model, both axes perplexity, so the lower left corner is the best of both. Models of one family (the
-same method at several strengths) are joined in the given order; the dashed line is the Pareto front: what no other
-point beats on both axes. matplotlib is imported when a picture is drawn.
+One point per model, both axes perplexity, so the lower left corner is the best of both. Models of one
+family (the same method at several strengths) are joined in the given order; the dashed line is the Pareto
+front: what no other point beats on both axes. matplotlib is imported when a picture is drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,9 @@ def plot_tradeoff(
         from matplotlib.figure import Figure
         from matplotlib.ticker import ScalarFormatter
     except ImportError:
-        raise ConfigError("plots need matplotlib, which is not installed; pip install 'anneal[plot]'") from None
+        raise ConfigError(
+            "plots need matplotlib, which is not installed; pip install 'anneal[plot]'"
+        ) from None
     figure = Figure(figsize=(7.2, 5.0), layout="constrained")
     FigureCanvasAgg(figure)  # no display, no global state
     axes: Any = figure.add_subplot()
@@ -68,7 +70,10 @@ def plot_tradeoff(
     _draw_front(axes, {label: results[label] for label in results if label != initial})
     for number, (name, labels) in enumerate(groups.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        xs, ys = [results[label]["target"] for label in labels], [results[label]["source"] for label in labels]
+        xs, ys = (
+            [results[label]["target"] for label in labels],
+            [results[label]["source"] for label in labels],
+        )
         axes.plot(
             xs, ys, marker + "-", color=colour, label=name, markersize=8, linewidth=1.6, zorder=3,
             markeredgecolor="white", markeredgewidth=0.8,
@@ -76,12 +81,16 @@ def plot_tradeoff(
         if len(labels) > 1:
             for label, x, y in zip(labels, xs, ys, strict=True):
                 short = label.removeprefix(name).strip(" ,:-") or label
-                axes.annotate(short, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color=colour)
+                axes.annotate(
+                    short, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color=colour
+                )
     if initial in results:
         x, y = results[initial]["target"], results[initial]["source"]
         axes.axhline(y, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
         axes.axvline(x, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
-        axes.plot([x], [y], "*", color="black", markersize=15, label=f"{initial} model", zorder=4, linestyle="none")
+        axes.plot(
+            [x], [y], "*", color="black", markersize=15, label=f"{initial} model", zorder=4, linestyle="none"
+        )
     for axis, key in ((axes.xaxis, "target"), (axes.yaxis, "source")):
         values = [point[key] for point in results.values()]
         if max(values) > WIDE * min(values) > 0:
@@ -106,7 +115,9 @@ def plot_tradeoff(
     try:
         figure.savefig(path, dpi=160)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the plot must go to a writable .png, .svg or .pdf file, got {path}: {error}") from None
+        raise ConfigError(
+            f"the plot must go to a writable .png, .svg or .pdf file, got {path}: {error}"
+        ) from None
     return path
 
 
@@ -117,7 +128,9 @@ def check_points(results: Mapping[str, Point], families: Mapping[str, Sequence[s
     for label, point in results.items():
         missing = [axis for axis in ("source", "target") if not isinstance(point.get(axis), int | float)]
         if missing:
-            raise ConfigError(f"every model needs a source and a target perplexity, got no {missing[0]} for {label!r}")
+            raise ConfigError(
+                f"every model needs a source and a target perplexity, got no {missing[0]} for {label!r}"
+            )
     unknown = [label for labels in families.values() for label in labels if label not in results]
     if unknown:
         raise ConfigError(f"families may only name given models, got {unknown[0]!r}")

@@ -13,8 +13,8 @@ from trainer.loss import LabelAnnealingOutput
 class LogWindow:
     """Running means of one logging interval.
 
-    `ce` and `kl` of every micro-batch arrive divided by the whole step's counts, so their sum over the micro-batches
-    of a step, averaged over ranks, is the step's mean; the window averages steps.
+    `ce` and `kl` of every micro-batch arrive divided by the whole step's counts, so their sum over the
+    micro-batches of a step, averaged over ranks, is the step's mean; the window averages steps.
     """
 
     def __init__(self, device: torch.device) -> None:

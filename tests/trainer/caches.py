@@ -31,6 +31,8 @@ def topk_of(logprobs_PV: np.ndarray, min_prob: float = 0.0, max_k: int | None = 
     """Heads of exact logprobs: p >= min_prob, at most max_k, always the best; tails summed directly."""
     from formats.topk import TAIL_BETAS, TopKLogprobs
 
+    if not len(logprobs_PV):
+        return TopKLogprobs.empty(logprobs_PV.shape[1])
     ids, values, counts, tails = [], [], [], []
     for logprobs in logprobs_PV.astype(np.float64):
         order = np.argsort(-logprobs, kind="stable")

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # the root: tests/trainer is no `trainer`
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[2]),
+]  # the root: tests/trainer is no `trainer`
 
 
 @pytest.fixture(scope="session")

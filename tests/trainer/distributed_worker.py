@@ -1,18 +1,10 @@
-"""One process of a training run whose gradients are recorded: started by torchrun, or called in-process.
+"""A training run whose gradients are recorded, in this process or on several ranks (see processes.py).
 
-Usage: torchrun --nproc-per-node 2 distributed_worker.py SPECS.json
-
-Weights are float64 unless a spec says otherwise: what remains between two ways to compute a sum is then 1e-13, and
-a missing row or a wrong denominator cannot hide in rounding.
+Weights are float64 unless a spec says otherwise: what remains between two ways to compute a sum is then
+1e-13, and a missing row or a wrong denominator cannot hide in rounding.
 """
 
-import json
 import os
-import sys
-from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -48,7 +40,9 @@ def run(spec: dict) -> dict:
     """Train as `spec` says; returns the gradients of every step, the final weights and the log."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(
-        spec["model"], dtype=getattr(torch, spec.get("dtype", "float64")), attn_implementation=spec.get("attention", "sdpa")
+        spec["model"],
+        dtype=getattr(torch, spec.get("dtype", "float64")),
+        attn_implementation=spec.get("attention", "sdpa"),
     )
     if spec.get("lora"):
         model = attach_adapters(model, LoraSettings(**spec["lora"]))
@@ -92,11 +86,9 @@ def run(spec: dict) -> dict:
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for spec in json.loads(Path(sys.argv[1]).read_text()):
+def run_all(specs: list[dict]) -> None:
+    """Run every spec on this rank; rank 0 saves the results."""
+    for spec in specs:
         result = run(spec)
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(result, spec["result"])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

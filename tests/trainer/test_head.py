@@ -1,7 +1,8 @@
 """The head inside the model: every architecture gives the same loss and gradients as its own logits do.
 
-For each tiny model the reference takes `model(...).logits`, whatever the architecture does to them, and a dense
-softmax; ours never sees those logits. An architecture that does something unknown must be refused, by name.
+For each tiny model the reference takes `model(...).logits`, whatever the architecture does to them, and a
+dense softmax; ours never sees those logits. An architecture that does something unknown must be refused, by
+name.
 """
 
 from typing import Any
@@ -33,8 +34,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 8},
-    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gemma2": {
+        "head_dim": 8,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 8,
+    },
+    "gemma3_text": {
+        "head_dim": 8,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 8,
+    },
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.5, "sliding_window": 8},
     "granite": {"logits_scaling": 6.0},
@@ -152,7 +163,11 @@ def test_unknown_post_processing_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("change", "attribute", "value"),
-    [("granite", "logits_scaling", 1.0), ("gemma2", "final_logit_softcapping", None), ("cohere", "logit_scale", 1.0)],
+    [
+        ("granite", "logits_scaling", 1.0),
+        ("gemma2", "final_logit_softcapping", None),
+        ("cohere", "logit_scale", 1.0),
+    ],
 )
 def test_ignoring_a_scale_or_cap_would_be_noticed(change, attribute, value):
     """The check has teeth: a head that forgets what the configuration says is refused."""
@@ -225,7 +240,7 @@ def test_gradient_checkpointing_and_autocast_give_the_same_loss():
 
     def step() -> tuple[float, dict[str, torch.Tensor]]:
         with head.requested(HeadRequest(labels_N, teacher)):
-            loss = model(**inputs, use_cache=False)["loss"]
+            loss = model(**inputs)["loss"]
         loss.backward()
         return loss.item(), gradients(model)
 

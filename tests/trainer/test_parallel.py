@@ -1,23 +1,18 @@
-"""The gradient of an optimizer step must not depend on how its rows are split over micro-batches and processes.
+"""The gradient of an optimizer step must not depend on how its rows are split over micro-batches and
+processes.
 
-Reference: one process, one micro-batch. Every other split trains on the same 16 rows per step, whose masks are
-uneven, so a mean of means, a local count or a second division by the accumulation steps shows at once.
+Reference: one process, one micro-batch. Every other split trains on the same 16 rows per step, whose masks
+are uneven, so a mean of means, a local count or a second division by the accumulation steps shows at once.
 """
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distributed_worker import run
-
-WORKER = Path(__file__).with_name("distributed_worker.py")
+from distributed_worker import run, run_all
+from processes import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +38,7 @@ def launch(specs: list[dict], directory: Path) -> list[dict]:
     """Run the specs on two processes over gloo."""
     for number, spec in enumerate(specs):
         spec["result"] = str(directory / f"result-{number}.pt")
-    path = directory / "specs.json"
-    path.write_text(json.dumps(specs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(port), str(WORKER), str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(directory, 2, run_all, specs)
     return [torch.load(spec["result"]) for spec in specs]
 
 

@@ -1,0 +1,153 @@
+"""A checkpoint is complete or absent, and continuing from it gives the very losses of a run that was never
+stopped.
+
+Runs are real: a subprocess trains a tiny model in fp32 on the CPU, is killed or told to stop, and starts
+again.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import resume_worker
+from processes import Started, start
+
+from trainer import checkpoint
+
+STEPS = 9  # 3 epochs of 24 rows in batches of 8
+
+
+def make_checkpoint(run_dir: Path, step: int, *, complete: bool = True) -> Path:
+    staging = checkpoint.staging_directory(run_dir, step)
+    (staging / "deep").mkdir(parents=True)
+    (staging / "weights.bin").write_bytes(b"w" * 100)
+    (staging / "deep" / "state.json").write_text("{}")
+    final = checkpoint.final_directory(run_dir, step)
+    if complete:
+        checkpoint.commit_checkpoint(staging, final, step)
+    return final
+
+
+def test_only_marked_checkpoints_with_all_their_bytes_count(tmp_path):
+    first, second = make_checkpoint(tmp_path, 4), make_checkpoint(tmp_path, 12)
+    assert checkpoint.newest_checkpoint(tmp_path) == second
+    (second / "weights.bin").write_bytes(b"w" * 99)
+    assert checkpoint.newest_checkpoint(tmp_path) == first
+    (first / checkpoint.MARKER).write_text("{ not json")
+    assert checkpoint.newest_checkpoint(tmp_path) is None
+
+
+def test_steps_are_compared_as_numbers(tmp_path):
+    for step in (9, 10, 100):
+        make_checkpoint(tmp_path, step)
+    assert [step for step, _ in checkpoint.complete_checkpoints(tmp_path)] == [9, 10, 100]
+
+
+def test_sweeping_removes_leftovers_and_nothing_else(tmp_path):
+    complete = make_checkpoint(tmp_path, 3)
+    make_checkpoint(tmp_path, 6, complete=False)
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert checkpoint.sweep(tmp_path) == [".checkpoint-6.staging", "checkpoint-5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "notes"]
+    assert checkpoint.is_complete(complete)
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    made = [make_checkpoint(tmp_path, step) for step in (1, 2, 3, 4)]
+    checkpoint.rotate(tmp_path, 2, keep=made[0])
+    assert [step for step, _ in checkpoint.complete_checkpoints(tmp_path)] == [1, 4]
+    checkpoint.rotate(tmp_path, None)
+    checkpoint.rotate(tmp_path, 1)
+    assert [step for step, _ in checkpoint.complete_checkpoints(tmp_path)] == [4]
+
+
+# --- real runs
+# -----------------------------------------------------------------------------------------------
+
+
+def begin(model_dir: Path, cache: Path, out: Path, *overrides: str, **environment: str) -> Started:
+    """Start a run; its output goes beside the run's directory."""
+    arguments = (str(model_dir), str(cache), str(out), list(overrides))
+    return start(out.with_name(f"{out.name}-output"), resume_worker.run, *arguments, **environment)
+
+
+def finish(*arguments, **environment) -> tuple[list[dict], Started]:
+    """Run to the end; (step entries of the log, the process)."""
+    started = begin(*arguments, **environment)
+    assert started.wait() == 0, started.text("stderr")[-3000:]
+    history = json.loads(started.text("stdout").splitlines()[-1])["log_history"]
+    return [entry for entry in history if "ce" in entry], started
+
+
+def numbers(entries: list[dict]) -> list[tuple]:
+    """What must be equal to the last bit."""
+    return [(e["step"], e["ce"], e["kl"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in entries]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_llama_dir, pruned_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    entries, _ = finish(tiny_llama_dir, pruned_cache, out)
+    assert [e["step"] for e in entries] == list(range(1, STEPS + 1))
+    return out, entries
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    from safetensors.numpy import load_file
+
+    a, b = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["step", "weights", "optimizer", "marker", "rename", "publish"])
+def test_a_killed_run_continues_bit_for_bit(tiny_llama_dir, pruned_cache, uninterrupted, tmp_path, where):
+    """SIGKILL at a random step, and at every stage of saving a checkpoint and of publishing the result."""
+    out, (whole, expected) = tmp_path / "run", uninterrupted
+    moment = int(np.random.default_rng(len(where)).integers(2, STEPS)) if where == "step" else 6
+    first = begin(tiny_llama_dir, pruned_cache, out, KILL_AT=f"{where}:{moment}")
+    assert first.wait() == -signal.SIGKILL, first.text("stderr")[-2000:]
+    assert not (out / "config.json").exists()
+    entries, done = finish(tiny_llama_dir, pruned_cache, out)
+    complete = {"step": (moment - 1) // 2 * 2 if where == "step" else 4, "publish": STEPS}.get(where, 4)
+    if complete:
+        assert f"continuing from checkpoint-{complete}" in done.text("stderr")
+    assert numbers(entries) == numbers(expected)
+    assert same_weights(out, whole)
+    assert not list(out.glob(".*")) and not list(out.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_stops_and_continues(tiny_llama_dir, pruned_cache, uninterrupted, tmp_path):
+    out, (whole, expected) = tmp_path / "run", uninterrupted
+    started = begin(tiny_llama_dir, pruned_cache, out, SLOW="0.5")
+    deadline = time.monotonic() + 200
+    while "step 3/" not in started.text("stderr") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(started.process.pid, signal.SIGTERM)
+    assert started.wait() == 0, started.text("stderr")[-2000:]
+    report = json.loads(started.text("stdout").splitlines()[-1])
+    assert report["interrupted_by"] == "SIGTERM" and 3 <= report["num_steps"] < STEPS
+    assert not (out / "config.json").exists()
+    saved = checkpoint.newest_checkpoint(out)
+    assert saved is not None and saved.name == f"checkpoint-{report['num_steps']}"
+    entries, done = finish(tiny_llama_dir, pruned_cache, out)
+    assert f"continuing from {saved.name}" in done.text("stderr") and "step 0" not in done.text("stderr")
+    assert numbers(entries) == numbers(expected)
+    assert same_weights(out, whole)
+
+
+def test_checkpoints_and_results_hold_no_pickled_arguments(tiny_llama_dir, pruned_cache, tmp_path):
+    import torch
+
+    finish(tiny_llama_dir, pruned_cache, tmp_path / "run", "keep_checkpoints=true", "training.max_steps=2")
+    names = [path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*")]
+    assert "checkpoint-2/complete.json" in names and "checkpoint-2/optimizer.pt" in names
+    assert not [name for name in names if "training_args" in name]
+    for path in (tmp_path / "run" / "checkpoint-2").glob("*.pt"):
+        torch.load(path, weights_only=True)  # tensors and numbers only

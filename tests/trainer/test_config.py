@@ -1,0 +1,155 @@
+"""Settings: where they come from, which wins, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from formats.errors import ConfigError
+from trainer.config import LoraSettings, MixedCache, TrainConfig
+from trainer.config_file import config_from_dict, load_config, parse_yaml, save_config
+
+BASE = {"cache": "c", "model": "m", "out": "o"}
+
+
+def test_yaml_then_flags_then_set(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "cache: from-yaml\nmodel: m\nkl_coef: 3\ntemperature: 2\n"
+        "training:\n  learning_rate: 1e-6\n  num_train_epochs: 5\n"
+        "lora: {r: 8}\ncaches:\n- path: replay\n  weight: 0.2\n  loss: ce\n"
+    )
+    config = load_config(
+        path,
+        flags={"cache": "from-flag", "out": "o", "kl_coef": None, "temperature": 4.0},
+        overrides=["training.learning_rate=2e-5", "caches.0.weight=0.5", "lora.alpha=16", "temperature=1"],
+    )
+    assert config.cache == "from-flag" and config.kl_coef == 3 and config.temperature == 1
+    assert config.training == {"learning_rate": 2e-5, "num_train_epochs": 5}
+    assert config.lora == LoraSettings(r=8, alpha=16)
+    assert config.caches == (MixedCache(path="replay", weight=0.5, loss="ce"),)
+
+
+def test_the_resolved_settings_make_the_same_run(tmp_path):
+    config = load_config(
+        flags=BASE, overrides=["lora.target_modules=[q_proj, v_proj]", "eval_caches.prose=p"]
+    )
+    save_config(config.to_dict(), tmp_path / "anneal.yaml")
+    assert load_config(tmp_path / "anneal.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("5E-06", 5e-6), ("-1e3", -1000.0), ("3", 3), (".5", 0.5), ("true", True),
+     ("'1e-5'", "1e-5"),
+     ("[a, 2]", ["a", 2]), ("null", None), ("1e5x", "1e5x"), ("2026", 2026)],
+)  # fmt: skip
+def test_values_mean_what_they_look_like(text, value):
+    found = parse_yaml(text, "a value")
+    assert found == value and type(found) is type(value)
+
+
+def test_yaml_cannot_construct_objects():
+    with pytest.raises(ConfigError, match="valid YAML"):
+        parse_yaml("!!python/object/apply:os.system ['true']", "a file")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["kl_coeff=2"], "unknown setting kl_coeff; did you mean kl_coef?"),
+        (["lora.rank=2"], "unknown setting lora.rank"),
+        (["kl_coef=-0.1"], "kl_coef must be at least 0, got -0.1"),
+        (["kl_coef=much"], "kl_coef must be a number, got 'much'"),
+        (["kl_coef=.nan"], "kl_coef must be a number"),
+        (["kl_coef=true"], "kl_coef must be a number, got True"),
+        (["temperature=0"], "temperature must be at least 0.5"),
+        (["temperature=-1"], "temperature must be at least 0.5"),
+        (["kl_direction=sideways"], "kl_direction must be one of forward, reverse, got 'sideways'"),
+        (["packing=maybe"], "packing must be true or false, got 'maybe'"),
+        (["pack_length=64"], "pack_length needs packing"),
+        (["dtype=float8"], "dtype must be one of"),
+        (["step0_rows=0"], "step0_rows must be at least 1"),
+        (["lora.dropout=1"], "lora.dropout must be below 1"),
+        (["caches=[{path: a, weight: -1}]"], "caches.weight must be at least 0"),
+        (["caches=[{path: a, loss: mse}]"], "caches.loss must be one of both, ce, kl"),
+        (["caches=[{pth: a}]"], "unknown setting caches.pth; did you mean caches.path?"),
+        (["training=5"], "training must be a mapping"),
+        (["eval_caches.a=5"], "eval_caches.a must name a cache directory"),
+        (["kl_coef"], "--set takes KEY=VALUE"),
+        (["kl_coef=["], "the value of --set kl_coef must be valid YAML"),
+        (["kl_coef.x=1", "kl_coef.x.y=2"], "is a plain value"),
+        (["cache="], "cache is required; give the CACHE argument"),
+        (["model=null"], "model is required; give --model"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(flags=BASE, overrides=overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "valid YAML"),
+        ("- 1", "must hold a mapping"),
+        ("kl_coef: 1\n  bad: 2", "line 2"),
+        ("\x00", "valid YAML"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="readable YAML file"):
+        load_config(tmp_path / "missing.yaml")
+
+
+def test_training_names_are_those_of_transformers():
+    from trainer.recipe import DEFAULTS, resolve_training, training_arguments
+
+    resolved = resolve_training(config_from_dict(BASE))
+    assert resolved.items() >= DEFAULTS.items()
+    given = config_from_dict({**BASE, "training": {"num_train_epochs": 1, "lr_scheduler_type": "linear"}})
+    arguments = training_arguments(resolve_training(given), Path("o"))
+    assert arguments.num_train_epochs == 1 and arguments.lr_scheduler_type == "linear"
+    assert arguments.learning_rate == 1e-5 and arguments.remove_unused_columns is False
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"learning_rat": 1}, "unknown setting training.learning_rat; did you mean training.learning_rate?"),
+        ({"output_dir": "x"}, "training.output_dir is not available here: use --out"),
+        ({"label_smoothing_factor": 0.1}, "label smoothing is not part"),
+        ({"train_sampling_strategy": "group_by_length"}, "use group_by_length: true"),
+        ({"eval_strategy": "steps"}, "needs eval_caches"),
+        ({"lr_scheduler_type": "zigzag"}, "training: zigzag is not a valid SchedulerType"),
+    ],
+)
+def test_bad_training_arguments_are_refused_in_one_line(training, message):
+    from trainer.recipe import resolve_training, training_arguments
+
+    with pytest.raises(ConfigError) as error:
+        training_arguments(resolve_training(config_from_dict({**BASE, "training": training})), Path("o"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_cannot_be_changed_afterwards():
+    config = TrainConfig(**BASE)
+    with pytest.raises(AttributeError):
+        config.kl_coef = 2.0  # type: ignore[misc]
+
+
+def test_the_papers_recipe_is_valid():
+    """examples/paper.yaml: batch 128 of 2048 tokens, 5 epochs, cosine, 5 % warm-up, 5e-6."""
+    from trainer.recipe import resolve_training
+
+    path = Path(__file__).parents[2] / "examples" / "paper.yaml"
+    config = load_config(path, flags=BASE)
+    training = resolve_training(config)
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 128
+    assert (training["num_train_epochs"], training["learning_rate"]) == (5, 5e-6)
+    assert (training["lr_scheduler_type"], training["warmup_steps"]) == ("cosine", 0.05)
