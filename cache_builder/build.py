@@ -76,6 +76,7 @@ def build_cache(
     *,
     source: BuildSource | None = None,
     make_teacher: MakeTeacher = start_engine,
+    make_capture: Callable[..., Capture] = Capture,
     step: Step = no_step,
 ) -> BuildReport:
     """Build a cache, or continue one, or say that it is complete.
@@ -96,7 +97,7 @@ def build_cache(
     progress = progress or Progress()
     with interruptible():
         try:
-            return _build(config, out, progress, source, make_teacher, step)
+            return _build(config, out, progress, source, make_teacher, make_capture, step)
         except BuildInterrupted as signal:
             signal.message = f"interrupted: {how_far(out)}"
             raise
@@ -127,6 +128,7 @@ def _build(
     progress: Progress,
     source: BuildSource | None,
     make_teacher: MakeTeacher,
+    make_capture: Callable[..., Capture],
     step: Step,
 ) -> BuildReport:
     state = state_of(out)
@@ -149,7 +151,7 @@ def _build(
         return _complete(out, was_complete=True)
     plan, planned_here = _plan(out, source, config, progress, existed=existed, step=step)
     indices = _selected(config, plan)
-    capture = Capture(
+    capture = make_capture(
         out,
         settings,
         plan,

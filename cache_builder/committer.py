@@ -34,6 +34,7 @@ from formats.shard import ShardWriter
 from formats.topk import TopKLogprobs
 
 QUEUE_BYTES = 256 << 20
+"""What may wait for the writer: about ten thousand rows of the default settings."""
 Step = Callable[[str], None]
 
 
@@ -75,12 +76,12 @@ class ShardCommitter:
         *,
         step: Step = no_step,
         on_commit: Callable[[ShardInfo, bool], None] = lambda info, created: None,
-        queue_bytes: int = QUEUE_BYTES,
+        queue_bytes: int | None = None,
     ) -> None:
         self._out, self._settings, self._vocab_size = out, settings, vocab_size
         self._codec = CodecConfig.from_dict(dict(settings.codec))
         self._claims, self._step, self._on_commit = claims, step, on_commit
-        self._limit, self._weight = queue_bytes, 0
+        self._limit, self._weight = queue_bytes or QUEUE_BYTES, 0
         self._queue: deque[tuple[str, Any, int]] = deque()
         self._change = threading.Condition()
         self._error: BaseException | None = None

@@ -6,7 +6,7 @@ the weights and of the corpus.
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,14 @@ class BuildSource:
     """Sentences for the user before the work starts."""
     sample: Callable[[], str] | None = None
     """Makes one decoded, masked example as text."""
+
+    def portable(self) -> "BuildSource":
+        """What a worker on another machine needs to start an engine: without corpus and tokenizer."""
+        return replace(self, open_rows=tuple, describe=_nothing, tokenizer_json=None, sample=None)
+
+
+def _nothing(rows: Iterable[TokenRow]) -> Mapping[str, Any]:
+    return {}
 
 
 def engine_version(engine: str) -> str:

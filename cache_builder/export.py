@@ -1,0 +1,171 @@
+"""`anneal cache export --parquet`: the decoded values as plain columns, for DuckDB, Polars, pandas or Spark.
+
+One row per captured position; the head is a pair of lists, likeliest token first, which `UNNEST` (DuckDB) or
+`explode` (Polars) turns into one row per entry:
+
+    key            binary(16)     content key of the example row            int64          number of the
+    example in the cache position       int32          index i within the example; the distribution predicts
+    token i + 1 token_id       int32          token at `position` target_id      int32          token at
+    `position + 1` loss           bool           whether that target carries cross-entropy token_ids
+    list<int32>    head logprobs       list<float>    natural log, T = 1 target_logprob float          logprob
+    of the target; null where it is not in the head log_tail       list<float>    A(beta) = log sum over the
+    tail of exp(beta * logprob), at the betas that the
+                                  file's metadata key `tail_betas` lists
+
+Exported values are those that training sees. A Parquet file is five to twenty times larger than the cache.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cache_builder.progress import Progress, format_bytes
+from formats.cache import CacheRow, TeacherCache
+from formats.commit import fsync_directory, fsync_file, temporary_name
+from formats.errors import ConfigError
+from formats.segments import segment_of
+from formats.tail import TAIL_BETAS
+
+POSITIONS_PER_GROUP = 1 << 16
+SCHEMA = pa.schema(
+    [
+        ("key", pa.binary(16)),
+        ("row", pa.int64()),
+        ("position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("target_id", pa.int32()),
+        ("loss", pa.bool_()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("target_logprob", pa.float32()),
+        ("log_tail", pa.list_(pa.float32())),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written."""
+
+    out: str
+    """The Parquet file."""
+    num_rows: int
+    """Examples."""
+    num_positions: int
+    """Lines of the table."""
+    num_bytes: int
+    """Size of the file."""
+
+    def text(self) -> str:
+        """Two lines: the result, and how to look at it."""
+        return (
+            f"{self.out}: {self.num_positions} positions of {self.num_rows} rows, "
+            f"{format_bytes(self.num_bytes)}\n"
+            f"look at it with: duckdb -c \"FROM '{self.out}' LIMIT 5\""
+        )
+
+
+def export_parquet(
+    cache: str | Path, out: str | Path, *, limit: int | None = None, progress: Progress | None = None
+) -> ExportReport:
+    """Write the decoded cache to one Parquet file, which appears when it is complete. Memory: one row group.
+
+    Args:
+        limit: export only so many examples; None exports all.
+
+    Raises:
+        ConfigError: `out` exists, is no .parquet file name, or cannot be written.
+        FormatError: `cache` is no cache, or damaged.
+    """
+    import pyarrow.parquet as pq
+
+    progress = progress or Progress()
+    opened = TeacherCache(cache)
+    out = Path(out).expanduser()
+    if out.suffix != ".parquet" or out.exists():
+        reason = "which exists" if out.exists() else "which has another suffix"
+        raise ConfigError(f"--parquet must name a new .parquet file, got {out}, {reason}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
+    num_rows = min(len(opened), limit or len(opened))
+    metadata = {
+        "tail_betas": json.dumps(list(TAIL_BETAS)),
+        "anneal_identity": json.dumps(opened.identity.to_dict()),
+        "vocab_size": str(opened.manifest.vocab_size),
+    }
+    temporary = temporary_name(out)
+    num_positions = 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        progress.start("export", num_rows)
+        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata), compression="zstd") as writer:
+            for group in _groups(opened, num_rows, progress):
+                table = _table(group)
+                num_positions += table.num_rows
+                writer.write_table(table)
+        fsync_file(temporary)
+        os.replace(temporary, out)
+        fsync_directory(out.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"--parquet must name a file that can be written, got {out}: {error.strerror}"
+        ) from None
+    finally:
+        progress.finish()
+        temporary.unlink(missing_ok=True)
+    return ExportReport(
+        out=str(out), num_rows=num_rows, num_positions=num_positions, num_bytes=out.stat().st_size
+    )
+
+
+def _groups(cache: TeacherCache, num_rows: int, progress: Progress) -> Iterator[list[tuple[int, CacheRow]]]:
+    group: list[tuple[int, CacheRow]] = []
+    size = 0
+    for index, row in enumerate(cache.rows(0, num_rows)):
+        group.append((index, row))
+        size += len(row.positions)
+        progress.advance(1, len(row))
+        if size >= POSITIONS_PER_GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _table(group: list[tuple[int, CacheRow]]) -> pa.Table:
+    parts = [_columns(index, row) for index, row in group]
+    merged: list[Any] = [pa.concat_arrays([part[name] for part in parts]) for name in SCHEMA.names]
+    return pa.Table.from_arrays(merged, schema=SCHEMA)
+
+
+def _columns(index: int, row: CacheRow) -> dict[str, Any]:
+    """The columns of one example. P: positions, N: head entries."""
+    head = row.teacher.sorted()
+    positions = row.positions
+    num_positions, num_nodes = len(positions), len(TAIL_BETAS)
+    targets = row.input_ids[positions + 1]
+    offsets = pa.array(head.offsets.astype(np.int32))
+    is_target = head.token_ids == np.repeat(targets, head.counts)
+    target_logprob = np.zeros(num_positions, np.float32)
+    has_target = np.zeros(num_positions, np.bool_)
+    at = segment_of(head.offsets)[is_target]
+    target_logprob[at], has_target[at] = head.logprobs[is_target], True
+    node_offsets = pa.array(np.arange(0, (num_positions + 1) * num_nodes, num_nodes, dtype=np.int32))
+    return {
+        "key": pa.array([row.key] * num_positions, pa.binary(16)),
+        "row": pa.array(np.full(num_positions, index, np.int64)),
+        "position": pa.array(positions),
+        "token_id": pa.array(row.input_ids[positions]),
+        "target_id": pa.array(targets),
+        "loss": pa.array(row.loss_mask[positions + 1]),
+        "token_ids": pa.ListArray.from_arrays(offsets, pa.array(head.token_ids)),
+        "logprobs": pa.ListArray.from_arrays(offsets, pa.array(head.logprobs)),
+        "target_logprob": pa.array(target_logprob, mask=~has_target),
+        "log_tail": pa.ListArray.from_arrays(node_offsets, pa.array(head.log_tail_nodes.reshape(-1))),
+    }

@@ -1,0 +1,210 @@
+"""`anneal cache merge`: one cache out of several of the same teacher.
+
+All that decides the numbers must agree (teacher, tokenizer, preprocessing, codec); the corpora may differ.
+Rows with a content key that came before are left out. A shard without such rows is copied as it is, byte for
+byte; the others are written anew, which passes their rows through the codec once more.
+
+Memory: 40 bytes per row.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_builder.layout import (
+    State,
+    build_directory,
+    discard,
+    open_output,
+    remove_build,
+    shard_name,
+    state_of,
+)
+from cache_builder.progress import Progress, format_bytes
+from formats.cache import TeacherCache
+from formats.commit import atomic_write_bytes, commit_exclusive
+from formats.errors import AnnealError, ConfigError, IdentityMismatchError
+from formats.fingerprint import sha256_json
+from formats.identity import Difference, TeacherIdentity
+from formats.manifest import Manifest, ShardInfo
+from formats.rows import KEY_BYTES
+from formats.shard import ShardReader, ShardWriter
+
+MERGE_NAME = "merge"
+CORPUS_LIKE = frozenset({("preprocessing", "format"), ("preprocessing", "text_column")})
+"""Parts of the preprocessing that follow from the corpus; they may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What was merged."""
+
+    out: str
+    """The new cache."""
+    num_caches: int
+    """Caches merged."""
+    num_rows: int
+    """Rows of the new cache."""
+    num_duplicates: int
+    """Rows left out because their content key came before."""
+    num_bytes: int
+    """Bytes of all shards."""
+    num_copied: int
+    """Shards copied as they were."""
+    num_rewritten: int
+    """Shards written anew without their duplicates."""
+
+    def text(self) -> str:
+        """A line or two."""
+        return (
+            f"{self.out}: {self.num_rows} rows from {self.num_caches} caches, "
+            f"{self.num_duplicates} duplicates left out, {format_bytes(self.num_bytes)} "
+            f"({self.num_copied} shards copied, {self.num_rewritten} rewritten)"
+        )
+
+
+def merge_caches(
+    caches: Sequence[str | Path], out: str | Path, progress: Progress | None = None
+) -> MergeReport:
+    """Write the rows of all `caches`, in this order, to the new directory `out`.
+
+    An interrupted merge starts again when the command is repeated.
+
+    Raises:
+        IdentityMismatchError: two caches differ in more than their corpus; names the parts.
+        ConfigError: fewer than two caches, or `out` holds something.
+        FormatError: one of them is no cache, or damaged.
+    """
+    progress = progress or Progress()
+    if len(caches) < 2:
+        raise ConfigError(f"a merge takes at least two caches, got {len(caches)}")
+    opened = [TeacherCache(path) for path in caches]
+    for other in opened[1:]:
+        _require_mergeable(opened[0], other)
+    out = Path(out).expanduser()
+    _take_output(out)
+    keep = _first_occurrences(opened)
+    shards: list[ShardInfo] = []
+    num_copied = num_duplicates = 0
+    progress.start("merge", sum(len(cache) for cache in opened))
+    at = 0
+    for cache in opened:
+        for number, info in enumerate(cache.manifest.shards):
+            mask = keep[at : at + info.num_rows]
+            at += info.num_rows
+            num_duplicates += int((~mask).sum())
+            progress.advance(info.num_rows, info.num_tokens)
+            if not mask.any():
+                continue
+            if mask.all():
+                shards.append(_copy(Path(cache.path) / info.name, info, out, len(shards)))
+                num_copied += 1
+            else:
+                shards.append(_rewrite(cache.shard(number), mask, cache.manifest, out, len(shards)))
+    progress.finish()
+    files = {}
+    for name in opened[0].manifest.files:
+        data = opened[0].file(name)
+        atomic_write_bytes(out / name, data)
+        files[name] = hashlib.sha256(data).hexdigest()
+    identity = _merged_identity([cache.identity for cache in opened])
+    replace(opened[0].manifest, identity=identity.to_dict(), shards=shards, files=files).write(out)
+    remove_build(out)
+    return MergeReport(
+        out=str(out),
+        num_caches=len(opened),
+        num_rows=int(keep.sum()),
+        num_duplicates=num_duplicates,
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        num_copied=num_copied,
+        num_rewritten=len(shards) - num_copied,
+    )
+
+
+def _require_mergeable(first: TeacherCache, other: TeacherCache) -> None:
+    differences = first.identity.differences(
+        other.identity, ("teacher", "tokenizer", "preprocessing"), ignore=CORPUS_LIKE
+    )
+    a, b = first.manifest, other.manifest
+    pairs: dict[str, tuple[Any, Any]] = {
+        name: (getattr(a, name), getattr(b, name))
+        for name in ("positions", "min_prob", "max_k", "vocab_size")
+    }
+    pairs |= {f"codec.{k}": (v, b.codec.to_dict().get(k)) for k, v in a.codec.to_dict().items()}
+    differences += [Difference("manifest", name, x, y) for name, (x, y) in pairs.items() if x != y]
+    if differences:
+        raise IdentityMismatchError(
+            "merged caches must be equal in all but their corpus, "
+            f"but {other.path} differs from {first.path} in "
+            + "; ".join(f"{d.section}.{d.key}: {d.recorded!r} and {d.given!r}" for d in differences)
+            + ". Build them with the same model and settings"
+        )
+
+
+def _take_output(out: Path) -> None:
+    state = state_of(out)
+    interrupted = state is State.UNFINISHED and (build_directory(out) / MERGE_NAME).exists()
+    if interrupted:
+        discard(out)
+    elif state is not State.EMPTY:
+        raise ConfigError(f"a merge needs a new or empty directory, got {out}, which holds {state.value}")
+    open_output(out)
+    atomic_write_bytes(build_directory(out) / MERGE_NAME, b"")
+
+
+def _first_occurrences(caches: Sequence[TeacherCache]) -> np.ndarray:
+    """bool [rows of all caches]: the content key did not occur before."""
+    parts = [cache.shard(n).keys() for cache in caches for n in range(len(cache.manifest.shards))]
+    flat = np.ascontiguousarray(np.concatenate(parts)) if parts else np.zeros((0, KEY_BYTES), np.uint8)
+    _, first = np.unique(flat.view([("high", ">u8"), ("low", ">u8")]).ravel(), return_index=True)
+    keep = np.zeros(len(flat), np.bool_)
+    keep[first] = True
+    return keep
+
+
+def _copy(source: Path, info: ShardInfo, out: Path, index: int) -> ShardInfo:
+    temporary = build_directory(out) / shard_name(index)
+    shutil.copyfile(source, temporary)
+    with open(temporary, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != info.sha256:
+        raise AnnealError(f"{source} does not match its SHA-256 in the manifest; copy or build it again")
+    commit_exclusive(temporary, out / shard_name(index))
+    return replace(info, name=shard_name(index))
+
+
+def _rewrite(reader: ShardReader, mask: np.ndarray, manifest: Manifest, out: Path, index: int) -> ShardInfo:
+    temporary = build_directory(out) / shard_name(index)
+    writer = ShardWriter(
+        temporary,
+        vocab_size=manifest.vocab_size,
+        positions=manifest.positions,
+        max_k=manifest.max_k,
+        codec=manifest.codec,
+    )
+    for row in np.flatnonzero(mask):
+        writer.append(*reader.teacher(int(row)))
+    info = writer.close(shard_name(index))
+    commit_exclusive(temporary, out / shard_name(index))
+    return info
+
+
+def _merged_identity(identities: Sequence[TeacherIdentity]) -> TeacherIdentity:
+    """The first identity with the corpora as a list and one fingerprint over theirs."""
+    corpora = [dict(identity.corpus) for identity in identities]
+    data = identities[0].to_dict()
+    data["corpus"] = {
+        "source": " + ".join(str(corpus.get("source", "unknown")) for corpus in corpora),
+        "fingerprint": sha256_json([corpus.get("fingerprint") for corpus in corpora]),
+        "merged": [{key: value for key, value in corpus.items() if key != "source"} for corpus in corpora],
+    }
+    for _, key in CORPUS_LIKE:
+        values = [identity.preprocessing.get(key) for identity in identities]
+        if len({str(value) for value in values}) > 1:
+            data["preprocessing"][key] = values
+    return TeacherIdentity.from_dict(data)

@@ -1,0 +1,204 @@
+"""`--ray [ADDRESS]`: a pool of engines on a Ray cluster, each capturing one shard of the plan at a time.
+
+The driver plans, hands out shard numbers and finishes; a worker is an ordinary `Capture` over the shared
+output directory. So a killed worker costs the shard it was on, a killed driver costs nothing that is
+committed, and the same command (with or without --ray) resumes. A shard whose worker died `MAX_FAILURES`
+times ends the build: the shard itself is then the likely cause.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cache_builder.build import MakeTeacher, build_cache, start_engine
+from cache_builder.capture import Capture, missing_shards
+from cache_builder.config import BuildConfig
+from cache_builder.plan import Plan, read_plan
+from cache_builder.progress import Progress
+from cache_builder.report import BuildReport
+from cache_builder.source import BuildSource, open_source
+from formats.errors import AnnealError, ConfigError
+
+MAX_FAILURES = 3
+
+
+class WorkerDied(AnnealError):
+    """Workers keep dying on one shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSize:
+    """How many workers, and what each takes from the cluster."""
+
+    num_workers: int
+    """Engines at a time."""
+    num_cpus: float = 1.0
+    """CPUs per engine."""
+    num_gpus: float = 0.0
+    """GPUs per engine."""
+
+    @classmethod
+    def of_cluster(
+        cls, resources: dict[str, float], config: BuildConfig, num_workers: int | None
+    ) -> "PoolSize":
+        """As many engines as the cluster has GPUs for (CPUs, where it has no GPU).
+
+        Raises:
+            ConfigError: the cluster is too small for one engine.
+        """
+        num_gpus = int(config.engine_args.get("tensor_parallel_size", 1)) if resources.get("GPU") else 0
+        room = int(resources["GPU"] // num_gpus) if num_gpus else int(resources.get("CPU", 0))
+        if room < 1:
+            raise ConfigError(f"--ray needs a cluster with room for one engine, got {resources}")
+        return cls(num_workers=min(num_workers or room, room), num_gpus=num_gpus)
+
+
+class ShardWorker:
+    """One engine; runs inside a Ray actor."""
+
+    def __init__(self, config: BuildConfig, source: BuildSource, make_teacher: MakeTeacher) -> None:
+        plan = read_plan(config.directory)
+        if plan is None:
+            raise AnnealError(
+                f"every worker must see the output directory, got no plan in {config.directory} "
+                "on this machine; use a shared file system"
+            )
+        self._capture = Capture(
+            config.directory,
+            source.settings,
+            plan,
+            lambda: make_teacher(config, source),
+            heartbeat_seconds=config.heartbeat_seconds,
+        )
+
+    def capture(self, index: int) -> tuple[int, int, int]:
+        """Capture one shard unless somebody else has; rows, tokens and bytes that this call committed."""
+        before = (self._capture.num_rows, self._capture.num_tokens, self._capture.num_bytes)
+        self._capture.run([index])
+        after = (self._capture.num_rows, self._capture.num_tokens, self._capture.num_bytes)
+        return after[0] - before[0], after[1] - before[1], after[2] - before[2]
+
+
+class RayCapture(Capture):
+    """A `Capture` whose work is done by the pool; takes the place of the local one in `build_cache`."""
+
+    def __init__(self, *args: Any, start_worker: Callable[[], Any], num_workers: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._start_worker, self._num_workers = start_worker, num_workers
+
+    def run(self, indices: Any, *, wait: bool = True) -> None:
+        import ray
+
+        pending = missing_shards(self.out, indices)[::-1]
+        failures: dict[int, int] = {}
+        busy: dict[Any, tuple[int, Any]] = {}
+        idle = [self._start_worker() for _ in range(min(self._num_workers, len(pending)))]
+        began = time.monotonic()
+        try:
+            while pending or busy:
+                while pending and idle:
+                    index, worker = pending.pop(), idle.pop()
+                    busy[worker.capture.remote(index)] = (index, worker)
+                (done, *_), _ = ray.wait(list(busy), num_returns=1)
+                index, worker = busy.pop(done)
+                try:
+                    num_rows, num_tokens, num_bytes = ray.get(done)
+                except ray.exceptions.RayActorError as error:
+                    failures[index] = failures.get(index, 0) + 1
+                    if failures[index] == MAX_FAILURES:
+                        raise WorkerDied(
+                            f"a shard must not kill its worker, got {MAX_FAILURES} dead workers "
+                            f"on shard {index}: {' '.join(str(error).split())[:200]}"
+                        ) from error
+                    self._progress.note(f"a worker died on shard {index}; another takes it")
+                    pending.append(index)
+                    idle.append(self._start_worker())
+                except ray.exceptions.RayTaskError as error:
+                    cause = error.cause
+                    raise cause if isinstance(cause, AnnealError | OSError) else error from None
+                else:
+                    idle.append(worker)
+                    self._count(num_rows, num_tokens, num_bytes)
+        finally:
+            self.seconds += time.monotonic() - began
+            for worker in [*idle, *(worker for _, worker in busy.values())]:
+                with contextlib.suppress(Exception):
+                    ray.kill(worker)
+
+    def _count(self, num_rows: int, num_tokens: int, num_bytes: int) -> None:
+        self.num_shards += 1
+        self.num_rows += num_rows
+        self.num_tokens += num_tokens
+        self.num_bytes += num_bytes
+        self._progress.advance(num_rows, num_tokens)
+        if num_bytes:
+            self._progress.wrote(num_bytes, num_tokens)
+
+
+def build_cache_with_ray(
+    config: BuildConfig,
+    address: str | None = None,
+    *,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+    source: BuildSource | None = None,
+    make_teacher: MakeTeacher = start_engine,
+    runtime_env: dict[str, Any] | None = None,
+) -> BuildReport:
+    """`build_cache` with the engines of a Ray cluster; the output directory must be shared by its machines.
+
+    Args:
+        address: of a running cluster, `auto` for the one this machine belongs to; None starts Ray on this
+        machine. num_workers: engines at a time; None is as many as the cluster has room for. runtime_env:
+        passed to Ray.
+
+    Raises:
+        ConfigError: Ray is not installed, not reachable, or has no room.
+        WorkerDied: workers keep dying on one shard.
+        As `build_cache` otherwise.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            "--ray needs the package ray; install it with `pip install 'anneal[ray]'`"
+        ) from None
+    source = source or open_source(config)
+    started_here = not ray.is_initialized()
+    if started_here:
+        try:
+            ray.init(
+                address=address,
+                runtime_env=runtime_env,
+                log_to_driver=False,
+                include_dashboard=False if address is None else None,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"--ray must name a Ray cluster that can be reached, got: {reason}") from error
+    try:
+        size = PoolSize.of_cluster(ray.cluster_resources(), config, num_workers)
+        actor = ray.remote(num_cpus=size.num_cpus, num_gpus=size.num_gpus)(ShardWorker)
+        portable = source.portable()
+
+        def make_capture(out: Any, settings: Any, plan: Plan, make: Any, **options: Any) -> Capture:
+            return RayCapture(
+                out,
+                settings,
+                plan,
+                make,
+                start_worker=lambda: actor.remote(config, portable, make_teacher),
+                num_workers=size.num_workers,
+                **options,
+            )
+
+        return build_cache(
+            config, progress, source=source, make_teacher=make_teacher, make_capture=make_capture
+        )
+    finally:
+        if started_here:
+            ray.shutdown()

@@ -1,0 +1,51 @@
+"""Store rows in a temporary shard and read them again: what the real codec makes of them, in numbers and in
+bytes."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats.codec import CodecConfig
+from formats.manifest import ShardInfo
+from formats.rows import TokenRow
+from formats.shard import ShardReader, ShardWriter
+from formats.store import open_store
+from formats.topk import TopKLogprobs
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows after a trip to the disk and back."""
+
+    topk: list[TopKLogprobs]
+    """What a reader gets."""
+    info: ShardInfo
+    """Size and counts of the shard."""
+
+
+def stored_and_read(
+    rows: Sequence[TokenRow],
+    topk: Sequence[TopKLogprobs],
+    *,
+    positions: str,
+    max_k: int,
+    codec: CodecConfig,
+) -> Stored:
+    """Write one shard of these rows, read it back, delete it.
+
+    Raises:
+        ValueError: no rows, or rows and distributions that do not fit together.
+    """
+    if not rows:
+        raise ValueError("at least one row is needed, got none")
+    with tempfile.TemporaryDirectory(prefix="anneal-") as scratch:
+        path = Path(scratch) / "shard-00000.arrow"
+        writer = ShardWriter(
+            path, vocab_size=topk[0].vocab_size, positions=positions, max_k=max_k, codec=codec
+        )
+        for row, distributions in zip(rows, topk, strict=True):
+            writer.append(row, distributions)
+        info = writer.close()
+        reader = ShardReader(open_store(scratch).open(path.name), path.name)
+        return Stored([reader.teacher(index)[1] for index in range(len(reader))], info)

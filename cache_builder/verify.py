@@ -1,0 +1,241 @@
+"""`anneal cache verify`: is every byte the one that was written, and are the numbers those of the model?
+
+Bytes: every checksum and every row of every shard.  Numbers: random rows are computed again by the *other*
+engine (a cache built by vLLM is checked by transformers, and the reverse), so that no bug of one engine can
+vouch for itself. What the two differ by is printed beside what they may differ by: the codec's own error,
+measured by storing and reading the recomputed rows, plus the noise of two engines in the cache's dtype.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_builder.compare import compare
+from cache_builder.model_files import load_tokenizer
+from cache_builder.progress import Progress
+from cache_builder.scratch import stored_and_read
+from cache_builder.teacher import TeacherConfig, make_teacher
+from formats.cache import CacheRow, TeacherCache
+from formats.errors import ConfigError, FormatError
+from formats.fingerprint import resolve_model
+from formats.identity import require_same_teacher
+from formats.topk import TopKLogprobs
+
+OTHER_ENGINE = {"vllm": "transformers", "transformers": "vllm"}
+ENGINE_NOISE = {"float32": 5e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Mean |difference| of logprobs, in nats, that two engines may have. Measured on small models: 2e-4 in fp32
+and 0.003 to 0.02 in bf16; a wrong model, a shifted row or another template gives whole nats."""
+ROW_FACTOR = 5.0
+"""A single row may deviate by this many times the allowance for the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What was checked and what was found."""
+
+    cache: str
+    """The cache that was checked."""
+    num_rows: int
+    """Rows whose bytes were checked: all of them."""
+    num_shards: int
+    """Shards whose checksums were compared."""
+    problems: tuple[str, ...] = ()
+    """What is wrong; empty if nothing is."""
+    compared: tuple[str, ...] = ()
+    """Parts of the identity that were compared with the model."""
+    built_by: str = ""
+    """Engine and version that built the cache."""
+    checked_by: str = ""
+    """Engine and version that computed rows again; empty without a model."""
+    num_recomputed: int = 0
+    """Rows computed again."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Deviations in nats: logprob_mean, logprob_max, tail_mean, tail_max, kl_mean, kl_max, worst_row, and
+    what is allowed: quantisation_mean, engine_noise, allowed_mean."""
+    num_only_one: int = 0
+    """Entries that only one of the two heads holds."""
+    largest_only_one: float = 0.0
+    """The largest probability among them."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "ok": self.ok}
+
+    def text(self) -> str:
+        """About ten lines; the last one is the verdict."""
+        lines = [f"{self.cache}: {self.num_shards} shards, {self.num_rows} rows, every checksum compared"]
+        if self.compared:
+            lines.append(f"same as the model's: {', '.join(self.compared)}")
+        if self.checked_by:
+            f = self.figures
+            lines += [
+                f"built by {self.built_by}; "
+                f"{self.num_recomputed} random rows computed again by {self.checked_by}",
+                "deviation in nats       mean        largest",
+                f"  logprobs        {f['logprob_mean']:10.6f}     {f['logprob_max']:10.6f}",
+                f"  tail function   {f['tail_mean']:10.6f}     {f['tail_max']:10.6f}",
+                f"  KL per position {f['kl_mean']:10.6f}     {f['kl_max']:10.6f}",
+                f"allowed mean {f['allowed_mean']:.6f}: codec {f['quantisation_mean']:.6f} "
+                f"(measured on these rows) + two engines {f['engine_noise']:.6f}",
+                f"entries in one head only: {self.num_only_one}, "
+                f"the largest with p = {self.largest_only_one:.2g}",
+            ]
+        lines += [f"WRONG: {problem}" for problem in self.problems]
+        lines.append("the cache is sound" if self.ok else "the cache must not be used")
+        return "\n".join(lines)
+
+
+def verify_cache(
+    cache: str | Path,
+    model: str | Path | None = None,
+    *,
+    rows: int = 32,
+    engine: str | None = None,
+    seed: int = 0,
+    engine_args: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check a cache; see the module's text.
+
+    Args:
+        model: directory or name of the teacher; None checks the bytes only.
+        rows: how many random rows to compute again.
+        engine: `vllm` or `transformers`; None takes the one that did not build the cache.
+        seed: of the choice of rows.
+
+    Raises:
+        FormatError: not a cache at all. Damage within a cache is reported, not raised.
+        IdentityMismatchError: `model` is not the teacher of this cache.
+        ConfigError: the engine is not installed, or `rows` is below 1.
+    """
+    progress = progress or Progress()
+    if rows < 1:
+        raise ConfigError(f"rows must be at least 1, got {rows}")
+    opened = TeacherCache(cache)
+    teacher = opened.identity.teacher
+    base: dict[str, Any] = {
+        "cache": str(cache),
+        "num_rows": len(opened),
+        "num_shards": len(opened.manifest.shards),
+        "built_by": f"{teacher.get('engine', 'unknown')} {teacher.get('engine_version', '')}".strip(),
+    }
+    progress.note(f"checking {base['num_shards']} shards")
+    try:
+        opened.validate(full=True)
+    except FormatError as error:
+        return VerifyReport(**base, problems=(str(error),))
+    if model is None:
+        return VerifyReport(**base)
+    model_dir = resolve_model(model, teacher.get("revision"))
+    base["compared"] = tuple(require_same_teacher(opened.identity, model_dir, load_tokenizer(model_dir)))
+    chosen = np.random.default_rng(seed).permutation(len(opened))[:rows]
+    stored = [opened[int(index)] for index in np.sort(chosen)]
+    config = _teacher_config(opened, model_dir, engine_args or {})
+    name = engine or OTHER_ENGINE.get(str(teacher.get("engine")), "transformers")
+    progress.note(f"computing {len(stored)} rows again with {name}")
+    running = make_teacher(name, config)
+    progress.start("recompute", len(stored))
+    try:
+        found = running.describe()
+        again = []
+        for row, topk in zip(stored, running.prefill([row.tokens for row in stored]), strict=True):
+            again.append(topk)
+            progress.advance(1, len(row))
+    finally:
+        running.close()
+        progress.finish()
+    return _judge(
+        opened, stored, again, config.dtype, f"{name} {found.get('engine_version', '')}".strip(), base
+    )
+
+
+def _teacher_config(cache: TeacherCache, model_dir: Path, engine_args: Mapping[str, Any]) -> TeacherConfig:
+    """The settings of the capture, for another engine."""
+    recorded, manifest = cache.identity, cache.manifest
+    teacher = recorded.teacher
+    head = str(teacher.get("requested_head_dtype", "float32"))
+    return TeacherConfig(
+        model=str(model_dir),
+        dtype=str(teacher.get("dtype") or teacher.get("requested_dtype", "auto")),
+        head_dtype=head,
+        min_prob=manifest.min_prob,
+        max_k=manifest.max_k,
+        positions=manifest.positions,
+        max_length=int(recorded.preprocessing.get("max_length", 2048)),
+        engine_args=engine_args,
+    )
+
+
+def _judge(
+    cache: TeacherCache,
+    stored: list[CacheRow],
+    again: list[TopKLogprobs],
+    dtype: str,
+    checked_by: str,
+    base: Mapping[str, Any],
+) -> VerifyReport:
+    manifest = cache.manifest
+    read_back = stored_and_read(
+        [row.tokens for row in stored],
+        again,
+        positions=manifest.positions,
+        max_k=manifest.max_k,
+        codec=manifest.codec,
+    ).topk
+    floor = compare(TopKLogprobs.concatenate(read_back), TopKLogprobs.concatenate(again))
+    found = compare(
+        TopKLogprobs.concatenate([row.teacher for row in stored]), TopKLogprobs.concatenate(again)
+    )
+    per_row = [_mean(compare(row.teacher, topk).logprobs) for row, topk in zip(stored, again, strict=True)]
+    noise = ENGINE_NOISE.get(dtype, ENGINE_NOISE["bfloat16"])
+    quantisation = _mean(floor.logprobs)
+    allowed = quantisation + noise
+    figures = {
+        "logprob_mean": _mean(found.logprobs),
+        "logprob_max": _max(found.logprobs),
+        "tail_mean": _mean(found.tails),
+        "tail_max": _max(found.tails),
+        "kl_mean": _mean(found.kl),
+        "kl_max": _max(found.kl),
+        "worst_row": max(per_row, default=0.0),
+        "quantisation_mean": quantisation,
+        "engine_noise": noise,
+        "allowed_mean": allowed,
+    }
+    problems = []
+    if not figures["logprob_mean"] <= allowed:
+        problems.append(
+            f"logprobs must deviate by at most {allowed:.6f} nats on average, "
+            f"got {figures['logprob_mean']:.6f}; this is another model, or the rows are shifted"
+        )
+    if not figures["worst_row"] <= ROW_FACTOR * allowed:
+        worst = int(np.argmax(per_row))
+        problems.append(
+            f"every row must deviate by at most {ROW_FACTOR * allowed:.6f} nats on average, got "
+            f"{figures['worst_row']:.6f} in the row with content key {stored[worst].key.hex()}"
+        )
+    return VerifyReport(
+        **base,
+        problems=tuple(problems),
+        checked_by=checked_by,
+        num_recomputed=len(stored),
+        figures=figures,
+        num_only_one=found.num_only_one,
+        largest_only_one=found.largest_only_one,
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else 0.0
+
+
+def _max(values: np.ndarray) -> float:
+    return float(values.max()) if values.size else 0.0

@@ -1,0 +1,83 @@
+"""The exported table says what the cache says, position by position, read back by Parquet alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from deterministic_build import SeededTeacher, make_config, make_source
+
+from cache_builder import export as export_module
+from cache_builder.build import build_cache
+from cache_builder.export import export_parquet
+from formats.cache import TeacherCache
+from formats.errors import ConfigError
+from formats.tail import TAIL_BETAS
+
+
+@pytest.fixture(scope="module", params=["loss", "all"])
+def cache(request, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "c"
+    build_cache(
+        make_config(out, positions=request.param),
+        source=make_source(30, positions=request.param),
+        make_teacher=lambda config, source: SeededTeacher(positions=request.param),
+    )
+    return out
+
+
+def test_every_value_of_every_position(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(export_module, "POSITIONS_PER_GROUP", 50)  # several row groups
+    report = export_parquet(cache, tmp_path / "x.parquet")
+    lines = pq.read_table(tmp_path / "x.parquet").to_pylist()
+    assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups > 2
+    opened = TeacherCache(cache)
+    assert len(lines) == report.num_positions == sum(len(row.positions) for row in opened.rows())
+    at = 0
+    for index, row in enumerate(opened.rows()):
+        head = row.teacher.sorted()
+        for p, position in enumerate(row.positions):
+            line = lines[at]
+            at += 1
+            a, b = head.offsets[p], head.offsets[p + 1]
+            assert (line["key"], line["row"], line["position"]) == (row.key, index, position)
+            assert (line["token_id"], line["target_id"]) == tuple(row.input_ids[position : position + 2])
+            assert line["loss"] == row.loss_mask[position + 1]
+            assert line["token_ids"] == head.token_ids[a:b].tolist()
+            np.testing.assert_array_equal(np.float32(line["logprobs"]), head.logprobs[a:b])
+            np.testing.assert_array_equal(np.float32(line["log_tail"]), head.log_tail_nodes[p])
+            expected = dict(zip(line["token_ids"], line["logprobs"], strict=True)).get(line["target_id"])
+            assert line["target_logprob"] == expected
+    assert any(line["target_logprob"] is None for line in lines)
+    assert any(line["target_logprob"] is not None for line in lines)
+
+
+def test_the_file_describes_itself(cache: Path, tmp_path: Path) -> None:
+    export_parquet(cache, tmp_path / "x.parquet")
+    metadata = pq.read_schema(tmp_path / "x.parquet").metadata
+    assert json.loads(metadata[b"tail_betas"]) == list(TAIL_BETAS)
+    assert json.loads(metadata[b"anneal_identity"]) == TeacherCache(cache).identity.to_dict()
+
+
+def test_a_limit_takes_the_first_rows(cache: Path, tmp_path: Path) -> None:
+    report = export_parquet(cache, tmp_path / "x.parquet", limit=3)
+    assert set(pq.read_table(tmp_path / "x.parquet")["row"].to_pylist()) == {0, 1, 2} and report.num_rows == 3
+
+
+def test_bad_outputs_leave_nothing(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.parquet").write_text("mine")
+    for out in (tmp_path / "there.parquet", tmp_path / "x.csv", Path("/proc/nothing/x.parquet")):
+        with pytest.raises(ConfigError, match="--parquet must name"):
+            export_parquet(cache, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.parquet"]
+
+
+def test_an_interrupted_export_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    def stop(group):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "_table", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_parquet(cache, tmp_path / "x.parquet")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,145 @@
+"""Merging keeps every row once, names what differs, and starts again after an interruption."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deterministic_build import SeededTeacher, contents, make_config, make_rows, make_source
+
+from cache_builder import merge as merge_module
+from cache_builder.build import build_cache
+from cache_builder.merge import merge_caches
+from formats.cache import TeacherCache
+from formats.codec import CodecConfig
+from formats.errors import ConfigError, FormatError, IdentityMismatchError
+
+
+def build(
+    out: Path, *, rows: int = 40, seed: int = 0, teacher=SeededTeacher, source=None, **settings
+) -> Path:
+    build_cache(
+        make_config(out),
+        source=source or make_source(rows, seed=seed, **settings),
+        make_teacher=lambda config, source: teacher(),
+    )
+    return out
+
+
+def test_disjoint_caches_are_joined_byte_for_byte(tmp_path: Path) -> None:
+    a, b = build(tmp_path / "a"), build(tmp_path / "b", rows=25, seed=1)
+    report = merge_caches([a, b], tmp_path / "c")
+    merged = TeacherCache(tmp_path / "c")
+    merged.validate(full=True)
+    keys = [row.key for row in [*make_rows(40, 0), *make_rows(25, 1)]]
+    assert [row.key for row in merged.rows()] == keys
+    assert (report.num_rows, report.num_duplicates, report.num_copied, report.num_rewritten) == (65, 0, 7, 0)
+    hashes = [s.sha256 for path in (a, b) for s in TeacherCache(path).manifest.shards]
+    assert [shard.sha256 for shard in merged.manifest.shards] == hashes
+    assert not (tmp_path / "c" / "_build").exists()
+    assert merged.file("tokenizer.json") == TeacherCache(a).file("tokenizer.json")
+
+
+def test_rows_that_came_before_are_left_out(tmp_path: Path) -> None:
+    """The second cache holds the first 15 rows of the first and 10 of its own, in its first shards."""
+    a = build(tmp_path / "a")
+    source = make_source(25, seed=1)
+    mixed = [*list(make_rows(40, 0))[:15], *make_rows(10, 1)]
+    from dataclasses import replace
+
+    b = build(tmp_path / "b", source=replace(source, open_rows=lambda: iter(mixed)))
+    report = merge_caches([a, b], tmp_path / "c")
+    merged = TeacherCache(tmp_path / "c")
+    merged.validate(full=True)
+    expected = [row.key for row in [*make_rows(40, 0), *make_rows(10, 1)]]
+    assert [row.key for row in merged.rows()] == expected
+    # Shard 0 of b holds only duplicates, shard 1 is half duplicates and written anew, shard 2 is copied.
+    assert (report.num_duplicates, report.num_copied, report.num_rewritten) == (15, 5, 1)
+    original = TeacherCache(b)
+    for row in merged.rows(40):
+        before = original[original.index_of(row.key)].teacher.sorted()
+        after = row.teacher.sorted()
+        np.testing.assert_array_equal(after.offsets, before.offsets)
+        np.testing.assert_allclose(after.logprobs, before.logprobs, atol=0.02)
+
+
+def test_the_identity_lists_the_corpora(tmp_path: Path) -> None:
+    a, b = build(tmp_path / "a"), build(tmp_path / "b", seed=1)
+    merge_caches([a, b], tmp_path / "c")
+    one, merged = TeacherCache(a).identity, TeacherCache(tmp_path / "c").identity
+    assert merged.teacher == one.teacher and merged.tokenizer == one.tokenizer
+    assert [part["fingerprint"] for part in merged.corpus["merged"]] == [
+        TeacherCache(path).identity.corpus["fingerprint"] for path in (a, b)
+    ]
+    assert merged.digest() != one.digest()
+    merge_caches([b, a], tmp_path / "d")
+    assert TeacherCache(tmp_path / "d").identity.digest() != merged.digest()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"min_prob": 2e-2}, r"min_prob: 0\.01 and 0\.02"), ({"max_length": 30}, "max_length: 24 and 30")],
+)
+def test_other_settings_are_refused_by_name(tmp_path: Path, settings: dict, words: str) -> None:
+    a, b = build(tmp_path / "a"), build(tmp_path / "b", seed=1, **settings)
+    with pytest.raises(IdentityMismatchError, match=words):
+        merge_caches([a, b], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_another_engine_version_or_codec_is_refused(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    a = build(tmp_path / "a")
+    b = build(tmp_path / "b", seed=1, teacher=lambda: SeededTeacher(version="2"))
+    with pytest.raises(IdentityMismatchError, match=r"engine_version: '1' and '2'"):
+        merge_caches([a, b], tmp_path / "c")
+    source = make_source(20, seed=2)
+    codec = {**CodecConfig().to_dict(), "zstd_level": 5}
+    other = build(tmp_path / "d", source=replace(source, settings=replace(source.settings, codec=codec)))
+    with pytest.raises(IdentityMismatchError, match=r"codec\.zstd_level"):
+        merge_caches([a, other], tmp_path / "c")
+
+
+def test_bad_calls(tmp_path: Path) -> None:
+    a, b = build(tmp_path / "a"), build(tmp_path / "b", seed=1)
+    with pytest.raises(ConfigError, match="at least two"):
+        merge_caches([a], tmp_path / "c")
+    with pytest.raises(ConfigError, match="new or empty"):
+        merge_caches([a, b], a)
+    with pytest.raises(FormatError):
+        merge_caches([a, tmp_path / "nothing"], tmp_path / "c")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("")
+    with pytest.raises(ConfigError, match="--out must be"):
+        merge_caches([a, b], tmp_path / "mine")
+
+
+def test_an_interrupted_merge_starts_again(tmp_path: Path, monkeypatch) -> None:
+    a, b = build(tmp_path / "a"), build(tmp_path / "b", seed=1)
+    merge_caches([a, b], tmp_path / "fresh")
+    real, calls = merge_module.commit_exclusive, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(merge_module, "commit_exclusive", stop)
+    with pytest.raises(KeyboardInterrupt):
+        merge_caches([a, b], tmp_path / "c")
+    monkeypatch.undo()
+    with pytest.raises(FormatError):
+        TeacherCache(tmp_path / "c")
+    merge_caches([a, b], tmp_path / "c")
+    assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
+
+
+def test_a_damaged_part_is_noticed(tmp_path: Path) -> None:
+    a, b = build(tmp_path / "a"), build(tmp_path / "b", seed=1)
+    victim = b / "shard-00001.arrow"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(ValueError, match="shard-00001"):
+        merge_caches([a, b], tmp_path / "c")

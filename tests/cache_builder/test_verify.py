@@ -1,0 +1,169 @@
+"""Verification finds damaged bytes, wrong numbers and wrong models, and passes what is right."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deterministic_build import VOCAB_SIZE, logits_of, make_rows, reduce_exactly
+
+from cache_builder import build_cache, verify_cache
+from cache_builder.compare import compare
+from cache_builder.config import BuildConfig
+from formats.cache import TeacherCache
+from formats.errors import ConfigError, FormatError, IdentityMismatchError
+from formats.topk import TopKLogprobs
+from formats.writer import CacheWriter
+
+
+def corpus(path: Path, num_records: int = 12) -> Path:
+    from tiny_models import stdlib_sources
+
+    text = next(iter(stdlib_sources(1)))
+    with open(path, "w") as file:
+        for number in range(num_records):
+            file.write(json.dumps({"text": text[number * 200 : number * 200 + 200]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_llama_dir: Path, tmp_path_factory) -> Path:
+    """A cache of real numbers, built by transformers."""
+    directory = tmp_path_factory.mktemp("verify")
+    build_cache(
+        BuildConfig(
+            corpus=str(corpus(directory / "corpus.jsonl")),
+            model=str(tiny_llama_dir),
+            out=str(directory / "cache"),
+            engine="transformers",
+            max_length=128,
+            rows_per_shard=5,
+        )
+    )
+    return directory / "cache"
+
+
+def rewrite(source: Path, out: Path, change) -> Path:
+    """The same cache with changed distributions and honest checksums."""
+    opened = TeacherCache(source)
+    manifest = opened.manifest
+    with CacheWriter(
+        out,
+        identity=opened.identity,
+        vocab_size=manifest.vocab_size,
+        positions=manifest.positions,
+        min_prob=manifest.min_prob,
+        max_k=manifest.max_k,
+        codec=manifest.codec,
+    ) as writer:
+        for index, row in enumerate(opened.rows()):
+            writer.append(row.tokens, change(index, row.teacher))
+    return out
+
+
+def test_a_sound_cache_passes_without_a_model(cache: Path) -> None:
+    report = verify_cache(cache)
+    assert report.ok and report.num_rows == len(TeacherCache(cache)) and "sound" in report.text()
+    assert report.num_recomputed == 0
+    json.dumps(report.to_dict())
+
+
+def test_a_sound_cache_passes_with_its_model(cache: Path, tiny_llama_dir: Path) -> None:
+    report = verify_cache(cache, tiny_llama_dir, rows=4, engine="transformers")
+    assert report.ok, report.text()
+    assert report.num_recomputed == 4 and "model weights" in report.compared
+    # The same engine computed it again: nothing is left but the codec.
+    assert report.figures["logprob_mean"] <= report.figures["quantisation_mean"] * 1.01 + 1e-6
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_other_engine_agrees(cache: Path, tiny_llama_dir: Path) -> None:
+    report = verify_cache(cache, tiny_llama_dir, rows=4, engine_args={"enforce_eager": True})
+    assert report.ok, report.text()
+    assert report.built_by.startswith("transformers") and report.checked_by.startswith("vllm")
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.99])
+def test_a_damaged_byte_is_found(cache: Path, tmp_path: Path, place: float) -> None:
+    shutil.copytree(cache, tmp_path / "c")
+    victim = tmp_path / "c" / "shard-00001.arrow"
+    data = bytearray(victim.read_bytes())
+    data[int(len(data) * place)] ^= 4
+    victim.write_bytes(data)
+    report = verify_cache(tmp_path / "c")
+    assert not report.ok and "shard-00001.arrow" in report.text() and "must not be used" in report.text()
+
+
+def test_a_missing_shard_and_a_missing_cache(cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "c")
+    (tmp_path / "c" / "shard-00000.arrow").unlink()
+    assert not verify_cache(tmp_path / "c").ok
+    with pytest.raises(FormatError):
+        verify_cache(tmp_path)
+
+
+def test_shifted_rows_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    def shift(index: int, teacher: TopKLogprobs) -> TopKLogprobs:
+        return teacher.take(np.roll(np.arange(len(teacher)), 1))
+
+    rewrite(cache, tmp_path / "c", shift)
+    assert verify_cache(tmp_path / "c").ok  # every byte is as written
+    report = verify_cache(tmp_path / "c", tiny_llama_dir, rows=4, engine="transformers")
+    assert not report.ok and "shifted" in report.text()
+
+
+def test_one_wrong_row_among_right_ones_is_named(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    victim = TeacherCache(cache)[2]
+
+    def change(index: int, teacher: TopKLogprobs) -> TopKLogprobs:
+        return teacher.take(np.arange(len(teacher))[::-1]) if index == 2 else teacher
+
+    rewrite(cache, tmp_path / "c", change)
+    report = verify_cache(tmp_path / "c", tiny_llama_dir, rows=1000, engine="transformers")
+    assert not report.ok and victim.key.hex() in report.text()
+
+
+def test_another_model_is_refused(cache: Path, tiny_qwen3_dir: Path) -> None:
+    with pytest.raises(IdentityMismatchError, match="model weights"):
+        verify_cache(cache, tiny_qwen3_dir)
+    with pytest.raises(ConfigError, match="rows must be at least 1"):
+        verify_cache(cache, rows=0)
+
+
+def test_compare_against_the_obvious_loop() -> None:
+    rows = list(make_rows(6))
+    exact = TopKLogprobs.concatenate([reduce_exactly(logits_of(r.input_ids), 1e-2, 8) for r in rows])
+    other = TopKLogprobs.concatenate([reduce_exactly(logits_of(r.input_ids) * 1.05, 2e-2, 8) for r in rows])
+    found = compare(exact, other)
+    differences, kl, alone, largest = [], [], 0, 0.0
+    for p in range(len(exact)):
+        mine, theirs = (
+            dict(zip(t.token_ids[a:b].tolist(), t.logprobs[a:b].astype(float), strict=True))
+            for t, a, b in ((t, t.offsets[p], t.offsets[p + 1]) for t in (exact, other))
+        )
+        shared = mine.keys() & theirs.keys()
+        differences += [abs(mine[j] - theirs[j]) for j in shared]
+        lonely = [v for side in (mine, theirs) for j, v in side.items() if j not in shared]
+        alone += len(lonely)
+        largest = max([largest, *np.exp(lonely)])
+        rest_p = 1 - sum(np.exp(mine[j]) for j in shared)
+        rest_q = 1 - sum(np.exp(theirs[j]) for j in shared)
+        kl.append(
+            sum(np.exp(mine[j]) * (mine[j] - theirs[j]) for j in shared) + rest_p * np.log(rest_p / rest_q)
+        )
+    assert sorted(found.logprobs) == pytest.approx(sorted(differences))
+    np.testing.assert_allclose(found.kl, kl, atol=1e-5)
+    assert found.num_only_one == alone > 0 and found.largest_only_one == pytest.approx(largest, rel=1e-5)
+    same = compare(exact, exact)
+    assert same.kl.max() < 1e-6 and same.num_only_one == 0 and same.tails.max() == 0
+    with pytest.raises(ValueError, match="same positions"):
+        compare(exact, exact.slice(0, 3))
+
+
+def test_compare_where_the_head_is_everything() -> None:
+    logits = logits_of(np.arange(5))
+    full = reduce_exactly(logits, 0.0, VOCAB_SIZE)
+    found = compare(full, full)
+    assert np.isfinite(found.kl).all() and np.isfinite(found.tails).all()
