@@ -307,8 +307,9 @@ def test_short_records_are_skipped_and_counted(tmp_path: Path) -> None:
     assert (iterator.stats.num_records, iterator.stats.num_too_short) == (3, 2)
 
 
-def test_an_empty_document_is_no_row_of_special_tokens(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(adds_bos=True)
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_an_empty_document_is_no_row_of_special_tokens(tmp_path: Path, adds_eos: bool) -> None:
+    tokenizer = merging_tokenizer([], adds_bos=True, adds_eos=adds_eos)
     rows, iterator = rows_of(tmp_path, [{"text": ""}, {"text": "a"}], tokenizer)
     assert [text_of(row, tokenizer) for row in rows] == ["<s>a</s>"]
     assert iterator.stats.num_too_short == 1
