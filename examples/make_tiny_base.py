@@ -12,8 +12,9 @@ fp32, saved as bf16.
 
     python examples/make_tiny_base.py --out examples/tiny-base --work base-work
 
-Reproducible for one set of installed packages: everything is seeded, and `--work` keeps a checkpoint that a
-second start resumes from. Cost: about an hour on 2 CPU cores.
+Everything is seeded: one set of installed packages gives one model, but for the rounding of other CPUs and
+thread counts. `--work` keeps the tokenizer and a checkpoint that a second start resumes from. Cost: 4.5 million
+tokens, 55 minutes on one CPU core without AVX-512 or AMX, less on two.
 """
 
 import argparse
@@ -294,7 +295,11 @@ def main() -> None:
         "code": documents("code", "base-train"),
     }
     texts = {name: [document.text for document in group] for name, group in groups.items()}
-    tokenizer = train_tokenizer([text for group in texts.values() for text in group], recipe)
+    if (args.work / "tokenizer").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
+    else:
+        tokenizer = train_tokenizer([text for group in texts.values() for text in group], recipe)
+        tokenizer.save_pretrained(args.work / "tokenizer")
     sources = {
         name: Windows(tokenize(group, tokenizer), recipe.context, recipe.seed + number)
         for number, (name, group) in enumerate(texts.items())
