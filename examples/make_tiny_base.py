@@ -13,8 +13,8 @@ fp32, saved as bf16.
     python examples/make_tiny_base.py --out examples/tiny-base --work base-work
 
 Everything is seeded: one set of installed packages gives one model, but for the rounding of other CPUs and
-thread counts. `--work` keeps the tokenizer and a checkpoint that a second start resumes from. Cost: 4.5 million
-tokens, 55 minutes on one CPU core without AVX-512 or AMX, less on two.
+thread counts. `--work` keeps the tokenizer and a checkpoint that a second start resumes from. Cost: 4.5
+million tokens, 55 minutes on one CPU core without AVX-512 or AMX, less on two.
 """
 
 import argparse

@@ -79,12 +79,7 @@ def test_the_chat_template_marks_assistant_turns() -> None:
     assert rendered.startswith(prompt)
 
 
-def test_the_model_knows_its_source_domain_better_than_word_frequencies_do() -> None:
-    """Bounds with room for other Python versions; an untrained model has a perplexity of 4096."""
-    source, target = perplexity("prose", "source-heldout"), perplexity("code", "target-heldout")
-    assert source < SOURCE_BOUND
-    assert target < TARGET_BOUND
-
-
-SOURCE_BOUND = 60.0
-TARGET_BOUND = 60.0
+def test_the_model_knows_its_source_domain_well() -> None:
+    """Measured 27.5 and 25.6 on Python 3.11; the bounds leave room for other versions' text."""
+    assert perplexity("prose", "source-heldout") < 34
+    assert perplexity("code", "target-heldout") < 34
