@@ -21,13 +21,16 @@ RESOLVED_NAME = "anneal.yaml"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose floats follow YAML 1.2: `1e-5` is a number."""
+    """Safe YAML whose scalars follow YAML 1.2: `1e-5` is a number, `save_strategy: no` is a word."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in entries if tag != "tag:yaml.org,2002:float"]
+    key: [(tag, pattern) for tag, pattern in entries if tag.rsplit(":", 1)[1] not in ("float", "bool")]
     for key, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from fidelity import METHODS, measure
-from fidelity_targets import capture, sampled_targets, topk_targets
+from fidelity_targets import capture, sampled_targets, tail_correction, topk_targets
 
 VOCAB_SIZE = 400
 
@@ -86,3 +86,23 @@ def test_sampled_targets_converge_to_the_tempered_distribution(temperature):
     logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
     found = sampled_targets(logprobs, temperature, 200_000, torch.Generator().manual_seed(0))
     assert torch.allclose(found, torch.softmax(logprobs / temperature, -1), atol=0.01)
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
+def test_tail_draws_supply_what_the_bucket_lacks_and_nothing_at_the_start(temperature):
+    """Many draws: bucket + correction is the full gradient. Student = teacher: every draw is zero."""
+    generator = torch.Generator().manual_seed(3)
+    teacher_logits = torch.randn(2, 30, generator=generator, dtype=torch.float64)
+    z = teacher_logits + torch.randn(2, 30, generator=generator, dtype=torch.float64)
+    logprobs, beta = torch.log_softmax(teacher_logits, -1), 1.0 / temperature
+    topk = capture(teacher_logits, min_prob=0.1)
+    p, q = torch.softmax(beta * logprobs, -1), torch.softmax(beta * z, -1)
+    stored, p_mass = topk_targets(topk, temperature, 30)
+    head = stored > 0
+    q_mass = (q * head).sum(1, keepdim=True)
+    bucket = beta * torch.where(head, q - p, q * (p_mass - q_mass) / (1 - q_mass))
+    found = bucket + tail_correction(topk, logprobs, z, temperature, 400_000, generator)
+    lacking = (bucket - beta * (q - p)).norm()
+    assert (found - beta * (q - p)).norm() < 0.05 * lacking
+    at_start = tail_correction(topk, logprobs, teacher_logits, temperature, 5, generator)
+    assert at_start.abs().max() < 1e-12

@@ -1,0 +1,385 @@
+"""`train` from settings to a model directory: what is written, what loads it, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from caches import identity_of, random_rows, topk_of, write_cache
+
+from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError, IncompleteCacheError
+from formats.writer import CacheWriter
+from trainer import evaluate, load_config, train
+
+QUICK = [
+    "training.per_device_train_batch_size=8",
+    "training.gradient_accumulation_steps=1",
+    "training.max_steps=2",
+    "training.learning_rate=1e-3",
+    "training.logging_steps=1",
+    "training.warmup_steps=0",
+    "training.save_strategy=no",
+    "step0_rows=4",
+]
+
+
+def settings(cache, model, out, *overrides: str):
+    return load_config(
+        flags={"cache": str(cache), "model": str(model), "out": str(out)}, overrides=[*QUICK, *overrides]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    report = train(settings(pruned_cache, tiny_llama_dir, out, f"eval_caches.held-out={llama_eval_cache}"))
+    return out, report
+
+
+def test_the_report_tells_what_happened(trained):
+    out, report = trained
+    assert report.num_steps == report.max_steps == 2 and report.interrupted_by is None
+    assert report.step0["kl"] < 1e-6 and report.step0["num_rows"] == 4
+    steps = [entry for entry in report.log_history if "ce" in entry]
+    wanted = {"loss", "ce", "kl", "head_mass", "student_head_mass", "tokens_per_second", "memory_gib"}
+    assert all(wanted <= entry.keys() for entry in steps)
+    for entry in steps:
+        assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"], rel=1e-5)
+    assert abs(steps[0]["kl"]) < 1e-6 < steps[1]["kl"]
+    found = report.evaluation["held-out"]
+    assert found["perplexity"] == pytest.approx(np.exp(found["ce"])) and found["kl"] > 1e-6
+    assert str(out) in report.line()
+
+
+def test_the_directory_holds_a_model_its_settings_and_a_card(trained, tiny_llama_dir, pruned_cache):
+    out, report = trained
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "anneal.yaml"} <= names
+    assert not [name for name in names if name.startswith((".", "checkpoint")) or "training_args" in name]
+    record = json.loads((out / "anneal.json").read_text())
+    assert record["status"] == "complete" and record["step0"] == report.step0
+    assert record["identity"]["teacher"]["weights"] == identity_of(tiny_llama_dir)["teacher"]["weights"]
+    card = (out / "README.md").read_text()
+    for text in ("label annealing", record["cache"][:16], "| kl_coef | 1 |", "| held-out |"):
+        assert text in card
+    again = load_config(out / "anneal.yaml")
+    assert again.cache == str(pruned_cache) and again.training["learning_rate"] == 1e-3
+    assert again.training["lr_scheduler_type"] == "cosine"  # defaults are resolved
+
+
+def test_transformers_loads_the_result_in_the_dtype_of_the_initial_model(
+    trained, tiny_llama_dir, tiny_tokenizer
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = trained
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.float32 and model.config.use_cache
+    initial = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), initial.parameters(), strict=True)]
+    assert all(changed)
+    ids = AutoTokenizer.from_pretrained(out)("def f(x):", return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, tiny_tokenizer("def f(x):", return_tensors="pt")["input_ids"])
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+
+
+@pytest.mark.vllm
+def test_vllm_loads_the_result(trained):
+    """vLLM's greedy tokens are those of transformers, on the trained weights."""
+    from transformers import AutoModelForCausalLM
+    from vllm import LLM, SamplingParams
+
+    out, _ = trained
+    prompt = np.random.default_rng(0).integers(6, 1003, 12).tolist()
+    engine = LLM(str(out), dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
+    sampling = SamplingParams(temperature=0, max_tokens=6, detokenize=False, ignore_eos=True)
+    generated = list(engine.generate([{"prompt_token_ids": prompt}], sampling)[0].outputs[0].token_ids)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert generated == expected[0, 12:].tolist()
+
+
+def test_a_finished_run_is_never_overwritten(trained, tiny_llama_dir, pruned_cache):
+    out, _ = trained
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="finished run"):
+        train(settings(pruned_cache, tiny_llama_dir, out))
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_evaluating_the_saved_model_gives_the_reported_numbers(trained, tiny_llama_dir, llama_eval_cache):
+    from trainer.evaluation import format_evaluation
+
+    out, report = trained
+    seen = []
+    found = evaluate(out, {"held-out": llama_eval_cache}, progress=lambda *state: seen.append(state))
+    for key in ("ce", "perplexity", "kl", "num_tokens"):
+        assert found["held-out"][key] == pytest.approx(report.evaluation["held-out"][key], rel=1e-4)
+    assert seen[-1] == ("held-out", 8, 8)
+    initial = evaluate(tiny_llama_dir, [llama_eval_cache], batch_tokens=64)
+    assert abs(initial["held-out"]["kl"]) < 1e-6 < found["held-out"]["kl"]
+    text = format_evaluation(found)
+    assert "held-out" in text and f"{found['held-out']['perplexity']:.3f}" in text
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_evaluation_by_hand(tiny_llama_dir, llama_eval_cache):
+    """Against the model's own log-softmax, summed row by row."""
+    from caches import model_logprobs
+    from transformers import AutoModelForCausalLM
+
+    from formats.cache import TeacherCache
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)  # another model, so that KL is not zero
+    changed = tiny_llama_dir.parent / "changed"
+    model.save_pretrained(changed)
+    for path in tiny_llama_dir.glob("tokenizer*"):
+        shutil.copy(path, changed)
+    ce = kl = num = 0.0
+    for row in TeacherCache(llama_eval_cache):
+        ours = model_logprobs(model, row.input_ids)
+        targets = np.flatnonzero(row.loss_mask)
+        ce -= ours[targets - 1, row.input_ids[targets]].sum()
+        teacher = np.full((len(targets), 1003), -np.inf)
+        for p in range(len(targets)):
+            a, b = row.teacher.offsets[p : p + 2]
+            teacher[p, row.teacher.token_ids[a:b]] = row.teacher.logprobs[a:b]
+        kl += (np.exp(teacher) * (teacher - ours[targets - 1])).sum()
+        num += len(targets)
+    found = evaluate(changed, [llama_eval_cache])["held-out"]
+    assert found["num_tokens"] == num
+    assert found["ce"] == pytest.approx(ce / num, rel=1e-5)
+    assert found["kl"] == pytest.approx(kl / num, rel=1e-4)
+
+
+def test_no_kl_is_direct_fine_tuning(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path, trained):
+    overrides = ("kl_coef=0", f"eval_caches.held-out={llama_eval_cache}")
+    report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / "direct", *overrides))
+    last = [entry for entry in report.log_history if "ce" in entry][-1]
+    assert last["loss"] == pytest.approx(last["ce"]) and "kl" not in last
+    assert report.evaluation["held-out"]["kl"] > 0
+    assert "direct fine-tuning" in (tmp_path / "direct" / "README.md").read_text()
+
+
+def test_more_kl_keeps_closer_to_the_initial_model(tiny_llama_dir, pruned_cache, tmp_path):
+    """The whole point, in small: the KL after training falls as kl_coef grows."""
+    kls = []
+    for kl_coef in (0, 1, 10):
+        overrides = (f"kl_coef={kl_coef}", "training.max_steps=8", f"eval_caches.same={pruned_cache}")
+        report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / f"run-{kl_coef}", *overrides))
+        kls.append(report.evaluation["same"]["kl"])
+    assert kls[0] > 1.2 * kls[1] > 1.2 * 1.2 * kls[2] > 0
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_train_save_and_merge(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path, merge):
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "run"
+    overrides = ("lora.r=4", f"lora.merge={merge}".lower(), f"eval_caches.held-out={llama_eval_cache}")
+    report = train(settings(pruned_cache, tiny_llama_dir, out, *overrides))
+    assert report.step0["kl"] < 1e-6  # fresh adapters change nothing
+    adapter = out / "adapter" if merge else out
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert (out / "model.safetensors").is_file() == merge
+    found = evaluate(out, [llama_eval_cache])["held-out"]
+    assert found["kl"] == pytest.approx(report.evaluation["held-out"]["kl"], rel=1e-3) and found["kl"] > 1e-6
+    if merge:
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert not [name for name, _ in model.named_parameters() if "lora" in name]
+
+
+def test_packing_and_grouping_train_on_the_same_tokens(tiny_llama_dir, pruned_cache, tmp_path):
+    """One step over all 24 rows: packed or not, the loss is the same number."""
+    losses = []
+    for name, overrides in {
+        "plain": ("training.per_device_train_batch_size=24",),
+        "packed": ("packing=true", "training.per_device_train_batch_size=24"),
+        "grouped": ("group_by_length=true", "training.per_device_train_batch_size=24"),
+    }.items():
+        report = train(
+            settings(pruned_cache, tiny_llama_dir, tmp_path / name, "training.max_steps=1", *overrides)
+        )
+        losses.append(report.last["ce"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_other_caches_are_mixed_in(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path):
+    """A step over 24 target rows and 6 retained ones, of which only KL counts, against the counts of the caches."""
+    overrides = (
+        f"caches=[{{path: {llama_eval_cache}, weight: 0.25, loss: kl}}]",
+        "training.per_device_train_batch_size=30",
+        "training.max_steps=1",
+        f"eval_caches.target={pruned_cache}",
+    )
+    report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *overrides))
+    initial = evaluate(tiny_llama_dir, {"target": pruned_cache})["target"]
+    assert report.last["ce"] == pytest.approx(initial["ce"], rel=1e-5)  # labels of the target rows only
+    assert report.last["epoch"] == 1.0
+
+
+def test_evaluation_during_training(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path):
+    overrides = (
+        f"eval_caches.held={llama_eval_cache}",
+        "training.eval_strategy=steps",
+        "training.eval_steps=1",
+    )
+    report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *overrides))
+    entries = [entry for entry in report.log_history if "eval_held_ce" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2]
+    last = entries[-1]
+    assert last["eval_held_perplexity"] == pytest.approx(np.exp(last["eval_held_ce"]))
+    assert last["eval_held_loss"] == pytest.approx(last["eval_held_ce"] + last["eval_held_kl"])
+    assert last["eval_held_ce"] == pytest.approx(report.evaluation["held"]["ce"])
+
+
+def test_the_first_line_of_the_log_is_the_step_0_kl(tiny_llama_dir, pruned_cache, tmp_path, capsys):
+    train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("step 0: KL(initial || model) = ")
+    assert lines[1].startswith("step 1/2: CE ") and "KL" in lines[1] and "tok/s" in lines[1]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------
+
+
+def refused(config, error: type[AnnealError], *words: str) -> None:
+    with pytest.raises(error) as found:
+        train(config)
+    message = str(found.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert not Path(config.out).exists() or not list(Path(config.out).glob("*.safetensors"))
+
+
+def test_another_model_is_refused_by_identity(pruned_cache, tiny_qwen3_dir, tiny_llama_dir, tmp_path):
+    refused(
+        settings(pruned_cache, tiny_qwen3_dir, tmp_path / "run"),
+        IdentityMismatchError, "model weights", "model configuration",
+    )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_chat_template_is_refused(pruned_cache, tiny_llama_dir, tmp_path):
+    other = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    refused(settings(pruned_cache, other, tmp_path / "run"), IdentityMismatchError, "chat template")
+
+
+def test_a_teacher_that_only_claims_to_be_this_model_is_refused_by_numbers(
+    tiny_llama_dir, tiny_qwen3_dir, tmp_path
+):
+    """Right identity, wrong logprobs: only the measured KL can tell."""
+    cache = write_cache(tmp_path / "c", tiny_qwen3_dir, num_rows=8, identity=identity_of(tiny_llama_dir))
+    config = settings(cache, tiny_llama_dir, tmp_path / "run")
+    refused(
+        config, IdentityMismatchError, "before the first update must be at most 0.02 nats", "Likely causes"
+    )
+    allowed = dataclasses.replace(config, allow_different_student=True, out=str(tmp_path / "distilled"))
+    report = train(allowed)
+    assert report.step0["kl"] > 1 and report.step0["different_student"]
+
+
+def test_rows_shifted_by_one_are_refused_by_numbers(tiny_llama_dir, tmp_path):
+    """A builder that is off by one position: every count fits, every number is wrong."""
+    from caches import model_logprobs
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
+    with CacheWriter(tmp_path / "c", identity=identity_of(tiny_llama_dir), vocab_size=1003) as writer:
+        for row in random_rows(6, 1003):
+            shifted = model_logprobs(model, row.input_ids)[row.positions() + 1]
+            writer.append(row, topk_of(shifted, max_k=128))
+    refused(settings(tmp_path / "c", tiny_llama_dir, tmp_path / "run"), IdentityMismatchError, "shifted rows")
+
+
+def test_another_vocabulary_is_refused(tiny_llama_dir, tmp_path):
+    with CacheWriter(tmp_path / "c", identity=identity_of(tiny_llama_dir), vocab_size=500) as writer:
+        for row in random_rows(4, 500):
+            count = len(row.positions())
+            writer.append(row, topk_of(np.full((count, 500), np.log(1 / 500)), max_k=4))
+    refused(
+        settings(tmp_path / "c", tiny_llama_dir, tmp_path / "run"),
+        IdentityMismatchError, "500 tokens", "1003",
+    )  # fmt: skip
+
+
+def test_missing_and_unfinished_caches_are_refused(tiny_llama_dir, pruned_cache, tmp_path):
+    refused(settings(tmp_path / "nowhere", tiny_llama_dir, tmp_path / "run"), FormatError, "nowhere")
+    unfinished = shutil.copytree(pruned_cache, tmp_path / "unfinished")
+    (unfinished / "manifest.json").unlink()
+    refused(settings(unfinished, tiny_llama_dir, tmp_path / "run"), IncompleteCacheError)
+    missing_eval = settings(pruned_cache, tiny_llama_dir, tmp_path / "run", "eval_caches.a=/nowhere")
+    refused(missing_eval, FormatError, "/nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_without_teacher_positions_is_refused(tiny_llama_dir, tmp_path):
+    from formats.rows import TokenRow
+
+    rows = [TokenRow(row.input_ids, np.zeros(len(row), bool)) for row in random_rows(4, 1003)]
+    cache = write_cache(tmp_path / "c", tiny_llama_dir, rows=rows)
+    refused(
+        settings(cache, tiny_llama_dir, tmp_path / "run"), ConfigError, "teacher positions", "without any"
+    )
+
+
+def test_models_that_are_none_are_refused(pruned_cache, tiny_llama_dir, tmp_path):
+    refused(settings(pruned_cache, tmp_path / "nowhere", tmp_path / "run"), ConfigError, "--model must be")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_llama_dir / name, bare)
+    refused(settings(pruned_cache, bare, tmp_path / "run"), ConfigError, "must hold its tokenizer")
+
+
+def test_unusable_output_directories_are_refused(pruned_cache, tiny_llama_dir, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    refused(settings(pruned_cache, tiny_llama_dir, other), ConfigError, "thesis.tex", "choose another")
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(settings(pruned_cache, tiny_llama_dir, file), ConfigError, "--out must be")
+    refused(settings(pruned_cache, tiny_llama_dir, file / "below"), ConfigError, "--out must be")
+
+
+def test_an_interrupted_run_of_other_settings_is_refused(pruned_cache, tiny_llama_dir, llama_cache, tmp_path):
+    from trainer.recipe import resolve_training
+    from trainer.run_directory import RunDirectory
+
+    config = settings(pruned_cache, tiny_llama_dir, tmp_path / "run")
+    plain = config.to_dict() | {"training": resolve_training(config)}
+    RunDirectory.open(tmp_path / "run", plain, identity_of(tiny_llama_dir))
+    refused(dataclasses.replace(config, kl_coef=2.0), ConfigError, "kl_coef was 1.0 and is 2.0")
+    changed = dataclasses.replace(config, training={**config.training, "learning_rate": 5e-4})
+    refused(changed, ConfigError, "training.learning_rate was 0.001 and is 0.0005")
+    # What does not change the numbers may change.
+    logging = dataclasses.replace(config, training={**config.training, "logging_steps": 2})
+    directory = RunDirectory.open(
+        tmp_path / "run",
+        logging.to_dict() | {"training": resolve_training(logging)},
+        identity_of(tiny_llama_dir),
+    )
+    assert directory.checkpoint is None
+    other = {**identity_of(tiny_llama_dir), "corpus": {"source": "another"}}
+    with pytest.raises(ConfigError, match="on another one"):
+        RunDirectory.open(tmp_path / "run", plain, other)
+
+
+def test_evaluation_refuses_what_it_cannot_compare(trained, tiny_qwen3_dir, llama_eval_cache, tmp_path):
+    out, _ = trained
+    foreign = write_cache(tmp_path / "foreign", tiny_qwen3_dir, num_rows=2)
+    with pytest.raises(IdentityMismatchError, match="rebuild the cache with the initial model"):
+        evaluate(out, [foreign])
+    with pytest.raises(ConfigError, match="at least one cache"):
+        evaluate(out, [])
+    with pytest.raises(ConfigError, match="twice"):
+        evaluate(out, [llama_eval_cache, llama_eval_cache])
