@@ -11,6 +11,9 @@ of the KL term alone with respect to *all parameters* is taken five ways:
     zero-filled   the same entries at their true probabilities, the tail's term dropped
     sampled       50 draws at T = 1, importance-weighted to T (Sparse Logit Sampling, ACL 2025)
 
+With `--tail-draws M`, a sixth, which no cache stores today: our bucket plus M tokens drawn from the teacher's
+tail, a correction that is unbiased and vanishes at the initial weights (docs/method.md, "Beyond the bucket").
+
 Reported per method: median angle and norm ratio to the truth over batches, and relative error. At step 0 the
 truth is zero, so there the norm is given relative to the cross-entropy's gradient of the same batch.
 """
@@ -31,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, topk_targets
+from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, tail_correction, topk_targets
 
 from formats.cache import TeacherCache
 from formats.rows import TokenRow
@@ -98,7 +101,13 @@ def compare(gradient: torch.Tensor, truth: torch.Tensor, ce: torch.Tensor) -> Co
 
 
 def measure_batch(
-    student: Any, teacher: Any, ids_BS: torch.Tensor, topk: TopKLogprobs, temperature: float, seed: int
+    student: Any,
+    teacher: Any,
+    ids_BS: torch.Tensor,
+    topk: TopKLogprobs,
+    temperature: float,
+    seed: int,
+    num_tail_draws: int = 0,
 ) -> dict[str, Comparison]:
     """All methods on one batch."""
     with torch.no_grad():
@@ -120,8 +129,14 @@ def measure_batch(
     }
     found = {name: gradient_from_logits(student, ids_BS, g / num_rows) for name, g in gradients.items()}
     found["cache"] = gradient_from_cache(student, ids_BS, topk, temperature)
+    methods = METHODS
+    if num_tail_draws:
+        extra = tail_correction(topk, logprobs, z, temperature, num_tail_draws, generator) / num_rows
+        name = f"cache + {num_tail_draws} tail draws"
+        found[name] = found["cache"] + gradient_from_logits(student, ids_BS, extra)
+        methods = (*METHODS, name)
     ce_gradient = gradient_from_logits(student, ids_BS, ce / num_rows)
-    return {name: compare(found[name], found["online"], ce_gradient) for name in METHODS}
+    return {name: compare(found[name], found["online"], ce_gradient) for name in methods}
 
 
 def through_a_cache(teacher: Any, batches: list[torch.Tensor], folder: Path) -> list[TopKLogprobs]:
@@ -163,6 +178,7 @@ def measure(
     stops: list[int],
     temperatures: list[float],
     learning_rate: float,
+    num_tail_draws: int = 0,
 ) -> dict[tuple[int, float, str], list[Comparison]]:
     """Comparisons per (steps of drift, temperature, method), one for each held-out batch."""
     student = copy.deepcopy(teacher)
@@ -177,7 +193,8 @@ def measure(
         student.eval()
         for temperature in temperatures:
             for number, (ids, topk) in enumerate(zip(held_out, caches, strict=True)):
-                for method, found in measure_batch(student, teacher, ids, topk, temperature, number).items():
+                compared = measure_batch(student, teacher, ids, topk, temperature, number, num_tail_draws)
+                for method, found in compared.items():
                     results.setdefault((stop, temperature, method), []).append(found)
             print(f"{stop} steps, T = {temperature:g} done", file=sys.stderr, flush=True)
     return results
@@ -208,6 +225,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=5, help="held-out batches to take medians over")
     parser.add_argument("--rows", type=int, default=4, help="rows per batch")
     parser.add_argument("--length", type=int, default=128, help="tokens per row")
+    parser.add_argument(
+        "--tail-draws", type=int, default=0, metavar="M", help="also try M sampled tail tokens"
+    )
     parser.add_argument("--json", type=Path, help="write every comparison here")
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
@@ -227,6 +247,7 @@ def main() -> None:
         stops=sorted(args.steps),
         temperatures=args.temperatures,
         learning_rate=args.learning_rate,
+        num_tail_draws=args.tail_draws,
     )
     print_report(results)
     if args.json:

@@ -51,3 +51,33 @@ def sampled_targets(
     counts = torch.zeros_like(logprobs_NV).scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
     weighted = counts * ((1.0 / temperature - 1.0) * logprobs_NV).exp()
     return weighted / weighted.sum(1, keepdim=True)
+
+
+def tail_correction(
+    topk: TopKLogprobs,
+    logprobs_NV: torch.Tensor,
+    logits_NV: torch.Tensor,
+    temperature: float,
+    num_draws: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """[N, V] what M tokens drawn from the teacher's tail at T = 1 add to the bucket's gradient.
+
+    The bucket lacks beta (1 - P) (q~ - p~) on the tail. For a draw s of probability pi(s) the estimate is
+    (q~(s) - p~(s)) / pi(s) at s: its mean is what is lacking, and every single draw is zero while q~ = p~.
+    The sum over the tail is subtracted along q~, so that the gradient of every row still sums to zero.
+    """
+    beta = 1.0 / temperature
+    tail_NV = torch.ones_like(logprobs_NV, dtype=torch.bool)
+    row = np.repeat(np.arange(len(topk)), topk.counts)
+    tail_NV[torch.as_tensor(row), torch.as_tensor(topk.token_ids).long()] = False
+
+    def tail_shape(scores_NV: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(scores_NV.masked_fill(~tail_NV, -torch.inf), -1)
+
+    p, q, drawn_from = tail_shape(beta * logprobs_NV), tail_shape(beta * logits_NV), tail_shape(logprobs_NV)
+    tail_mass = 1.0 - torch.as_tensor(topk.head_mass(temperature)).double()[:, None]
+    draws = torch.multinomial(drawn_from, num_draws, replacement=True, generator=generator)
+    values = ((q - p) / drawn_from.clamp_min(1e-300)).gather(1, draws) / num_draws
+    estimate = torch.zeros_like(p).scatter_add_(1, draws, values) - q * values.sum(1, keepdim=True)
+    return beta * tail_mass * estimate

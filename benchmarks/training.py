@@ -22,7 +22,7 @@ from training_cache import write_cache
 
 HERE = Path(__file__).resolve().parent
 PRESETS: dict[str, dict[str, Any]] = {
-    "60m": dict(vocab=32_000, hidden=512, intermediate=1408, layers=8, heads=8, seq=512, batch=4),
+    "60m": dict(vocab=32_000, hidden=512, intermediate=1408, layers=8, heads=8, seq=512, batch=8),
     "1b": dict(vocab=128_256, hidden=2048, intermediate=8192, layers=16, heads=32, seq=2048, batch=4),
     "demo": dict(vocab=4096, hidden=256, intermediate=512, layers=4, heads=4, seq=256, batch=8, tied=True),
     "tiny": dict(vocab=1000, hidden=64, intermediate=128, layers=2, heads=2, seq=64, batch=2),
