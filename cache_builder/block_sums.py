@@ -6,18 +6,21 @@ register.
 
 On a CPU the passes are plain operations on a scratch buffer that is kept between calls: fresh temporaries
 of this size cost more in page faults than the arithmetic.  On a GPU `torch.compile` fuses them into one
-kernel, and where that fails the plain operations run instead.
+kernel, and where that fails the plain operations run instead.  ANNEAL_COMPILE=1 compiles on a CPU as well
+(about twice as fast, after twenty seconds or more of C++ compiler), ANNEAL_COMPILE=0 nowhere.
 
 N: rows, V: vocabulary, S: entries in a block, K: blocks of a row, B: tail nodes.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 
+CPU_CACHE_BYTES = 1 << 20
+"""fp32 bytes of logits that a pass works on at a time on a CPU: about the second-level cache of two cores."""
 BLOCK = 64
 """S: long enough that block data are small, short enough that few entries are gathered."""
 
@@ -39,6 +42,23 @@ def power_plan(betas: tuple[float, ...]) -> tuple[tuple[int, int] | None, ...]:
         # The largest first factor: short chains of products lose the fewest bits.
         plan.append(max(pairs, default=None))
     return tuple(plan)
+
+
+def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`block_maxima` and `block_sums`, the latter relative to the maximum of each row.
+
+    On a CPU both run over a few rows at a time, while their logits are in its cache.
+    """
+    num_rows, vocab_size = logits_NV.shape
+    step = max(1, CPU_CACHE_BYTES // (4 * vocab_size)) if logits_NV.device.type == "cpu" else max(1, num_rows)
+    blocks = num_blocks(vocab_size)
+    maxima_NK = logits_NV.new_empty(num_rows, blocks)
+    sums_NBK = logits_NV.new_empty(num_rows, len(betas), blocks)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        maxima_NK[rows] = block_maxima(logits_NV[rows])
+        sums_NBK[rows] = block_sums(logits_NV[rows], maxima_NK[rows].amax(-1), betas)
+    return maxima_NK, sums_NBK
 
 
 def block_maxima(logits_NV: torch.Tensor) -> torch.Tensor:
@@ -63,12 +83,18 @@ def block_sums(logits_NV: torch.Tensor, max_N: torch.Tensor, betas: Sequence[flo
     short = vocab_size - whole * blocks
     if short:
         rest_N1K = logits_NV[:, whole * blocks :].unsqueeze(1)
-        sums_NBK[:, :, :short] += _eager_sums(rest_N1K, max_N, tuple(betas))
+        sums_NBK[:, :, :short] += eager_sums(rest_N1K, max_N, tuple(betas))
     return sums_NBK
 
 
+def compiles_on(device_type: str) -> bool:
+    """Whether the sums are compiled on this kind of device, by the environment and the default."""
+    setting = os.environ.get("ANNEAL_COMPILE", "")
+    return setting == "1" or (setting != "0" and device_type != "cpu")
+
+
 def _sums_of(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
-    if x_NSK.device.type != "cpu":
+    if compiles_on(x_NSK.device.type):
         fused = _fused_sums(betas)
         if fused is not None:
             try:
@@ -76,7 +102,7 @@ def _sums_of(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...])
             except Exception as error:  # no compiler, no Triton, an unsupported device: slower, not wrong
                 _FAILED.add(betas)
                 warnings.warn(f"torch.compile failed, reducing without it: {error}"[:300], stacklevel=2)
-    return _eager_sums(x_NSK, max_N, betas)
+    return eager_sums(x_NSK, max_N, betas)
 
 
 _FAILED: set[tuple[float, ...]] = set()
@@ -98,19 +124,20 @@ def _fused_sums(betas: tuple[float, ...]) -> Callable[..., torch.Tensor] | None:
     return None if betas in _FAILED else _compiled(betas)
 
 
-_SCRATCH: dict[Any, torch.Tensor] = {}
+_SCRATCH: dict[torch.device, torch.Tensor] = {}
 
 
 def _scratch(num_buffers: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """float32 [num_buffers, *shape], contents undefined, valid until the next call for the same width."""
-    key = (num_buffers, shape[1:], device)
-    kept = _SCRATCH.get(key)
-    if kept is None or kept.shape[1] < shape[0]:
-        kept = _SCRATCH[key] = torch.empty(num_buffers, *shape, device=device)
-    return kept[:, : shape[0]]
+    """float32 [num_buffers, *shape], contents undefined, valid until the next call."""
+    needed = num_buffers * shape.numel()
+    kept = _SCRATCH.get(device)
+    if kept is None or len(kept) < needed:
+        kept = _SCRATCH[device] = torch.empty(needed, device=device)
+    return kept[:needed].view(num_buffers, *shape)
 
 
-def _eager_sums(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
+def eager_sums(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
+    """float32 [N, B, K]: sums over S of exp(beta * (x - max)), by plain operations on scratch memory."""
     plan = power_plan(betas)
     buffers, slots = _assign_buffers(plan)
     scratch = _scratch(buffers, x_NSK.shape, x_NSK.device)

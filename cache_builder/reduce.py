@@ -9,7 +9,7 @@ For every row of logits l, with p = softmax(l):
 Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of
 the mass, `total - head` in fp32 would be noise.
 
-Algorithm, per chunk of rows small enough to stay in cache; the vocabulary is cut into blocks:
+Algorithm, per chunk of rows; the vocabulary is cut into blocks:
   1. maxima of the blocks, then of the row, m (one pass);
   2. sums over the blocks of t = exp(betas[0] * (l - m)) and of its powers: the betas double, so four
      temperatures cost one exponential (one pass).  The sums at beta = 1 give Z, hence the exact threshold;
@@ -30,10 +30,10 @@ from typing import NamedTuple
 
 import torch
 
-from cache_builder.block_sums import BLOCK, block_maxima, block_sums, num_blocks
+from cache_builder.block_sums import BLOCK, block_statistics, block_sums, eager_sums, num_blocks
 
-CPU_CHUNK_BYTES = 1 << 20
-"""fp32 bytes of logits reduced at a time on a CPU: about the second-level cache of two cores."""
+CPU_CHUNK_BYTES = 1 << 26
+"""fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
 CUDA_CHUNK_BYTES = 1 << 29
 """fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory."""
 UNDERFLOW = 1e-30
@@ -99,26 +99,17 @@ def _reduce_chunk(
     logits_NV: torch.Tensor, min_prob: float, max_k: int, betas: Sequence[float]
 ) -> ReducedRows:
     betas_B = torch.tensor(betas, dtype=torch.float32, device=logits_NV.device)
-    maxima_NK = block_maxima(logits_NV)
+    maxima_NK, sums_NBK = block_statistics(logits_NV, betas)
     max_N = maxima_NK.amax(-1)
-    sums_NBK = block_sums(logits_NV, max_N, betas)
     log_z_N = max_N + sums_NBK[:, betas.index(1.0)].sum(-1).log()  # of exp(l - m), so m is added back
     least_N = log_z_N + (math.log(min_prob) if min_prob > 0.0 else -math.inf)
 
     passes_NK = maxima_NK >= torch.minimum(least_N, max_N).unsqueeze(-1)  # the likeliest entry always passes
-    rows_C, blocks_C = passes_NK.nonzero(as_tuple=True)
-    if len(rows_C) * BLOCK * 4 > logits_NV.numel():
-        head_ids_NH, head_NH, tail_sums_NB = _dense_head(logits_NV, max_N, least_N, max_k, betas, betas_B)
+    if int(passes_NK.sum()) * BLOCK * 3 > logits_NV.numel():
+        head_ids_NH, head_NH, tail_sums_NB = _dense_head(logits_NV, max_N, least_N, max_k, betas)
     else:
         head_ids_NH, head_NH, tail_sums_NB = _sparse_head(
-            logits_NV,
-            max_N,
-            least_N,
-            max_k,
-            betas_B,
-            rows_C,
-            blocks_C,
-            sums_NBK.masked_fill_(passes_NK[:, None], 0),
+            logits_NV, max_N, least_N, max_k, betas, passes_NK, sums_NBK
         )
     log_tail_NB = tail_sums_NB.log() + (max_N - log_z_N).unsqueeze(-1) * betas_B
     keep_NH = head_NH > -math.inf
@@ -137,52 +128,51 @@ def _sparse_head(
     max_N: torch.Tensor,
     least_N: torch.Tensor,
     max_k: int,
-    betas_B: torch.Tensor,
-    rows_C: torch.Tensor,
-    blocks_C: torch.Tensor,
+    betas: Sequence[float],
+    passes_NK: torch.Tensor,
     sums_NBK: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Step 3: the head from the gathered blocks.  `sums_NBK` is zero at those blocks."""
+    """Step 3: (ids [N, H], logits [N, H], -inf after the last, sums of the tail [N, B])."""
     num_rows, vocab_size = logits_NV.shape
-    device = logits_NV.device
-    ids_CS = blocks_C.unsqueeze(-1) + num_blocks(vocab_size) * torch.arange(BLOCK, device=device)
-    inside_CS = ids_CS < vocab_size
-    values_CS = logits_NV[rows_C.unsqueeze(-1), ids_CS.clamp_(max=vocab_size - 1)]
-    values_CS = values_CS.masked_fill_(~inside_CS, -math.inf)
-    # NaN rows select nothing here: every comparison with NaN is false.
-    c_M, s_M = (values_CS >= torch.minimum(least_N, max_N)[rows_C].unsqueeze(-1)).nonzero(as_tuple=True)
-    rows_M = rows_C[c_M]
+    blocks, device = num_blocks(vocab_size), logits_NV.device
+    rows_C, blocks_C = passes_NK.nonzero(as_tuple=True)
+    ids_SC = blocks_C + blocks * torch.arange(BLOCK, device=device).unsqueeze(-1)
+    outside_SC = ids_SC >= vocab_size
+    values_SC = logits_NV[rows_C, ids_SC.clamp_(max=vocab_size - 1)].masked_fill_(outside_SC, -math.inf)
+    # Transposed, so that the entries of a row come one after the other.  NaN compares false: no entry.
+    c_M, s_M = (values_SC >= torch.minimum(least_N, max_N)[rows_C]).t().nonzero(as_tuple=True)
 
-    # Ragged to padded: the entries of a row are consecutive.
+    rows_M = rows_C[c_M]
     counts_N = torch.bincount(rows_M, minlength=num_rows)
-    width = max(int(counts_N.max()), 1) if num_rows else 1
+    width = max(int(counts_N.max()), 1)
     rank_M = torch.arange(len(rows_M), device=device) - (counts_N.cumsum(0) - counts_N)[rows_M]
     head_NH = torch.full((num_rows, width), -math.inf, device=device)
-    slot_NH = torch.full((num_rows, width), -1, dtype=torch.int64, device=device)
-    head_NH[rows_M, rank_M] = values_CS[c_M, s_M]
-    slot_NH[rows_M, rank_M] = c_M * BLOCK + s_M
-    head_ids_NH = torch.where(
-        slot_NH < 0, vocab_size, ids_CS.view(-1)[slot_NH.clamp(min=0)] if len(c_M) else 0
-    )
-    head_NH, order_NH = _sort_by_value_then_id(head_NH, head_ids_NH)
-    head_NH = _below_out(head_NH[:, :max_k], least_N)
-    slot_NH = slot_NH.gather(-1, order_NH)[:, :max_k]
+    head_ids_NH = torch.full((num_rows, width), vocab_size, device=device)
+    head_NH[rows_M, rank_M] = values_SC[s_M, c_M]
+    head_ids_NH[rows_M, rank_M] = ids_SC[s_M, c_M]
+    head_NH, head_ids_NH = _by_value_then_id(head_NH, head_ids_NH)
+    head_NH, head_ids_NH = _below_out(head_NH[:, :max_k], least_N), head_ids_NH[:, :max_k]
 
-    kept = slot_NH[head_NH > -math.inf]
-    tail_CS = (values_CS - max_N[rows_C].unsqueeze(-1)).view(-1)
-    tail_CS[kept] = -math.inf
-    tail_CB = (tail_CS.view_as(values_CS).unsqueeze(-1) * betas_B).exp().sum(1)
-    tail_sums_NB = sums_NBK.sum(-1).index_add_(0, rows_C, tail_CB)
-    return head_ids_NH.gather(-1, order_NH)[:, :max_k], head_NH, tail_sums_NB
+    # The gathered blocks once more, without the head.
+    rows_M, slots_M = (head_NH > -math.inf).nonzero(as_tuple=True)
+    ids_M = head_ids_NH[rows_M, slots_M]
+    gathered_NK = (passes_NK.view(-1).cumsum(0) - 1).view_as(passes_NK)
+    values_SC[ids_M // blocks, gathered_NK[rows_M, ids_M % blocks]] = -math.inf
+    shifted_SC = values_SC - max_N[rows_C]
+    sums_BC = eager_sums(shifted_SC.unsqueeze(0), shifted_SC.new_zeros(1), tuple(betas))[0]
+    tail_sums_NB = sums_NBK.masked_fill_(passes_NK.unsqueeze(1), 0).sum(-1)
+    return head_ids_NH, head_NH, tail_sums_NB.index_add_(0, rows_C, sums_BC.t())
 
 
-def _sort_by_value_then_id(
-    values_NH: torch.Tensor, ids_NH: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values in descending order, equal ones by ascending id, and the order that does it."""
-    by_id_NH = ids_NH.argsort(dim=-1)
-    values_NH, by_value_NH = values_NH.gather(-1, by_id_NH).sort(stable=True, dim=-1, descending=True)
-    return values_NH, by_id_NH.gather(-1, by_value_NH)
+def _by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries by descending value, equal ones by ascending id: one sort of 64-bit keys.
+
+    The bits of an fp32 number, read as an integer and mirrored where negative, sort like the number.
+    """
+    bits_NH = values_NH.view(torch.int32)
+    ordered_NH = torch.where(bits_NH < 0, bits_NH ^ 0x7FFFFFFF, bits_NH).long()
+    order_NH = ((ordered_NH << 32) - ids_NH).argsort(dim=-1, descending=True)
+    return values_NH.gather(-1, order_NH), ids_NH.gather(-1, order_NH)
 
 
 def _below_out(head_NH: torch.Tensor, least_N: torch.Tensor) -> torch.Tensor:
@@ -198,7 +188,6 @@ def _dense_head(
     least_N: torch.Tensor,
     max_k: int,
     betas: Sequence[float],
-    betas_B: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Step 3 without blocks: top-k over the vocabulary, then the sums again without the head."""
     head_NH, head_ids_NH = _topk_by_id(logits_NV, max_k)
@@ -218,8 +207,7 @@ def _topk_by_id(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     if len(rows_R):
         values_RV, ids_RV = logits_NV[rows_R].sort(stable=True, dim=-1, descending=True)
         values_NH[rows_R], ids_NH[rows_R] = values_RV[:, :k], ids_RV[:, :k]
-    values_NH, order_NH = _sort_by_value_then_id(values_NH, ids_NH)
-    return values_NH, ids_NH.gather(-1, order_NH)
+    return _by_value_then_id(values_NH, ids_NH)
 
 
 def _repair_underflow(

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_builder.block_sums import compiles_on
 from cache_builder.teacher import (
     TeacherConfig,
     TeacherError,
@@ -234,7 +235,9 @@ def _numeric_settings(settings: Any) -> dict[str, Any]:
             if value is not None:
                 found[name] = value if isinstance(value, bool | int | float) else str(value)
                 break
-    found["platform"] = str(settings.device_config.device_type)
+    platform = str(settings.device_config.device_type)
+    found["platform"] = platform
+    found["reduction"] = "compiled" if compiles_on(platform) else "plain"
     return found
 
 
