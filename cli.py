@@ -1,8 +1,8 @@
 """The `anneal` command line: parses, calls one function, prints.
 
-Results go to stdout, progress and messages to stderr. Bad input is one line on stderr and exit code 1 (2 for wrong
-usage), without a traceback unless `--debug` is given. Heavy packages are imported inside the commands, so that
-`--help` and `cache inspect` start fast on a machine without torch or vLLM.
+Results go to stdout, progress and messages to stderr. Bad input is one line on stderr and exit code 1 (2 for
+wrong usage), without a traceback unless `--debug` is given. Heavy packages are imported inside the commands,
+so that `--help` and `cache inspect` start fast on a machine without torch or vLLM.
 """
 
 import json
@@ -196,8 +196,7 @@ def cache_build(
     ] = None,
 ) -> None:
     """Run the initial model over CORPUS once and store its compressed top-k logprobs."""
-    from cache_builder import BuildConfig, build_cache, plan_build
-    from cache_builder.progress import ConsoleProgress
+    from cache_builder import BuildConfig, ConsoleProgress, build_cache, plan_build
 
     config = BuildConfig(
         corpus=corpus,
@@ -224,7 +223,11 @@ def cache_build(
     elif ray is not None:
         from cache_builder import build_cache_with_ray
 
-        show(build_cache_with_ray(config, address=ray, num_workers=ray_workers, progress=progress).text())
+        show(
+            build_cache_with_ray(
+                config, None if ray == "local" else ray, num_workers=ray_workers, progress=progress
+            ).text()
+        )
     else:
         show(build_cache(config, progress=progress).text())
 
@@ -253,6 +256,145 @@ def cache_inspect(
     from formats.inspection import inspect_cache
 
     show(inspect_cache(cache, row=row, as_json=as_json, plot=plot, model=model, full=full))
+
+
+@cache_app.command("verify")
+def cache_verify(
+    cache: CacheArgument,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False, help="The teacher: also compute random rows again with the other engine."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="With --model: how many rows to compute again.")] = 32,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False, help="With --model: vllm or transformers.  [default: the other one]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
+    engine_arg: EngineArgOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every checksum of a cache and, with --model, its numbers against the other engine."""
+    from cache_builder import ConsoleProgress, verify_cache
+
+    report = verify_cache(
+        cache,
+        model,
+        rows=rows,
+        engine=engine,
+        seed=seed,
+        engine_args=parse_engine_args(engine_arg),
+        progress=ConsoleProgress(),
+    )
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        show(report.text())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@cache_app.command("estimate")
+def cache_estimate(
+    corpus: CorpusArgument,
+    model: ModelOption,
+    rows: Annotated[int, typer.Option(min=1, help="How many random rows go through the engine.")] = 64,
+    engine: EngineOption = "vllm",
+    max_length: MaxLengthOption = None,
+    max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
+    positions: Annotated[
+        str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
+    ] = "loss",
+    limit: LimitOption = None,
+    text_column: TextColumnOption = None,
+    split: SplitOption = None,
+    dtype: DtypeOption = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
+    revision: RevisionOption = None,
+    engine_arg: EngineArgOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Capture a small sample of CORPUS and print, for several --min-prob, what a cache would cost and miss."""
+    from cache_builder import BuildConfig, ConsoleProgress, estimate_cache
+
+    config = BuildConfig(
+        corpus=corpus,
+        model=model,
+        out="unused",
+        engine=engine,
+        revision=revision,
+        max_length=max_length,
+        max_k=max_k,
+        positions=positions,
+        limit=limit,
+        text_column=text_column,
+        split=split,
+        dtype=dtype,
+        engine_args=parse_engine_args(engine_arg),
+    )
+    report = estimate_cache(config, rows=rows, seed=seed, progress=ConsoleProgress())
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        show(report.text())
+
+
+@cache_app.command("merge")
+def cache_merge(
+    caches: Annotated[
+        list[str], typer.Argument(metavar="CACHE...", help="Caches of one teacher and settings.")
+    ],
+    out: Annotated[str, typer.Option(help="Directory of the joined cache; new or empty.")],
+) -> None:
+    """Join caches that differ in nothing but their corpus; repeated rows are kept once."""
+    from cache_builder import ConsoleProgress, merge_caches
+
+    show(merge_caches(caches, out, progress=ConsoleProgress()).text())
+
+
+@cache_app.command("export")
+def cache_export(
+    cache: CacheArgument,
+    parquet: Annotated[Path, typer.Option("--parquet", metavar="FILE", help="The .parquet file to write.")],
+    limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Export only N rows.")] = None,
+) -> None:
+    """Write the decoded values, one line per position, for DuckDB, Polars and friends."""
+    from cache_builder import ConsoleProgress, export_parquet
+
+    show(export_parquet(cache, parquet, limit=limit, progress=ConsoleProgress()).text())
+
+
+@cache_app.command("push")
+def cache_push(
+    cache: CacheArgument,
+    repository: Annotated[
+        str, typer.Argument(metavar="REPOSITORY", help="Data set repository, such as me/my-cache.")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    revision: Annotated[str | None, typer.Option(show_default=False, help="Branch to commit to.")] = None,
+) -> None:
+    """Check a cache and upload it to the Hugging Face Hub as a data set."""
+    from cache_builder import ConsoleProgress, push_cache
+
+    show(push_cache(cache, repository, private=not public, revision=revision, progress=ConsoleProgress()))
+
+
+@cache_app.command("pull")
+def cache_pull(
+    repository: Annotated[
+        str, typer.Argument(metavar="REPOSITORY", help="Data set repository, such as me/my-cache.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="DIRECTORY", help="Where to put the cache; new or empty.")],
+    revision: Annotated[str | None, typer.Option(show_default=False, help="Branch, tag or commit.")] = None,
+) -> None:
+    """Download a cache from the Hugging Face Hub and check all of it."""
+    from cache_builder import ConsoleProgress, pull_cache
+
+    show(str(pull_cache(repository, out, revision=revision, progress=ConsoleProgress())))
 
 
 @app.command("train")
