@@ -36,8 +36,8 @@ CorpusArgument = Annotated[
     str,
     typer.Argument(
         metavar="CORPUS",
-        help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a Hugging Face "
-        "data set name.",
+        help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a Hugging "
+        "Face data set name.",
     ),
 ]
 ModelOption = Annotated[str, typer.Option("--model", help="Model directory or Hugging Face name.")]
@@ -188,7 +188,7 @@ def cache_build(
         typer.Option(
             metavar="ADDRESS",
             show_default=False,
-            help="Capture with a pool of engines on this Ray cluster; `auto` finds a running one, `local` starts one.",
+            help="Capture with a pool of engines on this Ray cluster; `auto` finds one, `local` starts one.",
         ),
     ] = None,
     ray_workers: Annotated[
@@ -318,7 +318,7 @@ def cache_estimate(
     engine_arg: EngineArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Capture a small sample of CORPUS and print, for several --min-prob, what a cache would cost and miss."""
+    """Capture a sample of CORPUS and print, for several --min-prob, what a cache would cost and miss."""
     from cache_builder import BuildConfig, ConsoleProgress, estimate_cache
 
     config = BuildConfig(
