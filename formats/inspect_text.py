@@ -61,7 +61,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     settings = s["settings"]
     lines = [
         f"teacher cache {s['path']} (format {s['format_version']})",
-        f"  {s['num_rows']:,} rows, {s['num_tokens']:,} tokens, {s['num_positions']:,} positions with a teacher, "
+        f"  {s['num_rows']:,} rows, {s['num_tokens']:,} tokens, "
+        f"{s['num_positions']:,} positions with a teacher, "
         f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {human_bytes(s['num_bytes'])}",
         f"  vocabulary {settings['vocab_size']:,}; heads: p >= {settings['min_prob']:g}, "
         f"at most {settings['max_k']:,}; positions: {settings['positions']}",

@@ -228,7 +228,7 @@ def check_version(content: dict[str, Any], what: str) -> None:
     """
     if content.get("format") != FORMAT:
         raise FormatError(f"{what} must have format {FORMAT!r}, got {content.get('format')!r}")
-    if content.get("version") != VERSION:
+    if type(content.get("version")) is not int or content["version"] != VERSION:
         raise UnsupportedVersionError(
             f"{what} must have version {VERSION}, got {content.get('version')!r}; upgrade anneal to read it"
         )

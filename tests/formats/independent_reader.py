@@ -1,0 +1,127 @@
+"""A reader of version-1 caches written from docs/format.md alone: slow, plain, and importing nothing of ours.
+
+pyarrow opens the container and zstandard the frames; everything else is struct, loops and the math module.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+
+import pyarrow as pa
+import zstandard
+
+BETAS = [0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+STORED_ORDER = [1.0, 0.5, 2.0, 0.25, 0.125, 0.75, 1.5]
+PREDICTIONS = {
+    0.5: (-42, {0.0: 32, 1.0: 32}),
+    2.0: (141, {0.5: -128, 1.0: 192}),
+    0.25: (0, {0.0: 20, 0.5: 60, 1.0: -18, 2.0: 2}),
+    0.125: (0, {0.0: 23, 0.25: 52, 0.5: -12, 1.0: 1}),
+    0.75: (0, {0.25: -12, 0.5: 46, 1.0: 32, 2.0: -2}),
+    1.5: (0, {0.5: 14, 0.75: -68, 1.0: 96, 2.0: 22}),
+}
+
+
+def unseal(data: bytes) -> dict:
+    first, rest = data.split(b"\n", 1)
+    assert first == b'{"digest": "' + hashlib.sha256(rest).hexdigest().encode() + b'",'
+    return json.loads(data)
+
+
+def planes(body: bytes, at: int, count: int, width: int) -> tuple[list[int], int]:
+    numbers = [sum(body[at + k * count + i] << (8 * k) for k in range(width)) for i in range(count)]
+    return numbers, at + count * width
+
+
+def width_of(x: int) -> int:
+    return max(1, (x.bit_length() + 7) // 8)
+
+
+def as_float32(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+def read_payload(
+    payload: bytes, num_positions: int, shard: dict
+) -> list[tuple[dict[int, float], dict[float, float]]]:
+    """Per position: ({token id: logprob}, {beta: A(beta)})."""
+    if num_positions == 0:
+        assert payload == b""
+        return []
+    body = zstandard.ZstdDecompressor().decompress(payload)
+    codec, vocab = shard["codec"], shard["vocab_size"]
+    exact = codec["probabilities"] == "float32"
+    a, b, steps = codec["sqrt_steps"], codec["linear_steps"], codec["tail_steps"]
+    table = base64.b64decode(shard["ranked_ids"])
+    ranked = [int.from_bytes(table[i : i + 3], "little") for i in range(0, len(table), 3)]
+    id_of_rank = ranked + sorted(set(range(vocab)) - set(ranked))
+    sizes, at = planes(body, 0, num_positions, width_of(shard["max_k"] - 1))
+    sizes = [n + 1 for n in sizes]
+    gaps, at = planes(body, at, sum(sizes), width_of(vocab - 1))
+    codes, at = planes(body, at, sum(sizes), 4 if exact else 2)
+    tails, at = planes(body, at, len(BETAS) * num_positions, 4 if exact else 2)
+    assert at == len(body)
+
+    def prob(c: int) -> float:
+        s = (math.sqrt(a * a + 4.0 * b * c) - a) / (2.0 * b) if b else c / a
+        return s * s
+
+    found, entry = [], 0
+    for p, n in enumerate(sizes):
+        rank, mass = -1, 0
+        head: dict[int, float] = {}
+        for k in range(n):
+            rank = gaps[entry] if k == 0 else rank + 1 + gaps[entry]
+            if exact:
+                head[id_of_rank[rank]] = as_float32(codes[entry])
+            else:
+                value = prob(codes[entry])
+                mass += math.floor(value * 2**40 + 0.5)
+                head[id_of_rank[rank]] = math.log(value) if value else -math.inf
+            entry += 1
+        if exact:
+            found.append(
+                (head, {beta: as_float32(tails[k * num_positions + p]) for k, beta in enumerate(BETAS)})
+            )
+            continue
+        left = min(max(2**40 - mass, 2**26), 2**40)
+        t = {0.0: math.floor(steps * math.log(max(vocab - n, 1)) + 0.5)}
+        for k, beta in enumerate(STORED_ORDER):
+            z = tails[k * num_positions + p]
+            difference = z // 2 if z % 2 == 0 else -(z + 1) // 2
+            if beta == 1.0:
+                prediction = math.floor(steps * math.log(left / 2**40) + 0.5)
+            else:
+                bias, weights = PREDICTIONS[beta]
+                prediction = (sum(w * t[known] for known, w in weights.items()) + bias * steps + 32) >> 6
+            t[beta] = (prediction + difference + 32768) % 65536 - 32768
+        empty = {beta for beta in BETAS if t[beta] == -32768 or n == vocab}
+        found.append((head, {beta: -math.inf if beta in empty else t[beta] / steps for beta in BETAS}))
+    return found
+
+
+def read_cache(directory: Path) -> list[dict]:
+    """Every row: key, input_ids, loss_mask, positions, teacher."""
+    manifest = unseal((directory / "manifest.json").read_bytes())
+    assert (manifest["format"], manifest["version"]) == ("anneal-teacher-cache", 1)
+    assert manifest["tail_betas"] == BETAS
+    rows = []
+    for listed in manifest["shards"]:
+        data = (directory / listed["name"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == listed["sha256"] and len(data) == listed["num_bytes"]
+        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+        shard = unseal(table.schema.metadata[b"anneal"])
+        for key, ids, mask, payload in zip(*(table.column(k).to_pylist() for k in range(4)), strict=True):
+            digest = hashlib.blake2b(digest_size=16, person=b"anneal-row-v1")
+            digest.update(struct.pack("<Q", len(ids)) + struct.pack(f"<{len(ids)}I", *ids) + bytes(mask))
+            assert digest.digest() == key
+            loss = [i for i in range(len(ids) - 1) if mask[i + 1]]
+            positions = list(range(len(ids) - 1)) if shard["positions"] == "all" else loss
+            teacher = read_payload(payload, len(positions), shard)
+            rows.append(
+                {"key": key, "input_ids": ids, "loss_mask": mask, "positions": positions, "teacher": teacher}
+            )
+    return rows

@@ -1,0 +1,117 @@
+"""Teacher distributions and small caches for the tests, computed densely and without the code under test."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from formats import CacheWriter, TeacherCache, TokenRow, TopKLogprobs
+from formats.codec import CodecConfig
+from formats.tail import TAIL_BETAS
+
+
+def log_softmax(logits_PV: np.ndarray) -> np.ndarray:
+    logits = np.asarray(logits_PV, np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def logsumexp(values: np.ndarray) -> float:
+    if len(values) == 0 or np.isneginf(values).all():
+        return -math.inf
+    peak = values.max()
+    return float(peak + np.log(np.exp(values - peak).sum()))
+
+
+def capture(logits_PV: np.ndarray, min_prob: float = 1e-3, max_k: int = 128) -> TopKLogprobs:
+    """Heads and tails of dense logits, position by position."""
+    logprobs_PV = log_softmax(logits_PV)
+    ids, values, counts = [], [], []
+    rest_PV = logprobs_PV.copy()
+    for p, row in enumerate(logprobs_PV):
+        order = np.lexsort((np.arange(len(row)), -row))
+        with np.errstate(divide="ignore"):
+            keep = max(1, min(max_k, int((row >= np.log(min_prob)).sum())))
+        head = order[:keep]
+        rest_PV[p, head] = -np.inf
+        ids.append(head)
+        values.append(row[head])
+        counts.append(keep)
+    peak = rest_PV.max(-1, initial=-np.inf)
+    peak = np.where(np.isfinite(peak), peak, 0.0)
+    with np.errstate(divide="ignore"):
+        nodes = [
+            np.log(np.exp(beta * (rest_PV - peak[:, None])).sum(-1)) + beta * peak for beta in TAIL_BETAS
+        ]
+    return TopKLogprobs(
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.concatenate(ids) if ids else np.zeros(0),
+        np.concatenate(values) if values else np.zeros(0),
+        np.stack(nodes, axis=1),
+        logprobs_PV.shape[1],
+    )
+
+
+def random_row(rng: np.random.Generator, length: int, vocab_size: int) -> TokenRow:
+    mask = rng.random(length) < 0.6
+    mask[:1] = False
+    return TokenRow(rng.integers(0, vocab_size, length), mask)
+
+
+def random_teacher(
+    rng: np.random.Generator, row: TokenRow, vocab_size: int, positions: str = "loss"
+) -> TopKLogprobs:
+    """Zipf-like logits whose sharpness varies from flat to one-hot."""
+    count = len(row.positions(positions))
+    if count == 0:
+        return TopKLogprobs.empty(vocab_size)
+    scale = rng.uniform(0.5, 6, (count, 1))
+    # A fixed order of popularity, so that heads share tokens as those of a language model do.
+    popularity = np.random.default_rng(vocab_size).permutation(vocab_size) + 1.0
+    return capture(-scale * np.log(popularity) + rng.normal(size=(count, vocab_size)))
+
+
+def keys_in_worker(task: tuple[TeacherCache, int]) -> list[bytes]:
+    """Every third key of a cache that came through a pickle: what a data loader's worker does."""
+    cache, start = task
+    return [cache[index].key for index in range(start, len(cache), 3)]
+
+
+def write_cache(
+    directory: Path,
+    *,
+    lengths: list[int],
+    vocab_size: int = 97,
+    positions: str = "loss",
+    codec: CodecConfig | None = None,
+    seed: int = 0,
+    rows_per_shard: int = 8,
+    rows_per_batch: int = 3,
+) -> list[tuple[TokenRow, TopKLogprobs]]:
+    """A cache of rows of these lengths; returns what was written."""
+    rng = np.random.default_rng(seed)
+    written = []
+    with CacheWriter(
+        directory,
+        identity={name: {} for name in ("teacher", "tokenizer", "corpus", "preprocessing")},
+        vocab_size=vocab_size,
+        positions=positions,
+        min_prob=1e-3,
+        max_k=min(64, vocab_size),
+        codec=codec,
+        rows_per_shard=rows_per_shard,
+        rows_per_batch=rows_per_batch,
+    ) as writer:
+        for length in lengths:
+            row = random_row(rng, length, vocab_size)
+            teacher = random_teacher(rng, row, vocab_size, positions).prune(1e-3, min(64, vocab_size))
+            writer.append(row, teacher)
+            written.append((row, teacher))
+        writer.add_file("notes.txt", b"auxiliary")
+    return written
+
+
+def by_id(topk: TopKLogprobs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(offsets, ids, logprobs) with entries sorted by id, the order-free form."""
+    order = np.lexsort((topk.token_ids, np.repeat(np.arange(len(topk)), topk.counts)))
+    return topk.offsets, topk.token_ids[order], topk.logprobs[order]

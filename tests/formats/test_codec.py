@@ -1,0 +1,328 @@
+"""The payload codec: exact where it says exact, within its stated bounds elsewhere, and safe on any input."""
+
+import struct
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_teachers import by_id, capture, random_row, random_teacher
+
+from formats import TAIL_BETAS, TopKLogprobs
+from formats.codec import SECTIONS, Codec, CodecConfig, bytes_for, from_planes, section_bytes, to_planes
+from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
+from formats.quantise import probability_tables, quantise_probabilities
+from formats.vocabulary import from_text, permutations, rank_by_frequency, to_text
+
+LOSSLESS = CodecConfig.lossless()
+DEFAULT = CodecConfig()
+
+
+def roundtrip(
+    topk: TopKLogprobs, config: CodecConfig = DEFAULT, ranked: np.ndarray | None = None
+) -> TopKLogprobs:
+    codec = Codec(config, topk.vocab_size, max(1, int(topk.counts.max(initial=1))), ranked)
+    return codec.decode(codec.encode(topk), len(topk))
+
+
+def assert_same_ids(got: TopKLogprobs, expected: TopKLogprobs) -> None:
+    for a, b in zip(by_id(got)[:2], by_id(expected)[:2], strict=True):
+        assert (a == b).all()
+
+
+def assert_within_bounds(got: TopKLogprobs, expected: TopKLogprobs, config: CodecConfig = DEFAULT) -> None:
+    """The bounds of docs/format.md."""
+    assert_same_ids(got, expected)
+    root = np.exp(0.5 * by_id(expected)[2].astype(np.float64))
+    got_root = np.exp(0.5 * by_id(got)[2].astype(np.float64))
+    bound = 0.5 / (config.sqrt_steps + config.linear_steps * root)
+    smallest = 1.0 / (config.sqrt_steps + config.linear_steps / config.sqrt_steps)
+    stored = root >= smallest
+    assert (np.abs(got_root - root)[stored] <= bound[stored] + 1e-6).all()
+    assert (got_root[~stored] <= 1.0 / config.sqrt_steps).all()
+    finite = np.isfinite(expected.log_tail_nodes)
+    assert (np.isfinite(got.log_tail_nodes) == finite).all()
+    difference = np.abs(got.log_tail_nodes[finite] - expected.log_tail_nodes[finite])
+    inside = expected.log_tail_nodes[finite] > -32767 / config.tail_steps
+    assert (difference[inside] <= 0.5 / config.tail_steps + 1e-4).all()
+
+
+def whole_vocabulary() -> TopKLogprobs:
+    return capture(np.random.default_rng(0).normal(size=(5, 31)) * 2, 0.0, 31)
+
+
+def hand_made(heads: list[list[tuple[int, float]]], tail_mass: list[float], vocab_size: int) -> TopKLogprobs:
+    """Heads of (id, p); the tail is uniform over the rest."""
+    counts = [len(head) for head in heads]
+    nodes = []
+    with np.errstate(divide="ignore"):
+        for count, mass in zip(counts, tail_mass, strict=True):
+            rest = vocab_size - count
+            each = np.log(mass / rest) if rest and mass else -np.inf
+            nodes.append([np.log(rest) + beta * each if rest else -np.inf for beta in TAIL_BETAS])
+        flat = [entry for head in heads for entry in head]
+        return TopKLogprobs(
+            np.concatenate([[0], np.cumsum(counts)]),
+            np.array([token for token, _ in flat]),
+            np.log([prob for _, prob in flat]),
+            np.array(nodes),
+            vocab_size,
+        )
+
+
+CASES = {
+    "ordinary": capture(np.random.default_rng(1).normal(size=(40, 900)) * 4),
+    "whole vocabulary": whole_vocabulary(),
+    "one position": capture(np.random.default_rng(2).normal(size=(1, 300)) * 3),
+    "uniform": capture(np.zeros((3, 1000)), 1e-3, 128),
+    "flat over a large vocabulary": capture(np.zeros((2, 50_000)), 1e-3, 128),
+    "certain": hand_made([[(3, 1.0)], [(0, 1.0)]], [0.0, 0.0], 10),
+    "certain with an impossible token": hand_made([[(3, 1.0), (4, 0.0)]], [0.0], 10),
+    "ties": hand_made([[(5, 0.25), (2, 0.25), (9, 0.25), (0, 0.25)]], [0.0], 10),
+    "vocabulary of one": hand_made([[(0, 1.0)]], [0.0], 1),
+    "first and last id": hand_made([[(0, 0.5), (9999, 0.4)]], [0.1], 10_000),
+    "largest vocabulary": hand_made([[((1 << 20) - 1, 0.5), (1 << 16, 0.3), (0, 0.1)]], [0.1], 1 << 20),
+    "extremely sharp": capture(np.eye(4, 50) * 2000.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lossless_is_exact(name: str):
+    expected = CASES[name]
+    got = roundtrip(expected, LOSSLESS)
+    for a, b in zip(by_id(got), by_id(expected), strict=True):
+        assert (a == b).all()
+    assert (got.log_tail_nodes == expected.log_tail_nodes).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("ranked", [False, True])
+def test_compact_stays_within_its_bounds(name: str, ranked: bool):
+    expected = CASES[name]
+    table = np.unique(expected.token_ids)[::-1][:20].astype(np.int32) if ranked else None
+    assert_within_bounds(roundtrip(expected, DEFAULT, table), expected)
+
+
+@pytest.mark.parametrize("config", [DEFAULT, LOSSLESS])
+def test_rows_without_positions_have_no_payload(config: CodecConfig):
+    codec = Codec(config, 100, 10)
+    assert codec.encode(TopKLogprobs.empty(100)) == b""
+    assert len(codec.decode(b"", 0)) == 0
+    with pytest.raises(CorruptShardError, match="empty payload"):
+        codec.decode(b"x", 0)
+
+
+def test_impossible_tokens_stay_impossible():
+    got = roundtrip(CASES["certain with an impossible token"])
+    assert sorted(got.logprobs.tolist()) == [-np.inf, 0.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.integers(2, 40),
+    vocab_size=st.sampled_from([2, 3, 255, 256, 257, 5000]),
+    max_k=st.sampled_from([1, 2, 64, 300]),
+    config=st.builds(
+        CodecConfig,
+        probabilities=st.sampled_from(["companded", "float32"]),
+        sqrt_steps=st.sampled_from([1, 240, 16384]),
+        linear_steps=st.sampled_from([0, 2000, 32768]),
+        tail_steps=st.sampled_from([1, 64, 256]),
+        zstd_level=st.sampled_from([1, 12]),
+    ),
+)
+def test_any_row_survives(seed: int, length: int, vocab_size: int, max_k: int, config: CodecConfig):
+    rng = np.random.default_rng(seed)
+    row = random_row(rng, length, vocab_size)
+    expected = random_teacher(rng, row, vocab_size).prune(1e-3, max_k)
+    ranked = rng.permutation(vocab_size)[: vocab_size // 2].astype(np.int32)
+    got = roundtrip(expected, config, ranked)
+    if config.probabilities == "float32":
+        assert_same_ids(got, expected)
+        assert (by_id(got)[2] == by_id(expected)[2]).all()
+    else:
+        assert_within_bounds(got, expected, config)
+
+
+def test_probability_codes_are_monotone_and_end_at_one():
+    logprob, mass = probability_tables(240, 2000)
+    assert logprob[0] == -np.inf and logprob[-1] == 0 and (np.diff(logprob) > 0).all()
+    assert mass[-1] == 1 << 40 and mass[0] == 0
+    codes = np.arange(len(logprob))
+    assert (quantise_probabilities(logprob, 240, 2000) == codes).all()
+
+
+def test_decoding_is_deterministic_and_encoding_a_fixed_point():
+    codec = Codec(DEFAULT, 900, 128)
+    first = codec.encode(CASES["ordinary"])
+    assert first == Codec(DEFAULT, 900, 128).encode(CASES["ordinary"])
+    again = codec.decode(first, 40)
+    assert_same_ids(codec.decode(codec.encode(again), 40), again)
+    assert (by_id(codec.decode(codec.encode(again), 40))[2] == by_id(again)[2]).all()
+
+
+def test_frames_can_be_read_without_this_module():
+    payload = Codec(LOSSLESS, 31, 31).encode(whole_vocabulary())
+    body = zstandard.ZstdDecompressor().decompress(payload)
+    assert len(body) == 5 * 1 + 5 * 31 * (1 + 4) + 7 * 5 * 4
+    assert body[:5] == bytes([30] * 5)
+    # The whole vocabulary has no gaps.
+    assert body[5 : 5 + 5 * 31] == bytes(5 * 31)
+
+
+def test_the_encoder_refuses_what_it_cannot_store():
+    topk = CASES["ordinary"]
+    with pytest.raises(ValueError, match="vocab_size"):
+        Codec(DEFAULT, 901, 128).encode(topk)
+    with pytest.raises(ValueError, match="max_k"):
+        Codec(DEFAULT, 900, 2).encode(topk)
+    unnormalised = TopKLogprobs(np.array([0, 1]), np.array([1]), np.log([0.3]), np.full((1, 7), -3.0), 10)
+    with pytest.raises(ValueError, match="sum to 1"):
+        Codec(DEFAULT, 10, 5).encode(unnormalised)
+
+
+# --- hostile payloads -------------------------------------------------------------------------------------
+
+
+def payload_of(body: bytes, **options: object) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=True, **options).compress(body)  # type: ignore[arg-type]
+
+
+def good_body() -> bytes:
+    return zstandard.ZstdDecompressor().decompress(Codec(DEFAULT, 10, 4).encode(CASES_SMALL))
+
+
+CASES_SMALL = hand_made([[(3, 0.5), (7, 0.25)], [(0, 0.9)]], [0.25, 0.1], 10)
+
+
+def refused(payload: bytes, match: str, positions: int = 2) -> None:
+    with pytest.raises(CorruptShardError, match=match):
+        Codec(DEFAULT, 10, 4).decode(payload, positions)
+
+
+def test_the_small_payload_is_good():
+    assert_within_bounds(Codec(DEFAULT, 10, 4).decode(payload_of(good_body()), 2), CASES_SMALL)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_opened():
+    bomb = payload_of(bytes(1 << 28))
+    assert len(bomb) < 30_000
+    refused(bomb, "must declare")
+
+
+@pytest.mark.parametrize("declared", [2**63, 2**64 - 2, 2**32, 10**6, 0])
+def test_a_frame_that_lies_about_its_size_is_refused(declared: int):
+    # Magic, descriptor: 8-byte content size, single segment, checksum; then an empty last block.
+    frame = struct.pack("<IB", 0xFD2FB528, 0b11100100) + struct.pack("<Q", declared) + b"\1\0\0" + b"\0\0\0\0"
+    refused(frame, "declare|zstd")
+
+
+def test_unknown_sizes_missing_checksums_and_trailing_bytes_are_refused():
+    body = good_body()
+    refused(zstandard.ZstdCompressor(write_checksum=True, write_content_size=False).compress(body), "declare")
+    refused(zstandard.ZstdCompressor(write_checksum=False).compress(body), "checksum")
+    refused(payload_of(body) + b"\0", "zstd")
+    refused(payload_of(body) + payload_of(body), "zstd")
+    refused(b"", "zstd|declare")
+    refused(b"not a frame", "zstd")
+    skippable = struct.pack("<II", 0x184D2A50, 4) + b"abcd"
+    refused(skippable + payload_of(body), "zstd|declare")
+
+
+def test_wrong_position_counts_are_refused():
+    payload = payload_of(good_body())
+    for positions in (1, 3, 2000, 1 << 22, (1 << 22) + 1, 1 << 62):
+        refused(payload, "declare|head sizes|at most", positions)
+
+
+def test_broken_bodies_are_refused():
+    body = bytearray(good_body())
+    for at, value, match in (
+        (0, 200, "head sizes"),  # a head of 201
+        (0, 4, "head sizes"),  # above max_k, and the length no longer fits
+        (2, 255, "outside the vocabulary"),  # first rank 255 of 10
+        (3, 9, "outside the vocabulary"),  # gap that runs past the end
+        (8, 255, "above the largest"),  # high byte of a code
+    ):
+        broken = bytearray(body)
+        broken[at] = value
+        refused(payload_of(bytes(broken)), match)
+
+
+def test_every_bit_flip_is_noticed():
+    codec = Codec(DEFAULT, 900, 128)
+    payload = codec.encode(CASES["ordinary"])
+    expected = by_id(codec.decode(payload, 40))
+    for bit in range(0, 8 * len(payload), 7):
+        flipped = bytearray(payload)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        try:
+            got = codec.decode(bytes(flipped), 40)
+        except CorruptShardError:
+            continue
+        for a, b in zip(by_id(got), expected, strict=True):
+            assert (a == b).all()
+
+
+# --- small parts ------------------------------------------------------------------------------------------
+
+
+def test_planes():
+    values = np.array([0, 1, 255, 256, 65535, (1 << 20) - 1])
+    for width in (3, 4):
+        stored = np.frombuffer(to_planes(values, width), np.uint8)
+        assert stored[:6].tolist() == [0, 1, 255, 0, 255, 255]
+        assert (from_planes(stored, 0, 6, width) == values).all()
+    assert [bytes_for(n) for n in (0, 1, 255, 256, 65535, 65536)] == [1, 1, 1, 2, 2, 3]
+
+
+def test_rank_table():
+    ids = np.repeat([7, 2, 9, 4], [100, 20, 20, 3])
+    ranked = rank_by_frequency(ids, 12)
+    assert ranked.tolist() == [7, 2, 9]
+    id_of_rank, rank_of_id = permutations(ranked, 12)
+    assert id_of_rank.tolist() == [7, 2, 9, 0, 1, 3, 4, 5, 6, 8, 10, 11]
+    assert (rank_of_id[id_of_rank] == np.arange(12)).all()
+    assert (from_text(to_text(ranked), 12) == ranked).all()
+    assert to_text(ranked) == "BwAAAgAACQAA"
+    for bad in ("BwAAAgAACQA", "BwAABwAA", "!!!!", 7, None, to_text(np.array([12]))):
+        with pytest.raises(ValueError, match="ranked_ids"):
+            from_text(bad, 12)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"probabilities": "float16"},
+        {"sqrt_steps": 0},
+        {"sqrt_steps": 2.5},
+        {"sqrt_steps": True},
+        {"linear_steps": -1},
+        {"linear_steps": 1 << 16},
+        {"tail_steps": 257},
+        {"zstd_level": 0},
+        {"zstd_level": 23},
+        {"rank_ids": 1},
+    ],
+)
+def test_codec_settings_are_checked(change: dict):
+    with pytest.raises(ConfigError):
+        CodecConfig(**change)
+    with pytest.raises(UnsupportedVersionError):
+        CodecConfig.from_dict(DEFAULT.to_dict() | change)
+
+
+def test_unknown_codec_keys_are_an_unsupported_version():
+    assert CodecConfig.from_dict(DEFAULT.to_dict()) == DEFAULT
+    for content in (DEFAULT.to_dict() | {"new": 1}, {}, None, []):
+        with pytest.raises(UnsupportedVersionError):
+            CodecConfig.from_dict(content)
+
+
+def test_section_bytes_add_up_to_the_payloads():
+    codec = Codec(DEFAULT, 900, 128)
+    sizes = section_bytes(codec, [CASES["ordinary"], TopKLogprobs.empty(900)])
+    assert tuple(sizes) == SECTIONS
+    assert sum(sizes.values()) == pytest.approx(len(codec.encode(CASES["ordinary"])))

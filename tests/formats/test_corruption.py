@@ -1,0 +1,329 @@
+"""Damaged, foreign and hostile caches: a typed error or the identical rows, never anything else."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from make_teachers import by_id, write_cache
+
+from formats import Manifest, TeacherCache
+from formats.errors import CorruptShardError, FormatError, UnsupportedVersionError
+from formats.sealed import seal, unseal
+
+LENGTHS = [6, 0, 11, 3, 1, 8]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("corruption") / "cache"
+    write_cache(directory, lengths=LENGTHS, vocab_size=31, rows_per_shard=4, rows_per_batch=2)
+    return directory
+
+
+@pytest.fixture
+def cache_dir(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "cache"))
+
+
+def contents(directory: Path) -> list[bytes]:
+    """Everything that opening and reading a cache yields, as comparable bytes."""
+    cache = TeacherCache(directory)
+    seen = [json.dumps(cache.manifest.identity).encode(), cache.manifest.codec.to_dict().__repr__().encode()]
+    for row in cache:
+        arrays = (row.input_ids, row.loss_mask, *by_id(row.teacher), row.teacher.log_tail_nodes)
+        seen.append(row.key + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays))
+    return seen
+
+
+def shard_path(directory: Path) -> Path:
+    return directory / "shard-00000.arrow"
+
+
+def footer_start(data: bytes) -> int:
+    return len(data) - 10 - int.from_bytes(data[-10:-6], "little")
+
+
+def first_batch(data: bytes) -> int:
+    """Where the schema message ends."""
+    return 8 + 8 + int.from_bytes(data[12:16], "little")
+
+
+def assert_noticed_or_harmless(directory: Path, path: Path, changed: bytes, expected: list[bytes]) -> bool:
+    path.write_bytes(changed)
+    try:
+        assert contents(directory) == expected
+    except FormatError:
+        return True
+    return False
+
+
+def test_every_bit_of_the_manifest(cache_dir: Path):
+    path, expected = cache_dir / "manifest.json", contents(cache_dir)
+    data = path.read_bytes()
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << (bit % 8)
+        with pytest.raises(FormatError):
+            Manifest.from_bytes(bytes(changed))
+    assert contents(cache_dir) == expected
+
+
+@pytest.mark.slow
+def test_every_bit_of_header_and_footer(cache_dir: Path):
+    path, expected = shard_path(cache_dir), contents(cache_dir)
+    data = path.read_bytes()
+    places = [*range(first_batch(data)), *range(footer_start(data), len(data))]
+    for at in places:
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[at] ^= 1 << bit
+            assert_noticed_or_harmless(cache_dir, path, bytes(changed), expected)
+
+
+def test_random_bits_elsewhere(cache_dir: Path):
+    path, expected = shard_path(cache_dir), contents(cache_dir)
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    noticed = 0
+    for at in rng.integers(first_batch(data), footer_start(data), 1000).tolist():
+        changed = bytearray(data)
+        changed[at] ^= 1 << int(rng.integers(8))
+        noticed += assert_noticed_or_harmless(cache_dir, path, bytes(changed), expected)
+    assert noticed > 500
+
+
+def test_truncations_at_both_ends(cache_dir: Path):
+    path = shard_path(cache_dir)
+    data = path.read_bytes()
+    for length in [*range(0, min(1024, len(data)), 7), *range(max(0, len(data) - 1024), len(data), 3)]:
+        path.write_bytes(data[:length])
+        with pytest.raises(CorruptShardError, match="must have"):
+            TeacherCache(cache_dir)[0]
+        with pytest.raises(FormatError):
+            # The same without the manifest's size check in front.
+            from formats.arrow_file import ArrowFile
+            from formats.store import open_store
+
+            ArrowFile(open_store(cache_dir).open(path.name), path.name)
+
+
+def test_validate_full_notices_what_reading_may_not(cache_dir: Path):
+    path = shard_path(cache_dir)
+    data = bytearray(path.read_bytes())
+    at = first_batch(bytes(data)) - 1  # padding of the schema message
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CorruptShardError, match="SHA-256"):
+        TeacherCache(cache_dir).validate(full=True)
+
+
+def test_missing_swapped_and_foreign_shards(cache_dir: Path, tmp_path: Path):
+    first, second = sorted(cache_dir.glob("*.arrow"))
+    data = first.read_bytes()
+    first.unlink()
+    with pytest.raises(CorruptShardError, match=r"must contain shard-00000\.arrow"):
+        TeacherCache(cache_dir).validate()
+    shutil.copy(second, first)
+    with pytest.raises(CorruptShardError):
+        TeacherCache(cache_dir).validate()
+    write_cache(tmp_path / "other", lengths=LENGTHS, vocab_size=32, rows_per_shard=4, rows_per_batch=2)
+    foreign = (tmp_path / "other" / first.name).read_bytes()
+    first.write_bytes(foreign)
+    manifest = edited(cache_dir, lambda m: m["shards"][0].update(num_bytes=len(foreign)))
+    (cache_dir / "manifest.json").write_bytes(manifest)
+    with pytest.raises(FormatError, match="belongs to another cache"):
+        TeacherCache(cache_dir).validate()
+    first.write_bytes(data)
+
+
+def test_an_auxiliary_file_is_checked(cache_dir: Path):
+    (cache_dir / "notes.txt").write_bytes(b"Auxiliary")
+    with pytest.raises(CorruptShardError, match=r"notes\.txt"):
+        TeacherCache(cache_dir).file("notes.txt")
+    with pytest.raises(CorruptShardError):
+        TeacherCache(cache_dir).validate()
+
+
+# --- manifests with a correct digest and hostile contents -------------------------------------------------
+
+
+def edited(directory: Path, change) -> bytes:
+    content = unseal((directory / "manifest.json").read_bytes(), "manifest")
+    change(content)
+    return seal(content, indent=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.arrow",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a\0b",
+        "a..b",
+        "manifest.json",
+        "x" * 129,
+        7,
+        None,
+    ],
+)
+def test_names_cannot_leave_the_directory(cache_dir: Path, name: object):
+    for change in (
+        lambda m: m["shards"][0].update(name=name),
+        lambda m: (
+            m["files"].update({str(name): "0" * 64})
+            if isinstance(name, str)
+            else m["shards"][0].update(name=name)
+        ),
+    ):
+        with pytest.raises(FormatError, match="plain name"):
+            Manifest.from_bytes(edited(cache_dir, change))
+
+
+def test_symbolic_links_pipes_and_directories_are_refused(cache_dir: Path, tmp_path: Path):
+    path = shard_path(cache_dir)
+    secret = tmp_path / "elsewhere.arrow"
+    path.rename(secret)
+    path.symlink_to(secret)
+    with pytest.raises(FormatError, match="symbolic link"):
+        TeacherCache(cache_dir)[0]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FormatError, match="regular"):
+        TeacherCache(cache_dir)[0]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(FormatError, match="regular"):
+        TeacherCache(cache_dir)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda m: m.update(version=2), UnsupportedVersionError),
+        (lambda m: m.update(version=True), UnsupportedVersionError),
+        (lambda m: m.update(format="other"), FormatError),
+        (lambda m: m.update(tail_betas=[1.0]), UnsupportedVersionError),
+        (lambda m: m["codec"].update(sqrt_steps=10**9), UnsupportedVersionError),
+        (lambda m: m["codec"].update(entropy_coder="new"), UnsupportedVersionError),
+        (lambda m: m.pop("positions"), FormatError),
+        (lambda m: m.update(extra=1), FormatError),
+        (lambda m: m.update(positions="some"), FormatError),
+        (lambda m: m.update(min_prob=2), FormatError),
+        (lambda m: m.update(min_prob="1"), FormatError),
+        (lambda m: m.update(max_k=0), FormatError),
+        (lambda m: m.update(max_k=10**9), FormatError),
+        (lambda m: m.update(vocab_size=1 << 21), FormatError),
+        (lambda m: m.update(vocab_size=2.0), FormatError),
+        (lambda m: m.update(shards={}), FormatError),
+        (lambda m: m.update(shards=[1]), FormatError),
+        (lambda m: m["shards"].append(m["shards"][0]), FormatError),
+        (lambda m: m["shards"][0].update(num_rows=-1), FormatError),
+        (lambda m: m["shards"][0].update(num_rows=2**63), FormatError),
+        (lambda m: m["shards"][0].update(num_rows=True), FormatError),
+        (lambda m: m["shards"][0].update(sha256="0" * 63), FormatError),
+        (lambda m: m["shards"][0].pop("num_tokens"), FormatError),
+        (lambda m: m.update(files=[]), FormatError),
+        (lambda m: m.update(identity=[]), FormatError),
+    ],
+)
+def test_manifest_rules(cache_dir: Path, change, error: type[FormatError]):
+    with pytest.raises(error):
+        Manifest.from_bytes(edited(cache_dir, change))
+
+
+def test_row_counts_must_agree(cache_dir: Path):
+    (cache_dir / "manifest.json").write_bytes(edited(cache_dir, lambda m: m["shards"][0].update(num_rows=5)))
+    with pytest.raises(CorruptShardError, match="must have 5 rows"):
+        TeacherCache(cache_dir)[0]
+    (cache_dir / "manifest.json").write_bytes(
+        edited(cache_dir, lambda m: m["shards"][1].update(num_entries=1))
+    )
+    with pytest.raises(CorruptShardError, match="rows|num_entries"):
+        TeacherCache(cache_dir).validate(full=True)
+
+
+def test_json_traps():
+    def sealed(rest: bytes) -> bytes:
+        return b'{"digest": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
+
+    assert unseal(sealed(b'"a": 1}'), "it") == {"a": 1}
+    for rest in (
+        b'"a": 1, "a": 2}',
+        b'"a": NaN}',
+        b'"a": Infinity}',
+        b'"a": ' + b"[" * 10**5 + b"}",
+        b"",
+        b"}}",
+        b"\xff",
+    ):
+        with pytest.raises(FormatError):
+            unseal(sealed(rest), "it")
+    for data in (b"", b"{}", b"[]", b'{"digest": "00",\n}', sealed(b'"a": 1}')[:-1]):
+        with pytest.raises(FormatError):
+            unseal(data, "it")
+
+
+# --- shards that are Arrow but not ours -------------------------------------------------------------------
+
+
+def write_arrow(path: Path, table: pa.Table, **options: object) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema, **options) as writer:
+        writer.write_table(table)
+
+
+def reader_of(path: Path):
+    from formats.shard import ShardReader
+    from formats.store import open_store
+
+    reader = ShardReader(open_store(path.parent).open(path.name), path.name)
+    return [reader.teacher(index) for index in range(len(reader))]
+
+
+def table_of(directory: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(shard_path(directory)))).read_all().combine_chunks()
+
+
+def test_foreign_tables_are_refused(cache_dir: Path, tmp_path: Path):
+    table = table_of(cache_dir)
+    path = tmp_path / "x.arrow"
+    write_arrow(path, table.replace_schema_metadata(table.schema.metadata).slice(0, 2))
+    assert len(reader_of(path)) == 2
+    compressed = pa.ipc.IpcWriteOptions(compression="zstd")
+    ids = table.column("input_ids")
+    for bad, match, options in (
+        (pa.table({"a": [1]}), "columns", {}),
+        (table.replace_schema_metadata({}), "metadata key", {}),
+        (table.replace_schema_metadata({"anneal": "{}"}), "digest", {}),
+        (table.drop_columns(["key"]), "columns", {}),
+        (table.set_column(1, "input_ids", ids.cast(pa.list_(pa.int64()))), "columns", {}),
+        (table.set_column(1, "input_ids", ids.cast(pa.large_list(pa.int32()))), "columns", {}),
+        (table.slice(0, 2), "compression", {"options": compressed}),
+        (table, "record batch", {}),  # more rows in a batch than the metadata says
+    ):
+        write_arrow(path, bad, **options)
+        with pytest.raises(FormatError, match=match):
+            reader_of(path)
+
+
+def test_swapped_columns_within_a_shard_are_noticed(cache_dir: Path, tmp_path: Path):
+    table = table_of(cache_dir).slice(0, 2)
+    path = tmp_path / "x.arrow"
+    swapped = table.set_column(0, table.schema.field(0), table.column("key").take([1, 0]))
+    write_arrow(path, swapped)
+    with pytest.raises(CorruptShardError, match="content key"):
+        reader_of(path)
+    payloads = table.set_column(3, table.schema.field(3), table.column("payload").take([1, 0]))
+    write_arrow(path, payloads)
+    with pytest.raises(CorruptShardError):
+        reader_of(path)

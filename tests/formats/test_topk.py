@@ -1,0 +1,201 @@
+"""TopKLogprobs and the tail function against dense full-vocabulary computations and hand-made cases."""
+
+import math
+
+import numpy as np
+import pytest
+from make_teachers import capture, log_softmax, logsumexp
+
+from formats import TAIL_BETAS, TopKLogprobs
+
+NODES = (8.0, 4.0, 2.0, 1.0, 0.5)
+BETWEEN = (0.75, 1.5)
+
+
+def test_two_tokens_by_hand():
+    # p = 3/4 and 1/4; only the first is kept, so the tail is the single token with l = log 1/4.
+    tail = [[beta * math.log(0.25) for beta in TAIL_BETAS]]
+    topk = TopKLogprobs(np.array([0, 1]), np.array([1]), np.log([0.75]), np.array(tail), 2)
+    assert topk.head_mass(1.0) == pytest.approx(0.75)
+    # At T = 2 the weights are sqrt(3/4) and sqrt(1/4).
+    assert topk.head_mass(2.0) == pytest.approx(math.sqrt(3) / (math.sqrt(3) + 1))
+    # At T = 1/2 they are 9/16 and 1/16; at T = 3 the tail is linear in beta, so interpolation is exact.
+    assert topk.head_mass(0.5) == pytest.approx(0.9)
+    assert topk.log_tail(3.0) == pytest.approx(math.log(0.25) / 3, abs=1e-6)
+    assert topk.log_partition(1.0) == pytest.approx(0.0, abs=1e-6)
+
+
+def distributions() -> dict[str, np.ndarray]:
+    """Logits [P, V] of shapes that language models produce, and of shapes meant to be hard."""
+    rng = np.random.default_rng(0)
+    size = 8000
+    ranks = np.log(np.arange(1.0, size + 1))
+    one_hot = np.zeros((1, size))
+    one_hot[0, 7] = 25
+    two_peaked = np.full((1, size), -4.0)
+    two_peaked[0, [3, 900]] = [9.0, 8.5]
+    return {
+        "normal": rng.normal(size=(8, size)) * np.linspace(0.5, 4, 8)[:, None],
+        "skewed": (rng.normal(size=(4, size)) + rng.exponential(1.0, (4, size)))
+        * np.linspace(0.5, 2, 4)[:, None],
+        "zipf": -np.array([0.8, 1.0, 1.5, 2.0, 3.0])[:, None] * ranks,
+        "uniform": np.zeros((1, size)),
+        "one-hot": one_hot,
+        "two-peaked": two_peaked,
+    }
+
+
+def dense_tail(logits_PV: np.ndarray, topk: TopKLogprobs, temperature: float) -> np.ndarray:
+    truth = []
+    for p, row in enumerate(log_softmax(logits_PV)):
+        rest = np.delete(row, topk.token_ids[topk.offsets[p] : topk.offsets[p + 1]])
+        truth.append(logsumexp(rest / temperature))
+    return np.array(truth)
+
+
+@pytest.mark.parametrize("name", list(distributions()))
+@pytest.mark.parametrize(("min_prob", "max_k"), [(1e-3, 128), (1e-2, 128), (1e-3, 8)])
+def test_log_tail_against_the_full_vocabulary(name: str, min_prob: float, max_k: int):
+    logits = distributions()[name]
+    topk = capture(logits, min_prob, max_k)
+    for temperature in NODES:
+        assert topk.log_tail(temperature) == pytest.approx(dense_tail(logits, topk, temperature), abs=1e-4)
+    for temperature in BETWEEN:
+        assert topk.log_tail(temperature) == pytest.approx(dense_tail(logits, topk, temperature), abs=0.05)
+    for temperature in np.linspace(0.5, 8, 31):
+        truth = dense_tail(logits, topk, temperature)
+        lower, upper = topk.log_tail_bounds(temperature)
+        assert (lower - 1e-4 <= truth).all() and (truth <= upper + 1e-4).all()
+        assert topk.log_tail(temperature) == pytest.approx(truth, abs=0.1)
+
+
+def test_convexity_brackets_even_a_kinked_tail():
+    """A tail of two far-apart levels bends sharply between nodes: no bound on the error but the bracket."""
+    size = 4000
+    for many, gap in ((10, 10.0), (300, 15.0), (2000, 25.0)):
+        logits = np.full((1, size), -gap)
+        logits[0, :many] = 0
+        logits[0, 0] = 4
+        topk = capture(logits, 1e-3, 4)
+        for temperature in np.linspace(0.5, 8, 61):
+            truth = dense_tail(logits, topk, temperature)
+            lower, upper = topk.log_tail_bounds(temperature)
+            value = topk.log_tail(temperature)
+            assert lower - 1e-4 <= truth <= upper + 1e-4
+            assert lower - 1e-4 <= value <= upper + 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 1.0, 1.3, 2.0, 5.0, 8.0, 30.0])
+def test_partition_and_mass_against_dense(temperature: float):
+    logits = np.random.default_rng(1).normal(size=(6, 500)) * 3
+    topk = capture(logits, 1e-2, 20)
+    dense = log_softmax(logits)
+    log_z = np.array([logsumexp(row / temperature) for row in dense])
+    assert topk.log_partition(temperature) == pytest.approx(log_z, abs=0.02)
+    assert topk.head_mass(temperature) + np.exp(
+        topk.log_tail(temperature) - topk.log_partition(temperature)
+    ) == (pytest.approx(np.ones(6), abs=1e-5))
+
+
+def test_head_that_is_the_whole_vocabulary():
+    topk = capture(np.random.default_rng(2).normal(size=(3, 11)), 0.0, 11)
+    assert np.isneginf(topk.log_tail_nodes).all() and (topk.counts == 11).all()
+    for temperature in (0.5, 0.9, 1.0, 3.0):
+        assert np.isneginf(topk.log_tail(temperature)).all()
+        assert topk.head_mass(temperature) == pytest.approx(np.ones(3))
+        lower, upper = topk.log_tail_bounds(temperature)
+        assert np.isneginf(lower).all() and np.isneginf(upper).all()
+
+
+def test_prune_equals_a_capture_with_those_settings():
+    logits = np.random.default_rng(3).normal(size=(9, 300)) * 3
+    for min_prob, max_k in ((1e-2, 300), (1e-4, 5), (5e-3, 12), (1.0, 1)):
+        pruned = capture(logits, 1e-5, 200).prune(min_prob, max_k)
+        direct = capture(logits, min_prob, max_k)
+        assert (pruned.offsets == direct.offsets).all()
+        assert (pruned.token_ids == direct.sorted().token_ids).all()
+        assert pruned.log_tail_nodes == pytest.approx(direct.log_tail_nodes, abs=1e-5)
+
+
+def test_prune_breaks_ties_by_id_and_keeps_the_best():
+    topk = TopKLogprobs(np.array([0, 3]), np.array([9, 4, 6]), np.log([0.2, 0.2, 0.2]), np.zeros((1, 7)), 20)
+    assert topk.prune(0.9, 5).token_ids.tolist() == [4]
+    assert topk.prune(0.0, 2).token_ids.tolist() == [4, 6]
+
+
+def test_slice_take_concatenate():
+    topk = capture(np.random.default_rng(4).normal(size=(7, 50)) * 3, 1e-2, 9)
+    parts = [topk.slice(0, 3), topk.slice(3, 3), topk.slice(3, 7)]
+    joined = TopKLogprobs.concatenate(parts)
+    assert (joined.offsets == topk.offsets).all() and (joined.logprobs == topk.logprobs).all()
+    taken = topk.take(np.array([5, 0, 5]))
+    for k, p in enumerate((5, 0, 5)):
+        assert (taken.slice(k, k + 1).token_ids == topk.slice(p, p + 1).token_ids).all()
+        assert (taken.log_tail_nodes[k] == topk.log_tail_nodes[p]).all()
+    assert len(topk.take(np.zeros(7, bool))) == 0
+    empty = TopKLogprobs.empty(50)
+    assert len(empty) == 0 and empty.log_partition(1.3).shape == (0,) and len(empty.prune(0.1, 2)) == 0
+    with pytest.raises(ValueError, match="one vocabulary"):
+        TopKLogprobs.concatenate([topk, TopKLogprobs.empty(51)])
+    with pytest.raises(IndexError):
+        topk.slice(2, 9)
+
+
+@pytest.mark.parametrize("temperature", [0.49, 0.0, -1.0, math.inf, math.nan])
+def test_temperatures_outside_the_capture_are_refused(temperature: float):
+    with pytest.raises(ValueError, match="temperature"):
+        capture(np.zeros((1, 5))).log_tail(temperature)
+
+
+def broken(**changes: object) -> TopKLogprobs:
+    good = {
+        "offsets": np.array([0, 2]),
+        "token_ids": np.array([1, 2]),
+        "logprobs": np.log([0.5, 0.25]),
+        "log_tail_nodes": np.full((1, 7), -2.0),
+        "vocab_size": 10,
+    }
+    return TopKLogprobs(**(good | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": np.array([2, 2])}, "distinct"),
+        ({"token_ids": np.array([1, 10])}, "token ids"),
+        ({"token_ids": np.array([-1, 2])}, "token ids"),
+        ({"logprobs": np.array([np.nan, -1])}, "NaN"),
+        ({"logprobs": np.array([0.5, -1])}, "above 0"),
+        ({"log_tail_nodes": np.full((1, 7), np.nan)}, "tail"),
+        ({"log_tail_nodes": np.full((1, 7), 9.0)}, "tail"),
+    ],
+)
+def test_validate_names_the_problem(changes: dict, message: str):
+    broken().validate()
+    with pytest.raises(ValueError, match=message):
+        broken(**changes).validate()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"offsets": np.array([0, 1])},
+        {"offsets": np.array([1, 2])},
+        {"offsets": np.zeros(0)},
+        {"logprobs": np.zeros(3)},
+        {"log_tail_nodes": np.zeros((1, 6))},
+        {"log_tail_nodes": np.zeros((2, 7))},
+        {"vocab_size": 0},
+        {"vocab_size": (1 << 20) + 1},
+        {"token_ids": np.zeros((1, 2))},
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(changes: dict):
+    with pytest.raises(ValueError):
+        broken(**changes)
+
+
+def test_an_empty_head_is_invalid():
+    topk = TopKLogprobs(np.array([0, 0]), np.zeros(0), np.zeros(0), np.zeros((1, 7)), 5)
+    with pytest.raises(ValueError, match="1 to 5 entries"):
+        topk.validate()
