@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache_builder.capture import Capture, EngineStartError, missing_shards
+from cache_builder.capture import Capture, missing_shards
 from cache_builder.claims import Claims, live_local_owner
 from cache_builder.committer import Step, no_step
 from cache_builder.config import BuildConfig
@@ -162,9 +162,9 @@ def _build(
     )
     try:
         manifest = _capture_and_finish(capture, indices, source, config.heartbeat_seconds, progress, step)
-    except EngineStartError:
-        if planned_here:  # nothing was captured: the next command may well ask for another engine
-            _leave_as_found(out, existed)
+    except AnnealError:
+        if planned_here and not capture.started and not any(out.glob("shard-*")):
+            _leave_as_found(out, existed)  # no engine ran: the next command may well ask for another one
         raise
     finally:
         capture.close()

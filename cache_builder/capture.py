@@ -57,6 +57,8 @@ class Capture:
         self._heartbeat = heartbeat_seconds
         self._progress = progress or Progress()
         self._step = step
+        self.started = False
+        """Whether an engine ran."""
         self.seconds = 0.0
         """Time spent capturing, without the start of the engine."""
         self.num_rows = self.num_tokens = self.num_positions = self.num_bytes = self.num_shards = 0
@@ -74,13 +76,14 @@ class Capture:
             self._progress.note(f"starting the engine ({self.settings.identity.teacher.get('engine')})")
             try:
                 self._teacher = self._make_teacher()
+            except AnnealError:
+                raise
             except Exception as error:
                 reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
                 raise EngineStartError(
-                    reason
-                    if isinstance(error, AnnealError)
-                    else f"the engine must start, got {type(error).__name__}: {reason}"
+                    f"the engine must start, got {type(error).__name__}: {reason}"
                 ) from error
+            self.started = True
             settle_engine(self.out, self._teacher)
         return self._teacher
 

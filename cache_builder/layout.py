@@ -118,8 +118,15 @@ def is_discarding(out: Path) -> bool:
 
 
 def remove_build(out: Path) -> None:
-    """Delete `_build/`; the discard marker goes last. Another worker may still be adding files: retried."""
+    """Delete `_build/`, its discard marker last, and temporary files that a killed process left beside it.
+
+    Another worker may still be adding files: retried.
+    """
     build = build_directory(out)
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(out):
+            if name.startswith(".") and _OURS.fullmatch(name):
+                (out / name).unlink(missing_ok=True)
     for _ in range(20):
         with contextlib.suppress(FileNotFoundError, OSError):
             for entry in list(os.scandir(build)):

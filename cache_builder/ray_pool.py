@@ -120,6 +120,7 @@ class RayCapture(Capture):
                     cause = error.cause
                     raise cause if isinstance(cause, AnnealError | OSError) else error from None
                 else:
+                    self.started = True
                     idle.append(worker)
                     self._count(num_rows, num_tokens, num_bytes)
         finally:

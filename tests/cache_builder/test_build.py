@@ -266,6 +266,16 @@ def test_a_teacher_that_breaks_its_contract_is_refused(tmp_path: Path, fault: st
     assert report.complete and contents(tmp_path / "c") == contents(tmp_path / "fresh")
 
 
+def test_temporary_files_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        build(tmp_path / "c", step=stop_at("claimed 2"))
+    for name in (".manifest.json.0123456789ab.tmp", ".tokenizer.json.0123456789ab.tmp"):
+        (tmp_path / "c" / name).write_text("torn")
+    (tmp_path / "c" / ".mine").write_text("keep")
+    build(tmp_path / "c")
+    assert [name for name in os.listdir(tmp_path / "c") if name.startswith(".")] == [".mine"]
+
+
 def test_the_engine_is_closed_after_success_and_after_failure(tmp_path: Path) -> None:
     made: list[SeededTeacher] = []
 
