@@ -249,7 +249,7 @@ def test_row_counts_must_agree(cache_dir: Path):
     (cache_dir / "manifest.json").write_bytes(
         edited(cache_dir, lambda m: m["shards"][1].update(num_entries=1))
     )
-    with pytest.raises(CorruptShardError, match="rows|num_entries"):
+    with pytest.raises(CorruptShardError, match=r"rows|num_entries"):
         TeacherCache(cache_dir).validate(full=True)
 
 
