@@ -226,7 +226,6 @@ def _plan(
     step("settings")
     if (plan := read_plan(out)) is not None:
         return plan, False
-    progress.note(source.sample() if source.sample else "\n".join(source.announcements))
     with Claims(build_directory(out) / "claims", config.heartbeat_seconds) as claims:
         while not claims.acquire(PLAN_CLAIM):
             time.sleep(min(POLL_SECONDS, config.heartbeat_seconds))
@@ -250,6 +249,7 @@ def _leave_as_found(out: Path, existed: bool) -> None:
 
 
 def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -> Plan:
+    progress.note(source.sample() if source.sample else "\n".join(source.announcements))
     rows = source.open_rows()
     progress.start("tokenise", None)
 
