@@ -80,7 +80,7 @@ def _make(path: Path, model_dir: str | None, steps: int, num_rows: int) -> None:
     size = 6_000_000 if model_dir is None else 1_000_000
     train = {d: [x.text for x in documents(d, s[0], max_bytes=size)] for d, s in splits.items()}
     held = {
-        d: "\n\n".join(x.text for x in documents(d, s[1], max_bytes=3000 * num_rows))
+        d: "\n\n".join(x.text for x in documents(d, s[1], max_bytes=60_000 + 3000 * num_rows))
         for d, s in splits.items()
     }
     torch.manual_seed(0)

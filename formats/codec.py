@@ -265,9 +265,11 @@ class Codec:
         return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size)
 
     def _decode_ids(self, gaps: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        running = np.cumsum(gaps, dtype=np.int64)
-        running += np.arange(1, len(gaps) + 1)
-        # Ranks restart in every head: subtract what had accumulated before it.
+        # 64 bits: hostile gaps must not wrap around into the vocabulary. Ranks restart in every head, so what
+        # had accumulated before it is subtracted.
+        running = gaps.astype(np.int64)
+        running += 1
+        np.cumsum(running, out=running)
         before = np.zeros(len(counts), np.int64)
         before[1:] = running[offsets[1:-1] - 1]
         running -= np.repeat(before + 1, counts)
