@@ -1,0 +1,142 @@
+"""inspect: the numbers against dense computations, the text, the JSON, the picture."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_teachers import capture, log_softmax, write_cache
+
+from formats import CacheWriter, TeacherCache, TokenRow
+from formats.errors import ConfigError
+from formats.inspection import inspect_cache
+from formats.statistics import distribution, entropy, head_size_histogram
+
+LENGTHS = [9, 0, 1, 30, 14, 5, 22]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("inspect") / "cache"
+    write_cache(directory, lengths=LENGTHS, vocab_size=60, rows_per_shard=3)
+    return directory
+
+
+def test_entropy_against_the_full_vocabulary():
+    logits = np.random.default_rng(0).normal(size=(20, 400)) * np.linspace(0.1, 6, 20)[:, None]
+    dense = log_softmax(logits)
+    truth = -(np.exp(dense) * dense).sum(1)
+    assert entropy(capture(logits, 0.0, 400)) == pytest.approx(truth, abs=1e-5)
+    assert entropy(capture(logits, 1e-3, 64)) == pytest.approx(truth, abs=0.05)
+    assert entropy(capture(np.zeros((1, 400)), 1e-2, 5)) == pytest.approx(np.log([400]), abs=1e-3)
+    certain = np.full((1, 10), -1e4)
+    certain[0, 3] = 0
+    assert entropy(capture(certain)) == pytest.approx([0.0], abs=1e-9)
+
+
+def test_distribution_and_histogram_by_hand():
+    assert distribution(np.zeros(0)) == {}
+    found = distribution(np.arange(101.0))
+    assert found == {"mean": 50, "min": 0, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}
+    assert head_size_histogram(np.array([1, 1, 2, 3, 4, 5, 9])) == [
+        {"from": 1, "to": 1, "positions": 2},
+        {"from": 2, "to": 2, "positions": 1},
+        {"from": 3, "to": 4, "positions": 2},
+        {"from": 5, "to": 8, "positions": 1},
+        {"from": 9, "to": 16, "positions": 1},
+    ]
+
+
+def test_summary_adds_up(cache_dir: Path):
+    cache = TeacherCache(cache_dir)
+    summary = cache.summary()
+    rows = list(cache)
+    assert summary["num_rows"] == len(LENGTHS) and summary["num_tokens"] == sum(LENGTHS)
+    assert summary["num_positions"] == sum(len(row.teacher) for row in rows) == summary["sample"]["positions"]
+    assert summary["sample"]["complete"]
+    assert sum(c["bytes"] for c in summary["columns"].values()) == summary["num_bytes"]
+    assert summary["num_bytes"] == sum(f.stat().st_size for f in cache_dir.glob("*.arrow"))
+    parts = sum(part["bytes_per_position"] for part in summary["payload_parts"].values())
+    assert parts == pytest.approx(summary["payload_bytes_per_position"], rel=0.1)
+    counts = np.concatenate([row.teacher.counts for row in rows])
+    assert summary["head_size"]["mean"] == pytest.approx(counts.mean())
+    nats = np.concatenate([entropy(row.teacher) for row in rows])
+    worst = summary["most_uncertain"][0]
+    assert worst["entropy"] == pytest.approx(nats.max())
+    row = rows[worst["row"]]
+    at = row.positions.tolist().index(worst["position"])
+    assert entropy(row.teacher)[at] == pytest.approx(nats.max())
+
+
+def test_a_large_cache_is_sampled_and_says_so(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("formats.summary.SAMPLE_POSITIONS", 10)
+    sample = TeacherCache(cache_dir).summary()["sample"]
+    assert not sample["complete"] and sample["rows"] < len(LENGTHS)
+    assert "--full" in inspect_cache(cache_dir)
+    assert TeacherCache(cache_dir).summary(full=True)["sample"]["complete"]
+
+
+DOCUMENTED = {
+    "path", "format_version", "identity", "settings", "num_shards", "num_rows", "num_tokens", "num_positions",
+    "num_entries", "num_bytes", "num_payload_bytes", "bytes_per_token", "payload_bytes_per_position", "columns",
+    "payload_parts", "sample", "head_size", "head_mass", "entropy", "most_uncertain",
+}  # fmt: skip
+
+
+def test_json_has_the_documented_keys(cache_dir: Path):
+    summary = json.loads(inspect_cache(cache_dir, as_json=True))
+    assert set(summary) == DOCUMENTED
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    assert all(f"`{key}`" in page for key in DOCUMENTED)
+    assert json.loads(inspect_cache(cache_dir, row=3, as_json=True))["num_tokens"] == 30
+
+
+def test_text_report(cache_dir: Path, tmp_path: Path):
+    text = inspect_cache(cache_dir)
+    for words in ("7 rows, 81 tokens", "identity", "token ids", "covered mass", "most uncertain", "all rows"):
+        assert words in text
+    with CacheWriter(tmp_path / "none", identity={}, vocab_size=5) as writer:
+        writer.append(TokenRow(np.zeros(0), np.zeros(0, bool)), capture(np.zeros((0, 5))))
+    assert "no position carries" in inspect_cache(tmp_path / "none")
+
+
+def test_row_view_shows_the_prediction_of_the_next_token(tmp_path: Path):
+    from tokenizers import Tokenizer, models
+
+    words = ["a", "b", "c", "d"]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="a"))
+    row = TokenRow(np.array([0, 1, 2]), np.array([False, False, True]))
+    logits = np.log([[0.1, 0.2, 0.6, 0.1]])
+    with CacheWriter(tmp_path / "c", identity={}, vocab_size=4, max_k=2) as writer:
+        writer.append(row, capture(logits, 0.15, 2))
+        writer.add_file("tokenizer.json", tokenizer.to_str().encode())
+    view = json.loads(inspect_cache(tmp_path / "c", row=0, as_json=True))
+    (position,) = view["positions"]
+    assert (position["position"], position["token"], position["next_token"]) == (1, "b", "c")
+    assert position["next_prob"] == pytest.approx(0.6, abs=1e-3)
+    assert [(t["token"], round(t["prob"], 2)) for t in position["top"]] == [("c", 0.6), ("b", 0.2)]
+    assert "ab[c]" in inspect_cache(tmp_path / "c", row=0)
+    for outside in (1, -2):
+        with pytest.raises(ConfigError, match="--row"):
+            inspect_cache(tmp_path / "c", row=outside)
+
+
+def test_picture(cache_dir: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    text = inspect_cache(cache_dir, plot=tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "p.png" in text
+    with pytest.raises(ConfigError, match=r"\.png"):
+        inspect_cache(cache_dir, plot=tmp_path / "p.nonsense")
+
+
+def test_inspect_loads_nothing_heavy(cache_dir: Path):
+    code = f"""
+import sys
+from formats.inspection import inspect_cache
+inspect_cache({str(cache_dir)!r})
+assert not {{"torch", "transformers", "vllm", "matplotlib", "pyarrow"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
