@@ -36,8 +36,8 @@ CorpusArgument = Annotated[
     str,
     typer.Argument(
         metavar="CORPUS",
-        help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a Hugging "
-        "Face data set name.",
+        help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a "
+        "Hugging Face data set name.",
     ),
 ]
 ModelOption = Annotated[str, typer.Option("--model", help="Model directory or Hugging Face name.")]
