@@ -273,9 +273,8 @@ def main() -> None:
         covered = np.mean([row.prune(2e-3, 128).head_mass(1.0).mean() for row in rows])
         sizes = {name: sum(item.bytes for item in items) / tokens for name, items in encodings.items()}
         entries = {name: sum(i.topk.num_entries for i in items) / tokens for name, items in encodings.items()}
-        print(
-            f"\n{domain}: {tokens:,} tokens, V = {pair.teacher_VD.shape[0]:,}, mass of p >= 2e-3: {covered:.3f}"
-        )
+        vocab_size = pair.teacher_VD.shape[0]
+        print(f"\n{domain}: {tokens:,} tokens, V = {vocab_size:,}, mass of p >= 2e-3: {covered:.3f}")
         print(
             f"{'encoding':44} {'B/token':>8} {'entries':>8}"
             + "".join(f"{f'T={t:g}':>9}" for t in TEMPERATURES)
@@ -294,9 +293,8 @@ def main() -> None:
         )
         print("order-0 entropy, bytes/token: " + ", ".join(f"{k} {v:.2f}" for k, v in streams.items()))
         rival = sizes["DistillKit layout k=64, renormalised"]
-        print(
-            f"p >= 2e-3 against the smallest rival ({rival:.0f} B): {sizes['p >= 2e-3'] / rival:.2f}x the bytes"
-        )
+        ratio = sizes["p >= 2e-3"] / rival
+        print(f"p >= 2e-3 against the smallest rival ({rival:.0f} B): {ratio:.2f}x the bytes")
         report[domain] = {
             "bytes_per_token": sizes,
             "entries_per_token": entries,

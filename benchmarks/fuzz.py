@@ -1,8 +1,8 @@
 """Mutated caches against the reader, in subprocesses: a typed error or the identical rows, nothing else.
 
-A small cache is built; each trial flips bits, overwrites words with extreme values, cuts, repeats or splices one of
-its files, and opens and reads everything. Trials run in child processes under a memory limit and a time limit, so
-that a crash, a hang or a runaway allocation is counted instead of stopping the run.
+A small cache is built; each trial flips bits, overwrites words with extreme values, cuts, repeats or
+splices one of its files, and opens and reads everything. Trials run in child processes under a memory limit
+and a time limit, so that a crash, a hang or a runaway allocation is counted instead of stopping the run.
 
     python benchmarks/fuzz.py [--trials 100000] [--seed 0]
 """
@@ -125,7 +125,8 @@ def main() -> None:
                 continue
             if result.returncode:
                 total["crashes"] += 1
-                wrong.append(f"seed {args.seed + number}: exit {result.returncode}: {result.stderr[-300:]}")
+                reason = f"exit {result.returncode}: {result.stderr[-300:]}"
+                wrong.append(f"seed {args.seed + number}: {reason}")
                 continue
             found = json.loads(result.stdout)
             wrong += found.pop("wrong")
@@ -133,7 +134,8 @@ def main() -> None:
                 total[name] += count
             shutil.rmtree(work)
             print(f"{done + trials:,} trials, {time.time() - start:.0f} s", file=sys.stderr)
-    print(f"{args.trials:,} mutated caches: " + ", ".join(f"{value:,} {name}" for name, value in total.items()))
+    outcome = ", ".join(f"{value:,} {name}" for name, value in total.items())
+    print(f"{args.trials:,} mutated caches: {outcome}")
     print(f"neither refused nor identical: {len(wrong)}")
     for line in wrong[:20]:
         print("  " + line)

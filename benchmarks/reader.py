@@ -1,8 +1,8 @@
 """Reading speed, side by side in one run on one core: decoding, a per-token Python decoder, random against
 sequential rows, and opening a cache of many shards.
 
-Teachers are made at random with 20 entries per position on average; all figures of one run are comparable, no two
-runs on different machines are.
+Teachers are made at random with 20 entries per position on average; all figures of one run are comparable,
+no two runs on different machines are.
 
     python benchmarks/reader.py [--rows 256] [--length 1024] [--shards 10000]
 """
@@ -105,7 +105,8 @@ def main() -> None:
 
         settings = unseal(reader._file.metadata[b"anneal"])
         plain = best(lambda: read_payload(payloads[0], count, settings), repeats=1)
-        print(f"a per-entry Python decoder: {count / plain:,.0f} positions/s; ours is {rate * plain / count:,.0f}x as fast")
+        slow = count / plain
+        print(f"a per-entry Python decoder: {slow:,.0f} positions/s; ours is {rate / slow:,.0f}x as fast")
 
         many = Path(temporary) / "many"
         many_shards(directory, many, args.shards)

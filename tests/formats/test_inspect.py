@@ -80,8 +80,8 @@ def test_a_large_cache_is_sampled_and_says_so(cache_dir: Path, monkeypatch: pyte
 
 DOCUMENTED = {
     "path", "format_version", "identity", "settings", "num_shards", "num_rows", "num_tokens", "num_positions",
-    "num_entries", "num_bytes", "num_payload_bytes", "bytes_per_token", "payload_bytes_per_position", "columns",
-    "payload_parts", "sample", "head_size", "head_mass", "entropy", "most_uncertain",
+    "num_entries", "num_bytes", "num_payload_bytes", "bytes_per_token", "payload_bytes_per_position",
+    "columns", "payload_parts", "sample", "head_size", "head_mass", "entropy", "most_uncertain",
 }  # fmt: skip
 
 
