@@ -13,7 +13,6 @@ from formats.codec import CodecConfig
 from formats.commit import atomic_write_bytes
 from formats.errors import FormatError, IncompleteCacheError, UnsupportedVersionError
 from formats.progress import build_progress
-from formats.progress import BUILD_DIRECTORY, build_progress
 from formats.rows import POSITION_MODES
 from formats.sealed import seal, unseal
 from formats.tail import TAIL_BETAS
@@ -203,11 +202,12 @@ def read_manifest_bytes(store: Any) -> bytes:
         return store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         names = store.names()
-    if BUILD_DIRECTORY in names or any(name.endswith(".arrow") for name in names):
-        progress = build_progress(store.root) if BUILD_DIRECTORY in names and "://" not in store.root else None
-        how_far = f" ({progress[0]} of {progress[1]} shards)" if progress and progress[1] else ""
+    if any(name == "_build" or name.endswith(".arrow") for name in names):
+        progress = build_progress(store.root)
+        done, planned = progress if progress else (0, 0)
+        state = f"with {done} of {planned} shards" if planned else "that is still being planned"
         raise IncompleteCacheError(
-            f"a cache needs a {MANIFEST_NAME}, got an unfinished build{how_far} in {store.root}; "
+            f"a cache needs a {MANIFEST_NAME}, got an unfinished build {state} in {store.root}; "
             "run the same build command again to finish it"
         )
     raise FormatError(f"a cache is a directory with a {MANIFEST_NAME}, got {store.root}; check the path")
