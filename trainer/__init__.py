@@ -14,6 +14,7 @@ _HOME = {
     "LoraSettings": "config",
     "MixedCache": "config",
     "OutputHead": "head",
+    "count_targets": "collator",
     "TeacherBatch": "teacher_batch",
     "TrainConfig": "config",
     "TrainReport": "run",

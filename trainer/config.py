@@ -4,6 +4,7 @@ Everything that `transformers.TrainingArguments` already names stays under that 
 here are what label annealing adds. `trainer.config_file` reads them from YAML and from the command line.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,7 +21,8 @@ SMALLEST_TEMPERATURE = 0.5
 
 def _number(name: str, value: Any, *, integer: bool = False) -> None:
     kinds: tuple[type, ...] = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or value - value != 0:
+    valid = isinstance(value, kinds) and not isinstance(value, bool)
+    if not valid or not math.isfinite(value):
         raise ConfigError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
 
 

@@ -15,13 +15,14 @@ B: sequences, S: positions, D: hidden width, V: vocabulary.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from formats.errors import ConfigError
+from trainer.collator import split_batch
 from trainer.loss import LabelAnnealingOutput, label_annealing_loss
 from trainer.teacher_batch import TeacherBatch
 
@@ -157,6 +158,35 @@ class OutputHead:
             yield request
         finally:
             self._request = None
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        *,
+        kl_coef: float = 1.0,
+        kl_direction: str = "forward",
+        num_ce: float | torch.Tensor | None = None,
+        num_kl: float | torch.Tensor | None = None,
+    ) -> LabelAnnealingOutput:
+        """The loss of a collated batch, for any training loop: `head.loss(model, batch).loss.backward()`.
+
+        Args:
+            model: the model as the loop holds it, wrapped (DDP, FSDP, compiled) or not.
+            batch: from `LabelAnnealingCollator`, on the model's device.
+            kl_coef, kl_direction: as in `label_annealing_loss`.
+            num_ce, num_kl: denominators; pass the counts of the whole step (`count_targets`) when a step has
+                several batches, divided by the number of ranks under DDP or FSDP, which average.
+
+        Raises:
+            ConfigError: the model does not call its output head.
+        """
+        inputs, labels_N, teacher = split_batch(batch)
+        request = HeadRequest(labels_N, teacher, kl_coef, kl_direction, num_ce, num_kl)
+        with self.requested(request):
+            outputs = model(**inputs)
+        assert request.output is not None
+        return replace(request.output, loss=outputs["loss"])
 
     def _forward(self, hidden_BSD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._capture is not None:

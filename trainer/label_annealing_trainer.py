@@ -30,9 +30,9 @@ from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
 from formats.errors import ConfigError
 from trainer import checkpoint
-from trainer.collator import LabelAnnealingCollator, count_targets, split_batch
+from trainer.collator import LabelAnnealingCollator, count_targets
 from trainer.dataset import CachedDataset, UnitDataset
-from trainer.head import HeadRequest, OutputHead
+from trainer.head import OutputHead
 from trainer.measure import Measurement, measure
 from trainer.packing import best_fit
 from trainer.sampler import EpochBatches, Source
@@ -220,19 +220,15 @@ class LabelAnnealingTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch: summed over micro-batches and averaged over ranks it is the step's."""
-        model_inputs, labels_N, teacher = split_batch(inputs)
-        request = HeadRequest(
-            labels_N=labels_N, teacher=teacher, kl_coef=self.kl_coef, kl_direction=self.kl_direction
-        )
+        counts: dict[str, torch.Tensor] = {}
         if isinstance(num_items_in_batch, torch.Tensor):
             # DDP and FSDP average over ranks what ought to be summed; a smaller denominator undoes it.
             share = num_items_in_batch[:2] / self.args.world_size
-            request.num_ce, request.num_kl = share[0], share[1]
-        with self.head.requested(request):
-            outputs = model(**model_inputs)
-        if self.log_window is not None and request.output is not None:
-            self.log_window.add(request.output)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+            counts = {"num_ce": share[0], "num_kl": share[1]}
+        output = self.head.loss(model, inputs, kl_coef=self.kl_coef, kl_direction=self.kl_direction, **counts)
+        if self.log_window is not None and num_items_in_batch is not None:
+            self.log_window.add(output)
+        return (output.loss, {"loss": output.loss}) if return_outputs else output.loss
 
     # --- evaluation -------------------------------------------------------------------------------------
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.collator import split_batch
-from trainer.head import HeadRequest, OutputHead
+from trainer.head import OutputHead
 
 FIELDS = 6
 
@@ -60,14 +59,8 @@ class Measurement:
 
 def batch_sums(model: nn.Module, head: OutputHead, batch: dict[str, Any], kl_direction: str) -> torch.Tensor:
     """float64 [6] on the CPU: what one batch, already on the model's device, adds to the sums."""
-    inputs, labels_N, teacher = split_batch(batch)
-    request = HeadRequest(
-        labels_N=labels_N, teacher=teacher, kl_direction=kl_direction, num_ce=1.0, num_kl=1.0
-    )
-    with torch.no_grad(), head.requested(request):
-        model(**inputs)
-    output = request.output
-    assert output is not None
+    with torch.no_grad():
+        output = head.loss(model, batch, kl_direction=kl_direction, num_ce=1.0, num_kl=1.0)
     values = (
         output.ce,
         output.kl,

@@ -45,7 +45,8 @@ def plot_tradeoff(
 
     Args:
         results: label -> {"source": perplexity, "target": perplexity}.
-        initial: label of the initial model, drawn as a star with lines through it; may be absent.
+        initial: label of the initial model, drawn as a star with lines through it; may be absent. The label
+            "initial model" is recognised as well.
         families: name -> labels that are joined by a line, in order; a label in none stands alone.
         title: above the picture.
 
@@ -53,6 +54,7 @@ def plot_tradeoff(
         ConfigError: no results, a label without both numbers, or matplotlib is missing.
     """
     check_points(results, families or {})
+    initial = f"{initial} model" if initial not in results else initial  # either way to call it
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -75,8 +77,8 @@ def plot_tradeoff(
             [results[label]["source"] for label in labels],
         )
         axes.plot(
-            xs, ys, marker + "-", color=colour, label=name, markersize=8, linewidth=1.6, zorder=3,
-            markeredgecolor="white", markeredgewidth=0.8,
+            xs, ys, marker, linestyle="-" if len(labels) > 1 else "none", color=colour, label=name,
+            markersize=8, linewidth=1.6, zorder=3, markeredgecolor="white", markeredgewidth=0.8,
         )  # fmt: skip
         if len(labels) > 1:
             for label, x, y in zip(labels, xs, ys, strict=True):
@@ -89,7 +91,14 @@ def plot_tradeoff(
         axes.axhline(y, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
         axes.axvline(x, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
         axes.plot(
-            [x], [y], "*", color="black", markersize=15, label=f"{initial} model", zorder=4, linestyle="none"
+            [x],
+            [y],
+            "*",
+            color="black",
+            markersize=15,
+            label=initial if initial.endswith("model") else f"{initial} model",
+            zorder=4,
+            linestyle="none",
         )
     for axis, key in ((axes.xaxis, "target"), (axes.yaxis, "source")):
         values = [point[key] for point in results.values()]

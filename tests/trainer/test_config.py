@@ -41,7 +41,8 @@ def test_the_resolved_settings_make_the_same_run(tmp_path):
     ("text", "value"),
     [("1e-5", 1e-5), ("5E-06", 5e-6), ("-1e3", -1000.0), ("3", 3), (".5", 0.5), ("true", True),
      ("'1e-5'", "1e-5"),
-     ("[a, 2]", ["a", 2]), ("null", None), ("1e5x", "1e5x"), ("2026", 2026), ("no", "no"), ("on", "on"), ("False", False)],
+     ("[a, 2]", ["a", 2]), ("null", None), ("1e5x", "1e5x"), ("2026", 2026),
+     ("no", "no"), ("on", "on"), ("False", False)],
 )  # fmt: skip
 def test_values_mean_what_they_look_like(text, value):
     found = parse_yaml(text, "a value")

@@ -96,7 +96,10 @@ def test_vllm_loads_the_result(trained):
     prompt = np.random.default_rng(0).integers(6, 1003, 12).tolist()
     engine = LLM(str(out), dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
     sampling = SamplingParams(temperature=0, max_tokens=6, detokenize=False, ignore_eos=True)
-    generated = list(engine.generate([{"prompt_token_ids": prompt}], sampling)[0].outputs[0].token_ids)
+    try:
+        generated = list(engine.generate([{"prompt_token_ids": prompt}], sampling)[0].outputs[0].token_ids)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
     model = AutoModelForCausalLM.from_pretrained(out)
     expected = model.generate(
         torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -212,7 +215,7 @@ def test_packing_and_grouping_train_on_the_same_tokens(tiny_llama_dir, pruned_ca
 
 
 def test_other_caches_are_mixed_in(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path):
-    """A step over 24 target rows and 6 retained ones, of which only KL counts, against the counts of the caches."""
+    """A step over 24 target rows and 6 retained ones, of which only KL counts."""
     overrides = (
         f"caches=[{{path: {llama_eval_cache}, weight: 0.25, loss: kl}}]",
         "training.per_device_train_batch_size=30",
@@ -247,7 +250,7 @@ def test_the_first_line_of_the_log_is_the_step_0_kl(tiny_llama_dir, pruned_cache
     assert lines[1].startswith("step 1/2: CE ") and "KL" in lines[1] and "tok/s" in lines[1]
 
 
-# --- what is refused -----------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------
 
 
 def refused(config, error: type[AnnealError], *words: str) -> None:
