@@ -42,7 +42,8 @@ class CodecConfig:
     linear_steps: int = 2000
     """Further steps in p: the resolution of large probabilities, which matters at low temperatures."""
     tail_steps: int = 256
-    """Steps per nat of the tail nodes: their error is at most half a step, down to -32,767 steps (-128 nats)."""
+    """Steps per nat of the tail nodes: their error is at most half a step, down to -32,767 steps (-128 nats);
+    everything below is stored as that."""
     rank_ids: bool = True
     """Store ids by frequency rank, with the table in the shard; False stores them as they are."""
     zstd_level: int = 12
