@@ -83,10 +83,23 @@ def merge_caches(
     progress = progress or Progress()
     if len(caches) < 2:
         raise ConfigError(f"a merge takes at least two caches, got {len(caches)}")
+    if remote := [str(path) for path in caches if "://" in str(path)]:
+        raise ConfigError(f"merged caches must be local directories, got {remote[0]}; download it first")
     opened = [TeacherCache(path) for path in caches]
     for other in opened[1:]:
         _require_mergeable(opened[0], other)
-    out = Path(out).expanduser()
+    try:
+        return _merge(opened, Path(out).expanduser(), progress)
+    except OSError as error:
+        raise AnnealError(
+            f"a merge must be able to write, got {error.strerror or error} in {error.filename or out}; "
+            "free some space and run the same command again"
+        ) from error
+    finally:
+        progress.finish()
+
+
+def _merge(opened: Sequence[TeacherCache], out: Path, progress: Progress) -> MergeReport:
     _take_output(out)
     keep = _first_occurrences(opened)
     shards: list[ShardInfo] = []
@@ -106,7 +119,6 @@ def merge_caches(
                 num_copied += 1
             else:
                 shards.append(_rewrite(cache.shard(number), mask, cache.manifest, out, len(shards)))
-    progress.finish()
     files = {}
     for name in opened[0].manifest.files:
         data = opened[0].file(name)

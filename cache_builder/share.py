@@ -80,6 +80,8 @@ def push_cache(
         HubError: no access, no network, no such owner.
     """
     progress = progress or Progress()
+    if "://" in str(cache):
+        raise ConfigError(f"a cache to push must be a local directory, got {cache}")
     opened = TeacherCache(cache)
     progress.note(f"checking {len(opened.manifest.shards)} shards before they go up")
     opened.validate(full=True)

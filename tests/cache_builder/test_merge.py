@@ -106,6 +106,8 @@ def test_bad_calls(tmp_path: Path) -> None:
         merge_caches([a], tmp_path / "c")
     with pytest.raises(ConfigError, match="new or empty"):
         merge_caches([a, b], a)
+    with pytest.raises(ConfigError, match="local directories"):
+        merge_caches([a, "s3://bucket/cache"], tmp_path / "c")
     with pytest.raises(FormatError):
         merge_caches([a, tmp_path / "nothing"], tmp_path / "c")
     (tmp_path / "mine").mkdir()
@@ -133,6 +135,19 @@ def test_an_interrupted_merge_starts_again(tmp_path: Path, monkeypatch) -> None:
         TeacherCache(tmp_path / "c")
     merge_caches([a, b], tmp_path / "c")
     assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    a, b = build(tmp_path / "a"), build(tmp_path / "b", seed=1)
+
+    def full(*args):
+        raise OSError(28, "No space left on device", "shard")
+
+    monkeypatch.setattr(merge_module.shutil, "copyfile", full)
+    with pytest.raises(ValueError, match="No space left on device in shard"):
+        merge_caches([a, b], tmp_path / "c")
+    monkeypatch.undo()
+    merge_caches([a, b], tmp_path / "c")
 
 
 def test_a_damaged_part_is_noticed(tmp_path: Path) -> None:

@@ -55,17 +55,15 @@ class Notes(Progress):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two CPUs, whatever the machine has; workers find the test helpers."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{HELPERS}", "OMP_NUM_THREADS": "1"}},
-    )
+    """Two CPUs, whatever the machine has; workers inherit the path to the test helpers."""
+    changed = pytest.MonkeyPatch()
+    changed.setenv("PYTHONPATH", f"{ROOT}:{HELPERS}")
+    changed.setenv("OMP_NUM_THREADS", "1")
+    changed.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     yield
     ray.shutdown()
+    changed.undo()
 
 
 @pytest.fixture
