@@ -143,9 +143,9 @@ ENCODINGS: dict[str, Callable[[list[TopKLogprobs]], list[Encoded]]] = {
     "p >= 1e-2": ours(1e-2),
     "p >= 2e-3, 8-bit sqrt(p)": ours(2e-3, sqrt_steps=255, linear_steps=0),
     "p >= 2e-3, 10-bit sqrt(p)": ours(2e-3, sqrt_steps=1023, linear_steps=0),
-    "p >= 2e-3, steps 160 + 1500": ours(2e-3, sqrt_steps=160, linear_steps=1500),
-    "p >= 2e-3, 128 tail steps": ours(2e-3, tail_steps=128),
-    "p >= 2e-3, 32 tail steps": ours(2e-3, tail_steps=32),
+    "p >= 2e-3, steps 240 + 2000, tails 64": ours(2e-3, sqrt_steps=240, linear_steps=2000, tail_steps=64),
+    "p >= 2e-3, steps 280 + 2500, tails 128": ours(2e-3, sqrt_steps=280, linear_steps=2500, tail_steps=128),
+    "p >= 2e-3, 64 tail steps": ours(2e-3, tail_steps=64),
     "p >= 2e-3, raw id order": ours(2e-3, rank_ids=False),
     "p >= 2e-3, zstd 3": ours(2e-3, zstd_level=3),
     "p >= 2e-3, zstd 19": ours(2e-3, zstd_level=19),
@@ -197,9 +197,10 @@ def errors(pair: Pair, encodings: dict[str, list[Encoded]]) -> dict[str, dict[fl
     """Relative error per encoding and temperature; `X (quantisation)` compares with `X, float32`."""
     square = {name: dict.fromkeys(TEMPERATURES, 0.0) for name in encodings}
     against = {
-        f"{name} (quantisation)": (name, f"{name}, float32")
+        f"{name} (quantisation)": (name, f"{name[:9]}, float32")
         for name in encodings
-        if f"{name}, float32" in encodings
+        if f"{name[:9]}, float32" in encodings
+        and not name.endswith(("float32", "order", "zstd 3", "zstd 19"))
     }
     square |= {name: dict.fromkeys(TEMPERATURES, 0.0) for name in against}
     norm = dict.fromkeys(TEMPERATURES, 0.0)
