@@ -68,6 +68,15 @@ def slow_down(seconds: float) -> None:
     LabelAnnealingTrainer.training_step = training_step
 
 
+def settings(model: str, cache: str, out: str, overrides: list[str]):
+    """9 steps of 8 rows, a checkpoint after every second."""
+    quick = [
+        *("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2", "step0_rows=4"),
+        *("training.learning_rate=1e-3", "training.logging_steps=1", "training.save_steps=2"),
+    ]
+    return load_config(flags={"cache": cache, "model": model, "out": out}, overrides=[*quick, *overrides])
+
+
 def run(model: str, cache: str, out: str, overrides: list[str]) -> None:
     """Train; the last line on stdout is the result as JSON."""
     if "KILL_AT" in os.environ:
@@ -75,13 +84,21 @@ def run(model: str, cache: str, out: str, overrides: list[str]) -> None:
         arrange(stage, int(step))
     if "SLOW" in os.environ:
         slow_down(float(os.environ["SLOW"]))
-    settings = [
-        *("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2", "step0_rows=4"),
-        *("training.learning_rate=1e-3", "training.logging_steps=1", "training.save_steps=2"),
-    ]
-    config = load_config(
-        flags={"cache": cache, "model": model, "out": out}, overrides=[*settings, *overrides]
-    )
-    report = train(config)
+    report = train(settings(model, cache, out, overrides))
     result = {"num_steps": report.num_steps, "interrupted_by": report.interrupted_by}
     print(json.dumps(result | {"log_history": report.log_history}))
+
+
+def run_and_stop(step: int, model: str, cache: str, out: str, overrides: list[str]) -> None:
+    """As `run`, with a SIGTERM to rank 1 alone after a step: all ranks must agree to stop."""
+    original = _StepControl.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, args, state, control, **kwargs)
+
+    _StepControl.on_step_end = on_step_end
+    report = train(settings(model, cache, out, overrides))
+    assert report.interrupted_by is not None
+    print(f"stopped by SIGTERM after step {report.num_steps}")
