@@ -34,9 +34,9 @@ def plan(share: float) -> list[tuple[str, str, dict[str, Any]]]:
     stride = max(1, round(1 / share))
     return [
         ("SIGKILL at every step of the protocol", "every step", {}),
-        ("SIGKILL at random moments, resumed, killed again", "random kills", {"num_trials": times(200)}),
-        ("SIGTERM at random moments", "random kills", {"num_trials": times(50), "number": signal.SIGTERM}),
-        ("Ctrl-C at random moments", "random kills", {"num_trials": times(50), "number": signal.SIGINT}),
+        ("SIGKILL at random moments, resumed, killed again", "random kills", {"num_kills": times(200)}),
+        ("SIGTERM at random moments", "random kills", {"num_kills": times(50), "number": signal.SIGTERM}),
+        ("Ctrl-C at random moments", "random kills", {"num_kills": times(50), "number": signal.SIGINT}),
         ("the n-th write, fsync, rename, link, mkdir, unlink or rmdir fails: disk full", "failing calls",
          {"stride": stride, "codes": [errno.ENOSPC]}),
         ("the same: I/O error", "failing calls", {"stride": stride, "codes": [errno.EIO]}),

@@ -31,14 +31,14 @@ def test_killed_at_every_step_of_the_protocol() -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_moments() -> None:
-    result = run_apart("random kills", num_trials=15)
-    require_clean(result, at_least=15)
-    assert result["killed"] > 0
+    result = run_apart("random kills", num_kills=15)
+    require_clean(result, at_least=5)
+    assert result["killed"] >= 15
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_at_random_moments(number: int) -> None:
-    require_clean(run_apart("random kills", num_trials=4, number=number), at_least=4)
+    require_clean(run_apart("random kills", num_kills=4, number=number), at_least=2)
 
 
 @pytest.mark.slow

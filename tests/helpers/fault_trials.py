@@ -156,25 +156,29 @@ def every_step(trials: Trials) -> None:
     trials.counts["steps"] = len(trials.steps)
 
 
-def random_kills(trials: Trials, num_trials: int = 20, seed: int = 0, number: int = signal.SIGKILL) -> None:
-    """A signal at a random moment, and again with even odds while it resumes."""
+def random_kills(trials: Trials, num_kills: int = 20, seed: int = 0, number: int = signal.SIGKILL) -> None:
+    """A signal at a random moment, and again with even odds while it resumes; until so many have hit."""
     generator = random.Random(seed)
     began = time.monotonic()
     wait(fork(trials.fresh(), seconds_per_row=0.002))
     trials.counts["trials"] -= 1
     duration = time.monotonic() - began
-    for trial in range(num_trials):
+    while trials.counts["killed"] < num_kills:
         out = trials.fresh()
+        what = f"signal {number} in trial {trials.counts['trials']}"
         while True:
+            began = time.monotonic()
             pid = fork(out, seconds_per_row=0.002)
             time.sleep(generator.uniform(0, duration))
             os.kill(pid, number)
             code = wait(pid)
             trials.counts["killed"] += code != 0
-            trials.ended(code, (0, -number, 128 + number), f"signal {number} in trial {trial}")
+            trials.ended(code, (0, -number, 128 + number), what)
+            if code == 0:  # it was finished before the signal came: aim earlier
+                duration *= 0.97
             if generator.random() < 0.5:
                 break
-        trials.check(out, f"signal {number} in trial {trial}")
+        trials.check(out, what)
 
 
 class Failing:
