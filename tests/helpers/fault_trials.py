@@ -39,6 +39,7 @@ from formats.errors import AnnealError
 
 NUM_ROWS, ROWS_PER_SHARD = 40, 10
 TRACEBACK_EXIT = 99
+building = False
 LOG = Path(tempfile.gettempdir()) / f"anneal-faults-{os.getpid()}.log"
 
 
@@ -49,12 +50,18 @@ def build(
     step: Callable[[str], None] = lambda name: None,
     **changes: Any,
 ):
-    return build_cache(
-        make_config(out, **{"heartbeat_seconds": 0.05, **changes}),
-        source=make_source(NUM_ROWS, rows_per_shard=ROWS_PER_SHARD),
+    global building
+    config = make_config(out, **{"heartbeat_seconds": 0.05, **changes})
+    source = make_source(NUM_ROWS, rows_per_shard=ROWS_PER_SHARD)
+    building = True
+    report = build_cache(
+        config,
+        source=source,
         make_teacher=lambda config, source: SeededTeacher(seconds_per_row=seconds_per_row),
         step=step,
     )
+    building = False
+    return report
 
 
 def fork(out: Path, prepare: Callable[[], None] = lambda: None, **options: Any) -> int:
@@ -70,6 +77,9 @@ def fork(out: Path, prepare: Callable[[], None] = lambda: None, **options: Any) 
     except BuildInterrupted as error:
         log.write(f"{error}\n")
         code = error.exit_code
+    except KeyboardInterrupt:
+        # Before or after the build Ctrl-C is the command line's business; within it, it must not get through.
+        code = TRACEBACK_EXIT if building else 128 + signal.SIGINT
     except AnnealError as error:
         log.write(f"{error}\n")
         code = 1 if "\n" not in str(error) else TRACEBACK_EXIT
