@@ -171,6 +171,16 @@ def test_train_on_two_processes_writes_the_model_of_one(fsdp, tiny_llama_dir, pr
         assert second == pytest.approx(first, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_compiling_the_model_changes_nothing(base):
+    """Under torch.compile the loss is a graph break inside the compiled model: the same gradients."""
+    spec = base | {"dtype": "float32", "steps": 1}
+    arguments = {"torch_compile": True, "torch_compile_backend": "eager"}
+    plain, compiled = run(spec), run(spec | {"arguments": arguments})
+    found = {name.removeprefix("_orig_mod."): g for name, g in compiled["gradients"][0].items()}
+    assert relative_difference(plain, {"gradients": [found]}) < 1e-7
+
+
 def test_gradients_differ_when_a_row_is_missing(base, reference):
     """The comparison itself can fail: 15 of the 16 rows give another gradient by far."""
     other = run(base | {"batch": 15, "steps": 2})

@@ -302,6 +302,32 @@ def test_rows_shifted_by_one_are_refused_by_numbers(tiny_llama_dir, tmp_path):
     refused(settings(tmp_path / "c", tiny_llama_dir, tmp_path / "run"), IdentityMismatchError, "shifted rows")
 
 
+def test_attention_across_packed_rows_is_refused_by_numbers(
+    tiny_llama_dir, pruned_cache, tmp_path, monkeypatch
+):
+    """Without the restarting positions rows see each other: the check runs on packed batches and notices."""
+    from trainer import collator
+
+    monkeypatch.setattr(collator, "MODEL_COLUMNS", ("input_ids", "attention_mask"))
+    config = settings(pruned_cache, tiny_llama_dir, tmp_path / "run", "packing=true")
+    refused(config, IdentityMismatchError, "before the first update", "cannot pack")
+
+
+def test_the_best_checkpoint_can_be_the_result(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path):
+    """`load_best_model_at_end`, as transformers has it, over staged checkpoints; KL is least after step 1."""
+    overrides = [
+        f"eval_caches.held={llama_eval_cache}",
+        "training.max_steps=4",
+    ]
+    overrides += [f"training.{name}=steps" for name in ("eval_strategy", "save_strategy")]
+    overrides += ["training.eval_steps=1", "training.save_steps=1", "training.load_best_model_at_end=true"]
+    overrides += ["training.metric_for_best_model=held_kl", "training.greater_is_better=false"]
+    report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *overrides))
+    kls = [entry["eval_held_kl"] for entry in report.log_history if "eval_held_kl" in entry]
+    assert len(kls) == 4 and kls[0] < 0.5 * kls[-1]
+    assert report.evaluation["held"]["kl"] == pytest.approx(kls[0], rel=1e-5)
+
+
 def test_another_vocabulary_is_refused(tiny_llama_dir, tmp_path):
     with CacheWriter(tmp_path / "c", identity=identity_of(tiny_llama_dir), vocab_size=500) as writer:
         for row in random_rows(4, 500):
