@@ -163,6 +163,14 @@ def checkpoint_dtype(model_config: Mapping[str, Any]) -> str:
     return "float32"
 
 
+def attention_softcap(model_config: Mapping[str, Any]) -> float | None:
+    """The bound on attention scores (Gemma 2), from a parsed config.json; None where the model has none."""
+    for part in (model_config, model_config.get("text_config") or {}):
+        if part.get("attn_logit_softcapping"):
+            return float(part["attn_logit_softcapping"])
+    return None
+
+
 def read_model_config(model: str) -> dict[str, Any]:
     """The model's config.json, from a directory or the Hugging Face cache.
 

@@ -15,6 +15,7 @@ import torch
 from cache_builder.reduce import reduce_logits
 from cache_builder.teacher import (
     TeacherConfig,
+    attention_softcap,
     check_numbers,
     check_row,
     checkpoint_dtype,
@@ -51,7 +52,16 @@ class TransformersTeacher:
         if isinstance(args.get("trust_remote_code"), str):
             args["trust_remote_code"] = args["trust_remote_code"].lower() in ("1", "true", "yes")
         self._device = torch.device(args.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = checkpoint_dtype(read_model_config(config.model)) if config.dtype == "auto" else config.dtype
+        model_config = read_model_config(config.model)
+        dtype = checkpoint_dtype(model_config) if config.dtype == "auto" else config.dtype
+        if (cap := attention_softcap(model_config)) is not None:
+            # transformers' default kernel accepts such a model and leaves the softcap out without a word.
+            chosen = args.setdefault("attn_implementation", "eager")
+            if chosen == "sdpa":
+                raise ConfigError(
+                    f"attn_implementation must honour the model's attn_logit_softcapping ({cap:g}), got "
+                    "sdpa, which ignores it; use eager"
+                )
         try:
             model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, dtype), **args)
         except (OSError, ValueError, KeyError) as error:

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cache_builder.teacher import TeacherConfig
+from cache_builder.teacher import TeacherConfig, attention_softcap
 from cache_builder.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
 from formats.errors import ConfigError
 
@@ -134,6 +134,22 @@ def teacher_architectures(model_config: Mapping[str, Any]) -> list[str]:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did its config mean {close[0]}?" if close else ""
     raise ConfigError(f"the architecture must be known to vLLM or transformers, got {name}{hint}")
+
+
+def refuse_ignored_softcap(model_config: Mapping[str, Any], dtype: str) -> None:
+    """vLLM's CPU attention (0.32) applies an attention softcap in bf16 only; in fp32 it is silently left out.
+
+    Raises:
+        ConfigError: the model has one and would run without it.
+    """
+    from vllm.platforms import current_platform
+
+    cap = attention_softcap(model_config)
+    if cap is not None and dtype != "bfloat16" and current_platform.is_cpu():
+        raise ConfigError(
+            f"on a CPU vLLM honours attn_logit_softcapping ({cap:g} in this model) in bfloat16 only, "
+            f"got {dtype}; pass --dtype bfloat16 or --engine transformers"
+        )
 
 
 def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from cache_builder.vllm_settings import (
     import_vllm,
     one_line,
     quiet_environment,
+    refuse_ignored_softcap,
     teacher_architectures,
 )
 from formats.errors import ConfigError
@@ -85,6 +86,7 @@ class VLLMTeacher:
         quiet_environment(config.debug, local=Path(config.model).is_dir())
         vllm = import_vllm()
         architectures = teacher_architectures(model_config)
+        refuse_ignored_softcap(model_config, self._dtype)
         arguments = engine_arguments(config, dtype=self._dtype, architectures=architectures)
         self._engine = _start(vllm, arguments, config)
         settings = self._engine.vllm_config

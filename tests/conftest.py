@@ -52,6 +52,17 @@ def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma2_uncapped_attention_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
+) -> Path:
+    """Gemma 2 with its softcap on the final logits but none on attention: vLLM on a CPU runs it in fp32."""
+    from tiny_models import save_tiny_model
+
+    directory = tmp_path_factory.mktemp("tiny-gemma2-uncapped")
+    return save_tiny_model(directory, "gemma2", tiny_tokenizer_dir, attn_logit_softcapping=None)
+
+
+@pytest.fixture(scope="session")
 def tiny_gemma2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
     """A random Gemma 2 (softcaps, sliding windows, tied embeddings) in fp32 with its tokenizer."""
     from tiny_models import save_tiny_model

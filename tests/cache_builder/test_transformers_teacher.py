@@ -26,7 +26,7 @@ def test_equals_the_dense_computation(name, positions, request):
     model_dir = request.getfixturevalue(name)
     rows = random_rows([2, 37, 1, 150], VOCAB_SIZE)
     teacher = make_teacher("transformers", config(model_dir, positions=positions))
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     assert teacher.vocab_size == VOCAB_SIZE
     for row, topk in zip(rows, teacher.prefill(rows), strict=True):
         at = row.positions(positions)
@@ -89,6 +89,28 @@ def test_tied_embeddings_keep_their_type(tiny_gemma2_dir):
     teacher = TransformersTeacher(config(tiny_gemma2_dir, dtype="bfloat16"))
     assert teacher._model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert teacher._model.get_output_embeddings().weight.dtype == torch.float32
+
+
+def test_the_attention_softcap_is_honoured(tiny_gemma2_dir):
+    """transformers' default kernel, sdpa, leaves it out: here the difference is large."""
+    rows = random_rows([150], VOCAB_SIZE)
+    (topk,) = TransformersTeacher(config(tiny_gemma2_dir)).prefill(rows)
+    at = rows[0].positions("all")
+    deviation = {}
+    for kernel in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_gemma2_dir, dtype=torch.float32, attn_implementation=kernel
+        )
+        dense = dense_logprobs(model, rows[0], at)
+        likeliest = topk.token_ids[topk.offsets[:-1]]
+        deviation[kernel] = np.abs(
+            dense[np.arange(len(at)), likeliest] - topk.logprobs[topk.offsets[:-1]]
+        ).max()
+    assert deviation["eager"] < 5e-5 < 0.05 < deviation["sdpa"], deviation
+    with pytest.raises(
+        ConfigError, match=r"attn_logit_softcapping \(4\), got sdpa, which ignores it; use eager"
+    ):
+        TransformersTeacher(config(tiny_gemma2_dir, engine_args={"attn_implementation": "sdpa"}))
 
 
 def test_refusals(tiny_llama_dir, tmp_path):

@@ -102,7 +102,7 @@ def tiny_config(architecture: str, **overrides: Any) -> Any:
                 "query_pre_attn_scalar": 32,
                 "sliding_window": 64,
                 "final_logit_softcapping": 8.0,
-                "attn_logit_softcapping": 20.0,
+                "attn_logit_softcapping": 4.0,
             },
         ),
     }
