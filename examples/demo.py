@@ -21,8 +21,8 @@ BASE = HERE / "tiny-base"
 MARKER = ".anneal-demo"
 CORPORA = {
     # name: (domain, split, bytes of text)
-    "target-train": ("code", "target-train", 600_000),
-    "target-heldout": ("code", "target-heldout", 100_000),
+    "target-train": ("code", "target-train", 450_000),
+    "target-heldout": ("code", "target-heldout", 160_000),
     "source-heldout": ("prose", "source-heldout", 100_000),
 }
 TRAINING = {
@@ -41,9 +41,15 @@ LABELS = {
 }
 
 
+def readable(path: Path) -> Path:
+    """`path` as seen from the repository, where the commands run."""
+    path = path.resolve()
+    return path.relative_to(HERE.parent) if path.is_relative_to(HERE.parent) else path
+
+
 def anneal(*arguments: str | Path, capture: bool = False) -> str:
     """Run one `anneal` command, shown as a person would type it."""
-    words = [str(argument) for argument in arguments]
+    words = [str(readable(word)) if isinstance(word, Path) else word for word in arguments]
     print(f"\n$ anneal {shlex.join(words)}", flush=True)
     result = subprocess.run(
         [sys.executable, "-m", "cli", *words],
@@ -173,7 +179,7 @@ def main() -> None:
         families={"label annealing": [LABELS["annealed-1"], LABELS["annealed-4"]]},
     )
     print(f"\n{table(results)}\n\n{verdict(results)}\n")
-    print(f"trade-off plot: {picture}\n{time.perf_counter() - started:.0f} seconds")
+    print(f"trade-off plot: {readable(picture)}\n{time.perf_counter() - started:.0f} seconds")
 
 
 if __name__ == "__main__":
