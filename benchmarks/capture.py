@@ -1,19 +1,20 @@
 """What a capture costs beside the plain prefill, and beside the other ways to get teacher logprobs out of a
 model.
 
-    python benchmarks/capture.py                                   # 2 cores: 61M parameters, vocabulary
-    32,000 python benchmarks/capture.py --preset smoke --tokens 2000      # does it run at all python
-    benchmarks/capture.py --preset 8b --dtype bfloat16 --tokens 200000      # a GPU
+    python benchmarks/capture.py                              # 2 cores: 61M parameters, vocabulary 32,000
+    python benchmarks/capture.py --preset smoke --tokens 2000 # does it run at all
+    python benchmarks/capture.py --preset 8b --dtype bfloat16 --tokens 200000      # a GPU
 
 Every position of every row is captured (the worst case: with a loss mask only selected positions are
 projected). All vLLM systems run the same random model with the same engine settings on the same rows,
 queued at once:
 
-    plain        a pooling engine that returns one hidden state per row: prefill, no logits capture
-    ours, engine to TopKLogprobs in this process build        ours, `build_cache` to the disk: corpus,
-    claims, encoding, fsync, manifest; without engine start plp          generate one token with
-    prompt_logprobs=K, the result dropped plp-flat     the same with flat_logprobs=True transformers
-    forward, log_softmax and torch.topk, one row at a time
+- plain: a pooling engine that returns one hidden state per row: prefill, no logits
+- capture: ours, engine to TopKLogprobs in this process
+- build: ours, `build_cache` to the disk: corpus, claims, encoding, fsync, manifest; without engine start
+- plp: generate one token with prompt_logprobs=K, the result dropped
+- plp-flat: the same with flat_logprobs=True
+- transformers: forward, log_softmax and torch.topk, one row at a time
 
 A system is timed `--repeats` times after a warm-up, and the best counts; `plain` is timed again at the end,
 in a new engine, so that a change of the machine's speed shows. Rates are tokens per second on the clock.
