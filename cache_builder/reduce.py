@@ -226,5 +226,6 @@ def _repair_underflow(
     logprobs_RV = logits_NV[rows_R] - log_z_N[rows_R].unsqueeze(-1)
     row_M, slot_M = keep_NH[rows_R].nonzero(as_tuple=True)
     logprobs_RV[row_M, head_ids_NH[rows_R][row_M, slot_M]] = -math.inf
-    for node, beta in enumerate(betas_B.tolist()):
-        log_tail_NB[rows_R, node] = torch.logsumexp(beta * logprobs_RV, -1)
+    max_R = logprobs_RV.amax(-1).clamp(min=torch.finfo(torch.float32).min)  # -inf where the tail is empty
+    sums_RB = block_sums(logprobs_RV, max_R, betas_B.tolist()).sum(-1)
+    log_tail_NB[rows_R] = sums_RB.log() + max_R.unsqueeze(-1) * betas_B
