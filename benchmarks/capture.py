@@ -37,7 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
-from cache_builder.vllm_settings import quiet_environment
+from cache_builder.vllm_settings import child_environment, quiet_environment
 from formats.rows import TokenRow
 
 PRESETS = {
@@ -76,7 +76,7 @@ def save_model(directory: Path, preset: str, dtype: str, seed: int) -> int:
     with torch.no_grad():
         model.lm_head.weight.normal_(0.0, LOGIT_SPREAD / sizes["hidden_size"] ** 0.5)
         for layer in model.model.layers:
-            # With tied embeddings the input token would be its own certain prediction, did the layers not drown it.
+            # With tied embeddings the input token would predict itself with certainty, were it not drowned.
             layer.mlp.down_proj.weight.mul_(DROWNING)
     model.save_pretrained(directory)
     vocabulary = {f"t{i}": i for i in range(sizes["vocab_size"])}
@@ -151,7 +151,8 @@ class Bench:
             **self.engine_args,
             **settings,
         )
-        engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+        with child_environment(debug=False):
+            engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
         try:
             yield engine
         finally:
