@@ -19,8 +19,8 @@ from functools import lru_cache
 
 import torch
 
-CPU_CACHE_BYTES = 1 << 20
-"""fp32 bytes of logits that a pass works on at a time on a CPU: about the second-level cache of two cores."""
+CPU_CACHE_BYTES = 1 << 22
+"""fp32 bytes of logits that a pass works on at a time on a CPU: its share of a third-level cache."""
 BLOCK = 64
 """S: long enough that block data are small, short enough that few entries are gathered."""
 
@@ -132,7 +132,9 @@ def _scratch(num_buffers: int, shape: torch.Size, device: torch.device) -> torch
     needed = num_buffers * shape.numel()
     kept = _SCRATCH.get(device)
     if kept is None or len(kept) < needed:
-        kept = _SCRATCH[device] = torch.empty(needed, device=device)
+        # A tensor made in inference mode could not be written outside it, and this one outlives the mode.
+        with torch.inference_mode(False):
+            kept = _SCRATCH[device] = torch.empty(needed, device=device)
     return kept[:needed].view(num_buffers, *shape)
 
 

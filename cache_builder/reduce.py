@@ -11,8 +11,9 @@ the mass, `total - head` in fp32 would be noise.
 
 Algorithm, per chunk of rows; the vocabulary is cut into blocks:
   1. maxima of the blocks, then of the row, m (one pass);
-  2. sums over the blocks of t = exp(betas[0] * (l - m)) and of its powers: the betas double, so four
-     temperatures cost one exponential (one pass).  The sums at beta = 1 give Z, hence the exact threshold;
+  2. sums over the blocks of exp(beta * (l - m)) for every beta (one pass): a beta that is the sum of two
+     earlier ones costs a product, so seven temperatures cost one exponential.  The sums at beta = 1 give Z,
+     hence the exact threshold;
   3. only blocks whose maximum passes the threshold can hold a head entry, at most 1/min_prob of them and in
      practice a few: they are gathered, the head is picked from them, and their share of the tail is summed
      again without it.  Blocks without a head entry are tail as they are.

@@ -111,6 +111,7 @@ class TransformersTeacher:
             "dtype": self._dtype,
             "head_dtype": "float32" if self.config.head_dtype == "float32" else self._dtype,
             "attention": self._attention,
+            "platform": self._device.type,
         }
 
     def close(self) -> None:

@@ -67,6 +67,13 @@ def test_equals_the_reference(vocab_size, spread, min_prob, max_k):
     check(draw(5, vocab_size, spread), min_prob, max_k)
 
 
+def test_inference_mode_may_come_and_go(monkeypatch):
+    monkeypatch.setattr(block_sums, "_SCRATCH", {})
+    with torch.inference_mode():
+        check(draw(5, 1003, 1.0), 1e-3, 128)
+    check(draw(5, 1003, 1.0), 1e-3, 128)
+
+
 @pytest.mark.parametrize("vocab_size", [7, 200, 1003])
 def test_whole_vocabulary_leaves_an_empty_tail(vocab_size):
     reduced = check(draw(4, vocab_size, 2.0), 0.0, vocab_size)
