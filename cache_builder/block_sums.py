@@ -6,8 +6,9 @@ register.
 
 On a CPU the passes are plain operations on a scratch buffer that is kept between calls: fresh temporaries
 of this size cost more in page faults than the arithmetic.  On a GPU `torch.compile` fuses them into one
-kernel, and where that fails the plain operations run instead.  ANNEAL_COMPILE=1 compiles on a CPU as well
-(about twice as fast, after twenty seconds or more of C++ compiler), ANNEAL_COMPILE=0 nowhere.
+kernel, and where that fails the plain operations run instead.  ANNEAL_COMPILE=1 compiles on a CPU as well,
+which proves the path where no GPU is and was not faster on the CPU it was tried on; ANNEAL_COMPILE=0
+compiles nowhere.
 
 N: rows, V: vocabulary, S: entries in a block, K: blocks of a row, B: tail nodes.
 """
@@ -19,9 +20,10 @@ from functools import lru_cache
 
 import torch
 
-CPU_CACHE_BYTES = 1 << 22
-"""fp32 bytes of logits that a pass works on at a time on a CPU: its share of a third-level cache."""
-BLOCK = 64
+CPU_CACHE_BYTES = 1 << 21
+"""fp32 bytes of logits per thread that a pass works on at a time on a CPU.  More falls out of its caches, less
+pays for the calls."""
+BLOCK = 32
 """S: long enough that block data are small, short enough that few entries are gathered."""
 
 
@@ -50,7 +52,9 @@ def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> tuple[t
     On a CPU both run over a few rows at a time, while their logits are in its cache.
     """
     num_rows, vocab_size = logits_NV.shape
-    step = max(1, CPU_CACHE_BYTES // (4 * vocab_size)) if logits_NV.device.type == "cpu" else max(1, num_rows)
+    step = max(1, num_rows)
+    if logits_NV.device.type == "cpu":
+        step = max(1, CPU_CACHE_BYTES * torch.get_num_threads() // (4 * vocab_size))
     blocks = num_blocks(vocab_size)
     maxima_NK = logits_NV.new_empty(num_rows, blocks)
     sums_NBK = logits_NV.new_empty(num_rows, len(betas), blocks)
@@ -110,10 +114,12 @@ _FAILED: set[tuple[float, ...]] = set()
 
 @lru_cache
 def _compiled(betas: tuple[float, ...]) -> Callable[..., torch.Tensor]:
+    plan = power_plan(betas)
+
     def sums(x_NSK: torch.Tensor, max_N: torch.Tensor) -> torch.Tensor:
         shifted_NSK = x_NSK - max_N[:, None, None]
         powers: list[torch.Tensor] = []
-        for beta, pair in zip(betas, power_plan(betas), strict=True):
+        for beta, pair in zip(betas, plan, strict=True):
             powers.append((shifted_NSK * beta).exp() if pair is None else powers[pair[0]] * powers[pair[1]])
         return torch.stack([power.sum(1) for power in powers], 1)
 
