@@ -21,8 +21,8 @@ from functools import lru_cache
 import torch
 
 CPU_CACHE_BYTES = 1 << 21
-"""fp32 bytes of logits per thread that a pass works on at a time on a CPU.  More falls out of its caches, less
-pays for the calls."""
+"""fp32 bytes of logits that a pass works on at a time, per thread of a CPU.  More falls out of its caches,
+less pays for the calls."""
 BLOCK = 32
 """S: long enough that block data are small, short enough that few entries are gathered."""
 
