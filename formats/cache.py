@@ -96,6 +96,11 @@ class TeacherCache:
         shard, at = self._locate(index)
         return self.shard(shard).row(at)[0]
 
+    def lengths(self) -> np.ndarray:
+        """int32 [rows]: tokens of every row, without reading tokens or teachers."""
+        parts = [self.shard(number).lengths() for number in range(len(self.manifest.shards))]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[CacheRow]:
         """Rows start to stop in order, one shard after the other."""
         for index in range(*slice(start, stop).indices(len(self))):

@@ -302,6 +302,11 @@ class ShardReader:
         parts = [self._file.batch(index).keys for index in range(self._file.num_batches)]
         return np.concatenate(parts) if parts else np.zeros((0, KEY_BYTES), np.uint8)
 
+    def lengths(self) -> np.ndarray:
+        """int32 [rows]: tokens of every row, from the offsets alone."""
+        parts = [np.diff(self._file.batch(index).token_offsets) for index in range(self._file.num_batches)]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
     def row(self, index: int) -> tuple[TokenRow, memoryview]:
         """The tokens and the encoded payload of row `index`, checked against its content key.
 

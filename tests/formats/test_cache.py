@@ -50,6 +50,7 @@ def test_rows_come_back_in_any_order(written):
         assert_same_row(got, row, teacher)
     assert [row.key for row in cache.rows(7, 10)] == [row.key for row, _ in rows[7:10]]
     assert cache.tokens(4).key == rows[4][0].key
+    assert cache.lengths().tolist() == [len(row) for row, _ in rows] and cache.lengths().dtype == np.int32
     for outside in (len(rows), -len(rows) - 1):
         with pytest.raises(IndexError):
             cache[outside]
@@ -174,6 +175,7 @@ def test_an_empty_cache_is_a_cache(tmp_path: Path):
     assert len(cache) == 0 and list(cache) == [] and cache.summary()["num_rows"] == 0
     with pytest.raises(KeyError):
         cache.index_of(bytes(16))
+    assert cache.lengths().tolist() == []
 
 
 def test_missing_paths_are_named(tmp_path: Path):
