@@ -44,7 +44,8 @@ from formats.topk import TopKLogprobs
 
 STEPS_PER_WAVE = 16
 """Scheduler steps' worth of tokens in a wave: the pause between two waves is small beside it."""
-SHUTDOWN_SECONDS = 10.0
+SHUTDOWN_SECONDS = 2.0
+"""Then the engine is killed: its workers would take six, and by now nothing in it is worth waiting for."""
 NUMERIC_ARGS = (
     "quantization",
     "kv_cache_dtype",
