@@ -26,7 +26,7 @@ CORPORA = {
     "source-heldout": ("prose", "source-heldout", 100_000),
 }
 TRAINING = {
-    "learning_rate": "1.5e-3",
+    "learning_rate": "1e-3",
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 1,
