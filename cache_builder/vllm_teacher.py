@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cache_builder.block_sums import compiles_on
+from cache_builder.engine_log import EngineLog
 from cache_builder.teacher import (
     TeacherConfig,
     TeacherError,
@@ -85,11 +86,13 @@ class VLLMTeacher:
         model_config = read_model_config(config.model)
         self._dtype = checkpoint_dtype(model_config) if config.dtype == "auto" else config.dtype
         quiet_environment(config.debug, local=Path(config.model).is_dir())
-        vllm = import_vllm()
-        architectures = teacher_architectures(model_config)
-        refuse_ignored_softcap(model_config, self._dtype)
-        arguments = engine_arguments(config, dtype=self._dtype, architectures=architectures)
-        self._engine = _start(vllm, arguments, config)
+        self._log = EngineLog(shown=config.debug)
+        with self._log.inherited():
+            vllm = import_vllm()
+            architectures = teacher_architectures(model_config)
+            refuse_ignored_softcap(model_config, self._dtype)
+            arguments = engine_arguments(config, dtype=self._dtype, architectures=architectures)
+            self._engine = _start(vllm, arguments, config, self._log)
         settings = self._engine.vllm_config
         self.vocab_size = int(settings.model_config.get_vocab_size())
         self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
@@ -168,9 +171,9 @@ class VLLMTeacher:
                 outputs = self._engine.step()
             except Exception as error:
                 self.close()
+                cause = self._log.cause() or f"{type(error).__name__}: {one_line(error)}"
                 raise TeacherError(
-                    f"the vLLM engine must keep running, got {type(error).__name__}: {one_line(error)}; "
-                    "its own log, shown with --debug, has the cause"
+                    f"the vLLM engine must keep running, got {cause}; --debug shows its whole log"
                 ) from error
             for output in outputs:
                 member = running.pop(output.request_id)
@@ -210,7 +213,7 @@ def _results(wave: list[_Member]) -> Iterator[TopKLogprobs]:
         yield check_numbers(result, member.number)
 
 
-def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig) -> Any:
+def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig, log: EngineLog) -> Any:
     from vllm.usage.usage_lib import UsageContext
 
     try:
@@ -220,8 +223,10 @@ def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig) -> Any:
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"vLLM must accept the model and its settings, got: {one_line(error)}") from error
     except Exception as error:
-        hint = "" if config.debug else "; run again with --debug to see its log"
-        raise TeacherError(f"the vLLM engine must start, got: {one_line(error)}{hint}") from error
+        cause = log.cause() or one_line(error)
+        raise TeacherError(
+            f"the vLLM engine must start, got: {cause}; --debug shows its whole log"
+        ) from error
 
 
 def _numeric_settings(settings: Any) -> dict[str, Any]:

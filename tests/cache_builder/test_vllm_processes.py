@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cache_builder import TeacherConfig, VLLMTeacher
+from cache_builder.teacher import TeacherError
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 OWNER = """
@@ -106,3 +109,11 @@ def test_an_engine_does_not_outlive_a_killed_owner(owner):
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert wait_until_gone(engine, 60) == []
+
+
+def test_an_engine_that_fails_says_why(tiny_llama_dir):
+    config = TeacherConfig(
+        model=str(tiny_llama_dir), max_length=64, engine_args={"kv_cache_memory_bytes": 10}
+    )
+    with pytest.raises(TeacherError, match="engine must start, got: ValueError: No available memory"):
+        VLLMTeacher(config)

@@ -146,6 +146,22 @@ def test_describe_is_what_the_engine_runs(fp32):
     assert teacher.vocab_size == VOCAB_SIZE
 
 
+@pytest.mark.slow
+def test_two_tensor_parallel_workers_agree_with_the_dense_computation(tiny_llama_dir):
+    """1003 tokens do not divide by two: every worker pads its part of the vocabulary."""
+    from transformers import AutoModelForCausalLM
+
+    rows = random_rows(LENGTHS[:6], VOCAB_SIZE)
+    with VLLMTeacher(config(tiny_llama_dir, engine_args={**BATCH, "tensor_parallel_size": 2})) as teacher:
+        assert teacher.describe()["tensor_parallel_size"] == 2
+        captured = list(teacher.prefill(rows))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    for row, topk in zip(rows, captured, strict=True):
+        dense = dense_logprobs(model, row, row.positions("all"))
+        assert_head_is_right(topk.validate(), dense, min_prob=1e-3, max_k=128, atol=FP32_ATOL)
+        assert_tail_is_right(topk, dense, atol=FP32_ATOL)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bf16_is_within_the_noise_of_bf16(name, request):
     model = request.getfixturevalue(name)

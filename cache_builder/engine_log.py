@@ -1,0 +1,64 @@
+"""What an engine's processes print, kept in a file instead of on the user's screen.
+
+The processes inherit the standard output and error of the moment they start in. Their warnings are about
+things a user of this program cannot change, and what they print to standard output would mix with ours; but
+where an engine fails, the cause stands there and nowhere else.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+
+TAIL_BYTES = 1 << 20
+ERROR_LINE = re.compile(r"\b([A-Z]\w*(?:Error|Exception|Interrupt)): +(\S.*)")
+CONSEQUENCES = ("initialization failed", "EngineDeadError", "died unexpectedly", "See root cause")
+"""Parts of errors that only report another one."""
+
+
+class EngineLog:
+    """A temporary file for what processes print; `shown` leaves everything on the screen."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._file = None if shown else tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the engine)
+
+    @contextlib.contextmanager
+    def inherited(self) -> Iterator[None]:
+        """Processes started inside write to the file for as long as they live; so does this one, inside."""
+        if self._file is None:
+            yield
+            return
+        kept = [(number, os.dup(number)) for number in (1, 2)]
+        _flush()
+        try:
+            for number, _ in kept:
+                os.dup2(self._file.fileno(), number)
+            yield
+        finally:
+            _flush()
+            for number, copy in kept:
+                os.dup2(copy, number)
+                os.close(copy)
+
+    def text(self) -> str:
+        """The end of what was printed."""
+        if self._file is None:
+            return ""
+        descriptor = self._file.fileno()
+        size = os.fstat(descriptor).st_size
+        # pread: the processes share the file's position.
+        return os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")
+
+    def cause(self) -> str:
+        """The last error that is not the consequence of another, in one line; empty if there is none."""
+        found = [match for line in self.text().splitlines() if (match := ERROR_LINE.search(line))]
+        causes = [m for m in found if not any(part in m[0] for part in CONSEQUENCES)]
+        return f"{causes[-1][1]}: {causes[-1][2].strip()}"[:300] if causes else ""
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
