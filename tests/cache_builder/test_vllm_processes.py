@@ -111,7 +111,8 @@ def test_an_engine_does_not_outlive_a_killed_owner(owner):
     assert wait_until_gone(engine, 60) == []
 
 
-def test_an_engine_that_fails_says_why(tiny_llama_dir):
+def test_an_engine_that_fails_says_why(tiny_llama_dir, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # it would win over the setting below
     config = TeacherConfig(
         model=str(tiny_llama_dir), max_length=64, engine_args={"kv_cache_memory_bytes": 10}
     )
