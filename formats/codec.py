@@ -110,7 +110,8 @@ def from_planes(body: np.ndarray, start: int, count: int, width: int) -> np.ndar
     planes = body[start : start + count * width].reshape(width, count)
     values = planes[0].astype(np.uint32)
     for k in range(1, width):
-        values |= planes[k].astype(np.uint32) << np.uint32(8 * k)
+        if planes[k].max(initial=0):  # high planes are mostly empty
+            values |= planes[k].astype(np.uint32) << np.uint32(8 * k)
     return values
 
 
@@ -266,17 +267,18 @@ class Codec:
         return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size)
 
     def _decode_ids(self, gaps: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        # 64 bits: hostile gaps must not wrap around into the vocabulary. Ranks restart in every head, so what
-        # had accumulated before it is subtracted.
-        running = gaps.astype(np.int64)
+        # Hostile gaps must not wrap around into the vocabulary: 32 bits only where their sum fits. Ranks
+        # restart in every head, so what had accumulated before it is subtracted.
+        width = np.int32 if int(gaps.sum(dtype=np.uint64)) + len(gaps) < 1 << 31 else np.int64
+        running = gaps.astype(width)
         running += 1
         np.cumsum(running, out=running)
-        before = np.zeros(len(counts), np.int64)
+        before = np.zeros(len(counts), width)
         before[1:] = running[offsets[1:-1] - 1]
         running -= np.repeat(before + 1, counts)
         if int(running[offsets[1:] - 1].max()) >= self.vocab_size:
             raise CorruptShardError("a token id is outside the vocabulary")
-        return running.astype(np.int32) if self._id_of_rank is None else self._id_of_rank[running]
+        return running.astype(np.int32, copy=False) if self._id_of_rank is None else self._id_of_rank[running]
 
     def _decompress(self, payload: bytes | memoryview, num_positions: int) -> np.ndarray:
         if num_positions > MAX_ROW_POSITIONS:
