@@ -57,8 +57,9 @@ def main() -> int:
     bad = 0
     for what, kind, options in plan(0.1 if arguments.quick else 1.0):
         result = run_apart(kind, **options)
+        tried = max(result["trials"], result.get("killed", 0))  # a trial may be killed several times
         print(
-            f"| {what} | {result['trials']} | " + " | ".join(str(result[name]) for name in FIGURES) + " |",
+            f"| {what} | {tried} | " + " | ".join(str(result[name]) for name in FIGURES) + " |",
             flush=True,
         )
         for detail in result["details"]:

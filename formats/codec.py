@@ -269,8 +269,9 @@ class Codec:
     def _decode_ids(self, gaps: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
         # Hostile gaps must not wrap around into the vocabulary: 32 bits only where their sum fits. Ranks
         # restart in every head, so what had accumulated before it is subtracted.
-        width = np.int32 if int(gaps.sum(dtype=np.uint64)) + len(gaps) < 1 << 31 else np.int64
-        running = gaps.astype(width)
+        narrow = int(gaps.sum(dtype=np.uint64)) + len(gaps) < 1 << 31
+        width = np.dtype(np.int32 if narrow else np.int64)
+        running: np.ndarray = gaps.astype(width)
         running += 1
         np.cumsum(running, out=running)
         before = np.zeros(len(counts), width)
