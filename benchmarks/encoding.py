@@ -147,6 +147,8 @@ ENCODINGS: dict[str, Callable[[list[TopKLogprobs]], list[Encoded]]] = {
     "p >= 2e-3, steps 320 + 2000": ours(2e-3, sqrt_steps=320, linear_steps=2000),
     "p >= 1e-3, steps 320 + 2000": ours(1e-3, sqrt_steps=320, linear_steps=2000),
     "p >= 1e-3, steps 480 + 1500": ours(1e-3, sqrt_steps=480, linear_steps=1500),
+    "p >= 1e-3, steps 600 + 1300": ours(1e-3, sqrt_steps=600, linear_steps=1300),
+    "p >= 1.5e-3": ours(1.5e-3),
     "p >= 2e-3, 64 tail steps": ours(2e-3, tail_steps=64),
     "p >= 2e-3, raw id order": ours(2e-3, rank_ids=False),
     "p >= 2e-3, zstd 3": ours(2e-3, zstd_level=3),

@@ -73,14 +73,14 @@ def gradient_from_logits(model: Any, ids_BS: torch.Tensor, grad_logits_NV: torch
 
 
 def gradient_from_cache(
-    model: Any, ids_BS: torch.Tensor, topk: TopKLogprobs, temperature: float
+    model: Any, ids_BS: torch.Tensor, topk: TopKLogprobs, kept_P: np.ndarray, temperature: float
 ) -> torch.Tensor:
-    """The KL gradient of the product's loss."""
+    """The KL gradient of the product's loss over the positions `kept_P`."""
     model.zero_grad(set_to_none=True)
     batch, length = ids_BS.shape
     hidden = model.model(input_ids=ids_BS).last_hidden_state.flatten(0, 1)
     rows = np.arange(batch * length).reshape(batch, length)[:, :-1].reshape(-1)
-    teacher = TeacherBatch.from_topk(rows, topk, temperature)
+    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature)
     no_labels = torch.full((batch * length,), -100)
     label_annealing_loss(hidden, model.lm_head.weight, no_labels, teacher).loss.backward()
     return parameter_gradient(model)
@@ -108,16 +108,20 @@ def measure_batch(
     temperature: float,
     seed: int,
     num_tail_draws: int = 0,
+    least_mass: float = 0.0,
 ) -> dict[str, Comparison]:
-    """All methods on one batch."""
+    """All methods on one batch, over the positions whose head holds at least `least_mass`."""
     with torch.no_grad():
         z = student(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double()
         logprobs = torch.log_softmax(teacher(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double(), -1)
-    num_rows, beta = len(z), 1.0 / temperature
+    kept_P = np.flatnonzero(topk.head_mass(1.0) >= least_mass)
+    share_N1 = torch.zeros(len(z), 1, dtype=torch.float64)  # of every position in the mean
+    share_N1[torch.as_tensor(kept_P)] = 1.0 / len(kept_P)
+    beta = 1.0 / temperature
     q, p = torch.softmax(beta * z, -1), torch.softmax(beta * logprobs, -1)
     labels = ids_BS[:, 1:].flatten()
     ce = torch.softmax(z, -1)
-    ce[torch.arange(num_rows), labels] -= 1.0
+    ce[torch.arange(len(z)), labels] -= 1.0
 
     stored, mass = topk_targets(topk, temperature, z.shape[1])
     generator = torch.Generator().manual_seed(seed)
@@ -127,30 +131,42 @@ def measure_batch(
         "zero-filled": beta * (mass * q - stored),
         "sampled": beta * (q - sampled_targets(logprobs, temperature, NUM_DRAWS, generator)),
     }
-    found = {name: gradient_from_logits(student, ids_BS, g / num_rows) for name, g in gradients.items()}
-    found["cache"] = gradient_from_cache(student, ids_BS, topk, temperature)
+    found = {name: gradient_from_logits(student, ids_BS, g * share_N1) for name, g in gradients.items()}
+    found["cache"] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature)
     methods = METHODS
     if num_tail_draws:
-        extra = tail_correction(topk, logprobs, z, temperature, num_tail_draws, generator) / num_rows
+        extra = tail_correction(topk, logprobs, z, temperature, num_tail_draws, generator) * share_N1
         name = f"cache + {num_tail_draws} tail draws"
         found[name] = found["cache"] + gradient_from_logits(student, ids_BS, extra)
         methods = (*METHODS, name)
-    ce_gradient = gradient_from_logits(student, ids_BS, ce / num_rows)
+    ce_gradient = gradient_from_logits(student, ids_BS, ce * share_N1)
     return {name: compare(found[name], found["online"], ce_gradient) for name in methods}
 
 
-def through_a_cache(teacher: Any, batches: list[torch.Tensor], folder: Path) -> list[TopKLogprobs]:
+def through_a_cache(
+    teacher: Any, batches: list[torch.Tensor], folder: Path, min_prob: float, max_k: int
+) -> list[TopKLogprobs]:
     """Every batch's teacher targets, written to a cache with its default codec and read back."""
     vocab_size = teacher.config.vocab_size
-    with CacheWriter(folder, identity={}, vocab_size=vocab_size, min_prob=MIN_PROB, max_k=MAX_K) as writer:
+    with CacheWriter(folder, identity={}, vocab_size=vocab_size, min_prob=min_prob, max_k=max_k) as writer:
         for ids_BS in batches:
             for ids in ids_BS:
                 mask = np.ones(len(ids), dtype=bool)
                 mask[0] = False
                 with torch.no_grad():
                     logits = teacher(input_ids=ids[None]).logits[0, :-1]
-                writer.append(TokenRow(ids.numpy(), mask), capture(logits))
+                writer.append(TokenRow(ids.numpy(), mask), capture(logits, min_prob, max_k))
     cache = TeacherCache(folder)
+    shards = cache.manifest.shards
+    positions, entries, stored = (
+        sum(getattr(shard, name) for shard in shards)
+        for name in ("num_positions", "num_entries", "num_payload_bytes")
+    )
+    mass = np.concatenate([row.teacher.head_mass(1.0) for row in cache])
+    print(
+        f"heads of p >= {min_prob:g}, at most {max_k}: {entries / positions:.0f} entries and "
+        f"{stored / positions:.0f} bytes per position, mass {mass.mean():.3f}\n"
+    )
     size = len(batches[0])
     return [
         TopKLogprobs.concatenate([cache[i].teacher for i in range(start, start + size)])
@@ -179,12 +195,15 @@ def measure(
     temperatures: list[float],
     learning_rate: float,
     num_tail_draws: int = 0,
+    min_prob: float = MIN_PROB,
+    max_k: int = MAX_K,
+    least_mass: float = 0.0,
 ) -> dict[tuple[int, float, str], list[Comparison]]:
     """Comparisons per (steps of drift, temperature, method), one for each held-out batch."""
     student = copy.deepcopy(teacher)
     results: dict[tuple[int, float, str], list[Comparison]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        caches = through_a_cache(teacher, held_out, Path(folder) / "cache")
+        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", min_prob, max_k)
     done = 0
     for stop in stops:
         student.train()
@@ -193,7 +212,9 @@ def measure(
         student.eval()
         for temperature in temperatures:
             for number, (ids, topk) in enumerate(zip(held_out, caches, strict=True)):
-                compared = measure_batch(student, teacher, ids, topk, temperature, number, num_tail_draws)
+                compared = measure_batch(
+                    student, teacher, ids, topk, temperature, number, num_tail_draws, least_mass
+                )
                 for method, found in compared.items():
                     results.setdefault((stop, temperature, method), []).append(found)
             print(f"{stop} steps, T = {temperature:g} done", file=sys.stderr, flush=True)
@@ -228,6 +249,15 @@ def main() -> None:
     parser.add_argument(
         "--tail-draws", type=int, default=0, metavar="M", help="also try M sampled tail tokens"
     )
+    parser.add_argument("--min-prob", type=float, default=MIN_PROB, help="as in cache build")
+    parser.add_argument("--max-k", type=int, default=MAX_K, help="as in cache build")
+    parser.add_argument(
+        "--least-mass",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="KL only at positions whose head holds so much, as nearly all of a large model's do",
+    )
     parser.add_argument("--json", type=Path, help="write every comparison here")
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
@@ -248,6 +278,9 @@ def main() -> None:
         temperatures=args.temperatures,
         learning_rate=args.learning_rate,
         num_tail_draws=args.tail_draws,
+        min_prob=args.min_prob,
+        max_k=args.max_k,
+        least_mass=args.least_mass,
     )
     print_report(results)
     if args.json:
