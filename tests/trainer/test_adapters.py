@@ -1,53 +1,80 @@
-"""The examples of docs/training.md for people with their own loop: run as they are printed."""
+"""Every example of docs/adapters.md runs as it is printed, and trains what the page says it trains."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from trainer import evaluate
-
-DOC = Path(__file__).parents[2] / "docs" / "training.md"
-EXAMPLES = {
-    match[0].strip(): match[1]
-    for match in re.findall(
-        r"\n\n([^\n`]*(?:`[^`]*`)?[^\n]*):\n\n```python\n(.*?)```", DOC.read_text(), re.DOTALL
-    )
-}
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
 
 
-def names_starting(text: str) -> list[str]:
-    return [title for title in EXAMPLES if title.lstrip("`").startswith(text)]
+def example(heading: str) -> str:
+    """The one Python block under a heading."""
+    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    return code
 
 
-@pytest.mark.parametrize("title", ["A plain PyTorch loop", "accelerate"])
-def test_the_example_trains(title, tiny_llama_dir, pruned_cache, tmp_path):
-    (found,) = names_starting(title)
-    code = EXAMPLES[found]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+@pytest.fixture(scope="module")
+def names(tmp_path_factory, tiny_llama_dir):
+    from caches import write_cache
+
+    folder = tmp_path_factory.mktemp("adapters")
+    cache = write_cache(folder / "cache", tiny_llama_dir, num_rows=8)
+    return {"MODEL": str(tiny_llama_dir), "CACHE": str(cache), "OUT": str(folder / "out")}
+
+
+def logged(text: str, name: str) -> list[float]:
+    return [float(value) for value in re.findall(rf"{name} (-?[\d.]+)", text)]
+
+
+@pytest.mark.parametrize("heading", ["Plain PyTorch", "accelerate"])
+def test_loop_starts_at_its_own_teacher_and_learns(heading, names, capsys):
+    """KL 0 before the first step: model, cache, rows and shift fit together. Then a fast step moves it."""
     torch.manual_seed(0)
-    scope = {"MODEL": str(tiny_llama_dir), "CACHE": str(pruned_cache), "CPU": True}
-    exec(compile(code.replace("lr=1e-5", "lr=1e-3"), str(DOC), "exec"), scope)
-    initial = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    trained = scope["model"]
-    assert not torch.equal(trained.lm_head.weight, initial.lm_head.weight)
-    trained.save_pretrained(tmp_path / "model")
-    for path in tiny_llama_dir.glob("tokenizer*"):
-        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
-    before = evaluate(tiny_llama_dir, {"c": pruned_cache})["c"]
-    after = evaluate(tmp_path / "model", {"c": pruned_cache})["c"]
-    assert after["ce"] < before["ce"] and 0 < after["kl"] < 1
+    namespace = dict(names)
+    exec(compile(example(heading).replace("lr=1e-5", "lr=1e-3"), heading, "exec"), namespace)
+    kl = logged(capsys.readouterr().out, "KL")
+    assert len(kl) == 2 and abs(kl[0]) < 1e-5 < kl[1]
 
 
-def test_every_documented_setting_exists_and_every_setting_is_documented():
-    from dataclasses import fields
+def test_accelerate_divides_by_the_whole_step(names, capsys, monkeypatch):
+    """Two batches of two rows, accumulated, give the gradient of one batch of four."""
+    found = []
 
-    from trainer.config import TrainConfig
+    def gradients(optimizer, *args, **kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
 
-    table = DOC.read_text().split("## Settings")[1].split("Defaults under")[0]
-    documented = set(
-        re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
-    )
-    assert documented == {entry.name for entry in fields(TrainConfig)} - {"cache", "model", "out", "revision"}
+    monkeypatch.setattr(torch.optim.AdamW, "step", gradients)
+    code = example("accelerate").replace("shuffle=True", "shuffle=False")
+    for changed in (code, code.replace("batch_size=2", "batch_size=4").replace("range(2)", "range(1)")):
+        exec(compile(changed, "accelerate", "exec"), dict(names))
+    assert len(found) == 4
+    for accumulated, at_once in zip(found[:2], found[2:], strict=True):
+        assert at_once.norm() > 0
+        torch.testing.assert_close(accumulated, at_once, rtol=1e-4, atol=1e-6 * float(at_once.abs().max()))
+
+
+def test_trl_subclass(names):
+    """Two steps, each of two micro-batches: the first step's KL is zero, its gradient that of one batch."""
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "max_grad_norm": 1e9,
+    }
+    namespace = names | {"SETTINGS": settings}
+    exec(compile(example("A subclass of TRL's SFTTrainer"), "trl", "exec"), namespace)
+    history = [entry for entry in namespace["trainer"].state.log_history if "kl" in entry]
+    assert len(history) == 2 and abs(history[0]["kl"]) < 1e-5 < history[1]["kl"]
+    # A loss scaled once too often or too rarely would be off by the accumulation steps.
+    assert history[0]["loss"] == pytest.approx(history[1]["loss"], rel=0.5)
+    assert 3 < history[0]["loss"] < 30
