@@ -82,7 +82,8 @@ class ConsoleProgress(Progress):
         elif time.monotonic() - self._printed >= self._interval:
             self._printed = time.monotonic()
             total = f" of {self._total}" if self._total is not None else ""
-            self.note(f"{self._what}: {self._done + self._rows}{total} rows, {self._rates()}{self._left()}")
+            rates = f", {self._rates()}{self._left()}" if self._rows > self._first[1] else ""  # not yet known
+            self.note(f"{self._what}: {self._done + self._rows}{total} rows{rates}")
 
     def wrote(self, num_bytes: int, num_tokens: int) -> None:
         self._bytes += num_bytes

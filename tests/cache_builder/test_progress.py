@@ -37,7 +37,7 @@ def test_plain_lines_at_intervals_with_rates_and_time_left(clock: Clock) -> None
     shown.advance(1, 100)
     shown.finish()
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("capture: 30 of 100 rows")
+    assert lines[0] == "capture: 30 of 100 rows"
     assert "capture: 50 of 100 rows, 2.0 rows/s, 200 tokens/s, 25 s left" in lines
     assert "2.5 bytes/token" in lines[-1]
     assert len(lines) == 4
