@@ -41,8 +41,11 @@ class TransformersTeacher:
 
     def __init__(self, config: TeacherConfig) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
         self.config = config
+        if not config.debug:
+            logging.disable_progress_bar()
         args = dict(config.engine_args)
         unknown = sorted(set(args) - set(LOADING_ARGS))
         if unknown:
