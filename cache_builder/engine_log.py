@@ -57,6 +57,12 @@ class EngineLog:
         causes = [m for m in found if not any(part in m[0] for part in CONSEQUENCES)]
         return f"{causes[-1][1]}: {causes[-1][2].strip()}"[:300] if causes else ""
 
+    def explain(self, otherwise: str) -> str:
+        """The cause, or `otherwise` where the log names none, and where to see more if it is hidden."""
+        return (self.cause() or otherwise) + (
+            "; --debug shows its whole log" if self._file is not None else ""
+        )
+
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):

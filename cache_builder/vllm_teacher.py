@@ -171,10 +171,8 @@ class VLLMTeacher:
                 outputs = self._engine.step()
             except Exception as error:
                 self.close()
-                cause = self._log.cause() or f"{type(error).__name__}: {one_line(error)}"
-                raise TeacherError(
-                    f"the vLLM engine must keep running, got {cause}; --debug shows its whole log"
-                ) from error
+                cause = self._log.explain(f"{type(error).__name__}: {one_line(error)}")
+                raise TeacherError(f"the vLLM engine must keep running, got {cause}") from error
             for output in outputs:
                 member = running.pop(output.request_id)
                 result = unpack(output.outputs.data, self.vocab_size)
@@ -223,10 +221,8 @@ def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig, log: Eng
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"vLLM must accept the model and its settings, got: {one_line(error)}") from error
     except Exception as error:
-        cause = log.cause() or one_line(error)
-        raise TeacherError(
-            f"the vLLM engine must start, got: {cause}; --debug shows its whole log"
-        ) from error
+        cause = log.explain(one_line(error))
+        raise TeacherError(f"the vLLM engine must start, got: {cause}") from error
 
 
 def _numeric_settings(settings: Any) -> dict[str, Any]:

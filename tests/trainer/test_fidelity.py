@@ -60,8 +60,7 @@ def test_after_drift_the_cache_is_nearest_to_the_online_gradient(results, temper
     errors = {m: max(one.relative_error for one in results[4, temperature, m]) for m in METHODS}
     assert all(math.isfinite(error) for error in errors.values())
     for method in METHODS[1:]:
-        # The rivals' values are exact here and ours quantised, which is all that is left at low temperatures.
-        assert errors["cache"] < max(errors[method], 0.004), method
+        assert errors["cache"] < errors[method], method
     for one in results[4, temperature, "cache"]:
         # A hot softmax moves mass into the tail, and with it the part of the gradient the bucket leaves out.
         assert one.angle < (5 if temperature <= 1 else 15)
