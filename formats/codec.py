@@ -110,8 +110,7 @@ def from_planes(body: np.ndarray, start: int, count: int, width: int) -> np.ndar
     planes = body[start : start + count * width].reshape(width, count)
     values = planes[0].astype(np.uint32)
     for k in range(1, width):
-        if planes[k].max(initial=0):  # high planes are mostly empty
-            values |= planes[k].astype(np.uint32) << np.uint32(8 * k)
+        values |= planes[k].astype(np.uint32) << np.uint32(8 * k)
     return values
 
 
@@ -267,19 +266,17 @@ class Codec:
         return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size)
 
     def _decode_ids(self, gaps: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        # Hostile gaps must not wrap around into the vocabulary: 32 bits only where their sum fits. Ranks
-        # restart in every head, so what had accumulated before it is subtracted.
-        narrow = int(gaps.sum(dtype=np.uint64)) + len(gaps) < 1 << 31
-        width = np.dtype(np.int32 if narrow else np.int64)
-        running: np.ndarray = gaps.astype(width)
+        # 64 bits: hostile gaps must not wrap around into the vocabulary. Ranks restart in every head, so what
+        # had accumulated before it is subtracted.
+        running = gaps.astype(np.int64)
         running += 1
         np.cumsum(running, out=running)
-        before = np.zeros(len(counts), width)
+        before = np.zeros(len(counts), np.int64)
         before[1:] = running[offsets[1:-1] - 1]
         running -= np.repeat(before + 1, counts)
         if int(running[offsets[1:] - 1].max()) >= self.vocab_size:
             raise CorruptShardError("a token id is outside the vocabulary")
-        return running.astype(np.int32, copy=False) if self._id_of_rank is None else self._id_of_rank[running]
+        return running.astype(np.int32) if self._id_of_rank is None else self._id_of_rank[running]
 
     def _decompress(self, payload: bytes | memoryview, num_positions: int) -> np.ndarray:
         if num_positions > MAX_ROW_POSITIONS:

@@ -25,10 +25,8 @@ def offsets_of(counts: np.ndarray) -> np.ndarray:
 
 
 def _reduce(ufunc: np.ufunc, values: np.ndarray, offsets: np.ndarray, neutral: float) -> np.ndarray:
-    filled = offsets[1:] > offsets[:-1]
-    if len(filled) and filled.all():
-        return ufunc.reduceat(values, offsets[:-1])
     out = np.full(len(offsets) - 1, neutral, dtype=values.dtype)
+    filled = offsets[1:] > offsets[:-1]
     if filled.any():
         # Starts of the filled segments are strictly increasing, which is what reduceat needs.
         out[filled] = ufunc.reduceat(values, offsets[:-1][filled])
