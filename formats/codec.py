@@ -3,7 +3,7 @@
 Heads are sorted by token rank and stored as rank gaps; every number is split into byte planes (all low
 bytes, then all high bytes), plane after plane in one zstd frame whose blocks end with the sections, so that
 each section gets entropy tables of its own. Encoding and decoding are a few dozen numpy passes over a row,
-with no loop over positions or entries. P: positions, N: entries, K: tail nodes.
+with no loop over positions or entries. P: positions, N: entries, K: tail nodes, F: token features.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,15 @@ import zstandard
 
 from formats import segments
 from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
-from formats.quantise import dequantise_tails, probability_tables, quantise_probabilities, quantise_tails
+from formats.features import LARGEST_FEATURE, MAX_FEATURES
+from formats.quantise import (
+    dequantise_moments,
+    dequantise_tails,
+    probability_tables,
+    quantise_moments,
+    quantise_probabilities,
+    quantise_tails,
+)
 from formats.tail import TAIL_BETAS
 from formats.topk import TopKLogprobs
 from formats.vocabulary import permutations
@@ -24,7 +32,8 @@ MAX_BODY_BYTES = (1 << 31) - 1
 MAX_ROW_POSITIONS = 1 << 22
 MASS_TOLERANCE = 0.02
 PROBABILITY_KINDS = ("companded", "float32")
-SECTIONS = ("counts", "ids", "probabilities", "tails")
+SECTIONS = ("counts", "ids", "probabilities", "tails", "moments")
+_SINCE_VERSION_2 = ("num_features", "moment_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,10 @@ class CodecConfig:
     """Store ids by frequency rank, with the table in the shard; False stores them as they are."""
     zstd_level: int = 12
     """Compression level, 1 to 19: reading is equally fast for all of them, writing is not."""
+    num_features: int = 0
+    """F: tail moments per position, one for each token feature of the cache; 0 stores none."""
+    moment_steps: int = 64
+    """Steps per standard deviation of a feature, times probability: a moment's error is half a step."""
 
     def __post_init__(self) -> None:
         if self.probabilities not in PROBABILITY_KINDS:
@@ -59,6 +72,8 @@ class CodecConfig:
             ("linear_steps", 0, 1 << 15),
             ("tail_steps", 1, 256),
             ("zstd_level", 1, 19),
+            ("num_features", 0, MAX_FEATURES),
+            ("moment_steps", 1, 1 << 12),
         ):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
@@ -71,27 +86,41 @@ class CodecConfig:
         """Exact float32 logprobs and tails; with `max_k` = V the cache holds the full distribution."""
         return cls(probabilities="float32")
 
+    @property
+    def format_version(self) -> int:
+        """The oldest version of the format that can express this: 2 with tail moments, else 1."""
+        return 2 if self.num_features else 1
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
+        """JSON form; the keys of tail moments only where there are some."""
+        content = asdict(self)
+        if not self.num_features:
+            for name in _SINCE_VERSION_2:
+                del content[name]
+        return content
 
     @classmethod
-    def from_dict(cls, content: Any) -> "CodecConfig":
-        """Inverse of `to_dict`.
+    def from_dict(cls, content: Any, version: int) -> "CodecConfig":
+        """Inverse of `to_dict`, for a cache of format `version`.
 
         Raises:
-            UnsupportedVersionError: keys or values that this reader does not know.
+            UnsupportedVersionError: keys or values that this version does not have.
         """
         known = {item.name for item in fields(cls)}
+        if version == 1:
+            known -= set(_SINCE_VERSION_2)
         if not isinstance(content, dict) or set(content) != known:
             raise UnsupportedVersionError(
                 f"the codec must have the keys {', '.join(sorted(known))}, got {str(content)[:200]}; "
                 "upgrade anneal"
             )
         try:
-            return cls(**content)
+            config = cls(**content)
         except ConfigError as error:
             raise UnsupportedVersionError(f"this codec is not known: {error}; upgrade anneal") from None
+        if config.format_version != version:
+            raise UnsupportedVersionError(f"num_features must be at least 1 in version {version}, got 0")
+        return config
 
 
 def bytes_for(largest: int) -> int:
@@ -145,13 +174,14 @@ class Codec:
 
     def body_bytes(self, num_positions: int, num_entries: int) -> int:
         """Bytes of a row before compression."""
-        per_position = self._count_width + self._number_width * len(TAIL_BETAS)
+        per_position = self._count_width + self._number_width * (len(TAIL_BETAS) + self.config.num_features)
         return num_positions * per_position + num_entries * (self._id_width + self._number_width)
 
     # --- encoding -----------------------------------------------------------------------------------------
 
-    def sections(self, topk: TopKLogprobs) -> tuple[bytes, bytes, bytes, bytes]:
-        """The uncompressed sections of one row, in the order of `SECTIONS`.
+    def sections(self, topk: TopKLogprobs) -> tuple[bytes, ...]:
+        """The uncompressed sections of one row, in the order of `SECTIONS`; without features the last is
+        empty.
 
         Raises:
             ValueError: the contents are invalid, unnormalised, or break `vocab_size` or `max_k`.
@@ -166,6 +196,7 @@ class Codec:
         if self._exact:
             probabilities = to_planes(logprobs.view(np.uint32), 4)
             tails = to_planes(np.ascontiguousarray(topk.log_tail_nodes.T).view(np.uint32).ravel(), 4)
+            moments = to_planes(np.ascontiguousarray(topk.tail_moments.T).view(np.uint32).ravel(), 4)
         else:
             config = self.config
             codes = quantise_probabilities(logprobs, config.sqrt_steps, config.linear_steps)
@@ -179,16 +210,22 @@ class Codec:
                 config.tail_steps,
             )
             tails = to_planes(stored.ravel(), 2)
+            moments = to_planes(quantise_moments(topk.tail_moments, config.moment_steps).ravel(), 2)
         return (
             to_planes(topk.counts - 1, self._count_width),
             to_planes(gaps, self._id_width),
             probabilities,
             tails,
+            moments,
         )
 
     def _check(self, topk: TopKLogprobs) -> None:
         if topk.vocab_size != self.vocab_size:
             raise ValueError(f"vocab_size must be {self.vocab_size}, got {topk.vocab_size}")
+        if topk.num_features != self.config.num_features:
+            raise ValueError(
+                f"a position must have {self.config.num_features} tail moments, got {topk.num_features}"
+            )
         if len(topk) > MAX_ROW_POSITIONS:
             raise ValueError(f"a row must have at most {MAX_ROW_POSITIONS} positions, got {len(topk)}")
         topk.validate()
@@ -213,7 +250,7 @@ class Codec:
         Raises:
             ValueError: see `sections`.
         """
-        sections = self.sections(topk)
+        sections = [section for section in self.sections(topk) if section]
         if len(topk) == 0:
             return b""
         stream = self._compressor.compressobj(size=sum(map(len, sections)))
@@ -236,7 +273,7 @@ class Codec:
         if num_positions == 0:
             if len(payload):
                 raise CorruptShardError("a row without positions must have an empty payload")
-            return TopKLogprobs.empty(self.vocab_size)
+            return TopKLogprobs.empty(self.vocab_size, self.config.num_features)
         body = self._decompress(payload, num_positions)
         at = num_positions * self._count_width
         counts = from_planes(body, 0, num_positions, self._count_width).astype(np.int64) + 1
@@ -250,9 +287,14 @@ class Codec:
         at += n * self._number_width
         stored = from_planes(body, at, num_positions * len(TAIL_BETAS), self._number_width)
         stored = stored.reshape(len(TAIL_BETAS), num_positions)
+        at += num_positions * len(TAIL_BETAS) * self._number_width
+        features = self.config.num_features
+        stored_moments = from_planes(body, at, num_positions * features, self._number_width)
+        stored_moments = stored_moments.reshape(features, num_positions)
         if self._exact:
             logprobs = codes.view(np.float32)
             nodes = np.ascontiguousarray(stored.view(np.float32).T)
+            moments = np.ascontiguousarray(stored_moments.view(np.float32).T)
             bound = np.log(self.vocab_size) + 1e-3
             if not ((logprobs <= 1e-3).all() and (nodes <= bound).all()):
                 raise CorruptShardError("logprobs must be at most 0 and tails at most log V")
@@ -263,7 +305,10 @@ class Codec:
             nodes = dequantise_tails(
                 stored, self.vocab_size - counts, codes, offsets, self._mass_table, self.config.tail_steps
             )
-        return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size)
+            moments = dequantise_moments(stored_moments, self.config.moment_steps)
+        if not (np.abs(moments) <= LARGEST_FEATURE + 1).all():
+            raise CorruptShardError("a tail moment is above the largest feature")
+        return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size, moments)
 
     def _decode_ids(self, gaps: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
         # 64 bits: hostile gaps must not wrap around into the vocabulary. Ranks restart in every head, so what

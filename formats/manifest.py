@@ -12,6 +12,7 @@ from typing import Any
 from formats.codec import CodecConfig
 from formats.commit import atomic_write_bytes
 from formats.errors import FormatError, IncompleteCacheError, UnsupportedVersionError
+from formats.features import FEATURES_FILE
 from formats.progress import build_progress
 from formats.rows import POSITION_MODES
 from formats.sealed import seal, unseal
@@ -19,7 +20,8 @@ from formats.tail import TAIL_BETAS
 from formats.topk import MAX_VOCAB_SIZE
 
 FORMAT = "anneal-teacher-cache"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Those that this reader reads; the writer takes the oldest that can express a cache."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_COUNT = 1 << 53
@@ -125,6 +127,8 @@ class Manifest:
         names = [shard.name for shard in self.shards] + list(self.files)
         if len(set(names)) != len(names):
             raise FormatError("every file may be listed once in the manifest, got a repeated name")
+        if (self.codec.num_features > 0) != (FEATURES_FILE in self.files):
+            raise FormatError(f"a cache has tail moments if and only if its manifest lists {FEATURES_FILE}")
 
     @property
     def num_rows(self) -> int:
@@ -134,7 +138,7 @@ class Manifest:
         """The sealed JSON text; equal manifests give equal bytes."""
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.codec.format_version,
             "identity": self.identity,
             "codec": self.codec.to_dict(),
             "tail_betas": list(TAIL_BETAS),
@@ -159,7 +163,7 @@ class Manifest:
         if len(data) > MAX_MANIFEST_BYTES:
             raise FormatError(f"a manifest must be at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}")
         content = unseal(data, MANIFEST_NAME)
-        check_version(content, MANIFEST_NAME)
+        version = check_version(content, MANIFEST_NAME)
         expected = {"format", "version", "tail_betas"} | {item.name for item in fields(cls)}
         _require_keys(content, expected, MANIFEST_NAME)
         shards = content["shards"]
@@ -170,7 +174,7 @@ class Manifest:
             _require_keys(shard, shard_keys, "a shard in the manifest")
         return cls(
             identity=content["identity"],
-            codec=CodecConfig.from_dict(content["codec"]),
+            codec=CodecConfig.from_dict(content["codec"], version),
             positions=content["positions"],
             min_prob=content["min_prob"],
             max_k=content["max_k"],
@@ -216,10 +220,10 @@ def read_manifest_bytes(store: Any) -> bytes:
 def _require_keys(content: Any, expected: set[str], what: str) -> None:
     if not isinstance(content, dict) or set(content) != expected:
         got = sorted(set(content) ^ expected) if isinstance(content, dict) else type(content).__name__
-        raise FormatError(f"{what} must have exactly the keys of format version {VERSION}, differs in {got}")
+        raise FormatError(f"{what} must have exactly the keys of the format, differs in {got}")
 
 
-def check_version(content: dict[str, Any], what: str) -> None:
+def check_version(content: dict[str, Any], what: str) -> int:
     """The one place where format name, version and tail nodes are checked, for manifests and shards.
 
     Raises:
@@ -228,11 +232,14 @@ def check_version(content: dict[str, Any], what: str) -> None:
     """
     if content.get("format") != FORMAT:
         raise FormatError(f"{what} must have format {FORMAT!r}, got {content.get('format')!r}")
-    if type(content.get("version")) is not int or content["version"] != VERSION:
+    version = content.get("version")
+    if type(version) is not int or version not in VERSIONS:
         raise UnsupportedVersionError(
-            f"{what} must have version {VERSION}, got {content.get('version')!r}; upgrade anneal to read it"
+            f"{what} must have version {' or '.join(map(str, VERSIONS))}, got {version!r}; "
+            "upgrade anneal to read it"
         )
     if content.get("tail_betas") != list(TAIL_BETAS):
         raise UnsupportedVersionError(
             f"{what} must have tail_betas {list(TAIL_BETAS)}, got {content.get('tail_betas')!r}"
         )
+    return version

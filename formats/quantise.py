@@ -12,8 +12,12 @@ from nodes already known, modulo 2^16. The prediction of A(1) is the log of the 
 leaves; the others are fixed linear combinations, exact for a linear A, fitted to language model tails.
 Error: half a step.
 
+**Tail moments** are stored in steps of 1/`moment_steps`. They are sums over the tail's probabilities, so the
+same absolute error is the same gradient error wherever it stands, and where the tail has no mass they cost
+nothing. Error: half a step.
+
 All predictions are integer arithmetic on stored codes, so every implementation reproduces them to the bit.
-P: positions, N: entries, K: nodes.
+P: positions, N: entries, K: nodes, F: token features.
 """
 
 from functools import lru_cache
@@ -136,3 +140,15 @@ def dequantise_tails(
     nodes_PK = (code_PK / tail_steps).astype(np.float32)
     nodes_PK[(code_PK == MINUS_INFINITY) | (num_tail_P == 0)[:, None]] = -np.inf
     return nodes_PK
+
+
+def quantise_moments(moments_PF: np.ndarray, steps: int) -> np.ndarray:
+    """uint16 [F, P]: zigzag-coded steps; the features bound them, so nothing is clipped."""
+    code = np.rint(moments_PF.T.astype(np.float64) * steps).astype(np.int64)
+    return ((code << 1) ^ (code >> 63)).astype(np.uint16)
+
+
+def dequantise_moments(stored_FP: np.ndarray, steps: int) -> np.ndarray:
+    """float32 [P, F]: the inverse of `quantise_moments`."""
+    stored = stored_FP.T.astype(np.int32)
+    return ((stored >> 1) ^ -(stored & 1)) / np.float32(steps)

@@ -20,7 +20,7 @@ import numpy as np
 from formats.arrow_file import ArrowFile, Batch
 from formats.codec import Codec, CodecConfig
 from formats.errors import CorruptShardError, FormatError
-from formats.manifest import FORMAT, VERSION, ShardInfo, check_version
+from formats.manifest import FORMAT, ShardInfo, check_version
 from formats.rows import KEY_BYTES, POSITION_MODES, TokenRow, content_key
 from formats.sealed import seal, unseal
 from formats.segments import offsets_of
@@ -149,7 +149,7 @@ class ShardWriter:
         codec = Codec(self._config, self._vocab_size, self._max_k, ranked_ids)
         metadata = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self._config.format_version,
             "codec": self._config.to_dict(),
             "tail_betas": list(TAIL_BETAS),
             "positions": self._positions,
@@ -250,9 +250,9 @@ class ShardReader:
                 f"{name} must carry the metadata key 'anneal'; it is not a shard of a teacher cache"
             )
         settings = unseal(sealed, f"the metadata of {name}")
-        check_version(settings, name)
+        version = check_version(settings, name)
         if set(settings) != _METADATA_KEYS:
-            raise FormatError(f"{name} must have exactly the metadata of format version {VERSION}")
+            raise FormatError(f"{name} must have exactly the metadata of format version {version}")
         for key, value in (expected or {}).items():
             if settings[key] != value:
                 raise FormatError(
@@ -273,7 +273,7 @@ class ShardReader:
                 raise FormatError(
                     f"{name}: {key} must be a whole number from 1 to {limit}, got {settings[key]!r}"
                 )
-        self.codec_config = CodecConfig.from_dict(settings["codec"])
+        self.codec_config = CodecConfig.from_dict(settings["codec"], version)
         ranked_ids = from_text(settings["ranked_ids"], vocab_size)
         self.codec = Codec(self.codec_config, vocab_size, max_k, ranked_ids)
         self._cached: OrderedDict[int, Batch] = OrderedDict()

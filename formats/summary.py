@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from formats.codec import section_bytes
-from formats.manifest import VERSION
 from formats.rows import KEY_BYTES
 from formats.statistics import distribution, entropy, head_size_histogram
 from formats.topk import TopKLogprobs
@@ -40,7 +39,7 @@ def summarise(cache: "TeacherCache", *, full: bool = False) -> dict[str, Any]:
     rows = sampled_rows(cache, full)
     summary: dict[str, Any] = {
         "path": cache.path,
-        "format_version": VERSION,
+        "format_version": manifest.codec.format_version,
         "identity": manifest.identity,
         "settings": {
             "codec": manifest.codec.to_dict(),

@@ -7,19 +7,28 @@ T-softmax of the head and its exact mass follow at any temperature:
 
     log Z_T = log(sum_head exp(beta * l_j) + exp(A(beta))),    p_T(j) = exp(beta * l_j) / Z_T,    beta = 1/T.
 
-No Python object per token: four flat arrays. P: positions, N: entries of all heads, K: tail nodes.
+Where a cache has token features (see `features.py`), a position also keeps the *tail moments*, the sums of
+the tail's probabilities times the tokens' features.
+
+No Python object per token: a few flat arrays. P: positions, N: entries of all heads, K: tail nodes, F: token
+features.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from formats import segments, tail
+from formats.features import LARGEST_FEATURE, TokenFeatures
 from formats.tail import TAIL_BETAS
 
 MAX_VOCAB_SIZE = 1 << 20
 _FIELDS = (("offsets", np.int64), ("token_ids", np.int32), ("logprobs", np.float32))
+
+
+def _no_moments() -> np.ndarray:
+    return np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +49,8 @@ class TopKLogprobs:
     """float32 [P, len(TAIL_BETAS)]: A(beta) at the nodes; -inf where the head is the whole vocabulary."""
     vocab_size: int
     """V: tokens the teacher can predict, without padding."""
+    tail_moments: np.ndarray = field(default_factory=_no_moments)
+    """float32 [P, F]: sum over the tail of exp(l_j) * u_j, with u_j the features of token j; F may be 0."""
 
     def __post_init__(self) -> None:
         for name, dtype in _FIELDS:
@@ -49,6 +60,10 @@ class TopKLogprobs:
             object.__setattr__(self, name, array)
         nodes = np.ascontiguousarray(self.log_tail_nodes, dtype=np.float32)
         object.__setattr__(self, "log_tail_nodes", nodes)
+        moments = np.ascontiguousarray(self.tail_moments, dtype=np.float32)
+        if moments.shape == (0, 0):
+            moments = np.zeros((len(self), 0), np.float32)
+        object.__setattr__(self, "tail_moments", moments)
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.token_ids):
             raise ValueError("offsets must run from 0 to the number of entries")
         if len(self.token_ids) != len(self.logprobs):
@@ -60,6 +75,8 @@ class TopKLogprobs:
             raise ValueError(
                 f"log_tail_nodes must have shape {(len(self), len(TAIL_BETAS))}, got {nodes.shape}"
             )
+        if moments.ndim != 2 or len(moments) != len(self):
+            raise ValueError(f"tail_moments must have one row per position, got shape {moments.shape}")
         if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, got {self.vocab_size}")
 
@@ -76,11 +93,16 @@ class TopKLogprobs:
         """int64 [P]: head size of each position."""
         return np.diff(self.offsets)
 
+    @property
+    def num_features(self) -> int:
+        """F: tail moments per position."""
+        return self.tail_moments.shape[1]
+
     @staticmethod
-    def empty(vocab_size: int) -> "TopKLogprobs":
+    def empty(vocab_size: int, num_features: int = 0) -> "TopKLogprobs":
         """No positions at all."""
-        none = np.zeros(0)
-        return TopKLogprobs(np.zeros(1, np.int64), none, none, np.zeros((0, len(TAIL_BETAS))), vocab_size)
+        none, nodes = np.zeros(0), np.zeros((0, len(TAIL_BETAS)))
+        return TopKLogprobs(np.zeros(1, np.int64), none, none, nodes, vocab_size, np.zeros((0, num_features)))
 
     # --- at a temperature -------------------------------------------------------------------------------
 
@@ -123,6 +145,7 @@ class TopKLogprobs:
             self.logprobs[a:b],
             self.log_tail_nodes[start:stop],
             self.vocab_size,
+            self.tail_moments[start:stop],
         )
 
     def take(self, positions: np.ndarray) -> "TopKLogprobs":
@@ -136,6 +159,7 @@ class TopKLogprobs:
             self.logprobs[source],
             self.log_tail_nodes[chosen],
             self.vocab_size,
+            self.tail_moments[chosen],
         )
 
     @staticmethod
@@ -143,19 +167,23 @@ class TopKLogprobs:
         """All positions of all parts.
 
         Raises:
-            ValueError: no parts (use `empty`), or parts of different vocabularies.
+            ValueError: no parts (use `empty`), or parts of different vocabularies or numbers of features.
         """
         if not parts:
             raise ValueError("concatenate needs at least one part, got none; use TopKLogprobs.empty")
         sizes = sorted({part.vocab_size for part in parts})
         if len(sizes) > 1:
             raise ValueError(f"all parts must share one vocabulary size, got {sizes}")
+        features = sorted({part.num_features for part in parts})
+        if len(features) > 1:
+            raise ValueError(f"all parts must share one number of features, got {features}")
         return TopKLogprobs(
             segments.offsets_of(np.concatenate([part.counts for part in parts])),
             np.concatenate([part.token_ids for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
             np.concatenate([part.log_tail_nodes for part in parts]),
             sizes[0],
+            np.concatenate([part.tail_moments for part in parts]),
         )
 
     def sorted(self) -> "TopKLogprobs":
@@ -163,18 +191,36 @@ class TopKLogprobs:
         by_id = segments.segment_order(self.token_ids, self.offsets)
         order = by_id[segments.segment_order(-self.logprobs[by_id], self.offsets)]
         return TopKLogprobs(
-            self.offsets, self.token_ids[order], self.logprobs[order], self.log_tail_nodes, self.vocab_size
+            self.offsets,
+            self.token_ids[order],
+            self.logprobs[order],
+            self.log_tail_nodes,
+            self.vocab_size,
+            self.tail_moments,
         )
 
-    def prune(self, min_prob: float = 0.0, max_k: int = MAX_VOCAB_SIZE) -> "TopKLogprobs":
+    def without_moments(self) -> "TopKLogprobs":
+        """The same heads and tails without tail moments."""
+        return TopKLogprobs(
+            self.offsets, self.token_ids, self.logprobs, self.log_tail_nodes, self.vocab_size
+        )
+
+    def prune(
+        self,
+        min_prob: float = 0.0,
+        max_k: int = MAX_VOCAB_SIZE,
+        features: TokenFeatures | None = None,
+    ) -> "TopKLogprobs":
         """What a capture with a higher `min_prob` or a lower `max_k` would have stored.
 
         Entries with p < min_prob, or beyond the `max_k` most probable, move into the tail *exactly*, at every
-        node; the most probable entry always stays. Ties are broken by ascending id.
+        node and in every moment; the most probable entry always stays. Ties are broken by ascending id.
 
         Raises:
-            ValueError: min_prob outside 0..1 or max_k below 1.
+            ValueError: min_prob outside 0..1 or max_k below 1, or `features` are not those of the moments.
         """
+        if self.num_features != (features.num_features if features is not None else 0):
+            raise ValueError("pruning tail moments needs the token features they were taken with")
         if not 0 <= min_prob <= 1 or max_k < 1:
             raise ValueError(f"min_prob must be from 0 to 1 and max_k at least 1, got {min_prob} and {max_k}")
         head = self.sorted()
@@ -188,8 +234,12 @@ class TopKLogprobs:
             nodes[:, k] = np.logaddexp(
                 nodes[:, k], segments.segment_logsumexp(beta * lost.astype(np.float64), gone)
             )
+        moments = head.tail_moments.astype(np.float64)
+        if features is not None:
+            moved = np.exp(lost.astype(np.float64))[:, None] * features.of(head.token_ids[~keep])
+            np.add.at(moments, segments.segment_of(gone), moved)
         return TopKLogprobs(
-            head.offsets - gone, head.token_ids[keep], head.logprobs[keep], nodes, self.vocab_size
+            head.offsets - gone, head.token_ids[keep], head.logprobs[keep], nodes, self.vocab_size, moments
         )
 
     def validate(self) -> "TopKLogprobs":
@@ -198,7 +248,7 @@ class TopKLogprobs:
         Raises:
             ValueError: offsets that fall, an empty head, ids outside the vocabulary or repeated within a
                 position, logprobs that are NaN or above 0 by more than rounding, tails that are NaN or above
-                log V.
+                log V, moments that are NaN or larger than the largest feature.
         """
         counts = self.counts
         if (counts < 1).any() or (counts > self.vocab_size).any():
@@ -216,4 +266,6 @@ class TopKLogprobs:
                 raise ValueError("logprobs must not be above 0 or NaN")
         if not (self.log_tail_nodes <= np.log(self.vocab_size) + 1e-3).all():
             raise ValueError("tail nodes must not be above log(vocab_size) or NaN")
+        if not (np.abs(self.tail_moments) <= LARGEST_FEATURE + 1e-3).all():
+            raise ValueError(f"tail moments must lie within {LARGEST_FEATURE:g} of 0")
         return self

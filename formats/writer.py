@@ -9,6 +9,7 @@ For people with a teacher of their own, and for tests; `anneal cache build` has 
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from typing import Any, Self
 from formats.codec import CodecConfig
 from formats.commit import atomic_write_bytes, commit_exclusive, temporary_name
 from formats.errors import FormatError
+from formats.features import FEATURES_FILE, TokenFeatures
 from formats.manifest import Manifest, ShardInfo, check_name
 from formats.rows import TokenRow
 from formats.shard import ROWS_PER_BATCH, ShardWriter
@@ -37,7 +39,7 @@ class CacheWriter:
     Raises:
         FormatError: the directory exists and is not empty.
         ConfigError: codec settings out of range.
-        ValueError: rows and teacher outputs that do not fit together.
+        ValueError: rows, teacher outputs and features that do not fit together.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class CacheWriter:
         codec: CodecConfig | None = None,
         rows_per_shard: int = ROWS_PER_SHARD,
         rows_per_batch: int = ROWS_PER_BATCH,
+        features: TokenFeatures | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -59,12 +62,19 @@ class CacheWriter:
             raise FormatError(
                 f"a new cache needs an empty directory, got {self.directory}; choose another or empty it"
             )
+        codec = codec if codec is not None else CodecConfig()
+        if features is not None:
+            if features.vocab_size != vocab_size:
+                raise ValueError(f"features must be of {vocab_size} tokens, got {features.vocab_size}")
+            codec = replace(codec, num_features=features.num_features)
+        elif codec.num_features:
+            raise ValueError("a codec with num_features needs features, got none")
         self._rows_per_shard = rows_per_shard
         self._shard_options = {
             "vocab_size": vocab_size,
             "positions": positions,
             "max_k": min(max_k, vocab_size),
-            "codec": codec if codec is not None else CodecConfig(),
+            "codec": codec,
             "rows_per_batch": rows_per_batch,
         }
         self._manifest = {
@@ -77,6 +87,8 @@ class CacheWriter:
         self._writer: ShardWriter | None = None
         self._temporary = Path()
         self._rows_in_shard = 0
+        if features is not None:
+            self.add_file(FEATURES_FILE, features.to_bytes())
 
     def append(self, row: TokenRow, teacher: TopKLogprobs) -> None:
         """Add one example."""
