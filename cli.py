@@ -51,6 +51,16 @@ MaxLengthOption = Annotated[
         help="Longest row in tokens.  [default: 2048, or the model's context where that is shorter]",
     ),
 ]
+TailFeaturesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=64,
+        show_default=False,
+        help="Tail moments per position: what the tail is made of, beside its mass; 0 stores none.  "
+        "[default: 16]",
+    ),
+]
 LimitOption = Annotated[
     int | None, typer.Option(min=1, show_default=False, help="Read only N records of the corpus.")
 ]
@@ -160,6 +170,7 @@ def cache_build(
     max_length: MaxLengthOption = None,
     min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 1e-3,
     max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
+    tail_features: TailFeaturesOption = None,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
     ] = "loss",
@@ -207,6 +218,7 @@ def cache_build(
         max_length=max_length,
         min_prob=min_prob,
         max_k=max_k,
+        tail_features=tail_features,
         positions=positions,
         limit=limit,
         text_column=text_column,
@@ -306,6 +318,7 @@ def cache_estimate(
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
     max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
+    tail_features: TailFeaturesOption = None,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
     ] = "loss",
@@ -329,6 +342,7 @@ def cache_estimate(
         revision=revision,
         max_length=max_length,
         max_k=max_k,
+        tail_features=tail_features,
         positions=positions,
         limit=limit,
         text_column=text_column,

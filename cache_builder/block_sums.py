@@ -46,15 +46,20 @@ def power_plan(betas: tuple[float, ...]) -> tuple[tuple[int, int] | None, ...]:
     return tuple(plan)
 
 
+def rows_per_pass(num_rows: int, vocab_size: int, device_type: str) -> int:
+    """Rows that a pass works on at a time: on a CPU those whose logits fit its caches, elsewhere all."""
+    if device_type != "cpu":
+        return max(1, num_rows)
+    return max(1, CPU_CACHE_BYTES * torch.get_num_threads() // (4 * vocab_size))
+
+
 def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """`block_maxima` and `block_sums`, the latter relative to the maximum of each row.
 
     On a CPU both run over a few rows at a time, while their logits are in its cache.
     """
     num_rows, vocab_size = logits_NV.shape
-    step = max(1, num_rows)
-    if logits_NV.device.type == "cpu":
-        step = max(1, CPU_CACHE_BYTES * torch.get_num_threads() // (4 * vocab_size))
+    step = rows_per_pass(num_rows, vocab_size, logits_NV.device.type)
     blocks = num_blocks(vocab_size)
     maxima_NK = logits_NV.new_empty(num_rows, blocks)
     sums_NBK = logits_NV.new_empty(num_rows, len(betas), blocks)
@@ -133,7 +138,7 @@ def _fused_sums(betas: tuple[float, ...]) -> Callable[..., torch.Tensor] | None:
 _SCRATCH: dict[torch.device, torch.Tensor] = {}
 
 
-def _scratch(num_buffers: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
+def scratch(num_buffers: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
     """float32 [num_buffers, *shape], contents undefined, valid until the next call."""
     needed = num_buffers * shape.numel()
     kept = _SCRATCH.get(device)
@@ -148,16 +153,16 @@ def eager_sums(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...
     """float32 [N, B, K]: sums over S of exp(beta * (x - max)), by plain operations on scratch memory."""
     plan = power_plan(betas)
     buffers, slots = _assign_buffers(plan)
-    scratch = _scratch(buffers, x_NSK.shape, x_NSK.device)
+    powers = scratch(buffers, x_NSK.shape, x_NSK.device)
     sums_NBK = x_NSK.new_empty(len(x_NSK), len(betas), x_NSK.shape[2])
     for node, pair in enumerate(plan):
-        power_NSK = scratch[slots[node]]
+        power_NSK = powers[slots[node]]
         if pair is None:
             beta = betas[node]
             torch.add((max_N * -beta)[:, None, None], x_NSK, alpha=beta, out=power_NSK)
             power_NSK.exp_()
         else:
-            torch.mul(scratch[slots[pair[0]]], scratch[slots[pair[1]]], out=power_NSK)
+            torch.mul(powers[slots[pair[0]]], powers[slots[pair[1]]], out=power_NSK)
         torch.sum(power_NSK, 1, out=sums_NBK[:, node])
     return sums_NBK
 

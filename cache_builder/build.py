@@ -35,6 +35,7 @@ from cache_builder.report import BuildReport
 from cache_builder.signals import BuildInterrupted, interruptible
 from cache_builder.source import BuildSource, open_source
 from cache_builder.staging import StagedShard
+from formats.commit import atomic_write_bytes
 from formats.errors import AnnealError, ConfigError
 from formats.identity import TeacherIdentity
 from formats.manifest import Manifest
@@ -63,6 +64,7 @@ def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
             head_dtype=config.head_dtype,
             min_prob=config.min_prob,
             max_k=config.max_k,
+            features=str(source.features_file) if source.features_file else None,
             positions=config.positions,
             max_length=source.max_length,
             engine_args=dict(config.engine_args),
@@ -257,6 +259,9 @@ def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -
         progress.advance(shard.num_rows, shard.num_tokens)
         step(f"staged {index}")
 
+    if source.features_file is not None and source.make_features is not None:
+        atomic_write_bytes(source.features_file, source.make_features().to_bytes())
+        step("features")
     plan = write_plan(out, rows, source.settings, describe=lambda: source.describe(rows), on_shard=staged)
     progress.finish()
     step("planned")

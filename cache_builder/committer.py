@@ -79,7 +79,7 @@ class ShardCommitter:
         queue_bytes: int | None = None,
     ) -> None:
         self._out, self._settings, self._vocab_size = out, settings, vocab_size
-        self._codec = CodecConfig.from_dict(dict(settings.codec))
+        self._codec = CodecConfig(**settings.codec)
         self._claims, self._step, self._on_commit = claims, step, on_commit
         self._limit, self._weight = queue_bytes or QUEUE_BYTES, 0
         self._queue: deque[tuple[str, Any, int]] = deque()
@@ -111,7 +111,13 @@ class ShardCommitter:
 
     def row(self, row: TokenRow, topk: TopKLogprobs) -> None:
         """Append one row; blocks while the queue is full."""
-        weight = row.input_ids.nbytes + topk.token_ids.nbytes * 2 + topk.log_tail_nodes.nbytes + 512
+        weight = (
+            row.input_ids.nbytes
+            + topk.token_ids.nbytes * 2
+            + topk.log_tail_nodes.nbytes
+            + topk.tail_moments.nbytes
+        )
+        weight += 512
         self._put("row", (row, topk), weight)
 
     def end(self, index: int) -> None:

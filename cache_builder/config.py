@@ -8,6 +8,7 @@ from typing import Any
 
 from formats.codec import CodecConfig
 from formats.errors import ConfigError
+from formats.features import MAX_FEATURES
 from formats.rows import POSITION_MODES
 
 ENGINES = ("vllm", "transformers")
@@ -15,6 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEAD_DTYPES = ("float32", "model")
 DEFAULT_ROWS_PER_SHARD = 4096
 DEFAULT_TOKENS_PER_SHARD = 1 << 20
+DEFAULT_TAIL_FEATURES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,9 @@ class BuildConfig:
     """Entries with at least this probability are kept."""
     max_k: int = 128
     """At most this many entries are kept per position."""
+    tail_features: int | None = None
+    """F: tail moments per position (docs/method.md), 0 for none; None is 16, or 0 where the checkpoint has no
+    output embedding in safetensors to take features from."""
     positions: str = "loss"
     """`loss` captures positions whose next token carries loss, `all` every position that has a next token."""
     limit: int | None = None
@@ -76,6 +81,12 @@ class BuildConfig:
             object.__setattr__(self, name, str(getattr(self, name)))
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given, got an empty string")
+        if self.tail_features is not None and (
+            type(self.tail_features) is not int or not 0 <= self.tail_features <= MAX_FEATURES
+        ):
+            raise ConfigError(
+                f"tail_features must be a whole number from 0 to {MAX_FEATURES}, got {self.tail_features!r}"
+            )
         for name, value, allowed in (
             ("engine", self.engine, ENGINES),
             ("positions", self.positions, POSITION_MODES),

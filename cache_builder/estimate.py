@@ -4,14 +4,16 @@ The whole corpus goes through the tokenizer once; a few rows, drawn uniformly, t
 generous settings.  Every tighter setting follows from that capture exactly (entries move into the tail,
 `TopKLogprobs.prune`), is stored with the real codec and read back.  Reported at T = 1:
 
-    bytes/token   of the stored sample, tokens and masks included missed mass   teacher probability outside
-    the head: the training gradient errs by at most sqrt(2) times it,
-                  and not at all at the initial weights
+    bytes/token   of the stored sample, tokens and masks included
+    missed mass   teacher probability outside the head: the training gradient errs by at most sqrt(2) times
+                  it, and not at all at the initial weights
     KL            of the stored head and tail from the unquantised ones: what the codec alone costs
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from cache_builder.progress import Progress, format_bytes
 from cache_builder.scratch import stored_and_read
 from cache_builder.source import BuildSource, open_source
 from formats.errors import AnnealError, ConfigError
+from formats.features import FEATURES_FILE, TokenFeatures
 from formats.rows import TokenRow
 from formats.topk import TopKLogprobs
 
@@ -134,11 +137,20 @@ def estimate_cache(
         min_prob=min(GENEROUS_MIN_PROB, config.min_prob, *min_probs),
         max_k=max(GENEROUS_MAX_K, config.max_k),
     )
-    captured = _capture(generous, source, sample, make_teacher, progress)
+    features = source.make_features() if source.make_features is not None else None
+    codec = replace(config.codec, num_features=features.num_features if features is not None else 0)
+    config = replace(config, codec=codec)
+    with tempfile.TemporaryDirectory(prefix="anneal-") as folder:
+        file = Path(folder) / FEATURES_FILE if features is not None else None
+        if file is not None and features is not None:
+            file.write_bytes(features.to_bytes())
+        source = replace(source, features_file=file)
+        captured = _capture(generous, source, sample, make_teacher, progress)
     settings = sorted({*min_probs, config.min_prob} - {0.0})
     num_sampled_tokens = sum(len(row) for row in sample)
     estimates = tuple(
-        _estimate(config, min_prob, sample, captured, num_tokens, num_sampled_tokens) for min_prob in settings
+        _estimate(config, min_prob, sample, captured, features, num_tokens, num_sampled_tokens)
+        for min_prob in settings
     )
     good = [index for index, e in enumerate(estimates) if e.missed_mean <= MAX_MISSED_MASS]
     best = min(good, key=lambda i: estimates[i].bytes_per_token) if good else 0
@@ -206,11 +218,12 @@ def _estimate(
     min_prob: float,
     sample: Sequence[TokenRow],
     captured: Sequence[TopKLogprobs],
+    features: TokenFeatures | None,
     num_tokens: int,
     num_sampled_tokens: int,
 ) -> Estimate:
     max_k = min(config.max_k, captured[0].vocab_size)
-    pruned = [topk.prune(min_prob, max_k) for topk in captured]
+    pruned = [topk.prune(min_prob, max_k, features) for topk in captured]
     stored = stored_and_read(sample, pruned, positions=config.positions, max_k=max_k, codec=config.codec)
     exact = TopKLogprobs.concatenate(pruned)
     missed = 1.0 - exact.head_mass(1.0)

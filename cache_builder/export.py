@@ -3,14 +3,18 @@
 One row per captured position; the head is a pair of lists, likeliest token first, which `UNNEST` (DuckDB) or
 `explode` (Polars) turns into one row per entry:
 
-    key            binary(16)     content key of the example row            int64          number of the
-    example in the cache position       int32          index i within the example; the distribution predicts
-    token i + 1 token_id       int32          token at `position` target_id      int32          token at
-    `position + 1` loss           bool           whether that target carries cross-entropy token_ids
-    list<int32>    head logprobs       list<float>    natural log, T = 1 target_logprob float          logprob
-    of the target; null where it is not in the head log_tail       list<float>    A(beta) = log sum over the
-    tail of exp(beta * logprob), at the betas that the
-                                  file's metadata key `tail_betas` lists
+    key             binary(16)   content key of the example
+    row             int64        number of the example in the cache
+    position        int32        index i within the example; the distribution predicts token i + 1
+    token_id        int32        token at `position`
+    target_id       int32        token at `position + 1`
+    loss            bool         whether that target carries cross-entropy
+    token_ids       list<int32>  head
+    logprobs        list<float>  natural log, T = 1
+    target_logprob  float        logprob of the target; null where it is not in the head
+    log_tail        list<float>  A(beta) = log sum over the tail of exp(beta * logprob), at the betas that the
+                                 file's metadata key `tail_betas` lists
+    tail_moments    list<float>  sums over the tail of exp(logprob) * feature; empty without token features
 
 Exported values are those that training sees. A Parquet file is five to twenty times larger than the cache.
 """
@@ -45,6 +49,7 @@ SCHEMA = pa.schema(
         ("logprobs", pa.list_(pa.float32())),
         ("target_logprob", pa.float32()),
         ("log_tail", pa.list_(pa.float32())),
+        ("tail_moments", pa.list_(pa.float32())),
     ]
 )
 
@@ -148,7 +153,7 @@ def _columns(index: int, row: CacheRow) -> dict[str, Any]:
     """The columns of one example. P: positions, N: head entries."""
     head = row.teacher.sorted()
     positions = row.positions
-    num_positions, num_nodes = len(positions), len(TAIL_BETAS)
+    num_positions = len(positions)
     targets = row.input_ids[positions + 1]
     offsets = pa.array(head.offsets.astype(np.int32))
     is_target = head.token_ids == np.repeat(targets, head.counts)
@@ -156,7 +161,6 @@ def _columns(index: int, row: CacheRow) -> dict[str, Any]:
     has_target = np.zeros(num_positions, np.bool_)
     at = segment_of(head.offsets)[is_target]
     target_logprob[at], has_target[at] = head.logprobs[is_target], True
-    node_offsets = pa.array(np.arange(0, (num_positions + 1) * num_nodes, num_nodes, dtype=np.int32))
     return {
         "key": pa.array([row.key] * num_positions, pa.binary(16)),
         "row": pa.array(np.full(num_positions, index, np.int64)),
@@ -167,5 +171,12 @@ def _columns(index: int, row: CacheRow) -> dict[str, Any]:
         "token_ids": pa.ListArray.from_arrays(offsets, pa.array(head.token_ids)),
         "logprobs": pa.ListArray.from_arrays(offsets, pa.array(head.logprobs)),
         "target_logprob": pa.array(target_logprob, mask=~has_target),
-        "log_tail": pa.ListArray.from_arrays(node_offsets, pa.array(head.log_tail_nodes.reshape(-1))),
+        "log_tail": _lists(head.log_tail_nodes),
+        "tail_moments": _lists(head.tail_moments),
     }
+
+
+def _lists(values_PK: np.ndarray) -> pa.ListArray:
+    """One list of K numbers per position."""
+    offsets = np.arange(len(values_PK) + 1, dtype=np.int32) * values_PK.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values_PK.reshape(-1)))

@@ -1,4 +1,4 @@
-"""The end of a build: read every shard back, write tokenizer.json and the manifest, remove `_build/`.
+"""The end of a build: read every shard back, write auxiliary files and the manifest, remove `_build/`.
 
 One worker does this at a time (a claim); should two believe to hold it, both write the same bytes. A shard
 whose bytes are not those that a worker noted when it wrote them is deleted and captured again; it never
@@ -13,10 +13,11 @@ from pathlib import Path
 
 from cache_builder.committer import Step, no_step, note_path
 from cache_builder.engine_record import identity_with_engine, read_engine
-from cache_builder.layout import TOKENIZER_NAME, remove_build, shard_name
+from cache_builder.layout import TOKENIZER_NAME, build_directory, remove_build, shard_name
 from cache_builder.plan import Plan, Settings
 from formats.codec import CodecConfig
 from formats.commit import atomic_write_bytes, fsync_directory
+from formats.features import FEATURES_FILE
 from formats.manifest import MANIFEST_NAME, Manifest, ShardInfo
 
 
@@ -73,10 +74,16 @@ def finish(
         atomic_write_bytes(out / TOKENIZER_NAME, tokenizer_json)
         files[TOKENIZER_NAME] = hashlib.sha256(tokenizer_json).hexdigest()
         step("tokenizer")
+    codec = CodecConfig(**settings.codec)
+    if codec.num_features:
+        features = (build_directory(out) / FEATURES_FILE).read_bytes()
+        atomic_write_bytes(out / FEATURES_FILE, features)
+        files[FEATURES_FILE] = hashlib.sha256(features).hexdigest()
+        step("features")
     preprocessing = settings.identity.preprocessing
     manifest = Manifest(
         identity=identity_with_engine(settings.identity, record).to_dict(),
-        codec=CodecConfig.from_dict(dict(settings.codec)),
+        codec=codec,
         positions=settings.positions,
         min_prob=float(preprocessing["min_prob"]),
         max_k=min(int(preprocessing["max_k"]), int(record["vocab_size"])),

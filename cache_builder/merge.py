@@ -29,6 +29,7 @@ from cache_builder.progress import Progress, format_bytes
 from formats.cache import TeacherCache
 from formats.commit import atomic_write_bytes, commit_exclusive
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
+from formats.features import FEATURES_FILE
 from formats.fingerprint import sha256_json
 from formats.identity import Difference, TeacherIdentity
 from formats.manifest import Manifest, ShardInfo
@@ -149,6 +150,8 @@ def _require_mergeable(first: TeacherCache, other: TeacherCache) -> None:
     }
     pairs |= {f"codec.{k}": (v, b.codec.to_dict().get(k)) for k, v in a.codec.to_dict().items()}
     differences += [Difference("manifest", name, x, y) for name, (x, y) in pairs.items() if x != y]
+    if not differences and first.features != other.features:
+        differences = [Difference("manifest", FEATURES_FILE, "one", "another")]
     if differences:
         raise IdentityMismatchError(
             "merged caches must be equal in all but their corpus, "

@@ -43,6 +43,7 @@ OPTION_OF = {
     ("preprocessing", "max_k"): "--max-k",
     ("preprocessing", "positions"): "--positions",
     ("preprocessing", "text_column"): "--text-column",
+    ("codec", "num_features"): "--tail-features",
 }
 
 

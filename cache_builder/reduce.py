@@ -5,6 +5,7 @@ For every row of logits l, with p = softmax(l):
     head        the entries with p >= min_prob, at most max_k of them, always the likeliest one
     log p       of the head, natural log, normalised over the whole vocabulary
     A(beta)     log sum over the rest of exp(beta * log p), for every beta in `betas`
+    moments     sum over the rest of p * u, with u the features of a token (formats/features.py), if there are
 
 Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of
 the mass, `total - head` in fp32 would be noise.
@@ -18,11 +19,13 @@ Algorithm, per chunk of rows; the vocabulary is cut into blocks:
      practice a few: they are gathered, the head is picked from them, and their share of the tail is summed
      again without it.  Blocks without a head entry are tail as they are.
 Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the vocabulary replaces step 3.
+Moments take one more pass: probabilities, the head's set to zero, times the feature matrix.
 
-Cost: two passes over the logits and one exponential per entry; no sort of the vocabulary, no second softmax.
+Cost: two passes over the logits and one exponential per entry, with moments three and two; no sort of the
+vocabulary.
 
 N: rows, V: vocabulary, K: blocks of a row, B: tail nodes, C: gathered blocks of all rows, S: entries in a
-block, H: head candidates of the row that has most, M: head entries of all rows.
+block, F: token features, H: head candidates of the row that has most, M: head entries of all rows.
 """
 
 import math
@@ -31,7 +34,15 @@ from typing import NamedTuple
 
 import torch
 
-from cache_builder.block_sums import BLOCK, block_statistics, block_sums, eager_sums, num_blocks
+from cache_builder.block_sums import (
+    BLOCK,
+    block_statistics,
+    block_sums,
+    eager_sums,
+    num_blocks,
+    rows_per_pass,
+    scratch,
+)
 
 CPU_CHUNK_BYTES = 1 << 26
 """fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
@@ -52,6 +63,8 @@ class ReducedRows(NamedTuple):
     """float32 [M]."""
     log_tail_nodes: torch.Tensor
     """float32 [N, B]; -inf where the rest of the vocabulary is empty or impossible."""
+    tail_moments: torch.Tensor
+    """float32 [N, F]; F may be 0."""
 
 
 def rows_per_chunk(vocab_size: int, device_type: str) -> int:
@@ -61,43 +74,59 @@ def rows_per_chunk(vocab_size: int, device_type: str) -> int:
 
 
 def reduce_logits(
-    logits_NV: torch.Tensor, *, min_prob: float, max_k: int, betas: Sequence[float]
+    logits_NV: torch.Tensor,
+    *,
+    min_prob: float,
+    max_k: int,
+    betas: Sequence[float],
+    features_VF: torch.Tensor | None = None,
 ) -> ReducedRows:
-    """Head and tail function of every row of `logits_NV`.
+    """Head, tail function and tail moments of every row of `logits_NV`.
 
     Args:
         logits_NV: [N, V], any floating dtype, without padding columns; -inf marks impossible tokens.
         min_prob: smallest probability kept, 0 <= min_prob < 1.
         max_k: largest number of entries kept, at least 1.  Equal logits are ordered by ascending id.
         betas: increasing positive inverse temperatures of the tail nodes, 1 among them.
+        features_VF: float32, on the device of the logits; None takes no moments.
 
     Returns:
         `ReducedRows` on the device of the logits.  A row with NaN or +inf logits has NaN logprobs.
     """
     num_rows, vocab_size = logits_NV.shape
     assert 0.0 <= min_prob < 1.0 and max_k >= 1 and 1.0 in betas, (min_prob, max_k, betas)
+    if features_VF is None:
+        features_VF = torch.zeros(vocab_size, 0, device=logits_NV.device)
+    assert len(features_VF) == vocab_size, (features_VF.shape, vocab_size)
     step = rows_per_chunk(vocab_size, logits_NV.device.type)
     parts = [
-        _reduce_chunk(logits_NV[start : start + step].float(), min_prob, min(max_k, vocab_size), betas)
+        _reduce_chunk(
+            logits_NV[start : start + step].float(), min_prob, min(max_k, vocab_size), betas, features_VF
+        )
         for start in range(0, num_rows, step)
     ]
-    return concatenate_rows(parts, len(betas), logits_NV.device)
+    return concatenate_rows(parts, len(betas), features_VF.shape[1], logits_NV.device)
 
 
 def concatenate_rows(
-    parts: Sequence[ReducedRows], num_betas: int, device: torch.device | str = "cpu"
+    parts: Sequence[ReducedRows], num_betas: int, num_features: int, device: torch.device | str = "cpu"
 ) -> ReducedRows:
     """Join parts in order; no parts make zero rows."""
     if len(parts) == 1:
         return parts[0]
     if not parts:
         none = torch.zeros(0, device=device)
-        return ReducedRows(none.int(), none.int(), none, torch.zeros(0, num_betas, device=device))
+        nodes, moments = (torch.zeros(0, size, device=device) for size in (num_betas, num_features))
+        return ReducedRows(none.int(), none.int(), none, nodes, moments)
     return ReducedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def _reduce_chunk(
-    logits_NV: torch.Tensor, min_prob: float, max_k: int, betas: Sequence[float]
+    logits_NV: torch.Tensor,
+    min_prob: float,
+    max_k: int,
+    betas: Sequence[float],
+    features_VF: torch.Tensor,
 ) -> ReducedRows:
     betas_B = torch.tensor(betas, dtype=torch.float32, device=logits_NV.device)
     maxima_NK, sums_NBK = block_statistics(logits_NV, betas)
@@ -121,7 +150,31 @@ def _reduce_chunk(
         head_ids_NH[keep_NH].int(),
         (head_NH - log_z_N.unsqueeze(-1))[keep_NH],
         log_tail_NB,
+        _tail_moments(logits_NV, log_z_N, head_ids_NH, keep_NH, features_VF),
     )
+
+
+def _tail_moments(
+    logits_NV: torch.Tensor,
+    log_z_N: torch.Tensor,
+    head_ids_NH: torch.Tensor,
+    keep_NH: torch.Tensor,
+    features_VF: torch.Tensor,
+) -> torch.Tensor:
+    """float32 [N, F]: sums of p * u over the vocabulary without the head."""
+    moments_NF = logits_NV.new_zeros(len(logits_NV), features_VF.shape[1])
+    if features_VF.shape[1] == 0:
+        return moments_NF
+    num_rows, vocab_size = logits_NV.shape
+    step = rows_per_pass(num_rows, vocab_size, logits_NV.device.type)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        probs_NV = scratch(1, logits_NV[rows].shape, logits_NV.device)[0]
+        torch.sub(logits_NV[rows], log_z_N[rows, None], out=probs_NV).exp_()
+        rows_M, slots_M = keep_NH[rows].nonzero(as_tuple=True)
+        probs_NV[rows_M, head_ids_NH[rows][rows_M, slots_M]] = 0.0
+        torch.mm(probs_NV, features_VF, out=moments_NF[rows])
+    return moments_NF
 
 
 def _sparse_head(

@@ -19,6 +19,7 @@ from cache_builder.teacher import (
     check_numbers,
     check_row,
     checkpoint_dtype,
+    read_features,
     read_model_config,
 )
 from cache_builder.wire import pack, unpack
@@ -77,6 +78,8 @@ class TransformersTeacher:
             _head_in_float32(self._model)
         text_config = self._model.config.get_text_config()
         self.vocab_size = int(text_config.vocab_size)
+        features_VF = read_features(config.features, self.vocab_size)
+        self._features_VF = None if features_VF is None else features_VF.to(self._device)
         context = getattr(text_config, "max_position_embeddings", None)
         if context is not None and config.max_length > context:
             raise ConfigError(
@@ -91,7 +94,11 @@ class TransformersTeacher:
         logits_PV = self._model(input_ids=input_ids_1L, logits_to_keep=keep, use_cache=False).logits[0]
         assert logits_PV.shape == (len(positions), self.vocab_size), logits_PV.shape
         reduced = reduce_logits(
-            logits_PV, min_prob=self.config.min_prob, max_k=self.config.max_k, betas=TAIL_BETAS
+            logits_PV,
+            min_prob=self.config.min_prob,
+            max_k=self.config.max_k,
+            betas=TAIL_BETAS,
+            features_VF=self._features_VF,
         )
         return unpack(pack(reduced).cpu(), self.vocab_size)
 
@@ -101,7 +108,8 @@ class TransformersTeacher:
             check_row(row, number, max_length=self.config.max_length, vocab_size=self.vocab_size)
             positions = row.positions(self.config.positions)
             if len(positions) == 0:
-                yield TopKLogprobs.empty(self.vocab_size)
+                num_features = 0 if self._features_VF is None else self._features_VF.shape[1]
+                yield TopKLogprobs.empty(self.vocab_size, num_features)
             else:
                 yield check_numbers(self._predict(row, positions), number)
 

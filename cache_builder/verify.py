@@ -6,6 +6,7 @@ vouch for itself. What the two differ by is printed beside what they may differ 
 measured by storing and reading the recomputed rows, plus the noise of two engines in the cache's dtype.
 """
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from cache_builder.scratch import stored_and_read
 from cache_builder.teacher import TeacherConfig, make_teacher
 from formats.cache import CacheRow, TeacherCache
 from formats.errors import ConfigError, FormatError
+from formats.features import FEATURES_FILE
 from formats.fingerprint import resolve_model
 from formats.identity import require_same_teacher
 from formats.topk import TopKLogprobs
@@ -138,10 +140,15 @@ def verify_cache(
     base["compared"] = tuple(require_same_teacher(opened.identity, model_dir, load_tokenizer(model_dir)))
     chosen = np.random.default_rng(seed).permutation(len(opened))[:rows]
     stored = [opened[int(index)] for index in np.sort(chosen)]
-    config = _teacher_config(opened, model_dir, engine_args or {})
     name = engine or OTHER_ENGINE.get(str(teacher.get("engine")), "transformers")
     progress.note(f"computing {len(stored)} rows again with {name}")
-    running = make_teacher(name, config)
+    with tempfile.TemporaryDirectory(prefix="anneal-") as folder:
+        features = None
+        if opened.features is not None:
+            features = Path(folder) / FEATURES_FILE
+            features.write_bytes(opened.features.to_bytes())
+        config = _teacher_config(opened, model_dir, features, engine_args or {})
+        running = make_teacher(name, config)
     progress.start("recompute", len(stored))
     try:
         found = running.describe()
@@ -157,7 +164,9 @@ def verify_cache(
     )
 
 
-def _teacher_config(cache: TeacherCache, model_dir: Path, engine_args: Mapping[str, Any]) -> TeacherConfig:
+def _teacher_config(
+    cache: TeacherCache, model_dir: Path, features: Path | None, engine_args: Mapping[str, Any]
+) -> TeacherConfig:
     """The settings of the capture, for another engine."""
     recorded, manifest = cache.identity, cache.manifest
     teacher = recorded.teacher
@@ -168,6 +177,7 @@ def _teacher_config(cache: TeacherCache, model_dir: Path, engine_args: Mapping[s
         head_dtype=head,
         min_prob=manifest.min_prob,
         max_k=manifest.max_k,
+        features=str(features) if features else None,
         positions=manifest.positions,
         max_length=int(recorded.preprocessing.get("max_length", 2048)),
         engine_args=engine_args,

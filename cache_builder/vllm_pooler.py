@@ -20,6 +20,7 @@ from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from cache_builder import reduce, wire
+from cache_builder.teacher import read_features
 from cache_builder.vllm_plugin import PREFIX
 from formats.topk import TAIL_BETAS
 
@@ -37,6 +38,7 @@ class PoolerSettings(TypedDict):
 
     min_prob: float
     max_k: int
+    features: str | None
 
 
 def encode_positions(positions: np.ndarray, num_tokens: int) -> bytes:
@@ -61,6 +63,9 @@ class TeacherPooler(Pooler):
         self._model = (model,)
         self.settings = settings
         self.vocab_size = vocab_size
+        features_VF = read_features(settings["features"], vocab_size)
+        # A plain attribute, not a buffer: vLLM loads and quantises what a module registers.
+        self._features_VF = torch.zeros(vocab_size, 0) if features_VF is None else features_VF
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
         return {TASK}
@@ -96,6 +101,8 @@ class TeacherPooler(Pooler):
         budget = CPU_LOGITS_BYTES if device.type == "cpu" else CUDA_LOGITS_BYTES
         model = self._model[0]
         step = max(1, budget // (4 * self.vocab_size))
+        if self._features_VF.device != device:
+            self._features_VF = self._features_VF.to(device)
         parts = []
         for start in range(0, len(rows), step):
             logits_NV = model.compute_logits(hidden_states[index[start : start + step]])
@@ -109,9 +116,10 @@ class TeacherPooler(Pooler):
                     min_prob=self.settings["min_prob"],
                     max_k=self.settings["max_k"],
                     betas=TAIL_BETAS,
+                    features_VF=self._features_VF,
                 )
             )
-        return reduce.concatenate_rows(parts, len(TAIL_BETAS), device)
+        return reduce.concatenate_rows(parts, len(TAIL_BETAS), self._features_VF.shape[1], device)
 
     def _collect(
         self, reduced: reduce.ReducedRows, lengths: list[int], metadata: PoolingMetadata
@@ -131,13 +139,15 @@ class TeacherPooler(Pooler):
                 reduced.token_ids[entries],
                 reduced.logprobs[entries],
                 reduced.log_tail_nodes[rows],
+                reduced.tail_moments[rows],
             )
             waiting: list[Any] = state.hidden_states_cache  # vLLM's place for what a request keeps
             if not done:
                 waiting.append(part)
                 outputs.append(None)
                 continue
-            outputs.append(wire.pack(reduce.concatenate_rows([*waiting, part], len(TAIL_BETAS))))
+            whole = reduce.concatenate_rows([*waiting, part], len(TAIL_BETAS), self._features_VF.shape[1])
+            outputs.append(wire.pack(whole))
             state.clean()
         return outputs
 

@@ -173,7 +173,9 @@ def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[s
             "architectures": architectures,
             "head_dtype": config.head_dtype,
         },
-        "additional_config": {"anneal": {"min_prob": config.min_prob, "max_k": config.max_k}},
+        "additional_config": {
+            "anneal": {"min_prob": config.min_prob, "max_k": config.max_k, "features": config.features}
+        },
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,  # every position has to be computed, none may come from a cache
         "async_scheduling": False,  # with it, what shares a step depends on when results arrive

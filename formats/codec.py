@@ -345,15 +345,15 @@ class Codec:
 
 
 def section_bytes(codec: Codec, rows: Sequence[TopKLogprobs]) -> dict[str, float]:
-    """Compressed bytes of each section over some rows: sections compressed alone, scaled to the payloads'
-    sum."""
-    alone = dict.fromkeys(SECTIONS, 0)
+    """Compressed bytes of each section over some rows: compressed alone, scaled to the payloads' sum."""
+    names = SECTIONS if codec.config.num_features else SECTIONS[:-1]
+    alone = dict.fromkeys(names, 0)
     total = 0
     compressor = zstandard.ZstdCompressor(level=codec.config.zstd_level, write_content_size=False)
     for row in rows:
         if len(row):
             total += len(codec.encode(row))
-            for name, section in zip(SECTIONS, codec.sections(row), strict=True):
+            for name, section in zip(names, codec.sections(row), strict=False):
                 alone[name] += len(compressor.compress(section))
     scale = total / max(1, sum(alone.values()))
     return {name: size * scale for name, size in alone.items()}

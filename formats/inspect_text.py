@@ -8,6 +8,7 @@ PARTS = {
     "ids": "token ids",
     "probabilities": "probabilities",
     "tails": "tail function",
+    "moments": "tail moments",
 }
 
 

@@ -201,9 +201,7 @@ class TopKLogprobs:
 
     def without_moments(self) -> "TopKLogprobs":
         """The same heads and tails without tail moments."""
-        return TopKLogprobs(
-            self.offsets, self.token_ids, self.logprobs, self.log_tail_nodes, self.vocab_size
-        )
+        return TopKLogprobs(self.offsets, self.token_ids, self.logprobs, self.log_tail_nodes, self.vocab_size)
 
     def prune(
         self,

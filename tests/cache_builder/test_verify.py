@@ -56,6 +56,7 @@ def rewrite(source: Path, out: Path, change) -> Path:
         min_prob=manifest.min_prob,
         max_k=manifest.max_k,
         codec=manifest.codec,
+        features=opened.features,
     ) as writer:
         for index, row in enumerate(opened.rows()):
             writer.append(row.tokens, change(index, row.teacher))
