@@ -91,6 +91,11 @@ class CodecConfig:
         """The oldest version of the format that can express this: 2 with tail moments, else 1."""
         return 2 if self.num_features else 1
 
+    @property
+    def moment_resolution(self) -> int | None:
+        """Steps of a stored moment; None where moments are stored exactly."""
+        return None if self.probabilities == "float32" else self.moment_steps
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form; the keys of tail moments only where there are some."""
         content = asdict(self)

@@ -127,6 +127,10 @@ class TrainConfig:
     kl_direction: str = "forward"
     """`forward` is KL(initial || model), the paper's appendix A.3; `reverse` is its Eq. 2."""
 
+    tail_moments: bool = True
+    """Match the shape of the tail by the cache's tail moments, where it has some (forward KL only); False
+    leaves it to the student."""
+
     step0_threshold: float = 0.02
     """Nats. Training is refused when KL(initial || model) exceeds it before the first update: the model
     then is not the teacher. docs/training.md gives the measured noise floor behind the default."""
@@ -178,7 +182,13 @@ class TrainConfig:
             _at_least(
                 "pack_length", self.pack_length, 2, "leave it out to take the longest row", integer=True
             )
-        for name in ("allow_different_student", "packing", "group_by_length", "keep_checkpoints"):
+        for name in (
+            "tail_moments",
+            "allow_different_student",
+            "packing",
+            "group_by_length",
+            "keep_checkpoints",
+        ):
             _flag(name, getattr(self, name))
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("save_dtype", self.save_dtype, SAVE_DTYPES)

@@ -15,7 +15,9 @@ import torch.utils.data
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, FormatError
+from formats.features import TokenFeatures
 from trainer.config import ROW_LOSSES
+from trainer.teacher_batch import tail_means
 
 IGNORED = -100
 """The label of a token that carries no cross-entropy."""
@@ -48,12 +50,15 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         teacher_counts    int32 [P]: head entries per position
         teacher_token_ids int32 [E], teacher_logprobs float32 [E] at T = 1
         teacher_log_tail  float32 [P]: A(1/T) at `temperature`
+        teacher_tail_mean float32 [P, F], teacher_tail_noise float32 [P], token_features int8 [V, F]:
+                          as in `TeacherBatch`, where the cache has tail moments
         temperature       float: that T
 
     Args:
         cache: an open `formats.TeacherCache`, or its path.
         temperature: T of the KL term.
         loss: `both`; `ce` leaves the teacher out; `kl` sets every label to -100.
+        tail_moments: False leaves the tail moments of the cache out.
 
     Raises:
         FormatError: the cache is missing, unfinished or broken.
@@ -61,13 +66,18 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
     """
 
     def __init__(
-        self, cache: TeacherCache | str | Path, temperature: float = 1.0, loss: str = "both"
+        self,
+        cache: TeacherCache | str | Path,
+        temperature: float = 1.0,
+        loss: str = "both",
+        tail_moments: bool = True,
     ) -> None:
         if loss not in ROW_LOSSES:
             raise ConfigError(f"loss must be one of {', '.join(ROW_LOSSES)}, got {loss!r}")
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.temperature = float(temperature)
         self.loss = loss
+        self.tail_moments = tail_moments
         if len(self.cache) == 0:
             raise ConfigError(
                 f"a training cache needs rows, got none in {self.name}; check the corpus it was built from"
@@ -85,6 +95,11 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.cache)
+
+    @property
+    def features(self) -> TokenFeatures | None:
+        """The token features that items carry; None where they carry none."""
+        return self.cache.features if self.tail_moments and self.loss != "ce" else None
 
     def lengths(self) -> np.ndarray:
         """int32 [rows]: tokens per row, for packing and grouping."""
@@ -109,6 +124,10 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
             raise FormatError(
                 f"row {index} of {self.name} has {len(positions)} positions but {len(topk)} targets"
             )
+        features = self.features
+        if features is not None:
+            mean, noise = tail_means(topk, self.cache.manifest.codec.moment_resolution)
+            item |= {"teacher_tail_mean": mean, "teacher_tail_noise": noise, "token_features": features.codes}
         return item | {
             "teacher_positions": positions,
             "teacher_counts": topk.counts.astype(np.int32),
@@ -159,3 +178,19 @@ class UnitDataset(torch.utils.data.Dataset[Any]):
                 item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher() for item in items
             ]
         return items
+
+
+def require_one_features(datasets: Sequence[CachedDataset]) -> None:
+    """Caches whose rows meet in one batch must have taken their tail moments with the same features.
+
+    Raises:
+        ConfigError: they did not.
+    """
+    scored = [dataset for dataset in datasets if dataset.loss != "ce"]
+    for other in scored[1:]:
+        if other.features != scored[0].features:
+            raise ConfigError(
+                "caches of one run must have the same token features, but those of "
+                f"{scored[0].name} and {other.name} differ; build them from the same checkpoint with the "
+                "same --tail-features, or train with tail_moments: false"
+            )

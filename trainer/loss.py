@@ -19,6 +19,7 @@ from trainer.loss_autograd import FusedLabelAnnealing
 from trainer.loss_chunk import RowWeights
 from trainer.loss_fused import Head, arithmetic_dtype, default_chunk_size
 from trainer.loss_rows import IGNORE_INDEX, plan_rows
+from trainer.loss_tail import FeatureTables
 from trainer.teacher_batch import TeacherBatch
 
 KL_DIRECTIONS = ("forward", "reverse")
@@ -80,7 +81,9 @@ def label_annealing_loss(
         kl = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum") / num_kl
         loss = ce + kl_coef * kl
 
-    and for a truncated head, all other tokens form one bucket in `kl`. Gradients reach `hidden_ND`,
+    and for a truncated head, all other tokens form one bucket in `kl`. With tail moments in `teacher` and
+    `forward`, the bucket's shape is matched to the teacher's as far as the moments tell (loss_tail.py);
+    `reverse` leaves it to the student. Gradients reach `hidden_ND`,
     `weight_VD` and `bias_V`, each only if it requires one; they are computed here, in the forward pass, and
     `backward` multiplies them with the upstream gradient and hands them over, so it works once. Under
     `torch.no_grad()` only values are computed. Under `torch.compile` the call is a graph break, run eagerly.
@@ -138,6 +141,9 @@ def label_annealing_loss(
             largest = torch.maximum(per_ce, per_kl)  # the row of the larger weight counts as one.
             unit = torch.where(largest > 0, 1.0 / largest, unit)
         weights = RowWeights(per_ce * unit, per_kl * unit * kl_coef)
+        tables = None
+        if teacher is not None and teacher.features is not None and kl_direction == "forward":
+            tables = FeatureTables.of(teacher.features, compute, arithmetic)
     settings = {
         "head": head,
         "plan": plan,
@@ -145,6 +151,7 @@ def label_annealing_loss(
         "beta": beta,
         "reverse": kl_direction == "reverse",
         "num_weight_rows": weight_VD.shape[0],
+        "tables": tables,
     }
     loss, sum_ce, sum_kl, sum_q = FusedLabelAnnealing.apply(
         hidden_ND, weight_VD, bias_V, settings, unit, torch.is_grad_enabled(), (per_ce, per_kl, kl_coef)

@@ -9,6 +9,9 @@ times q_j on R, and something particular on the few entries of H:
     reverse KL      R: beta q_j (f_R - KL)                          H: beta q_j (f_j - KL)
                     f = log q - log p, per entry of H, and once for the whole tail
 
+With tail moments a forward KL has one more term on R, whose multiplier differs from token to token: see
+loss_tail.py.
+
 So the chunk is exponentiated once (twice when T != 1), its head entries are set to zero, and the row sum of
 what is left *is* the student's tail mass: a sum of positive terms, never 1 - Q. Then one multiplication per
 row turns the exponentials into the gradient, and the head entries are written over. Five passes over [C, V]
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.loss_rows import IGNORE_INDEX, LOG_FLOOR, TeacherTargets, segment_sum
+from trainer.loss_tail import FeatureTables, damping, tilt
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,63 @@ def bucketed_kl(
     return BucketedKL(kl_K, tail_coefficient_K, head_gradient_E, q_E, tail_q_K)
 
 
+@dataclass(frozen=True)
+class TailShape:
+    """The part of a forward KL that lies inside the tail."""
+
+    kl_K: torch.Tensor
+    """Its value: half the squared distance of the means, in the metric of the student's tail, times 1 - P."""
+    a_KF: torch.Tensor
+    """beta times the reweighting's slope, damped."""
+    offset_K: torch.Tensor
+    """a . m."""
+    weight_K: torch.Tensor
+    """beta (1 - P)."""
+
+    def multiplier(
+        self, kl_weight: torch.Tensor, tail_sum_K: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slope [K, F], offset [K]): the gradient on R is e_j (offset + slope . u_j), e_j the exponentials
+        that sum to `tail_sum_K`."""
+        tiny = torch.finfo(tail_sum_K.dtype).tiny
+        scale_K = -kl_weight * self.weight_K / tail_sum_K.clamp_min(tiny)
+        return scale_K[:, None] * self.a_KF, -scale_K * self.offset_K
+
+
+def _tail_shape(
+    shifted_CV: torch.Tensor,
+    tempered_CV: torch.Tensor,
+    tail_sum_C: torch.Tensor,
+    flat_E: torch.Tensor,
+    targets: TeacherTargets,
+    tables: FeatureTables,
+    weights_CV: torch.Tensor | None,
+    beta: float,
+) -> TailShape:
+    """What reweighting the student's tail adds, from its exponentials at T = 1 and at the temperature."""
+    assert targets.tail_mean_KF is not None and targets.tail_noise_K is not None
+    rows_K = targets.position_K
+    mean_CF, covariance_CFF = tables.statistics(tempered_CV, tail_sum_C, weights_CV)
+    mean_KF, covariance_KFF = mean_CF[rows_K], covariance_CFF[rows_K]
+    mean_one_KF, covariance_one_KFF = mean_KF, covariance_KFF
+    if beta != 1.0:
+        flat = shifted_CV.view(-1)
+        heads_E = flat[flat_E]
+        flat.index_fill_(0, flat_E, 0.0)  # for the tail alone; put back below
+        mean_CF, covariance_CFF = tables.statistics(shifted_CV, shifted_CV.sum(dim=1), weights_CV)
+        flat.index_copy_(0, flat_E, heads_E)
+        mean_one_KF, covariance_one_KFF = mean_CF[rows_K], covariance_CFF[rows_K]
+    a_KF, distance_K = tilt(mean_one_KF, covariance_one_KFF, targets.tail_mean_KF, targets.tail_noise_K)
+    damping_K = damping(a_KF, covariance_KFF, beta)
+    slope_KF = beta * damping_K[:, None] * a_KF
+    return TailShape(
+        kl_K=0.5 * beta * beta * damping_K * targets.tail_K * distance_K,
+        a_KF=slope_KF,
+        offset_K=(slope_KF * mean_KF).sum(1),
+        weight_K=beta * targets.tail_K,
+    )
+
+
 def process_chunk(
     logits_CV: torch.Tensor,
     labels_C: torch.Tensor,
@@ -100,10 +161,14 @@ def process_chunk(
     reverse: bool,
     scratch_CV: torch.Tensor | None,
     want_gradient: bool,
+    tables: FeatureTables | None = None,
+    weights_CV: torch.Tensor | None = None,
 ) -> ChunkSums:
     """Overwrite `logits_CV` (contiguous, the arithmetic's dtype) with the gradient; return the chunk's sums.
 
-    `scratch_CV` is a second tensor of the same shape, needed only for teacher targets at T != 1.
+    `scratch_CV` is a second tensor of the same shape, needed only for teacher targets at T != 1. With
+    `tables` the tail's shape is matched as well; `weights_CV` is then a buffer of the compute dtype, needed
+    only where that is not the arithmetic's.
     """
     labelled_C = labels_C != IGNORE_INDEX
     safe_labels_C1 = labels_C.clamp_min(0)[:, None]
@@ -138,9 +203,12 @@ def process_chunk(
 
     # The softmax at T = 1, for the cross-entropy: the one just computed, or a second one.
     sum_C = tail_sum_C.index_copy(0, targets.position_K, sum_K) if share else shifted_CV.exp_().sum(dim=1)
+    shape = None
+    if tables is not None and not reverse:
+        shape = _tail_shape(shifted_CV, tempered_CV, tail_sum_C, flat_E, targets, tables, weights_CV, beta)
     sums = ChunkSums(
         ce=((sum_C.log() - shifted_label_C) * labelled_C).sum(),
-        kl=kl.kl_K.sum(),
+        kl=kl.kl_K.sum() if shape is None else (kl.kl_K + shape.kl_K).sum(),
         student_head_mass=(1.0 - kl.tail_K).sum(),
     )
     if not want_gradient:
@@ -149,14 +217,27 @@ def process_chunk(
     tail_coefficient_C = torch.zeros_like(sum_C).index_copy_(
         0, targets.position_K, weights.kl * kl.tail_coefficient_K / sum_K
     )
+    ce_coefficient_C = ce_weight_C / sum_C
+    if shape is not None and tables is not None:
+        slope_KF, offset_K = shape.multiplier(weights.kl, tail_sum_K)
+        slope_CF = slope_KF.new_zeros(len(sum_C), slope_KF.shape[1])
+        slope_CF.index_copy_(0, targets.position_K, slope_KF)
+        tail_coefficient_C.index_add_(0, targets.position_K, offset_K)
+        if share:
+            tables.reweight(tempered_CV, slope_CF, ce_coefficient_C + tail_coefficient_C)
+        else:
+            tables.reweight(tempered_CV, slope_CF, tail_coefficient_C)
+            logits_CV.mul_(ce_coefficient_C[:, None]).add_(tempered_CV)
+    elif share:
+        logits_CV.mul_((ce_coefficient_C + tail_coefficient_C)[:, None])
+    else:
+        logits_CV.mul_(ce_coefficient_C[:, None])
+        logits_CV.addcmul_(tempered_CV, tail_coefficient_C[:, None])
     if share:
-        logits_CV.mul_((ce_weight_C / sum_C + tail_coefficient_C)[:, None])
         ce_weight_E = ce_weight_C[targets.position_K][targets.row_E]
         head_E = ce_weight_E * kl.probs_E + weights.kl * kl.head_gradient_E
         logits_CV.view(-1).index_copy_(0, flat_E, head_E)
     else:
-        logits_CV.mul_((ce_weight_C / sum_C)[:, None])
-        logits_CV.addcmul_(tempered_CV, tail_coefficient_C[:, None])
         logits_CV.view(-1).index_add_(0, flat_E, weights.kl * kl.head_gradient_E)
     logits_CV.scatter_add_(1, safe_labels_C1, -ce_weight_C[:, None])
     return sums

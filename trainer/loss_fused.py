@@ -18,6 +18,7 @@ import torch
 
 from trainer.loss_chunk import RowWeights, process_chunk
 from trainer.loss_rows import RowPlan
+from trainer.loss_tail import FeatureTables
 
 # Bytes of vocabulary-sized buffers per chunk. The head's gradient is read and written once per chunk, which
 # costs little next to the multiplications from about 256 rows on; a chunk never has fewer (docs/method.md).
@@ -91,6 +92,7 @@ def fused_loss(
     reverse: bool,
     num_weight_rows: int,
     wanted: Wanted,
+    tables: FeatureTables | None = None,
 ) -> FusedResult:
     """Walk the chunks of `plan`. The head's gradient has `num_weight_rows` rows, zero in the padding."""
     weight_VD = head.weight_VD
@@ -140,6 +142,8 @@ def fused_loss(
             reverse=reverse,
             scratch_CV=None if scratch_buffer is None else scratch_buffer[:num_rows],
             want_gradient=wanted.any,
+            tables=tables,
+            weights_CV=projection_CV,
         )
         result.sum_ce += sums.ce
         result.sum_kl += sums.kl

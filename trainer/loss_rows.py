@@ -4,7 +4,8 @@ A row counts when it has a label or a teacher target; no other row is ever proje
 All sizes that the chunk loop needs are fetched from the device here, in three small transfers per call, so
 that the loop itself never waits for the device. Cost: linear in rows and head entries.
 
-N: rows given, M: rows that count, K: rows with teacher targets, E: head entries.
+N: rows given, M: rows that count, K: rows with teacher targets, E: head entries, F: token
+features.
 """
 
 import math
@@ -41,6 +42,10 @@ class TeacherTargets:
     """1 - P: the mass outside the head."""
     log_tail_K: torch.Tensor
     """Its logarithm, floored."""
+    tail_mean_KF: torch.Tensor | None = None
+    """The mean token feature of the tail at T = 1."""
+    tail_noise_K: torch.Tensor | None = None
+    """The variance of its error."""
 
     def slice(self, chunk: "Chunk") -> "TeacherTargets":
         """The targets of one chunk, numbered from the chunk's first row."""
@@ -54,6 +59,8 @@ class TeacherTargets:
             log_probs_E=self.log_probs_E[entries],
             tail_K=self.tail_K[rows],
             log_tail_K=self.log_tail_K[rows],
+            tail_mean_KF=None if self.tail_mean_KF is None else self.tail_mean_KF[rows],
+            tail_noise_K=None if self.tail_noise_K is None else self.tail_noise_K[rows],
         )
 
 
@@ -109,6 +116,8 @@ def teacher_targets(teacher: TeacherBatch, position_K: torch.Tensor, dtype: torc
         log_probs_E=log_probs_E,
         tail_K=log_tail_K.exp(),
         log_tail_K=log_tail_K.clamp_min(LOG_FLOOR[dtype]),
+        tail_mean_KF=None if teacher.tail_mean is None else teacher.tail_mean.to(dtype),
+        tail_noise_K=None if teacher.tail_noise is None else teacher.tail_noise.to(dtype),
     )
 
 
@@ -165,6 +174,11 @@ def _check_values(
             raise ConfigError(
                 f"teacher targets must be on {labels_N.device} like the labels, got {teacher.rows.device}; "
                 "call teacher.to(device)"
+            )
+        if teacher.features is not None and len(teacher.features) != vocab_size:
+            raise FormatError(
+                f"token features must be of the head's {vocab_size} tokens, got {len(teacher.features)}; "
+                "pass vocab_size if the head has padding, else the cache has another vocabulary"
             )
         rows, ids, offsets = teacher.rows, teacher.token_ids, teacher.offsets
         bad_rows = (rows < 0) | (rows >= num_rows)

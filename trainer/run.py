@@ -98,15 +98,16 @@ def train(config: TrainConfig) -> TrainReport:
 
     # Without a KL term nobody reads the teacher's payloads, so they are not decoded either.
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
-        return CachedDataset(
-            opened, config.temperature, "ce" if config.kl_coef == 0 and loss == "both" else loss
-        )
+        loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
+        return CachedDataset(opened, config.temperature, loss, moments)
+
+    moments = config.tail_moments and config.kl_direction == "forward"
 
     train_dataset = rows(cache, "both")
     mixed_datasets = [
         (rows(opened, entry.loss), entry.weight) for opened, entry in zip(mixed, config.caches, strict=True)
     ]
-    first_check = CachedDataset(cache, config.temperature)
+    first_check = CachedDataset(cache, config.temperature, tail_moments=moments)
     eval_datasets = {name: CachedDataset(opened) for name, opened in held_out.items()}
 
     model = load_model(model_dir, dtype=config.dtype, attn_implementation=config.attn_implementation)

@@ -4,16 +4,36 @@ Everything is ragged and flat, so that a batch moves to the device in a few copi
 built. Row k of the batch is the hidden state `rows[k]` of the flattened [batch * sequence, hidden] tensor;
 its entries are `offsets[k]:offsets[k + 1]`.
 
-K: rows with teacher targets, E: head entries of all rows together.
+K: rows with teacher targets, E: head entries of all rows together, V: vocabulary, F: token features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from formats.errors import FormatError
+from formats.features import LARGEST_FEATURE, TokenFeatures
+from formats.topk import TopKLogprobs
+
+LARGEST_NOISE = 1e6
+"""Stands for "nothing is known": a tail without mass has no mean."""
+
+
+def tail_means(topk: TopKLogprobs, moment_steps: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(mean feature of every tail float32 [P, F], variance of its error float32 [P]) from stored moments.
+
+    Quantisation moves a moment by up to half a step, evenly distributed: a variance of step^2 / 12, which the
+    division by the tail's mass enlarges.
+    """
+    with np.errstate(over="ignore", divide="ignore"):
+        per_mass_P = np.exp(-topk.log_tail(1.0).astype(np.float64))
+        noise_P = np.zeros(len(topk)) if moment_steps is None else per_mass_P**2 / (12.0 * moment_steps**2)
+    known_P = np.isfinite(per_mass_P) & (per_mass_P < 1e30)
+    mean_PF = topk.tail_moments * np.where(known_P, per_mass_P, 0.0)[:, None]
+    noise_P = np.where(known_P, np.minimum(noise_P, LARGEST_NOISE), LARGEST_NOISE)
+    return mean_PF.clip(-LARGEST_FEATURE, LARGEST_FEATURE).astype(np.float32), noise_P.astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +56,13 @@ class TeacherBatch:
     """float32 [K]: A(1/T) = log of the sum of exp(logprob / T) over all tokens not kept; -inf if none."""
     temperature: float = 1.0
     """The T at which `log_tail` was taken, and at which the loss compares teacher and student."""
+    tail_mean: torch.Tensor | None = None
+    """float32 [K, F]: the mean token feature of the teacher's tail at T = 1; None leaves the tail's shape to
+    the student."""
+    tail_noise: torch.Tensor | None = None
+    """float32 [K]: the variance of the error of each `tail_mean`, from its quantisation."""
+    features: torch.Tensor | None = None
+    """int8 [V, F]: the token features, in steps of 1 / `FEATURE_UNIT`."""
 
     def __post_init__(self) -> None:
         num_rows, num_entries = self.rows.numel(), self.token_ids.numel()
@@ -49,6 +76,16 @@ class TeacherBatch:
                 f"every kept token needs one logprob, got {num_entries} token ids and "
                 f"{self.logprobs.numel()} logprobs; build the batch with the collator"
             )
+        shape = (self.tail_mean, self.tail_noise, self.features)
+        if any(part is None for part in shape) != all(part is None for part in shape):
+            raise FormatError("tail_mean, tail_noise and features come together; build with the collator")
+        if self.tail_mean is not None and self.tail_noise is not None and self.features is not None:
+            expected = (num_rows, self.features.shape[-1])
+            if self.tail_mean.shape != expected or self.tail_noise.numel() != num_rows:
+                raise FormatError(
+                    f"tail_mean must have shape {list(expected)}, got {list(self.tail_mean.shape)}; "
+                    "build the batch with the collator"
+                )
         if not self.temperature > 0:
             raise FormatError(f"temperature must be positive, got {self.temperature}; the default is 1.0")
 
@@ -62,9 +99,11 @@ class TeacherBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherBatch":
         """The same batch on `device`."""
-        names = ("rows", "offsets", "token_ids", "logprobs", "log_tail")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        return TeacherBatch(**moved, temperature=self.temperature)
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: part.to(device, non_blocking=non_blocking) for name, part in tensors.items()
+        }
+        return replace(self, **moved)
 
     def validate(self, *, num_rows: int, vocab_size: int) -> None:
         """Check every value, not only shapes: linear in the batch, for tests and for debugging a loader.
@@ -82,6 +121,10 @@ class TeacherBatch:
             (f"token ids must lie in [0, {vocab_size})", bool(((ids >= 0) & (ids < vocab_size)).all())),
             ("logprobs must be finite", bool(torch.isfinite(self.logprobs).all())),
             ("tails must not be NaN or +inf", bool((self.log_tail < torch.inf).all())),
+            (
+                "tail means must be finite",
+                self.tail_mean is None or bool(torch.isfinite(self.tail_mean).all()),
+            ),
         )
         for rule, holds in rules:
             if not holds:
@@ -91,8 +134,25 @@ class TeacherBatch:
             raise FormatError("teacher targets: a token may occur once per row; rebuild with the collator")
 
     @classmethod
-    def from_topk(cls, rows: Any, topk: Any, temperature: float = 1.0) -> "TeacherBatch":
-        """Targets from a `formats.TopKLogprobs` whose position k belongs to hidden row `rows[k]`."""
+    def from_topk(
+        cls,
+        rows: Any,
+        topk: TopKLogprobs,
+        temperature: float = 1.0,
+        features: TokenFeatures | None = None,
+        moment_steps: int | None = None,
+    ) -> "TeacherBatch":
+        """Targets from a `formats.TopKLogprobs` whose position k belongs to hidden row `rows[k]`.
+
+        Args:
+            features: of the cache; None leaves tail moments out.
+            moment_steps: `moment_resolution` of the cache's codec; None for moments that were not quantised.
+        """
+        shape: dict[str, torch.Tensor] = {}
+        if features is not None:
+            mean, noise = tail_means(topk, moment_steps)
+            shape = {"tail_mean": torch.as_tensor(mean), "tail_noise": torch.as_tensor(noise)}
+            shape["features"] = torch.as_tensor(features.codes)
         return cls(
             rows=torch.as_tensor(np.ascontiguousarray(rows, dtype=np.int64)),
             offsets=torch.as_tensor(np.ascontiguousarray(topk.offsets, dtype=np.int64)),
@@ -100,6 +160,7 @@ class TeacherBatch:
             logprobs=torch.as_tensor(np.ascontiguousarray(topk.logprobs, dtype=np.float32)),
             log_tail=torch.as_tensor(np.ascontiguousarray(topk.log_tail(temperature), dtype=np.float32)),
             temperature=float(temperature),
+            **shape,
         )
 
     @classmethod

@@ -46,6 +46,38 @@ def bucketed_kl_row(student_logits, ids, logprobs, log_tail, temperature, revers
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum()
 
 
+def tail_shape_row(student_logits, ids, teacher_mean, noise, features, temperature, tail_mass):
+    """What the tail moments of one row add to its KL: value, and by autograd the gradient.
+
+    At T = 1 half the squared distance of the two tails' mean features in the inverse of the regularised
+    covariance under the student's tail, a metric that is held fixed. At another T the student's tail,
+    reweighted by the solution found at T = 1 (damped), is a fixed target.
+    """
+    beta = 1.0 / temperature
+    outside = torch.ones(len(student_logits), dtype=torch.bool)
+    outside[ids] = False
+    if not outside.any():
+        return student_logits.sum() * 0
+    u = features[outside].to(student_logits)
+    tail = torch.softmax(student_logits[outside], 0)
+    mean = (tail[:, None] * u).sum(0)
+    centred = u - mean
+    covariance = sum(tail[j] * torch.outer(centred[j], centred[j]) for j in range(len(u)))
+    ridge = 0.02 * covariance.diagonal().mean() + noise / 0.02 + 1e-6
+    metric = torch.linalg.inv(covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype)).detach()
+    shift = teacher_mean - mean
+    if temperature == 1.0:
+        return tail_mass * 0.5 * shift @ metric @ shift
+    a = (metric @ shift).detach()
+    hot = torch.softmax(beta * student_logits[outside], 0)
+    x = beta * (u @ a)
+    x = x - (hot.detach() * x).sum()
+    damping = 1 / (1 + (hot.detach() * x * x).sum()).sqrt()
+    pull = -tail_mass * (hot.detach() * damping * x * hot.log()).sum()
+    value = tail_mass * 0.5 * beta**2 * damping * (a @ shift)
+    return value.detach() + pull - pull.detach()
+
+
 def dense_loss(
     hidden,
     weight,
@@ -76,6 +108,18 @@ def dense_loss(
                 teacher.temperature,
                 reverse,
             )
+            if teacher.features is not None and not reverse:
+                head = (teacher.logprobs[entries].to(logits) / teacher.temperature).exp().sum()
+                tail = teacher.log_tail[k].to(logits).exp()
+                sum_kl = sum_kl + tail_shape_row(
+                    logits[row],
+                    teacher.token_ids[entries].long(),
+                    teacher.tail_mean[k].to(logits),
+                    teacher.tail_noise[k].to(logits),
+                    teacher.features.double() / 32,
+                    teacher.temperature,
+                    tail / (head + tail),
+                )
     ce = sum_ce / (int(labelled.sum()) or 1 if num_ce is None else num_ce)
     kl = sum_kl / ((len(teacher) if teacher is not None else 1) or 1 if num_kl is None else num_kl)
     return DenseResult(ce + kl_coef * kl, ce, kl)
@@ -90,13 +134,16 @@ def online_two_model_kl(student_logits, teacher_logits, temperature, reverse=Fal
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def teacher_from_logits(teacher_logits, rows, counts, temperature, dtype=torch.float64) -> TeacherBatch:
+def teacher_from_logits(
+    teacher_logits, rows, counts, temperature, dtype=torch.float64, features=None, noise=0.0
+) -> TeacherBatch:
     """Exact targets: the `counts[k]` most likely tokens of each row and the exact tail at this temperature.
 
-    `teacher_logits` [K, V] in float64; a count of V keeps everything and leaves a tail of -inf.
+    `teacher_logits` [K, V] in float64; a count of V keeps everything and leaves a tail of -inf. With int8
+    `features` [V, F], also the exact mean feature of each tail.
     """
     logprobs = torch.log_softmax(teacher_logits.double(), dim=-1)
-    ids, values, tails, offsets = [], [], [], [0]
+    ids, values, tails, offsets, means = [], [], [], [0], []
     for k, count in enumerate(counts):
         order = torch.argsort(logprobs[k], descending=True)
         ids.append(order[:count])
@@ -104,6 +151,13 @@ def teacher_from_logits(teacher_logits, rows, counts, temperature, dtype=torch.f
         rest = logprobs[k][order[count:]] / temperature
         tails.append(torch.logsumexp(rest, 0) if len(rest) else torch.tensor(-torch.inf, dtype=torch.float64))
         offsets.append(offsets[-1] + count)
+        if features is not None:
+            shape = torch.softmax(logprobs[k][order[count:]], 0)
+            means.append((shape[:, None] * features[order[count:]].double() / 32).sum(0))
+    shape = {}
+    if features is not None:
+        shape = {"tail_mean": torch.stack(means).to(dtype), "features": features}
+        shape["tail_noise"] = torch.full((len(counts),), noise, dtype=dtype)
     none = torch.empty(0, dtype=torch.float64)
     return TeacherBatch(
         rows=torch.as_tensor(rows, dtype=torch.int64),
@@ -112,6 +166,7 @@ def teacher_from_logits(teacher_logits, rows, counts, temperature, dtype=torch.f
         logprobs=torch.cat([none, *values]).to(dtype),
         log_tail=torch.stack(tails).to(dtype) if tails else none.to(dtype),
         temperature=temperature,
+        **shape,
     )
 
 

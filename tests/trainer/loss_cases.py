@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from dense_reference import dense_loss, teacher_from_logits
+from dense_reference import dense_logits, dense_loss, teacher_from_logits
 
 from trainer.loss import label_annealing_loss
 from trainer.teacher_batch import TeacherBatch
@@ -32,9 +32,15 @@ def make_case(
     with_bias=False,
     sharpness=2.0,
     seed=0,
+    num_features=0,
+    noise=0.0,
+    drift=None,
     **options,
 ) -> Case:
-    """Rows with a label only, with teacher targets only, with both, and with neither."""
+    """Rows with a label only, with teacher targets only, with both, and with neither.
+
+    With `drift` the teacher is the student, moved by so much; else they have nothing to do with each other.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -49,8 +55,14 @@ def make_case(
     rows = has_teacher.nonzero().squeeze(1)
     counts = torch.randint(1, min(max_head, vocab_size) + 1, (len(rows),), generator=generator).tolist()
     teacher_logits = normal(len(rows), vocab_size) * sharpness
-    teacher = teacher_from_logits(teacher_logits, rows, counts, temperature)
     bias = normal(vocab_size + padding) if with_bias else None
+    features = None
+    if num_features:
+        features = (normal(vocab_size, num_features) * 32).round().clamp(-127, 127).to(torch.int8)
+    if drift is not None:
+        student_logits = dense_logits(hidden, weight, bias=bias, vocab_size=vocab_size, **options)[rows]
+        teacher_logits = student_logits + drift * normal(len(rows), vocab_size)
+    teacher = teacher_from_logits(teacher_logits, rows, counts, temperature, features=features, noise=noise)
     if padding:
         options["vocab_size"] = vocab_size
     return Case(hidden, weight, labels, teacher, bias, options)
@@ -61,14 +73,12 @@ def cast(case: Case, dtype: torch.dtype) -> Case:
     teacher = case.teacher
     if teacher is not None:
         kept = torch.float64 if dtype == torch.float64 else torch.float32
-        teacher = TeacherBatch(
-            teacher.rows,
-            teacher.offsets,
-            teacher.token_ids,
-            teacher.logprobs.to(kept),
-            teacher.log_tail.to(kept),
-            teacher.temperature,
-        )
+        floats = {
+            name: part.to(kept)
+            for name, part in vars(teacher).items()
+            if isinstance(part, torch.Tensor) and part.is_floating_point()
+        }
+        teacher = replace(teacher, **floats)
     bias = None if case.bias is None else case.bias.to(dtype)
     return Case(case.hidden.to(dtype), case.weight.to(dtype), case.labels, teacher, bias, case.options)
 

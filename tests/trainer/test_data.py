@@ -218,6 +218,10 @@ def test_packed_rows_see_only_themselves(request, model_dir, attention):
         places = [(0, 0), (0, 70), (1, 0), (1, 23)]
         for (b, start), row in zip(places, rows, strict=True):
             alone = model(input_ids=torch.as_tensor(row[None].astype(np.int64))).logits[0]
-            torch.testing.assert_close(packed[b, start : start + len(row)], alone, rtol=1e-8, atol=1e-8)
+            # Eager attention takes its softmax in float32 whatever the model's type.
+            tolerance = 1e-8 if attention != "eager" else 5e-5
+            torch.testing.assert_close(
+                packed[b, start : start + len(row)], alone, rtol=tolerance, atol=tolerance
+            )
         leaking = model(input_ids=inputs["input_ids"], use_cache=False).logits[0, 70:79]
     assert (leaking - packed[0, 70:79]).abs().max() > 0.1  # without position_ids they do leak

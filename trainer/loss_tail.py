@@ -1,0 +1,108 @@
+"""The shape of the tail: the student's own tail, reweighted until it has the teacher's moments.
+
+A bucket alone leaves the shape of the tail to the student. With token features u (formats/features.py) the
+cache says what the teacher's tail has as its mean feature, m_t. With m and C the mean and covariance of u
+under the student's tail q~, the first-order reweighting that gives the student's tail that mean is
+
+    p^_j = q~_j (1 + a . (u_j - m)),    a = (C + r I)^-1 (m_t - m)
+
+which stands in for the teacher's unknown p~ (docs/method.md, "The shape of the tail"). It is q~ itself where
+m_t = m, so nothing is added at the initial weights. r regularises: a share of the mean variance, and the
+noise of the stored mean over the variance that drift is expected to cause, so that a mean read from a tail of
+little mass, hence coarsely stored, counts for little.
+
+a is found at T = 1, where the moments were taken. A change of a . u_j in the logits is beta a . u_j at
+another temperature; there the reweighting is divided by sqrt(1 + its variance), because a hot tail spreads
+over tokens that the estimate at T = 1 knows little of.
+
+C: rows of the chunk, V: vocabulary, K: rows with teacher targets, F: token features, G: F + F (F + 1) / 2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from formats.features import FEATURE_UNIT
+
+VARIANCE_SHARE = 0.02
+"""Part of r: this share of the mean variance of the features under the student's tail."""
+DRIFT_VARIANCE = 0.02
+"""The variance that fine-tuning is expected to cause in the mean of a feature of variance one."""
+LEAST_RIDGE = 1e-6
+SLICE = 8192
+"""Columns of the vocabulary reweighted at a time."""
+
+
+@dataclass(frozen=True)
+class FeatureTables:
+    """Features as the loss multiplies with them."""
+
+    values_VF: torch.Tensor
+    """In the arithmetic's dtype."""
+    products_VG: torch.Tensor
+    """In the compute dtype: the features, then their products in pairs."""
+    pair_FF: torch.Tensor
+    """int64: which product is u_f u_g."""
+
+    @classmethod
+    def of(cls, codes_VF: torch.Tensor, compute: torch.dtype, arithmetic: torch.dtype) -> "FeatureTables":
+        """From int8 codes; V F^2 / 2 multiplications."""
+        num_features = codes_VF.shape[1]
+        values_VF = codes_VF.to(arithmetic) / FEATURE_UNIT
+        first, second = torch.triu_indices(num_features, num_features, device=codes_VF.device)
+        products_VG = torch.cat([values_VF, values_VF[:, first] * values_VF[:, second]], dim=1).to(compute)
+        pair_FF = torch.empty(num_features, num_features, dtype=torch.int64, device=codes_VF.device)
+        pair_FF[first, second] = pair_FF[second, first] = torch.arange(len(first), device=codes_VF.device)
+        return cls(values_VF, products_VG, pair_FF)
+
+    def statistics(
+        self, weights_CV: torch.Tensor, sum_C: torch.Tensor, buffer_CV: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean [C, F], covariance [C, F, F]) of the features under weights that sum to `sum_C`.
+
+        `buffer_CV` of the compute dtype takes the normalised weights where that is not the weights' own.
+        """
+        arithmetic = weights_CV.dtype
+        scale_C1 = 1.0 / sum_C.clamp_min(torch.finfo(arithmetic).tiny)[:, None]
+        if self.products_VG.dtype == arithmetic:
+            moments_CG = (weights_CV @ self.products_VG) * scale_C1
+        else:
+            assert buffer_CV is not None
+            torch.mul(weights_CV, scale_C1, out=buffer_CV)
+            moments_CG = (buffer_CV @ self.products_VG).to(arithmetic)
+        num_features = self.values_VF.shape[1]
+        mean_CF = moments_CG[:, :num_features]
+        second_CFF = moments_CG[:, num_features:][:, self.pair_FF]
+        return mean_CF, second_CFF - mean_CF[:, :, None] * mean_CF[:, None, :]
+
+    def reweight(self, weights_CV: torch.Tensor, slope_CF: torch.Tensor, offset_C: torch.Tensor) -> None:
+        """weights *= offset + slope . u_j, in place."""
+        for start in range(0, weights_CV.shape[1], SLICE):
+            columns = slice(start, start + SLICE)
+            factor = torch.addmm(offset_C[:, None], slope_CF, self.values_VF[columns].t())
+            weights_CV[:, columns].mul_(factor)
+
+
+def tilt(
+    mean_KF: torch.Tensor,
+    covariance_KFF: torch.Tensor,
+    teacher_mean_KF: torch.Tensor,
+    teacher_noise_K: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a [K, F], a . (m_t - m) [K]) at T = 1."""
+    variance_K = covariance_KFF.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0.0)
+    ridge_K = VARIANCE_SHARE * variance_K + teacher_noise_K / DRIFT_VARIANCE + LEAST_RIDGE
+    identity_FF = torch.eye(mean_KF.shape[1], dtype=mean_KF.dtype, device=mean_KF.device)
+    shift_KF = teacher_mean_KF - mean_KF
+    system_KFF = covariance_KFF + ridge_K[:, None, None] * identity_FF
+    # The variant without a check: a check would wait for the device.
+    a_KF = torch.linalg.solve_ex(system_KFF, shift_KF[:, :, None])[0].squeeze(-1)
+    return a_KF, (a_KF * shift_KF).sum(1)
+
+
+def damping(a_KF: torch.Tensor, covariance_KFF: torch.Tensor, beta: float) -> torch.Tensor:
+    """[K]: 1 at T = 1, else 1 / sqrt(1 + Var(beta a . u)) under the student's tail at that temperature."""
+    if beta == 1.0:
+        return torch.ones_like(a_KF[:, 0])
+    variance_K = beta * beta * torch.einsum("kf,kfg,kg->k", a_KF, covariance_KFF, a_KF)
+    return (1.0 + variance_K.clamp_min(0.0)).rsqrt()
