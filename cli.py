@@ -168,7 +168,7 @@ def cache_build(
     out: Annotated[str, typer.Option(help="Directory of the cache; made if missing.")],
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
-    min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 1e-3,
+    min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 2.5e-3,
     max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
     tail_features: TailFeaturesOption = None,
     positions: Annotated[

@@ -38,6 +38,7 @@ import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
 from cache_builder.vllm_settings import child_environment, quiet_environment
+from formats.features import FEATURES_FILE
 from formats.rows import TokenRow
 
 PRESETS = {
@@ -113,6 +114,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, model: Path, rows: list[TokenRow]) -> None:
         self.args, self.model, self.rows = args, str(model), rows
         self.num_tokens = sum(len(row) for row in rows)
+        self.vocab_size = int(PRESETS[args.preset]["vocab_size"])
         self.engine_args: dict[str, Any] = {
             "max_num_batched_tokens": args.batch_tokens,
             "max_num_seqs": 256,
@@ -182,12 +184,17 @@ class Bench:
             return self.timed(lambda: self.drain(engine, PoolingParams(task="embed")) and None)
 
     def capture(self) -> float:
-        """Ours, to packed arrays in this process."""
+        """Ours, to packed arrays in this process, with the default tail moments."""
+        embedding = find_embedding(Path(self.model), self.vocab_size)
+        assert embedding is not None
+        features = Path(self.model) / FEATURES_FILE
+        features.write_bytes(token_features(embedding, self.vocab_size, DEFAULT_TAIL_FEATURES).to_bytes())
         config = TeacherConfig(
             model=self.model,
             dtype=self.args.dtype,
             positions="all",
             max_k=self.args.k,
+            features=str(features),
             max_length=self.args.max_length + 1,
             engine_args=self.engine_args,
         )

@@ -14,25 +14,32 @@ rivals are plain references of their
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from small_model import DOMAINS, ROW_TOKENS, Pair, load
 
+from cache_builder.features import find_embedding, token_features
 from formats import TopKLogprobs
 from formats.codec import Codec, CodecConfig, section_bytes
+from formats.features import TokenFeatures
 from formats.quantise import quantise_probabilities
 from formats.segments import rank_in_segment, segment_order, segment_sum
 from formats.tail import TAIL_BETAS
 from formats.vocabulary import permutations, rank_by_frequency
+from trainer.loss_tail import DRIFT_VARIANCE, LEAST_RIDGE, VARIANCE_SHARE
 
 TEMPERATURES = (0.5, 0.75, 1.0, 2.0, 4.0)
 CHUNK = 128
 CAPTURE_K = 256
+MOST_FEATURES = 64
+DEFAULT = "p >= 2.5e-3, 16 features"
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,41 @@ class Encoded:
     tail: str
     """`exact`: A at the temperature; `one`: the T = 1 mass at every temperature; `none`: renormalised;
     `sampled`: weights are counts of draws."""
+    features: TokenFeatures | None = None
+    """With them and moments in `topk`, the student's tail is reweighted."""
+    noise: float = 0.0
+    """Variance of a stored moment's error."""
 
 
-def capture(pair: Pair) -> list[TopKLogprobs]:
+@dataclass(frozen=True)
+class Captured:
+    """Rows as an engine hands them over: generous heads, with moments for every number of features."""
+
+    rows: list[TopKLogprobs]
+    features: TokenFeatures
+
+    def with_features(self, count: int) -> tuple[list[TopKLogprobs], TokenFeatures | None]:
+        """The rows and their features, cut to the leading `count`."""
+        if count == 0:
+            return [row.without_moments() for row in self.rows], None
+        cut = [replace(row, tail_moments=row.tail_moments[:, :count]) for row in self.rows]
+        return cut, TokenFeatures(np.ascontiguousarray(self.features.codes[:, :count]))
+
+
+def features_of(head_VD: np.ndarray, count: int) -> TokenFeatures:
+    """Features of an output head, by the product's own way: through a checkpoint file."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({"lm_head.weight": np.ascontiguousarray(head_VD)}, Path(folder) / "model.safetensors")
+        embedding = find_embedding(Path(folder), len(head_VD))
+        assert embedding is not None
+        return token_features(embedding, len(head_VD), count)
+
+
+def capture(pair: Pair) -> Captured:
     """The `CAPTURE_K` most probable tokens and the tail of every position, one item per row."""
     rows, count = [], len(pair.token_ids_N)
+    features = features_of(pair.teacher_VD, MOST_FEATURES)
+    values_VF = features.of(np.arange(features.vocab_size)).astype(np.float64)
     for start in range(0, count, ROW_TOKENS):
         parts = []
         for a in range(start, start + ROW_TOKENS, CHUNK):
@@ -61,28 +98,36 @@ def capture(pair: Pair) -> list[TopKLogprobs]:
             peak = rest.max(1)
             nodes = [np.log(np.exp(b * (rest - peak[:, None])).sum(1)) + b * peak for b in TAIL_BETAS]
             offsets = np.arange(CHUNK + 1) * CAPTURE_K
+            moments = np.exp(rest) @ values_VF
             parts.append(
-                TopKLogprobs(offsets, ids.ravel(), values.ravel(), np.stack(nodes, 1), teacher.shape[1])
+                TopKLogprobs(
+                    offsets, ids.ravel(), values.ravel(), np.stack(nodes, 1), teacher.shape[1], moments
+                )
             )
         rows.append(TopKLogprobs.concatenate(parts))
-    return rows
+    return Captured(rows, features)
 
 
 # --- encodings --------------------------------------------------------------------------------------------
 
 
-def fixed(k: int, per_position: float, tail: str) -> Callable[[list[TopKLogprobs]], list[Encoded]]:
+Encoding = Callable[[Captured], list[Encoded]]
+
+
+def fixed(k: int, per_position: float, tail: str) -> Encoding:
     """The k most probable tokens of every position at so many bytes."""
-    return lambda rows: [Encoded(row.prune(0.0, k), per_position * len(row), tail) for row in rows]
+    return lambda captured: [
+        Encoded(row.prune(0.0, k), per_position * len(row), tail) for row in captured.with_features(0)[0]
+    ]
 
 
-def sampled(draws: int) -> Callable[[list[TopKLogprobs]], list[Encoded]]:
+def sampled(draws: int) -> Encoding:
     """Draws from p, stored as (id, count) in 3 bytes: random-sampling distillation."""
 
-    def encode(rows: list[TopKLogprobs]) -> list[Encoded]:
+    def encode(captured: Captured) -> list[Encoded]:
         rng = np.random.default_rng(0)
         out = []
-        for row in rows:
+        for row in captured.rows:
             counts, ids, logs = [], [], []
             for p in range(len(row)):
                 a, b = row.offsets[p : p + 2]
@@ -101,33 +146,43 @@ def sampled(draws: int) -> Callable[[list[TopKLogprobs]], list[Encoded]]:
     return encode
 
 
-def ours(
-    min_prob: float, max_k: int = 128, **settings: object
-) -> Callable[[list[TopKLogprobs]], list[Encoded]]:
+def ours(min_prob: float, num_features: int = 0, max_k: int = 128, **settings: object) -> Encoding:
     """The product's codec, rank table learned from the rows themselves."""
 
-    def encode(rows: list[TopKLogprobs]) -> list[Encoded]:
-        config = CodecConfig(**settings)  # type: ignore[arg-type]
-        heads = [row.prune(min_prob, max_k) for row in rows]
+    def encode(captured: Captured) -> list[Encoded]:
+        config = CodecConfig(num_features=num_features, **settings)  # type: ignore[arg-type]
+        rows, features = captured.with_features(num_features)
+        heads = [row.prune(min_prob, max_k, features) for row in rows]
         ranked = rank_by_frequency(np.concatenate([head.token_ids for head in heads]), heads[0].vocab_size)
         codec = Codec(config, heads[0].vocab_size, max_k, ranked if config.rank_ids else None)
         payloads = [codec.encode(head) for head in heads]
         return [
-            Encoded(codec.decode(payload, len(head)), len(payload), "exact")
+            Encoded(
+                codec.decode(payload, len(head)),
+                len(payload),
+                "exact",
+                features,
+                1 / (12 * config.moment_steps**2),
+            )
             for payload, head in zip(payloads, heads, strict=True)
         ]
 
     return encode
 
 
-def unquantised(min_prob: float, max_k: int = 128) -> Callable[[list[TopKLogprobs]], list[Encoded]]:
+def unquantised(min_prob: float, num_features: int = 0, max_k: int = 128) -> Encoding:
     """The same heads and tails in float32."""
-    return lambda rows: [
-        Encoded(h := row.prune(min_prob, max_k), 8 * h.num_entries + 29 * len(row), "exact") for row in rows
-    ]
+
+    def encode(captured: Captured) -> list[Encoded]:
+        rows, features = captured.with_features(num_features)
+        heads = [row.prune(min_prob, max_k, features) for row in rows]
+        sizes = [8 * head.num_entries + (29 + 4 * num_features) * len(head) for head in heads]
+        return [Encoded(head, size, "exact", features) for head, size in zip(heads, sizes, strict=True)]
+
+    return encode
 
 
-ENCODINGS: dict[str, Callable[[list[TopKLogprobs]], list[Encoded]]] = {
+ENCODINGS: dict[str, Encoding] = {
     "exact top-64, tail bucket, raw": fixed(64, 64 * 6, "exact"),
     "top-64 renormalised, raw": fixed(64, 64 * 6, "none"),
     "DistillKit layout k=64, renormalised": fixed(64, 192, "none"),
@@ -137,10 +192,22 @@ ENCODINGS: dict[str, Callable[[list[TopKLogprobs]], list[Encoded]]] = {
     "50 draws": sampled(50),
     "p >= 1e-3, float32": unquantised(1e-3),
     "p >= 2e-3, float32": unquantised(2e-3),
+    "p >= 2.5e-3, float32": unquantised(2.5e-3),
+    "p >= 2.5e-3, 16 features, float32": unquantised(2.5e-3, 16),
     "p >= 1e-3": ours(1e-3),
     "p >= 2e-3": ours(2e-3),
+    "p >= 2.5e-3": ours(2.5e-3),
     "p >= 3e-3": ours(3e-3),
     "p >= 1e-2": ours(1e-2),
+    "p >= 1e-3, 16 features": ours(1e-3, 16),
+    "p >= 2.5e-3, 16 features": ours(2.5e-3, 16),
+    "p >= 3e-3, 16 features": ours(3e-3, 16),
+    "p >= 5e-3, 16 features": ours(5e-3, 16),
+    "p >= 2.5e-3, 8 features": ours(2.5e-3, 8),
+    "p >= 2.5e-3, 32 features": ours(2.5e-3, 32),
+    "p >= 2.5e-3, 64 features": ours(2.5e-3, 64),
+    "p >= 2.5e-3, 16 features, 64 moment steps": ours(2.5e-3, 16, moment_steps=64),
+    "p >= 2.5e-3, 16 features, 256 moment steps": ours(2.5e-3, 16, moment_steps=256),
     "p >= 2e-3, 8-bit sqrt(p)": ours(2e-3, sqrt_steps=255, linear_steps=0),
     "p >= 2e-3, 10-bit sqrt(p)": ours(2e-3, sqrt_steps=1023, linear_steps=0),
     "p >= 2e-3, steps 240 + 2000, tails 64": ours(2e-3, sqrt_steps=240, linear_steps=2000, tail_steps=64),
@@ -171,10 +238,10 @@ def at_temperature(logprobs: np.ndarray, beta: float) -> np.ndarray:
     return weights / weights.sum(1, keepdims=True)
 
 
-def gradient(encoded: Encoded, head: TopKLogprobs, student: np.ndarray, temperature: float) -> np.ndarray:
-    """The gradient [CHUNK, V] a loss forms from the encoding, for student probabilities at this
-    temperature."""
+def gradient(encoded: Encoded, head: TopKLogprobs, log_student: np.ndarray, temperature: float) -> np.ndarray:
+    """The gradient [CHUNK, V] a loss forms from the encoding, for the student's logprobs at T = 1."""
     beta = 1 / temperature
+    student = at_temperature(log_student, beta)
     rows = np.repeat(np.arange(len(head)), head.counts)
     columns = head.token_ids
     log_head = head.log_head(temperature).astype(np.float64)
@@ -193,17 +260,51 @@ def gradient(encoded: Encoded, head: TopKLogprobs, student: np.ndarray, temperat
     student_covered = segment_sum(student_head, head.offsets)
     scale = (covered - student_covered) / np.maximum(1 - student_covered, 1e-12)
     result = beta * student * scale[:, None]
+    if encoded.features is not None:
+        tail_mass = np.exp(head.log_tail(temperature) - log_z)
+        result -= beta * tail_mass[:, None] * tail_shape(encoded, head, log_student, beta)
     result[rows, columns] = beta * (student_head - prob)
     return result
+
+
+def tail_shape(encoded: Encoded, head: TopKLogprobs, log_student: np.ndarray, beta: float) -> np.ndarray:
+    """[CHUNK, V]: what reweighting adds to the student's tail of mass one (docs/method.md)."""
+    assert encoded.features is not None
+    values_VF = encoded.features.of(np.arange(log_student.shape[1])).astype(np.float64)
+    inside = np.zeros(log_student.shape, bool)
+    inside[np.repeat(np.arange(len(head)), head.counts), head.token_ids] = True
+    log_tail = np.where(inside, -np.inf, log_student)
+    tail = at_temperature(log_tail, 1.0)
+    mean = tail @ values_VF
+    covariance = np.stack([(values_VF * row[:, None]).T @ values_VF for row in tail])
+    covariance -= mean[:, :, None] * mean[:, None, :]
+    mass = np.exp(head.log_tail(1.0).astype(np.float64))
+    ridge = VARIANCE_SHARE * np.trace(covariance, axis1=1, axis2=2) / mean.shape[1] + LEAST_RIDGE
+    ridge += encoded.noise / mass**2 / DRIFT_VARIANCE
+    system = covariance + ridge[:, None, None] * np.eye(mean.shape[1])
+    slope = np.linalg.solve(system, (head.tail_moments / mass[:, None] - mean)[:, :, None])[:, :, 0]
+    hot = at_temperature(log_tail, beta)
+    x = beta * slope @ values_VF.T
+    x -= (hot * x).sum(1, keepdims=True)
+    if beta != 1:
+        x /= np.sqrt(1 + (hot * x * x).sum(1, keepdims=True))
+    return hot * x
+
+
+def exact_name(name: str) -> str:
+    """The same head in float32: `p >= 1e-3, 8-bit sqrt(p)` -> `p >= 1e-3, float32`."""
+    parts = name.split(", ")
+    kept = [parts[0]] + [part for part in parts[1:] if part.endswith(" features")]
+    return ", ".join([*kept, "float32"])
 
 
 def errors(pair: Pair, encodings: dict[str, list[Encoded]]) -> dict[str, dict[float, float]]:
     """Relative error per encoding and temperature; `X (quantisation)` compares with `X, float32`."""
     square = {name: dict.fromkeys(TEMPERATURES, 0.0) for name in encodings}
     against = {
-        f"{name} (quantisation)": (name, f"{name[:9]}, float32")
+        f"{name} (quantisation)": (name, exact)
         for name in encodings
-        if f"{name[:9]}, float32" in encodings
+        if (exact := exact_name(name)) in encodings
         and not name.endswith(("float32", "order", "zstd 3", "zstd 19"))
     }
     square |= {name: dict.fromkeys(TEMPERATURES, 0.0) for name in against}
@@ -217,7 +318,7 @@ def errors(pair: Pair, encodings: dict[str, list[Encoded]]) -> dict[str, dict[fl
             kept = {}
             for name, rows in encodings.items():
                 head = rows[row].topk.slice(position, position + CHUNK)
-                found = gradient(rows[row], head, student, temperature)
+                found = gradient(rows[row], head, log_student, temperature)
                 square[name][temperature] += float(((found - exact) ** 2).sum())
                 if any(name in pair_names for pair_names in against.values()):
                     kept[name] = found
@@ -266,14 +367,17 @@ def main() -> None:
         "--rows", type=int, default=8, help=f"held-out rows of {ROW_TOKENS} tokens per domain"
     )
     parser.add_argument("--steps", type=int, default=200, help="training steps of the small model")
+    parser.add_argument("--only", default="", help="only encodings with this in their name")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     report: dict[str, object] = {}
     for domain, pair in load(args.model, args.steps, args.rows).items():
         assert domain in DOMAINS
-        rows = capture(pair)
+        captured = capture(pair)
+        rows, _ = captured.with_features(0)
         tokens = sum(len(row) for row in rows)
-        encodings = {name: encode(rows) for name, encode in ENCODINGS.items()}
+        chosen = {name: encode for name, encode in ENCODINGS.items() if args.only in name}
+        encodings = {name: encode(captured) for name, encode in chosen.items()}
         table = errors(pair, encodings)
         covered = np.mean([row.prune(2e-3, 128).head_mass(1.0).mean() for row in rows])
         sizes = {name: sum(item.bytes for item in items) / tokens for name, items in encodings.items()}
@@ -297,9 +401,9 @@ def main() -> None:
             + ", ".join(f"{k} {v / tokens:.2f}" for k, v in parts.items())
         )
         print("order-0 entropy, bytes/token: " + ", ".join(f"{k} {v:.2f}" for k, v in streams.items()))
-        rival = sizes["DistillKit layout k=64, renormalised"]
-        ratio = sizes["p >= 2e-3"] / rival
-        print(f"p >= 2e-3 against the smallest rival ({rival:.0f} B): {ratio:.2f}x the bytes")
+        if not args.only:
+            rival, default = sizes["DistillKit layout k=64, renormalised"], sizes[DEFAULT]
+            print(f"{DEFAULT} against the smallest rival ({rival:.0f} B): {default / rival:.2f}x the bytes")
         report[domain] = {
             "bytes_per_token": sizes,
             "entries_per_token": entries,

@@ -3,15 +3,16 @@
     python benchmarks/fidelity.py [--model examples/tiny-base] [--steps 0 10 100] [--temperatures 0.5 1 2]
 
 The student starts as the teacher and drifts by plain fine-tuning. At each stop, batch by batch, the gradient
-of the KL term alone with respect to *all parameters* is taken five ways:
+of the KL term alone with respect to *all parameters* is taken six ways:
 
     online        KL(p || q) over the full vocabulary, both models run: the truth
     cache         our loss on our cache: written by CacheWriter with its default codec, read by TeacherCache
+    bucket only   the same cache, its tail moments left out
     renormalised  the same stored entries, renormalised to one, the rest of the vocabulary taken as impossible
     zero-filled   the same entries at their true probabilities, the tail's term dropped
     sampled       50 draws at T = 1, importance-weighted to T (Sparse Logit Sampling, ACL 2025)
 
-With `--tail-draws M`, a sixth, which no cache stores today: our bucket plus M tokens drawn from the teacher's
+With `--tail-draws M`, a seventh, which no cache stores: our bucket plus M tokens drawn from the teacher's
 tail, a correction that is unbiased and vanishes at the initial weights (docs/method.md, "Beyond the bucket").
 
 Reported per method: median angle and norm ratio to the truth over batches, and relative error. At step 0 the
@@ -36,14 +37,18 @@ import numpy as np
 import torch
 from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, tail_correction, topk_targets
 
+from cache_builder.config import DEFAULT_TAIL_FEATURES
+from cache_builder.features import find_embedding, token_features
 from formats.cache import TeacherCache
+from formats.codec import CodecConfig
+from formats.features import TokenFeatures
 from formats.rows import TokenRow
 from formats.topk import TopKLogprobs
 from formats.writer import CacheWriter
 from trainer.loss import label_annealing_loss
 from trainer.teacher_batch import TeacherBatch
 
-METHODS = ("cache", "renormalised", "zero-filled", "sampled")
+METHODS = ("cache", "cache, bucket only", "renormalised", "zero-filled", "sampled")
 NUM_DRAWS = 50
 
 
@@ -73,14 +78,20 @@ def gradient_from_logits(model: Any, ids_BS: torch.Tensor, grad_logits_NV: torch
 
 
 def gradient_from_cache(
-    model: Any, ids_BS: torch.Tensor, topk: TopKLogprobs, kept_P: np.ndarray, temperature: float
+    model: Any,
+    ids_BS: torch.Tensor,
+    topk: TopKLogprobs,
+    kept_P: np.ndarray,
+    temperature: float,
+    features: TokenFeatures | None,
 ) -> torch.Tensor:
     """The KL gradient of the product's loss over the positions `kept_P`."""
     model.zero_grad(set_to_none=True)
     batch, length = ids_BS.shape
     hidden = model.model(input_ids=ids_BS).last_hidden_state.flatten(0, 1)
     rows = np.arange(batch * length).reshape(batch, length)[:, :-1].reshape(-1)
-    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature)
+    steps = CodecConfig().moment_resolution
+    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature, features, steps)
     no_labels = torch.full((batch * length,), -100)
     label_annealing_loss(hidden, model.lm_head.weight, no_labels, teacher).loss.backward()
     return parameter_gradient(model)
@@ -109,6 +120,7 @@ def measure_batch(
     seed: int,
     num_tail_draws: int = 0,
     least_mass: float = 0.0,
+    features: TokenFeatures | None = None,
 ) -> dict[str, Comparison]:
     """All methods on one batch, over the positions whose head holds at least `least_mass`."""
     with torch.no_grad():
@@ -132,30 +144,37 @@ def measure_batch(
         "sampled": beta * (q - sampled_targets(logprobs, temperature, NUM_DRAWS, generator)),
     }
     found = {name: gradient_from_logits(student, ids_BS, g * share_N1) for name, g in gradients.items()}
-    found["cache"] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature)
+    found["cache"] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature, features)
+    found["cache, bucket only"] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature, None)
     methods = METHODS
     if num_tail_draws:
         extra = tail_correction(topk, logprobs, z, temperature, num_tail_draws, generator) * share_N1
-        name = f"cache + {num_tail_draws} tail draws"
-        found[name] = found["cache"] + gradient_from_logits(student, ids_BS, extra)
+        name = f"bucket + {num_tail_draws} tail draws"
+        found[name] = found["cache, bucket only"] + gradient_from_logits(student, ids_BS, extra)
         methods = (*METHODS, name)
     ce_gradient = gradient_from_logits(student, ids_BS, ce * share_N1)
     return {name: compare(found[name], found["online"], ce_gradient) for name in methods}
 
 
 def through_a_cache(
-    teacher: Any, batches: list[torch.Tensor], folder: Path, min_prob: float, max_k: int
+    teacher: Any,
+    batches: list[torch.Tensor],
+    folder: Path,
+    min_prob: float,
+    max_k: int,
+    features: TokenFeatures | None,
 ) -> list[TopKLogprobs]:
     """Every batch's teacher targets, written to a cache with its default codec and read back."""
     vocab_size = teacher.config.vocab_size
-    with CacheWriter(folder, identity={}, vocab_size=vocab_size, min_prob=min_prob, max_k=max_k) as writer:
+    settings: dict[str, Any] = {"min_prob": min_prob, "max_k": max_k, "features": features}
+    with CacheWriter(folder, identity={}, vocab_size=vocab_size, **settings) as writer:
         for ids_BS in batches:
             for ids in ids_BS:
                 mask = np.ones(len(ids), dtype=bool)
                 mask[0] = False
                 with torch.no_grad():
                     logits = teacher(input_ids=ids[None]).logits[0, :-1]
-                writer.append(TokenRow(ids.numpy(), mask), capture(logits, min_prob, max_k))
+                writer.append(TokenRow(ids.numpy(), mask), capture(logits, min_prob, max_k, features))
     cache = TeacherCache(folder)
     shards = cache.manifest.shards
     positions, entries, stored = (
@@ -164,7 +183,8 @@ def through_a_cache(
     )
     mass = np.concatenate([row.teacher.head_mass(1.0) for row in cache])
     print(
-        f"heads of p >= {min_prob:g}, at most {max_k}: {entries / positions:.0f} entries and "
+        f"heads of p >= {min_prob:g}, at most {max_k}, "
+        f"{cache.manifest.codec.num_features} tail features: {entries / positions:.0f} entries and "
         f"{stored / positions:.0f} bytes per position, mass {mass.mean():.3f}\n"
     )
     size = len(batches[0])
@@ -198,12 +218,13 @@ def measure(
     min_prob: float = MIN_PROB,
     max_k: int = MAX_K,
     least_mass: float = 0.0,
+    features: TokenFeatures | None = None,
 ) -> dict[tuple[int, float, str], list[Comparison]]:
     """Comparisons per (steps of drift, temperature, method), one for each held-out batch."""
     student = copy.deepcopy(teacher)
     results: dict[tuple[int, float, str], list[Comparison]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", min_prob, max_k)
+        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", min_prob, max_k, features)
     done = 0
     for stop in stops:
         student.train()
@@ -213,7 +234,15 @@ def measure(
         for temperature in temperatures:
             for number, (ids, topk) in enumerate(zip(held_out, caches, strict=True)):
                 compared = measure_batch(
-                    student, teacher, ids, topk, temperature, number, num_tail_draws, least_mass
+                    student,
+                    teacher,
+                    ids,
+                    topk,
+                    temperature,
+                    number,
+                    num_tail_draws,
+                    least_mass,
+                    features,
                 )
                 for method, found in compared.items():
                     results.setdefault((stop, temperature, method), []).append(found)
@@ -250,6 +279,7 @@ def main() -> None:
         "--tail-draws", type=int, default=0, metavar="M", help="also try M sampled tail tokens"
     )
     parser.add_argument("--min-prob", type=float, default=MIN_PROB, help="as in cache build")
+    parser.add_argument("--tail-features", type=int, default=DEFAULT_TAIL_FEATURES, help="as in cache build")
     parser.add_argument("--max-k", type=int, default=MAX_K, help="as in cache build")
     parser.add_argument(
         "--least-mass",
@@ -270,6 +300,11 @@ def main() -> None:
     sizes = {"rows": args.rows, "length": args.length}
     train = text_batches(tokenizer, "target-train", 20, **sizes)
     held_out = text_batches(tokenizer, "target-heldout", args.batches, **sizes)
+    features = None
+    if args.tail_features:
+        embedding = find_embedding(args.model, teacher.config.vocab_size)
+        assert embedding is not None
+        features = token_features(embedding, teacher.config.vocab_size, args.tail_features)
     results = measure(
         teacher,
         train,
@@ -281,6 +316,7 @@ def main() -> None:
         min_prob=args.min_prob,
         max_k=args.max_k,
         least_mass=args.least_mass,
+        features=features,
     )
     print_report(results)
     if args.json:

@@ -6,26 +6,37 @@ N: positions, V: vocabulary, K: kept entries of a position.
 import numpy as np
 import torch
 
+from formats.features import TokenFeatures
 from formats.topk import TAIL_BETAS, TopKLogprobs
 
-MIN_PROB = 1e-3
+MIN_PROB = 2.5e-3
 MAX_K = 128
 
 
-def capture(logits_NV: torch.Tensor, min_prob: float = MIN_PROB, max_k: int = MAX_K) -> TopKLogprobs:
-    """Head (p >= min_prob, at most max_k, at least one) and tail nodes of full logits, in float64."""
+def capture(
+    logits_NV: torch.Tensor,
+    min_prob: float = MIN_PROB,
+    max_k: int = MAX_K,
+    features: TokenFeatures | None = None,
+) -> TopKLogprobs:
+    """Head (p >= min_prob, at most max_k, at least one), tail nodes and moments of full logits, in
+    float64."""
     logprobs_NV = torch.log_softmax(logits_NV.double(), -1)
     values_NK, ids_NK = logprobs_NV.topk(min(max_k, logprobs_NV.shape[1]), dim=-1)
     keep_NK = values_NK >= np.log(min_prob)
     keep_NK[:, 0] = True
     rest_NV = logprobs_NV.scatter(1, ids_NK, torch.where(keep_NK, -torch.inf, values_NK))
     nodes = torch.stack([torch.logsumexp(beta * rest_NV, -1) for beta in TAIL_BETAS], dim=1)
+    moments = np.zeros((len(logprobs_NV), 0))
+    if features is not None:
+        moments = rest_NV.exp().numpy() @ features.of(np.arange(logprobs_NV.shape[1])).astype(np.float64)
     return TopKLogprobs(
         offsets=np.concatenate([[0], keep_NK.sum(1).cumsum(0).numpy()]),
         token_ids=ids_NK[keep_NK].numpy().astype(np.int32),
         logprobs=values_NK[keep_NK].numpy().astype(np.float32),
         log_tail_nodes=nodes.numpy().astype(np.float32),
         vocab_size=logprobs_NV.shape[1],
+        tail_moments=moments,
     )
 
 

@@ -4,9 +4,17 @@ from pathlib import Path
 
 import numpy as np
 
+from cache_builder.config import DEFAULT_TAIL_FEATURES
+from formats.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
 from formats.rows import TokenRow
 from formats.topk import TAIL_BETAS, TopKLogprobs
 from formats.writer import CacheWriter
+
+
+def random_features(vocab_size: int) -> TokenFeatures:
+    """As many as a cache has by default."""
+    codes = np.random.default_rng(0).normal(0.0, FEATURE_UNIT, (vocab_size, DEFAULT_TAIL_FEATURES))
+    return TokenFeatures(codes.clip(-MAX_CODE, MAX_CODE).astype(np.int8))
 
 
 def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: int) -> TopKLogprobs:
@@ -26,13 +34,15 @@ def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: i
         logprobs=np.tile(logprobs, num_positions),
         log_tail_nodes=np.tile(np.array(nodes, dtype=np.float32), (num_positions, 1)),
         vocab_size=vocab_size,
+        tail_moments=0.06 * generator.normal(0.0, 0.3, (num_positions, DEFAULT_TAIL_FEATURES)),
     )
 
 
 def write_cache(path: Path, *, num_rows: int, length: int, vocab_size: int, head_size: int) -> None:
     """Rows of `length` random tokens, all of which carry loss."""
     generator = np.random.default_rng(1)
-    with CacheWriter(path, identity={}, vocab_size=vocab_size, max_k=head_size) as writer:
+    features = random_features(vocab_size)
+    with CacheWriter(path, identity={}, vocab_size=vocab_size, max_k=head_size, features=features) as writer:
         for row in range(num_rows):
             mask = np.ones(length, dtype=bool)
             mask[0] = False

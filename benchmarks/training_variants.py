@@ -151,8 +151,9 @@ def dense_loss(hidden: Any, weight: Any, labels: Any, teacher: Any) -> torch.Ten
 
 
 def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
-    from training_cache import random_heads
+    from training_cache import random_features, random_heads
 
+    from formats.codec import CodecConfig
     from trainer.loss import label_annealing_loss
     from trainer.teacher_batch import TeacherBatch
 
@@ -165,7 +166,8 @@ def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
     )
     labels = torch.randint(0, sizes.vocab, (sizes.rows,), device=device)
     topk = random_heads(sizes.rows, sizes.vocab, sizes.head_size, seed=0)
-    teacher = TeacherBatch.from_topk(range(sizes.rows), topk, 1.0).to(device)
+    features, steps = random_features(sizes.vocab), CodecConfig().moment_resolution
+    teacher = TeacherBatch.from_topk(range(sizes.rows), topk, 1.0, features, steps).to(device)
     peak = PeakMemory(device)
     seconds, cpu = [], []
     for _ in range(sizes.steps):

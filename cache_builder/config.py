@@ -39,7 +39,7 @@ class BuildConfig:
     """Revision of a Hugging Face model; None is its main branch."""
     max_length: int | None = None
     """Longest row in tokens; None is 2048, or the model's context if that is shorter."""
-    min_prob: float = 1e-3
+    min_prob: float = 2.5e-3
     """Entries with at least this probability are kept."""
     max_k: int = 128
     """At most this many entries are kept per position."""

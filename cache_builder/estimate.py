@@ -33,7 +33,7 @@ from formats.topk import TopKLogprobs
 
 GENEROUS_MIN_PROB = 1e-4
 GENEROUS_MAX_K = 1024
-MIN_PROBS = (3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
+MIN_PROBS = (3e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 3e-2)
 MAX_MISSED_MASS = 0.05
 """The recommended setting is the smallest whose mean missed mass is at most this."""
 

@@ -59,7 +59,7 @@ class CodecConfig:
     """Compression level, 1 to 19: reading is equally fast for all of them, writing is not."""
     num_features: int = 0
     """F: tail moments per position, one for each token feature of the cache; 0 stores none."""
-    moment_steps: int = 64
+    moment_steps: int = 128
     """Steps per standard deviation of a feature, times probability: a moment's error is half a step."""
 
     def __post_init__(self) -> None:

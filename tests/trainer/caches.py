@@ -27,14 +27,24 @@ def random_rows(num_rows: int, vocab_size: int, seed: int = 0, longest: int = 40
     return rows
 
 
-def topk_of(logprobs_PV: np.ndarray, min_prob: float = 0.0, max_k: int | None = None):
+def random_features(vocab_size: int, num_features: int = 5):
+    """Token features: any numbers serve."""
+    from formats.features import TokenFeatures
+
+    codes = np.random.default_rng(5).normal(0, 32, (vocab_size, num_features)).clip(-127, 127)
+    return TokenFeatures(codes.astype(np.int8))
+
+
+def topk_of(logprobs_PV: np.ndarray, min_prob: float = 0.0, max_k: int | None = None, features=None):
     """Heads of exact logprobs: p >= min_prob, at most max_k, always the best; tails summed directly."""
     from formats.topk import TAIL_BETAS, TopKLogprobs
 
+    num_features = 0 if features is None else features.num_features
     if not len(logprobs_PV):
-        return TopKLogprobs.empty(logprobs_PV.shape[1])
+        return TopKLogprobs.empty(logprobs_PV.shape[1], num_features)
     ids, values, counts, tails = [], [], [], []
-    for logprobs in logprobs_PV.astype(np.float64):
+    moments = np.zeros((len(logprobs_PV), num_features))
+    for row, logprobs in enumerate(logprobs_PV.astype(np.float64)):
         order = np.argsort(-logprobs, kind="stable")
         keep = max(1, int((logprobs >= np.log(max(min_prob, 1e-300))).sum()))
         keep = min(keep, max_k or len(logprobs))
@@ -42,11 +52,13 @@ def topk_of(logprobs_PV: np.ndarray, min_prob: float = 0.0, max_k: int | None = 
         values.append(logprobs[order[:keep]])
         counts.append(keep)
         rest = logprobs[order[keep:]]
+        if features is not None:
+            moments[row] = np.exp(rest) @ features.of(order[keep:])
         with np.errstate(divide="ignore"):
             tails.append([np.log(np.exp(beta * rest).sum()) for beta in TAIL_BETAS])
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return TopKLogprobs(
-        offsets, np.concatenate(ids), np.concatenate(values), np.asarray(tails), logprobs_PV.shape[1]
+        offsets, np.concatenate(ids), np.concatenate(values), np.asarray(tails), logprobs_PV.shape[1], moments
     )
 
 
@@ -86,8 +98,9 @@ def write_cache(
     positions: str = "loss",
     rows: list | None = None,
     identity: dict | None = None,
+    with_features: bool = True,
 ) -> Path:
-    """Write the exact logprobs of the model in `model_dir` on random rows."""
+    """Write the exact logprobs of the model in `model_dir` on random rows, with tail moments."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -97,6 +110,7 @@ def write_cache(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     vocab_size = model.config.vocab_size
     rows = random_rows(num_rows, vocab_size, seed) if rows is None else rows
+    features = random_features(vocab_size) if with_features else None
     with CacheWriter(
         path,
         identity=identity or identity_of(model_dir),
@@ -106,8 +120,9 @@ def write_cache(
         max_k=max_k or vocab_size,
         codec=CodecConfig.lossless(),
         rows_per_shard=10,
+        features=features,
     ) as writer:
         for row in rows:
             logprobs = model_logprobs(model, row.input_ids)
-            writer.append(row, topk_of(logprobs[row.positions(positions)], min_prob, max_k))
+            writer.append(row, topk_of(logprobs[row.positions(positions)], min_prob, max_k, features))
     return path
