@@ -37,6 +37,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
+from cache_builder.config import DEFAULT_TAIL_FEATURES
+from cache_builder.features import find_embedding, token_features
 from cache_builder.vllm_settings import child_environment, quiet_environment
 from formats.features import FEATURES_FILE
 from formats.rows import TokenRow

@@ -33,7 +33,7 @@ from formats.quantise import quantise_probabilities
 from formats.segments import rank_in_segment, segment_order, segment_sum
 from formats.tail import TAIL_BETAS
 from formats.vocabulary import permutations, rank_by_frequency
-from trainer.loss_tail import DRIFT_VARIANCE, LEAST_RIDGE, VARIANCE_SHARE
+from trainer.loss_tail import DRIFT_VARIANCE, LARGEST_DEVIATION, LEAST_RIDGE, VARIANCE_SHARE
 
 TEMPERATURES = (0.5, 0.75, 1.0, 2.0, 4.0)
 CHUNK = 128
@@ -286,8 +286,11 @@ def tail_shape(encoded: Encoded, head: TopKLogprobs, log_student: np.ndarray, be
     hot = at_temperature(log_tail, beta)
     x = beta * slope @ values_VF.T
     x -= (hot * x).sum(1, keepdims=True)
-    if beta != 1:
-        x /= np.sqrt(1 + (hot * x * x).sum(1, keepdims=True))
+    variance = (hot * x * x).sum(1, keepdims=True)
+    if beta == 1:
+        x *= np.minimum(1, LARGEST_DEVIATION / np.sqrt(np.maximum(variance, 1e-12)))
+    else:
+        x /= np.sqrt(1 + variance)
     return hot * x
 
 

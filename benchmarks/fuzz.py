@@ -1,8 +1,9 @@
 """Mutated caches against the reader, in subprocesses: a typed error or the identical rows, nothing else.
 
-A small cache is built; each trial flips bits, overwrites words with extreme values, cuts, repeats or
-splices one of its files, and opens and reads everything. Trials run in child processes under a memory limit
-and a time limit, so that a crash, a hang or a runaway allocation is counted instead of stopping the run.
+Two small caches are built, one of each format version; each trial flips bits, overwrites words with extreme
+values, cuts, repeats or splices one of their files, and opens and reads everything of that cache. Trials run
+in child processes under a memory limit and a time limit, so that a crash, a hang or a runaway allocation is
+counted instead of stopping the run.
 
     python benchmarks/fuzz.py [--trials 100000] [--seed 0]
 """
@@ -60,21 +61,25 @@ def contents(directory: Path) -> list[bytes]:
 
     cache = TeacherCache(directory)
     seen = [json.dumps([cache.manifest.identity, cache.manifest.codec.to_dict()]).encode()]
+    if cache.features is not None:
+        seen.append(cache.features.to_bytes())
     for row in cache:
         t = row.teacher
-        arrays = (row.input_ids, row.loss_mask, t.offsets, t.token_ids, t.logprobs, t.log_tail_nodes)
+        arrays = [row.input_ids, row.loss_mask, t.offsets, t.token_ids, t.logprobs, t.log_tail_nodes]
+        arrays.append(t.tail_moments)
         seen.append(row.key + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays))
     return seen
 
 
 def child(directory: Path, seed: int, trials: int) -> None:
-    """Run trials and print counts as JSON; `wrong` holds descriptions of anything that must not happen."""
+    """Run trials on the caches in `directory` and print counts as JSON; `wrong` holds descriptions of
+    anything that must not happen."""
     from formats.errors import FormatError
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     rng = np.random.default_rng(seed)
-    expected = contents(directory)
-    files = sorted(directory.iterdir())
+    expected = {cache: contents(cache) for cache in directory.iterdir()}
+    files = sorted(directory.glob("*/*"))
     originals = {file: file.read_bytes() for file in files}
     counts: dict[str, int] = {"refused": 0, "identical": 0}
     wrong: list[str] = []
@@ -82,14 +87,15 @@ def child(directory: Path, seed: int, trials: int) -> None:
         file = files[int(rng.integers(len(files)))]
         file.write_bytes(mutate(originals[file], rng))
         try:
-            same = contents(directory) == expected
+            same = contents(file.parent) == expected[file.parent]
             counts["identical"] += same
             if not same:
-                wrong.append(f"seed {seed} trial {trial}: {file.name} read differently")
+                wrong.append(f"seed {seed} trial {trial}: {file.relative_to(directory)} read differently")
         except FormatError:
             counts["refused"] += 1
         except Exception as error:  # every other kind is what this looks for
-            wrong.append(f"seed {seed} trial {trial}: {file.name}: {type(error).__name__}: {error}")
+            where = f"seed {seed} trial {trial}: {file.relative_to(directory)}"
+            wrong.append(f"{where}: {type(error).__name__}: {error}")
         file.write_bytes(originals[file])
     print(json.dumps(counts | {"wrong": wrong}))
 
@@ -103,15 +109,25 @@ def main() -> None:
     if args.child:
         child(Path(args.child[0]), int(args.child[1]), int(args.child[2]))
         return
-    from make_teachers import write_cache
+    from make_teachers import plain_features, write_cache
 
     total = {"refused": 0, "identical": 0, "crashes": 0, "hangs": 0}
     wrong: list[str] = []
     start = time.time()
     with tempfile.TemporaryDirectory() as temporary:
-        original = Path(temporary) / "cache"
-        write_cache(original, lengths=[6, 0, 11, 3], vocab_size=31, rows_per_shard=4, rows_per_batch=2)
-        (original / "notes.txt").unlink()
+        original = Path(temporary) / "caches"
+        for version, features in ((1, None), (2, plain_features(31, 3))):
+            cache = original / f"version-{version}"
+            write_cache(
+                cache,
+                lengths=[6, 0, 11, 3],
+                vocab_size=31,
+                rows_per_shard=4,
+                rows_per_batch=2,
+                features=features,
+                min_prob=0.05,  # leaves tails to have moments of
+            )
+            (cache / "notes.txt").unlink()
         for number, done in enumerate(range(0, args.trials, BATCH)):
             trials = min(BATCH, args.trials - done)
             work = Path(shutil.copytree(original, Path(temporary) / f"work-{number}"))

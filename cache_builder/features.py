@@ -12,6 +12,7 @@ V: vocabulary, D: hidden size, F: features, Q: directions iterated.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.errors import FormatError
+from formats.errors import ConfigError, FormatError
 from formats.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
 from formats.safetensors_hash import read_header
 
@@ -80,12 +81,13 @@ def find_embedding(model_dir: Path, vocab_size: int) -> Embedding | None:
     for ending in (*OUTPUT_NAMES, *INPUT_NAMES):
         for path, header, start in headers:
             for name, entry in sorted(header.items()):
-                shape = entry["shape"]
-                if not (name == ending or name.endswith("." + ending)) or entry["dtype"] not in DTYPES:
+                shape, dtype = entry.get("shape", ()), entry.get("dtype")
+                if not (name == ending or name.endswith("." + ending)) or dtype not in DTYPES:
                     continue
-                if len(shape) == 2 and shape[0] >= vocab_size:
-                    offset = start + entry["data_offsets"][0]
-                    return Embedding(path, name, entry["dtype"], shape[0], shape[1], offset)
+                begin, end = entry["data_offsets"]
+                num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+                if len(shape) == 2 and shape[0] >= vocab_size and num_bytes == end - begin:
+                    return Embedding(path, name, dtype, shape[0], shape[1], start + begin)
     return None
 
 
@@ -94,9 +96,17 @@ def token_features(embedding: Embedding, vocab_size: int, num_features: int) -> 
 
     The sign of each is such that its largest weight is positive. Directions without variance (fewer tokens or
     hidden units than features) give features of zero.
+
+    Raises:
+        ConfigError: the embedding holds NaN or infinity.
     """
     width = embedding.hidden_size
     mean_D = sum(part.sum(0) for part in embedding.slices(vocab_size)) / vocab_size
+    if not np.isfinite(mean_D).all():
+        raise ConfigError(
+            f"the embedding must be finite, got NaN or infinity in {embedding.name} of {embedding.path}; "
+            "the weights are damaged, copy them again"
+        )
     num_directions = min(width, num_features + EXTRA_DIRECTIONS)
     start = np.random.Generator(np.random.PCG64(0)).random((width, num_directions)) - 0.5
     basis_DQ, _ = np.linalg.qr(start)

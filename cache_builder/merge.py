@@ -148,7 +148,8 @@ def _require_mergeable(first: TeacherCache, other: TeacherCache) -> None:
         name: (getattr(a, name), getattr(b, name))
         for name in ("positions", "min_prob", "max_k", "vocab_size")
     }
-    pairs |= {f"codec.{k}": (v, b.codec.to_dict().get(k)) for k, v in a.codec.to_dict().items()}
+    one, another = a.codec.to_dict(), b.codec.to_dict()
+    pairs |= {f"codec.{key}": (one.get(key), another.get(key)) for key in {**one, **another}}
     differences += [Difference("manifest", name, x, y) for name, (x, y) in pairs.items() if x != y]
     if not differences and first.features != other.features:
         differences = [Difference("manifest", FEATURES_FILE, "one", "another")]

@@ -201,7 +201,8 @@ def _sparse_head(
     width = max(int(counts_N.max()), 1)
     rank_M = torch.arange(len(rows_M), device=device) - (counts_N.cumsum(0) - counts_N)[rows_M]
     head_NH = torch.full((num_rows, width), -math.inf, device=device)
-    head_ids_NH = torch.full((num_rows, width), vocab_size, device=device)
+    # Empty slots need an id that exists: a NaN row keeps its first slot, and the moments index by it.
+    head_ids_NH = torch.full((num_rows, width), vocab_size - 1, device=device)
     head_NH[rows_M, rank_M] = values_SC[s_M, c_M]
     head_ids_NH[rows_M, rank_M] = ids_SC[s_M, c_M]
     head_NH, head_ids_NH = _by_value_then_id(head_NH, head_ids_NH)

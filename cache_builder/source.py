@@ -163,10 +163,9 @@ def _tail_features(config: BuildConfig, model_dir: Path) -> tuple[Embedding | No
     wanted = DEFAULT_TAIL_FEATURES if config.tail_features is None else config.tail_features
     if wanted == 0:
         return None, 0, 0
-    model_config = read_model_config(str(model_dir))
-    vocab_size = (model_config.get("text_config") or model_config).get("vocab_size")
-    embedding = find_embedding(model_dir, vocab_size) if type(vocab_size) is int else None
-    if embedding is None or type(vocab_size) is not int:
+    vocab_size = _vocab_size(model_dir)
+    embedding = find_embedding(model_dir, vocab_size) if vocab_size is not None else None
+    if embedding is None or vocab_size is None:
         if config.tail_features is None:
             return None, 0, 0
         raise ConfigError(
@@ -174,6 +173,21 @@ def _tail_features(config: BuildConfig, model_dir: Path) -> tuple[Embedding | No
             f"{model_dir}; pass --tail-features 0"
         )
     return embedding, wanted, vocab_size
+
+
+def _vocab_size(model_dir: Path) -> int | None:
+    """Tokens the model predicts, as both engines count them; None where nothing says."""
+    model_config = read_model_config(str(model_dir))
+    found = (model_config.get("text_config") or model_config).get("vocab_size")
+    if type(found) is int:
+        return found
+    # A file may leave out what equals the default of its class, as Gemma 3's does.
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size)
+    except Exception:  # an unknown architecture surfaces as any of several classes
+        return None
 
 
 def _sample(corpus: Any, tokenizer: Any, config: CorpusConfig) -> str:

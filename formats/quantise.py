@@ -151,4 +151,4 @@ def quantise_moments(moments_PF: np.ndarray, steps: int) -> np.ndarray:
 def dequantise_moments(stored_FP: np.ndarray, steps: int) -> np.ndarray:
     """float32 [P, F]: the inverse of `quantise_moments`."""
     stored = stored_FP.T.astype(np.int32)
-    return ((stored >> 1) ^ -(stored & 1)) / np.float32(steps)
+    return ((stored >> 1) ^ -(stored & 1)).astype(np.float32) / np.float32(steps)

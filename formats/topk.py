@@ -217,7 +217,8 @@ class TopKLogprobs:
         Raises:
             ValueError: min_prob outside 0..1 or max_k below 1, or `features` are not those of the moments.
         """
-        if self.num_features != (features.num_features if features is not None else 0):
+        fits = features is None or features.vocab_size == self.vocab_size
+        if not fits or self.num_features != (features.num_features if features is not None else 0):
             raise ValueError("pruning tail moments needs the token features they were taken with")
         if not 0 <= min_prob <= 1 or max_k < 1:
             raise ValueError(f"min_prob must be from 0 to 1 and max_k at least 1, got {min_prob} and {max_k}")

@@ -88,7 +88,7 @@ class CacheWriter:
         self._temporary = Path()
         self._rows_in_shard = 0
         if features is not None:
-            self.add_file(FEATURES_FILE, features.to_bytes())
+            self._add_file(FEATURES_FILE, features.to_bytes())
 
     def append(self, row: TokenRow, teacher: TopKLogprobs) -> None:
         """Add one example."""
@@ -101,7 +101,16 @@ class CacheWriter:
             self._finish_shard()
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Store an auxiliary file such as `tokenizer.json`."""
+        """Store an auxiliary file such as `tokenizer.json`.
+
+        Raises:
+            ValueError: the name is that of the token features, which the writer takes as an argument.
+        """
+        if name == FEATURES_FILE:
+            raise ValueError(f"{FEATURES_FILE} is written from the argument `features`")
+        self._add_file(name, data)
+
+    def _add_file(self, name: str, data: bytes) -> None:
         atomic_write_bytes(self.directory / check_name(name), data)
         self._files[name] = hashlib.sha256(data).hexdigest()
 

@@ -13,7 +13,7 @@ little mass, hence coarsely stored, counts for little.
 
 a is found at T = 1, where the moments were taken. A change of a . u_j in the logits is beta a . u_j at
 another temperature; there the reweighting is divided by sqrt(1 + its variance), because a hot tail spreads
-over tokens that the estimate at T = 1 knows little of.
+over tokens that the estimate at T = 1 knows little of. At T = 1 only its extremes are limited.
 
 C: rows of the chunk, V: vocabulary, K: rows with teacher targets, F: token features, G: F + F (F + 1) / 2.
 """
@@ -29,6 +29,9 @@ VARIANCE_SHARE = 0.02
 DRIFT_VARIANCE = 0.02
 """The variance that fine-tuning is expected to cause in the mean of a feature of variance one."""
 LEAST_RIDGE = 1e-6
+LARGEST_DEVIATION = 4.0
+"""Standard deviation of the reweighting at T = 1 that is let through: the gradient of a row that has drifted
+beyond any estimate stays bounded."""
 SLICE = 8192
 """Columns of the vocabulary reweighted at a time."""
 
@@ -101,8 +104,11 @@ def tilt(
 
 
 def damping(a_KF: torch.Tensor, covariance_KFF: torch.Tensor, beta: float) -> torch.Tensor:
-    """[K]: 1 at T = 1, else 1 / sqrt(1 + Var(beta a . u)) under the student's tail at that temperature."""
+    """[K]: what the reweighting x = beta a . (u - m) is multiplied with, given Var x under the student's tail.
+
+    At T = 1, min(1, LARGEST_DEVIATION / sqrt(Var x)); at another temperature, 1 / sqrt(1 + Var x).
+    """
+    variance_K = beta * beta * torch.einsum("kf,kfg,kg->k", a_KF, covariance_KFF, a_KF).clamp_min(0.0)
     if beta == 1.0:
-        return torch.ones_like(a_KF[:, 0])
-    variance_K = beta * beta * torch.einsum("kf,kfg,kg->k", a_KF, covariance_KFF, a_KF)
-    return (1.0 + variance_K.clamp_min(0.0)).rsqrt()
+        return LARGEST_DEVIATION * variance_K.clamp_min(LARGEST_DEVIATION**2).rsqrt()
+    return (1.0 + variance_K).rsqrt()

@@ -6,18 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deterministic_build import SeededTeacher, logits_of, make_config, make_rows, make_source
+from deterministic_build import (
+    SeededTeacher,
+    logits_of,
+    make_config,
+    make_rows,
+    make_source,
+    seeded_features,
+)
 
 from cache_builder.build import build_cache
 from cache_builder.estimate import MAX_MISSED_MASS, estimate_cache
 from formats.errors import ConfigError, CorpusError
 
 
-def estimate(tmp_path: Path, num_rows: int = 50, **options):
+def estimate(tmp_path: Path, num_rows: int = 50, features=None, **options):
     return estimate_cache(
         make_config(tmp_path / "never", max_k=12, min_prob=1e-2),
-        source=make_source(num_rows),
-        make_teacher=lambda config, source: SeededTeacher(min_prob=config.min_prob, max_k=config.max_k),
+        source=make_source(num_rows, features=features, out=tmp_path / "never"),
+        make_teacher=lambda config, source: SeededTeacher(
+            min_prob=config.min_prob, max_k=config.max_k, features_file=source.features_file
+        ),
         **options,
     )
 
@@ -41,6 +50,31 @@ def test_a_sample_of_everything_has_the_size_of_the_build(tmp_path: Path) -> Non
         make_teacher=lambda config, source: SeededTeacher(min_prob=1e-2, max_k=12),
     )
     assert line.total_bytes == pytest.approx(built.num_bytes, rel=0.02)
+
+
+def test_moments_count(tmp_path: Path) -> None:
+    """Entries that a tighter setting drops join the tail; their moments are in the size of each setting."""
+    features = seeded_features(16)
+    plain, report = estimate(tmp_path, rows=50), estimate(tmp_path, rows=50, features=features)
+    assert list(tmp_path.iterdir()) == [], "neither the output nor the features stay behind"
+    for before, after in zip(plain.estimates, report.estimates, strict=True):
+        assert after.bytes_per_token > before.bytes_per_token + 1
+        assert (after.missed_mean, after.entries_per_position) == (
+            before.missed_mean,
+            before.entries_per_position,
+        )
+    out = tmp_path / "c"
+    for line in report.estimates[-2:]:
+        built = build_cache(
+            make_config(out, overwrite=True),
+            source=make_source(
+                50, rows_per_shard=50, max_k=12, min_prob=line.min_prob, features=features, out=out
+            ),
+            make_teacher=lambda config, source, line=line: SeededTeacher(
+                min_prob=line.min_prob, max_k=12, features_file=source.features_file
+            ),
+        )
+        assert line.total_bytes == pytest.approx(built.num_bytes, rel=0.02)
 
 
 def test_missed_mass_is_what_the_logits_say(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from deterministic_build import SeededTeacher, make_config, make_source
+from deterministic_build import SeededTeacher, make_config, make_source, seeded_features
 
 from cache_builder import export as export_module
 from cache_builder.build import build_cache
@@ -16,13 +16,17 @@ from formats.errors import ConfigError
 from formats.tail import TAIL_BETAS
 
 
-@pytest.fixture(scope="module", params=["loss", "all"])
+@pytest.fixture(scope="module", params=[("loss", 3), ("all", 0)], ids=["loss with moments", "all"])
 def cache(request, tmp_path_factory) -> Path:
+    positions, num_features = request.param
     out = tmp_path_factory.mktemp("export") / "c"
+    features = seeded_features(num_features) if num_features else None
     build_cache(
-        make_config(out, positions=request.param),
-        source=make_source(30, positions=request.param),
-        make_teacher=lambda config, source: SeededTeacher(positions=request.param),
+        make_config(out, positions=positions),
+        source=make_source(30, positions=positions, features=features, out=out),
+        make_teacher=lambda config, source: SeededTeacher(
+            positions=positions, features_file=source.features_file
+        ),
     )
     return out
 
@@ -47,8 +51,12 @@ def test_every_value_of_every_position(cache: Path, tmp_path: Path, monkeypatch)
             assert line["token_ids"] == head.token_ids[a:b].tolist()
             np.testing.assert_array_equal(np.float32(line["logprobs"]), head.logprobs[a:b])
             np.testing.assert_array_equal(np.float32(line["log_tail"]), head.log_tail_nodes[p])
+            np.testing.assert_array_equal(np.float32(line["tail_moments"]), head.tail_moments[p])
             expected = dict(zip(line["token_ids"], line["logprobs"], strict=True)).get(line["target_id"])
             assert line["target_logprob"] == expected
+    num_features = opened.manifest.codec.num_features
+    assert {len(line["tail_moments"]) for line in lines} == {num_features}
+    assert num_features == 0 or any(any(line["tail_moments"]) for line in lines)
     assert any(line["target_logprob"] is None for line in lines)
     assert any(line["target_logprob"] is not None for line in lines)
 

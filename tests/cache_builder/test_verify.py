@@ -29,7 +29,7 @@ def corpus(path: Path, num_records: int = 12) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tiny_llama_dir: Path, tmp_path_factory) -> Path:
-    """A cache of real numbers, built by transformers."""
+    """A cache of real numbers, built by transformers; with tail moments, as every cache by default."""
     directory = tmp_path_factory.mktemp("verify")
     build_cache(
         BuildConfig(
@@ -74,6 +74,7 @@ def test_a_sound_cache_passes_with_its_model(cache: Path, tiny_llama_dir: Path) 
     report = verify_cache(cache, tiny_llama_dir, rows=4, engine="transformers")
     assert report.ok, report.text()
     assert report.num_recomputed == 4 and "model weights" in report.compared
+    assert TeacherCache(cache)[0].teacher.num_features == 16
     # The same engine computed it again: nothing is left but the codec.
     assert report.figures["logprob_mean"] <= report.figures["quantisation_mean"] * 1.01 + 1e-6
 
@@ -95,6 +96,35 @@ def test_a_damaged_byte_is_found(cache: Path, tmp_path: Path, place: float) -> N
     victim.write_bytes(data)
     report = verify_cache(tmp_path / "c")
     assert not report.ok and "shard-00001.arrow" in report.text() and "must not be used" in report.text()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "missing"])
+def test_damaged_features_are_found(cache: Path, tmp_path: Path, tiny_llama_dir: Path, damage: str) -> None:
+    shutil.copytree(cache, tmp_path / "c")
+    victim = tmp_path / "c" / "token_features.bin"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 4
+    victim.write_bytes(data if damage == "flipped" else data[:-1])
+    if damage == "missing":
+        victim.unlink()
+    for model in (None, tiny_llama_dir):
+        report = verify_cache(tmp_path / "c", model, rows=1, engine="transformers")
+        assert not report.ok and "token_features.bin" in report.text() and report.num_recomputed == 0
+
+
+def test_a_cache_without_moments_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    build_cache(
+        BuildConfig(
+            corpus=str(corpus(tmp_path / "corpus.jsonl", 3)),
+            model=str(tiny_llama_dir),
+            out=str(tmp_path / "cache"),
+            engine="transformers",
+            max_length=128,
+            tail_features=0,
+        )
+    )
+    assert TeacherCache(tmp_path / "cache").features is None
+    assert verify_cache(tmp_path / "cache", tiny_llama_dir, rows=2, engine="transformers").ok
 
 
 def test_a_missing_shard_and_a_missing_cache(cache: Path, tmp_path: Path) -> None:

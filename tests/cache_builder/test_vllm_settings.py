@@ -63,7 +63,12 @@ def test_engine_arguments_that_are_refused(given, message):
 
 def test_arguments_of_the_engine():
     config = TeacherConfig(
-        model="m", min_prob=0.25, max_k=7, max_length=99, engine_args={"hf_overrides": '{"rope_theta": 5.0}'}
+        model="m",
+        min_prob=0.25,
+        max_k=7,
+        features="f.bin",
+        max_length=99,
+        engine_args={"hf_overrides": '{"rope_theta": 5.0}'},
     )
     arguments = engine_arguments(config, dtype="bfloat16", architectures=["AnnealA", "A"])
     assert arguments["hf_overrides"] == {
@@ -71,7 +76,7 @@ def test_arguments_of_the_engine():
         "architectures": ["AnnealA", "A"],
         "head_dtype": "float32",
     }
-    assert arguments["additional_config"] == {"anneal": {"min_prob": 0.25, "max_k": 7}}
+    assert arguments["additional_config"] == {"anneal": {"min_prob": 0.25, "max_k": 7, "features": "f.bin"}}
     assert (arguments["dtype"], arguments["max_model_len"]) == ("bfloat16", 99)
     assert arguments["enable_prefix_caching"] is False
 

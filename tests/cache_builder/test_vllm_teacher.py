@@ -2,8 +2,9 @@
 
 Chunked prefill is exercised throughout: 200 tokens per step, rows of up to 801.  Gemma 2 runs in fp32 without
 its attention softcap, which vLLM's CPU kernel applies in bf16 only.  Noise floors, in nats:
-  fp32   2e-4 on every logprob and every tail node;
+  fp32   2e-4 on every logprob and every tail node, 5e-5 on every tail moment;
   bf16   the mean deviation from fp32 is at most 1.3 times that of transformers' own bf16.
+Every engine takes tail moments; their floor is lower because probabilities bring their own size.
 """
 
 import dataclasses
@@ -13,9 +14,12 @@ import pytest
 import torch
 from teacher_agreement import (
     assert_head_is_right,
+    assert_moments_are_right,
     assert_tail_is_right,
     dense_logprobs,
+    load_features,
     random_rows,
+    save_features,
     shared_deviation,
     tail_deviation,
 )
@@ -34,30 +38,34 @@ FP32_MODELS = [*MODELS[:2], "tiny_gemma2_uncapped_attention_dir"]
 LENGTHS = [2, 37, 1, 300, 5, 801, 199, 200, 201, 64, 1, 3]
 BATCH = {"max_num_batched_tokens": "200", "max_num_seqs": "8"}
 FP32_ATOL = 2e-4
+MOMENT_ATOL = 5e-5
+NUM_FEATURES = 5
 
 
 def config(model, dtype: str = "float32", **changes) -> TeacherConfig:
     settings = {"model": str(model), "dtype": dtype, "positions": "all", "max_length": MAX_LENGTH}
-    return TeacherConfig(**{**settings, **changes})
+    return TeacherConfig(**{**settings, "min_prob": 1e-3, **changes})
 
 
-def reference_capture(model, dtype: str, rows: list[TokenRow]) -> list[TopKLogprobs]:
-    return list(TransformersTeacher(config(model, dtype)).prefill(rows))
+def reference_capture(model, dtype: str, rows: list[TokenRow], features=None) -> list[TopKLogprobs]:
+    return list(TransformersTeacher(config(model, dtype, features=features)).prefill(rows))
 
 
 @pytest.fixture(scope="module", params=FP32_MODELS)
-def fp32(request):
+def fp32(request, tmp_path_factory):
     """One engine per model: (teacher, model directory, rows, their capture)."""
     model = request.getfixturevalue(request.param)
     rows = random_rows(LENGTHS, VOCAB_SIZE)
-    with VLLMTeacher(config(model, engine_args=BATCH)) as teacher:
+    features = save_features(model, tmp_path_factory.mktemp("features"), VOCAB_SIZE, NUM_FEATURES)
+    with VLLMTeacher(config(model, features=str(features), engine_args=BATCH)) as teacher:
         yield teacher, model, rows, list(teacher.prefill(rows))
 
 
 def test_fp32_equals_the_dense_computation(fp32):
     from transformers import AutoModelForCausalLM
 
-    _, model_dir, rows, captured = fp32
+    teacher, model_dir, rows, captured = fp32
+    features = load_features(teacher.config.features, VOCAB_SIZE)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     for row, topk in zip(rows, captured, strict=True):
         positions = row.positions("all")
@@ -65,17 +73,29 @@ def test_fp32_equals_the_dense_computation(fp32):
         dense = dense_logprobs(model, row, positions)
         assert_head_is_right(topk.validate(), dense, min_prob=1e-3, max_k=128, atol=FP32_ATOL)
         assert_tail_is_right(topk, dense, atol=FP32_ATOL)
+        assert_moments_are_right(topk, dense, features, atol=MOMENT_ATOL)
 
 
 def test_fp32_equals_transformers(fp32):
-    _, model_dir, rows, captured = fp32
-    for mine, theirs in zip(captured, reference_capture(model_dir, "float32", rows), strict=True):
+    teacher, model_dir, rows, captured = fp32
+    reference = reference_capture(model_dir, "float32", rows, teacher.config.features)
+    for mine, theirs in zip(captured, reference, strict=True):
+        assert mine.num_features == theirs.num_features == NUM_FEATURES
         if len(mine) == 0:
             assert len(theirs) == 0
             continue
         _, largest, shared = shared_deviation(mine, theirs)
         assert largest < FP32_ATOL and shared > 0.99
         assert tail_deviation(mine, theirs).max() < FP32_ATOL
+        same = [p for p in range(len(mine)) if ids_of(mine, p) == ids_of(theirs, p)]
+        np.testing.assert_allclose(
+            mine.tail_moments[same], theirs.tail_moments[same], atol=MOMENT_ATOL, rtol=0
+        )
+        assert len(same) > 0.9 * len(mine)
+
+
+def ids_of(topk: TopKLogprobs, p: int) -> set[int]:
+    return set(topk.token_ids[topk.offsets[p] : topk.offsets[p + 1]].tolist())
 
 
 def test_the_same_rows_give_the_same_bits_again(fp32):
@@ -84,6 +104,7 @@ def test_the_same_rows_give_the_same_bits_again(fp32):
         assert one.token_ids.tobytes() == other.token_ids.tobytes()
         assert one.logprobs.tobytes() == other.logprobs.tobytes()
         assert one.log_tail_nodes.tobytes() == other.log_tail_nodes.tobytes()
+        assert one.tail_moments.tobytes() == other.tail_moments.tobytes()
 
 
 def test_waves_change_nothing_but_rounding(fp32, monkeypatch):
@@ -92,6 +113,7 @@ def test_waves_change_nothing_but_rounding(fp32, monkeypatch):
     for one, other in zip(captured, teacher.prefill(rows), strict=True):
         assert one.counts.tolist() == other.counts.tolist()
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=FP32_ATOL)
+        np.testing.assert_allclose(one.tail_moments, other.tail_moments, atol=MOMENT_ATOL)
 
 
 def test_loss_positions_are_those_of_all_that_the_mask_selects(fp32, monkeypatch):
@@ -106,6 +128,7 @@ def test_loss_positions_are_those_of_all_that_the_mask_selects(fp32, monkeypatch
         assert selected.token_ids.tolist() == expected.token_ids.tolist()
         np.testing.assert_allclose(selected.logprobs, expected.logprobs, atol=FP32_ATOL)
         np.testing.assert_allclose(selected.log_tail_nodes, expected.log_tail_nodes, atol=FP32_ATOL)
+        np.testing.assert_allclose(selected.tail_moments, expected.tail_moments, atol=MOMENT_ATOL)
 
 
 def test_rows_the_model_cannot_take_are_refused_and_the_engine_lives_on(fp32):
@@ -134,7 +157,8 @@ def test_a_caller_may_stop_early(fp32, monkeypatch):
 def test_nothing_to_do(fp32):
     teacher, *_ = fp32
     assert list(teacher.prefill([])) == []
-    assert [len(one) for one in teacher.prefill(random_rows([1, 1], VOCAB_SIZE))] == [0, 0]
+    nothing = list(teacher.prefill(random_rows([1, 1], VOCAB_SIZE)))
+    assert [one.tail_moments.shape for one in nothing] == [(0, NUM_FEATURES)] * 2
 
 
 def test_describe_is_what_the_engine_runs(fp32):
@@ -147,12 +171,14 @@ def test_describe_is_what_the_engine_runs(fp32):
 
 
 @pytest.mark.slow
-def test_two_tensor_parallel_workers_agree_with_the_dense_computation(tiny_llama_dir):
+def test_two_tensor_parallel_workers_agree_with_the_dense_computation(tiny_llama_dir, tmp_path):
     """1003 tokens do not divide by two: every worker pads its part of the vocabulary."""
     from transformers import AutoModelForCausalLM
 
     rows = random_rows(LENGTHS[:6], VOCAB_SIZE)
-    with VLLMTeacher(config(tiny_llama_dir, engine_args={**BATCH, "tensor_parallel_size": 2})) as teacher:
+    path = save_features(tiny_llama_dir, tmp_path, VOCAB_SIZE, NUM_FEATURES)
+    arguments = {**BATCH, "tensor_parallel_size": 2}
+    with VLLMTeacher(config(tiny_llama_dir, features=str(path), engine_args=arguments)) as teacher:
         assert teacher.describe()["tensor_parallel_size"] == 2
         captured = list(teacher.prefill(rows))
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
@@ -160,15 +186,17 @@ def test_two_tensor_parallel_workers_agree_with_the_dense_computation(tiny_llama
         dense = dense_logprobs(model, row, row.positions("all"))
         assert_head_is_right(topk.validate(), dense, min_prob=1e-3, max_k=128, atol=FP32_ATOL)
         assert_tail_is_right(topk, dense, atol=FP32_ATOL)
+        assert_moments_are_right(topk, dense, load_features(path, VOCAB_SIZE), atol=MOMENT_ATOL)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bf16_is_within_the_noise_of_bf16(name, request):
+def test_bf16_is_within_the_noise_of_bf16(name, request, tmp_path):
     model = request.getfixturevalue(name)
     rows = random_rows([2, 37, 300, 201], VOCAB_SIZE)
-    exact = TopKLogprobs.concatenate(reference_capture(model, "float32", rows))
-    reference = TopKLogprobs.concatenate(reference_capture(model, "bfloat16", rows))
-    with VLLMTeacher(config(model, "bfloat16", engine_args=BATCH)) as teacher:
+    features = str(save_features(model, tmp_path, VOCAB_SIZE, NUM_FEATURES))
+    exact = TopKLogprobs.concatenate(reference_capture(model, "float32", rows, features))
+    reference = TopKLogprobs.concatenate(reference_capture(model, "bfloat16", rows, features))
+    with VLLMTeacher(config(model, "bfloat16", features=features, engine_args=BATCH)) as teacher:
         assert teacher.describe()["head_dtype"] == "float32"
         captured = TopKLogprobs.concatenate(list(teacher.prefill(rows))).validate()
     mine, _, shared = shared_deviation(captured, exact)
@@ -181,6 +209,9 @@ def test_bf16_is_within_the_noise_of_bf16(name, request):
         np.abs(one - exact.log_tail_nodes[:, 4]).mean()
         < 1.3 * np.abs(reference.log_tail_nodes[:, 4] - exact.log_tail_nodes[:, 4]).mean() + 1e-3
     )
+    moments = np.abs(captured.tail_moments - exact.tail_moments).mean()
+    assert moments < 1.3 * np.abs(reference.tail_moments - exact.tail_moments).mean() + 1e-4
+    assert moments < 0.2 * np.abs(exact.tail_moments).mean(), "noise must not drown them"
 
 
 def test_an_attention_softcap_that_would_be_left_out_is_refused(tiny_gemma2_dir):

@@ -65,6 +65,17 @@ def test_inspect_in_every_form(cache: Path, workspace: Path, tiny_llama_dir: Pat
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_tail_features_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
+    """Sixteen by default, in the cache that the other tests train on; here as many as the option says."""
+    assert json.loads((cache / "manifest.json").read_text())["codec"]["num_features"] == 16
+    command = ("cache", "build", workspace / "chat.jsonl", "--model", tiny_llama_dir)
+    for number in (0, 4):
+        out = workspace / f"with-{number}"
+        anneal(*command, "--out", out, "--engine", "transformers", "--tail-features", str(number))
+        assert json.loads((out / "manifest.json").read_text())["codec"].get("num_features", 0) == number
+        assert (out / "token_features.bin").exists() == (number > 0)
+
+
 def test_train_then_eval(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
     out = workspace / "tuned"
     trained = anneal(

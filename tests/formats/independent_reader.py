@@ -1,4 +1,4 @@
-"""A reader of version-1 caches written from docs/format.md alone: slow, plain, and importing nothing of ours.
+"""A reader of both versions written from docs/format.md alone: slow, plain, and importing nothing of ours.
 
 pyarrow opens the container and zstandard the frames; everything else is struct, loops and the math module.
 """
@@ -23,12 +23,21 @@ PREDICTIONS = {
     0.75: (0, {0.25: -12, 0.5: 46, 1.0: 32, 2.0: -2}),
     1.5: (0, {0.5: 14, 0.75: -68, 1.0: 96, 2.0: 22}),
 }
+WHOLE = {"sqrt_steps": (1, 16384), "linear_steps": (0, 32768), "tail_steps": (1, 256), "zstd_level": (1, 19)}
+WHOLE_2 = {"num_features": (1, 64), "moment_steps": (1, 4096)}
+MANIFEST = {
+    *("format", "version", "identity", "codec", "tail_betas", "positions", "min_prob", "max_k", "vocab_size"),
+    *("shards", "files"),
+}
+SHARED = ("format", "version", "codec", "tail_betas", "positions", "max_k", "vocab_size")
 
 
 def unseal(data: bytes) -> dict:
     first, rest = data.split(b"\n", 1)
     assert first == b'{"digest": "' + hashlib.sha256(rest).hexdigest().encode() + b'",'
-    return json.loads(data)
+    content = json.loads(data)
+    del content["digest"]
+    return content
 
 
 def planes(body: bytes, at: int, count: int, width: int) -> tuple[list[int], int]:
@@ -44,10 +53,14 @@ def as_float32(bits: int) -> float:
     return struct.unpack("<f", struct.pack("<I", bits))[0]
 
 
+def signed(z: int) -> int:
+    return z // 2 if z % 2 == 0 else -(z + 1) // 2
+
+
 def read_payload(
     payload: bytes, num_positions: int, shard: dict
-) -> list[tuple[dict[int, float], dict[float, float]]]:
-    """Per position: ({token id: logprob}, {beta: A(beta)})."""
+) -> list[tuple[dict[int, float], dict[float, float], list[float]]]:
+    """Per position: ({token id: logprob}, {beta: A(beta)}, its F tail moments, none in version 1)."""
     if num_positions == 0:
         assert payload == b""
         return []
@@ -63,7 +76,12 @@ def read_payload(
     gaps, at = planes(body, at, sum(sizes), width_of(vocab - 1))
     codes, at = planes(body, at, sum(sizes), 4 if exact else 2)
     tails, at = planes(body, at, len(BETAS) * num_positions, 4 if exact else 2)
+    features = codec.get("num_features", 0)
+    stored, at = planes(body, at, features * num_positions, 4 if exact else 2)
     assert at == len(body)
+    numbers = [as_float32(bits) if exact else signed(bits) / codec["moment_steps"] for bits in stored]
+    assert all(abs(number) <= 127 / 32 + 1 for number in numbers)  # no comparison is true of NaN
+    moments = [[numbers[f * num_positions + p] for f in range(features)] for p in range(num_positions)]
 
     def prob(c: int) -> float:
         s = (math.sqrt(a * a + 4.0 * b * c) - a) / (2.0 * b) if b else c / a
@@ -83,15 +101,13 @@ def read_payload(
                 head[id_of_rank[rank]] = math.log(value) if value else -math.inf
             entry += 1
         if exact:
-            found.append(
-                (head, {beta: as_float32(tails[k * num_positions + p]) for k, beta in enumerate(BETAS)})
-            )
+            tail = {beta: as_float32(tails[k * num_positions + p]) for k, beta in enumerate(BETAS)}
+            found.append((head, tail, moments[p]))
             continue
         left = min(max(2**40 - mass, 2**26), 2**40)
         t = {0.0: math.floor(steps * math.log(max(vocab - n, 1)) + 0.5)}
         for k, beta in enumerate(STORED_ORDER):
-            z = tails[k * num_positions + p]
-            difference = z // 2 if z % 2 == 0 else -(z + 1) // 2
+            difference = signed(tails[k * num_positions + p])
             if beta == 1.0:
                 prediction = math.floor(steps * math.log(left / 2**40) + 0.5)
             else:
@@ -99,21 +115,47 @@ def read_payload(
                 prediction = (sum(w * t[known] for known, w in weights.items()) + bias * steps + 32) >> 6
             t[beta] = (prediction + difference + 32768) % 65536 - 32768
         empty = {beta for beta in BETAS if t[beta] == -32768 or n == vocab}
-        found.append((head, {beta: -math.inf if beta in empty else t[beta] / steps for beta in BETAS}))
+        tail = {beta: -math.inf if beta in empty else t[beta] / steps for beta in BETAS}
+        found.append((head, tail, moments[p]))
     return found
+
+
+def read_manifest(directory: Path) -> dict:
+    manifest = unseal((directory / "manifest.json").read_bytes())
+    version, codec = manifest["version"], manifest["codec"]
+    assert manifest["format"] == "anneal-teacher-cache" and type(version) is int and version in (1, 2)
+    assert set(manifest) == MANIFEST and manifest["tail_betas"] == BETAS
+    ranges = WHOLE if version == 1 else WHOLE | WHOLE_2
+    assert set(codec) == {"probabilities", "rank_ids", *ranges}
+    for key, (low, high) in ranges.items():
+        assert type(codec[key]) is int and low <= codec[key] <= high
+    assert ("token_features.bin" in manifest["files"]) == (version == 2)
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest
+    return manifest
+
+
+def read_features(directory: Path) -> list[list[float]]:
+    """Per token its features; version 2 only."""
+    manifest = read_manifest(directory)
+    size, data = manifest["codec"]["num_features"], (directory / "token_features.bin").read_bytes()
+    assert len(data) == manifest["vocab_size"] * size
+    codes = struct.unpack(f"<{len(data)}b", data)
+    assert -128 not in codes
+    return [[code / 32 for code in codes[at : at + size]] for at in range(0, len(codes), size)]
 
 
 def read_cache(directory: Path) -> list[dict]:
     """Every row: key, input_ids, loss_mask, positions, teacher."""
-    manifest = unseal((directory / "manifest.json").read_bytes())
-    assert (manifest["format"], manifest["version"]) == ("anneal-teacher-cache", 1)
-    assert manifest["tail_betas"] == BETAS
+    manifest = read_manifest(directory)
     rows = []
     for listed in manifest["shards"]:
         data = (directory / listed["name"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == listed["sha256"] and len(data) == listed["num_bytes"]
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
         shard = unseal(table.schema.metadata[b"anneal"])
+        assert set(shard) == {*SHARED, "rows_per_batch", "ranked_ids"}
+        assert all(shard[key] == manifest[key] for key in SHARED)
         for key, ids, mask, payload in zip(*(table.column(k).to_pylist() for k in range(4)), strict=True):
             digest = hashlib.blake2b(digest_size=16, person=b"anneal-row-v1")
             digest.update(struct.pack("<Q", len(ids)) + struct.pack(f"<{len(ids)}I", *ids) + bytes(mask))

@@ -7,6 +7,7 @@ import numpy as np
 
 from formats import CacheWriter, TeacherCache, TokenRow, TopKLogprobs
 from formats.codec import CodecConfig
+from formats.features import MAX_CODE, TokenFeatures
 from formats.tail import TAIL_BETAS
 
 
@@ -23,8 +24,20 @@ def logsumexp(values: np.ndarray) -> float:
     return float(peak + np.log(np.exp(values - peak).sum()))
 
 
-def capture(logits_PV: np.ndarray, min_prob: float = 1e-3, max_k: int = 128) -> TopKLogprobs:
-    """Heads and tails of dense logits, position by position."""
+def plain_features(vocab_size: int, num_features: int) -> TokenFeatures:
+    """Features over the whole range of codes, from a formula, so that they are the same for ever."""
+    token, feature = np.arange(vocab_size)[:, None], np.arange(num_features)
+    codes = (token + 1) * (feature + 2) * 37 % (2 * MAX_CODE + 1) - MAX_CODE
+    return TokenFeatures(codes.astype(np.int8))
+
+
+def capture(
+    logits_PV: np.ndarray,
+    min_prob: float = 1e-3,
+    max_k: int = 128,
+    features: TokenFeatures | None = None,
+) -> TopKLogprobs:
+    """Heads, tails and, with features, tail moments of dense logits, position by position."""
     logprobs_PV = log_softmax(logits_PV)
     ids, values, counts = [], [], []
     rest_PV = logprobs_PV.copy()
@@ -49,6 +62,8 @@ def capture(logits_PV: np.ndarray, min_prob: float = 1e-3, max_k: int = 128) -> 
         np.concatenate(values) if values else np.zeros(0),
         np.stack(nodes, axis=1),
         logprobs_PV.shape[1],
+        # Every product over the whole vocabulary; the head's weights are exp(-inf) = 0.
+        np.exp(rest_PV) @ (features.codes / 32.0) if features else np.zeros((len(counts), 0)),
     )
 
 
@@ -59,16 +74,21 @@ def random_row(rng: np.random.Generator, length: int, vocab_size: int) -> TokenR
 
 
 def random_teacher(
-    rng: np.random.Generator, row: TokenRow, vocab_size: int, positions: str = "loss"
+    rng: np.random.Generator,
+    row: TokenRow,
+    vocab_size: int,
+    positions: str = "loss",
+    features: TokenFeatures | None = None,
 ) -> TopKLogprobs:
     """Zipf-like logits whose sharpness varies from flat to one-hot."""
     count = len(row.positions(positions))
     if count == 0:
-        return TopKLogprobs.empty(vocab_size)
+        return TopKLogprobs.empty(vocab_size, features.num_features if features else 0)
     scale = rng.uniform(0.5, 6, (count, 1))
     # A fixed order of popularity, so that heads share tokens as those of a language model do.
     popularity = np.random.default_rng(vocab_size).permutation(vocab_size) + 1.0
-    return capture(-scale * np.log(popularity) + rng.normal(size=(count, vocab_size)))
+    logits = -scale * np.log(popularity) + rng.normal(size=(count, vocab_size))
+    return capture(logits, features=features)
 
 
 def keys_in_worker(task: tuple[TeacherCache, int]) -> list[bytes]:
@@ -87,8 +107,10 @@ def write_cache(
     seed: int = 0,
     rows_per_shard: int = 8,
     rows_per_batch: int = 3,
+    features: TokenFeatures | None = None,
+    min_prob: float = 1e-3,
 ) -> list[tuple[TokenRow, TopKLogprobs]]:
-    """A cache of rows of these lengths; returns what was written."""
+    """A cache of rows of these lengths, of version 2 with features; returns what was written."""
     rng = np.random.default_rng(seed)
     written = []
     with CacheWriter(
@@ -96,15 +118,17 @@ def write_cache(
         identity={name: {} for name in ("teacher", "tokenizer", "corpus", "preprocessing")},
         vocab_size=vocab_size,
         positions=positions,
-        min_prob=1e-3,
+        min_prob=min_prob,
         max_k=min(64, vocab_size),
         codec=codec,
         rows_per_shard=rows_per_shard,
         rows_per_batch=rows_per_batch,
+        features=features,
     ) as writer:
         for length in lengths:
             row = random_row(rng, length, vocab_size)
-            teacher = random_teacher(rng, row, vocab_size, positions).prune(1e-3, min(64, vocab_size))
+            teacher = random_teacher(rng, row, vocab_size, positions, features)
+            teacher = teacher.prune(min_prob, min(64, vocab_size), features)
             writer.append(row, teacher)
             written.append((row, teacher))
         writer.add_file("notes.txt", b"auxiliary")

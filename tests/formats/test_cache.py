@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import hashlib
 import http.server
+import json
 import multiprocessing
 import os
 import pickle
@@ -15,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from make_teachers import by_id, keys_in_worker, random_row, random_teacher, write_cache
+from make_teachers import by_id, keys_in_worker, plain_features, random_row, random_teacher, write_cache
 
 from formats import CacheWriter, Manifest, ShardInfo, ShardWriter, TeacherCache, TokenRow, TopKLogprobs
 from formats.codec import CodecConfig
 from formats.errors import CorruptShardError, FormatError, IncompleteCacheError
+from formats.features import FEATURES_FILE
 
 LENGTHS = [7, 0, 1, 2, 30, 12, 5, 9, 16, 3, 4, 40, 1, 1, 22, 8, 11, 6, 2]
 
@@ -30,6 +32,18 @@ def written(tmp_path_factory: pytest.TempPathFactory):
     return directory, write_cache(directory, lengths=LENGTHS, codec=CodecConfig.lossless())
 
 
+FEATURES = plain_features(97, 6)
+
+
+@pytest.fixture(scope="module")
+def with_moments(tmp_path_factory: pytest.TempPathFactory):
+    """A cache of version 2, lossless, and what was written."""
+    directory = tmp_path_factory.mktemp("caches") / "cache"
+    return directory, write_cache(
+        directory, lengths=LENGTHS, codec=CodecConfig.lossless(), features=FEATURES, min_prob=0.02
+    )
+
+
 def assert_same_row(got, row: TokenRow, teacher: TopKLogprobs) -> None:
     assert (got.input_ids == row.input_ids).all() and (got.loss_mask == row.loss_mask).all()
     assert got.key == row.key and len(got) == len(row)
@@ -37,6 +51,8 @@ def assert_same_row(got, row: TokenRow, teacher: TopKLogprobs) -> None:
     for a, b in zip(by_id(got.teacher), by_id(teacher), strict=True):
         assert (a == b).all()
     assert (got.teacher.log_tail_nodes == teacher.log_tail_nodes).all()
+    assert got.teacher.tail_moments.shape == teacher.tail_moments.shape
+    assert (got.teacher.tail_moments == teacher.tail_moments).all()
 
 
 def test_rows_come_back_in_any_order(written):
@@ -82,9 +98,37 @@ def test_all_positions(tmp_path: Path):
         assert_same_row(got, row, teacher)
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path):
+def test_moments_and_features_come_back(with_moments):
+    directory, rows = with_moments
+    cache = TeacherCache(directory)
+    for got, (row, teacher) in zip(cache, rows, strict=True):
+        assert_same_row(got, row, teacher)
+    for index in (4, -1):
+        assert_same_row(pickle.loads(pickle.dumps(cache))[index], *rows[index])
+    assert cache.features == FEATURES == pickle.loads(pickle.dumps(cache)).features
+    assert cache.file(FEATURES_FILE) == FEATURES.codes.tobytes()
+    cache.validate(full=True)
+    largest = max(np.abs(row.teacher.tail_moments).max(initial=0) for row in cache)
+    assert largest > 0.1 and all(row.teacher.num_features == 6 for row in cache)
+
+
+def test_only_moments_make_a_cache_version_2(written, with_moments):
+    for (directory, _), version in ((written, 1), (with_moments, 2)):
+        text = (directory / "manifest.json").read_text()
+        assert json.loads(text)["version"] == version
+        assert ("num_features" in text) == ("moment_steps" in text) == (version == 2)
+        for file in directory.glob("*.arrow"):
+            metadata = pa.ipc.open_file(pa.memory_map(str(file))).schema.metadata[b"anneal"]
+            assert json.loads(metadata)["version"] == version
+            assert (b"num_features" in metadata) == (b"moment_steps" in metadata) == (version == 2)
+        assert (directory / FEATURES_FILE).exists() == (FEATURES_FILE in text) == (version == 2)
+    assert TeacherCache(written[0]).features is None
+
+
+@pytest.mark.parametrize("features", [None, FEATURES])
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path, features):
     for name in ("a", "b"):
-        write_cache(tmp_path / name, lengths=LENGTHS)
+        write_cache(tmp_path / name, lengths=LENGTHS, features=features)
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     assert Manifest.read(tmp_path / "a") == Manifest.read(tmp_path / "b")
@@ -154,6 +198,30 @@ def test_writers_refuse_what_does_not_fit(tmp_path: Path):
         ShardWriter(tmp_path / "c" / "shard-00000.arrow", vocab_size=50)
 
 
+def test_writers_refuse_moments_and_features_that_do_not_fit(tmp_path: Path):
+    row = TokenRow(np.arange(5), np.array([False, True, True, False, True]))
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="of 96 tokens, got 97"):
+        CacheWriter(tmp_path / "a", identity={}, vocab_size=96, features=FEATURES)
+    with pytest.raises(ValueError, match="needs features"):
+        CacheWriter(tmp_path / "b", identity={}, vocab_size=97, codec=CodecConfig(num_features=6))
+    # Rows wait for the rank table: what is wrong with this one shows when the cache is closed.
+    for written, given in ((FEATURES, None), (None, FEATURES), (FEATURES, plain_features(97, 5))):
+        with (
+            pytest.raises(ValueError, match="tail moments, got"),
+            CacheWriter(tmp_path / "c", identity={}, vocab_size=97, features=written) as writer,
+        ):
+            writer.append(row, random_teacher(rng, row, 97, features=given))
+        for file in (tmp_path / "c").iterdir():
+            file.unlink()
+    with (
+        pytest.raises(ValueError, match="written from the argument"),
+        CacheWriter(tmp_path / "d", identity={}, vocab_size=97) as writer,
+    ):
+        writer.add_file(FEATURES_FILE, FEATURES.to_bytes())
+    assert not (tmp_path / "d" / "manifest.json").exists()
+
+
 def test_an_interrupted_writer_leaves_no_cache(tmp_path: Path):
     with (
         pytest.raises(RuntimeError),
@@ -176,6 +244,11 @@ def test_an_empty_cache_is_a_cache(tmp_path: Path):
     with pytest.raises(KeyError):
         cache.index_of(bytes(16))
     assert cache.lengths().tolist() == []
+    with CacheWriter(tmp_path / "v2", identity={}, vocab_size=97, features=FEATURES):
+        pass
+    cache = TeacherCache(tmp_path / "v2")
+    cache.validate(full=True)
+    assert len(cache) == 0 and cache.features == FEATURES
 
 
 def test_missing_paths_are_named(tmp_path: Path):
@@ -252,14 +325,15 @@ def test_a_pickle_notices_a_rebuilt_cache(tmp_path: Path):
         pickle.loads(data)
 
 
-def test_reading_from_a_memory_file_system(written):
+def test_reading_from_a_memory_file_system(with_moments):
     fsspec = pytest.importorskip("fsspec")
-    directory, rows = written
+    directory, rows = with_moments
     memory = fsspec.filesystem("memory")
     for file in directory.iterdir():
         memory.pipe_file(f"/remote/{file.name}", file.read_bytes())
     cache = TeacherCache("memory://remote")
     cache.validate(full=True)
+    assert cache.features == FEATURES
     for got, (row, teacher) in zip(pickle.loads(pickle.dumps(cache)), rows, strict=True):
         assert_same_row(got, row, teacher)
     with pytest.raises(FormatError):

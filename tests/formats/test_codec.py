@@ -1,17 +1,19 @@
 """The payload codec: exact where it says exact, within its stated bounds elsewhere, and safe on any input."""
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_teachers import by_id, capture, random_row, random_teacher
+from make_teachers import by_id, capture, plain_features, random_row, random_teacher
 
 from formats import TAIL_BETAS, TopKLogprobs
 from formats.codec import SECTIONS, Codec, CodecConfig, bytes_for, from_planes, section_bytes, to_planes
 from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
+from formats.features import LARGEST_FEATURE, MAX_FEATURES
 from formats.quantise import probability_tables, quantise_probabilities
 from formats.vocabulary import from_text, permutations, rank_by_frequency, to_text
 
@@ -22,6 +24,8 @@ DEFAULT = CodecConfig()
 def roundtrip(
     topk: TopKLogprobs, config: CodecConfig = DEFAULT, ranked: np.ndarray | None = None
 ) -> TopKLogprobs:
+    """Through a codec of `config` that has as many features as the positions."""
+    config = replace(config, num_features=topk.num_features)
     codec = Codec(config, topk.vocab_size, max(1, int(topk.counts.max(initial=1))), ranked)
     return codec.decode(codec.encode(topk), len(topk))
 
@@ -46,6 +50,8 @@ def assert_within_bounds(got: TopKLogprobs, expected: TopKLogprobs, config: Code
     difference = np.abs(got.log_tail_nodes[finite] - expected.log_tail_nodes[finite])
     inside = expected.log_tail_nodes[finite] > -32767 / config.tail_steps
     assert (difference[inside] <= 0.5 / config.tail_steps + 1e-4).all()
+    assert got.tail_moments.shape == expected.tail_moments.shape
+    assert (np.abs(got.tail_moments - expected.tail_moments) <= 0.5 / config.moment_steps + 1e-6).all()
 
 
 def whole_vocabulary() -> TopKLogprobs:
@@ -71,6 +77,14 @@ def hand_made(heads: list[list[tuple[int, float]]], tail_mass: list[float], voca
         )
 
 
+def extreme_moments() -> TopKLogprobs:
+    """The largest moments of either sign, those next to them, the least, and zeros of either sign."""
+    step = 1 / 128
+    largest = [LARGEST_FEATURE, LARGEST_FEATURE - step, step, 0.0]
+    topk = hand_made([[(3, 1e-6)], [(7, 1e-6)]], [1 - 1e-6, 1 - 1e-6], 10)
+    return replace(topk, tail_moments=np.array([largest, [-x for x in largest]]))
+
+
 CASES = {
     "ordinary": capture(np.random.default_rng(1).normal(size=(40, 900)) * 4),
     "whole vocabulary": whole_vocabulary(),
@@ -84,6 +98,16 @@ CASES = {
     "first and last id": hand_made([[(0, 0.5), (9999, 0.4)]], [0.1], 10_000),
     "largest vocabulary": hand_made([[((1 << 20) - 1, 0.5), (1 << 16, 0.3), (0, 0.1)]], [0.1], 1 << 20),
     "extremely sharp": capture(np.eye(4, 50) * 2000.0),
+    "moments": capture(
+        np.random.default_rng(3).normal(size=(40, 900)) * 2, 1e-2, features=plain_features(900, 16)
+    ),
+    "most moments": capture(
+        np.random.default_rng(4).normal(size=(3, 70)), 0.1, features=plain_features(70, MAX_FEATURES)
+    ),
+    "moments of an empty tail": capture(
+        np.random.default_rng(5).normal(size=(2, 9)), 0.0, 9, plain_features(9, 2)
+    ),
+    "extreme moments": extreme_moments(),
 }
 
 
@@ -94,6 +118,7 @@ def test_lossless_is_exact(name: str):
     for a, b in zip(by_id(got), by_id(expected), strict=True):
         assert (a == b).all()
     assert (got.log_tail_nodes == expected.log_tail_nodes).all()
+    assert got.tail_moments.tobytes() == expected.tail_moments.tobytes()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,6 +136,12 @@ def test_rows_without_positions_have_no_payload(config: CodecConfig):
     assert len(codec.decode(b"", 0)) == 0
     with pytest.raises(CorruptShardError, match="empty payload"):
         codec.decode(b"x", 0)
+    with_moments = Codec(replace(config, num_features=3), 100, 10)
+    assert with_moments.encode(TopKLogprobs.empty(100, 3)) == b""
+    assert with_moments.decode(b"", 0).tail_moments.shape == (0, 3)
+    for other in (0, 2):
+        with pytest.raises(ValueError, match="3 tail moments"):
+            with_moments.encode(TopKLogprobs.empty(100, other))
 
 
 def test_impossible_tokens_stay_impossible():
@@ -131,17 +162,21 @@ def test_impossible_tokens_stay_impossible():
         linear_steps=st.sampled_from([0, 2000, 32768]),
         tail_steps=st.sampled_from([1, 64, 256]),
         zstd_level=st.sampled_from([1, 12]),
+        num_features=st.sampled_from([0, 1, 16, MAX_FEATURES]),
+        moment_steps=st.sampled_from([1, 64, 4096]),
     ),
 )
 def test_any_row_survives(seed: int, length: int, vocab_size: int, max_k: int, config: CodecConfig):
     rng = np.random.default_rng(seed)
     row = random_row(rng, length, vocab_size)
-    expected = random_teacher(rng, row, vocab_size).prune(1e-3, max_k)
+    features = plain_features(vocab_size, config.num_features) if config.num_features else None
+    expected = random_teacher(rng, row, vocab_size, features=features).prune(1e-3, max_k, features)
     ranked = rng.permutation(vocab_size)[: vocab_size // 2].astype(np.int32)
     got = roundtrip(expected, config, ranked)
     if config.probabilities == "float32":
         assert_same_ids(got, expected)
         assert (by_id(got)[2] == by_id(expected)[2]).all()
+        assert got.tail_moments.tobytes() == expected.tail_moments.tobytes()
     else:
         assert_within_bounds(got, expected, config)
 
@@ -152,6 +187,26 @@ def test_probability_codes_are_monotone_and_end_at_one():
     assert mass[-1] == 1 << 40 and mass[0] == 0
     codes = np.arange(len(logprob))
     assert (quantise_probabilities(logprob, 240, 2000) == codes).all()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 64, 4096])
+def test_moments_are_rounded_to_the_nearest_step(steps: int):
+    config = replace(DEFAULT, moment_steps=steps)
+    for name in ("moments", "extreme moments"):
+        expected = CASES[name].tail_moments.astype(np.float64)
+        got = roundtrip(CASES[name], config).tail_moments
+        assert (np.abs(got - expected) <= 0.5 / steps + 1e-6).all()
+        whole = got.astype(np.float64) * steps
+        assert np.abs(whole - whole.round()).max() < 1e-2
+    # Coarse steps must show, or the bound above would hold for a codec that stored moments exactly.
+    lost = np.abs(roundtrip(CASES["moments"], config).tail_moments - CASES["moments"].tail_moments).max()
+    assert lost > 0.05 / steps
+
+
+def test_exact_moments_do_not_depend_on_the_steps():
+    coarse = replace(LOSSLESS, moment_steps=1)
+    assert (roundtrip(CASES["moments"], coarse).tail_moments == CASES["moments"].tail_moments).all()
+    assert (coarse.moment_resolution, replace(DEFAULT, moment_steps=7).moment_resolution) == (None, 7)
 
 
 def test_decoding_is_deterministic_and_encoding_a_fixed_point():
@@ -172,6 +227,19 @@ def test_frames_can_be_read_without_this_module():
     assert body[5 : 5 + 5 * 31] == bytes(5 * 31)
 
 
+def test_moments_follow_the_tails_feature_after_feature():
+    """By hand, in 64ths: 0, 32, -32 at the first position and 1, -1, 254 at the second."""
+    topk = replace(CASES_SMALL, tail_moments=np.array([[0, 0.5, -0.5], [1 / 64, -1 / 64, LARGEST_FEATURE]]))
+    payload = Codec(replace(DEFAULT, num_features=3, moment_steps=64), 10, 4).encode(topk)
+    body = zstandard.ZstdDecompressor().decompress(payload)
+    assert body[:-12] == good_body()
+    assert body[-12:] == bytes([0, 2, 64, 1, 63, 508 & 255]) + bytes([0, 0, 0, 0, 0, 508 >> 8])
+    payload = Codec(replace(LOSSLESS, num_features=3), 10, 4).encode(topk)
+    body = zstandard.ZstdDecompressor().decompress(payload)
+    values = np.frombuffer(body[-24:], np.uint8).reshape(4, 6).T.copy().view("<f4").reshape(3, 2)
+    assert values.T.tolist() == topk.tail_moments.tolist()
+
+
 def test_the_encoder_refuses_what_it_cannot_store():
     topk = CASES["ordinary"]
     with pytest.raises(ValueError, match="vocab_size"):
@@ -181,6 +249,21 @@ def test_the_encoder_refuses_what_it_cannot_store():
     unnormalised = TopKLogprobs(np.array([0, 1]), np.array([1]), np.log([0.3]), np.full((1, 7), -3.0), 10)
     with pytest.raises(ValueError, match="sum to 1"):
         Codec(DEFAULT, 10, 5).encode(unnormalised)
+
+
+@pytest.mark.parametrize("config", [DEFAULT, LOSSLESS])
+def test_the_encoder_refuses_moments_that_it_cannot_store(config: CodecConfig):
+    topk = CASES["moments"]
+    for other in (0, 15, 17, MAX_FEATURES):
+        with pytest.raises(ValueError, match=f"must have {other} tail moments, got 16"):
+            Codec(replace(config, num_features=other), 900, 128).encode(topk)
+    with pytest.raises(ValueError, match="16 tail moments, got 0"):
+        Codec(replace(config, num_features=16), 900, 128).encode(topk.without_moments())
+    for bad in (np.nan, np.inf, -np.inf, LARGEST_FEATURE + 0.01, -LARGEST_FEATURE - 0.01):
+        moments = topk.tail_moments.copy()
+        moments[7, 3] = bad
+        with pytest.raises(ValueError, match="tail moments must lie within"):
+            Codec(replace(config, num_features=16), 900, 128).encode(replace(topk, tail_moments=moments))
 
 
 # --- hostile payloads -------------------------------------------------------------------------------------
@@ -251,10 +334,57 @@ def test_broken_bodies_are_refused():
         refused(payload_of(bytes(broken)), match)
 
 
-def test_every_bit_flip_is_noticed():
-    codec = Codec(DEFAULT, 900, 128)
-    payload = codec.encode(CASES["ordinary"])
-    expected = by_id(codec.decode(payload, 40))
+def with_moments(config: CodecConfig) -> tuple[Codec, bytes]:
+    """A codec of three moments in 64ths, and the body of two positions, whose last six numbers they are."""
+    topk = replace(CASES_SMALL, tail_moments=np.array([[0, 0.5, -0.5], [1, -1, 2]]))
+    codec = Codec(replace(config, num_features=3, moment_steps=64), 10, 4)
+    return codec, zstandard.ZstdDecompressor().decompress(codec.encode(topk))
+
+
+MISMATCH = r"head sizes|must declare"
+
+
+@pytest.mark.parametrize("config", [DEFAULT, LOSSLESS])
+def test_payloads_with_another_number_of_moments_are_refused(config: CodecConfig):
+    codec, body = with_moments(config)
+    assert codec.decode(payload_of(body), 2).tail_moments.tolist() == [[0, 0.5, -0.5], [1, -1, 2]]
+    for num_features in (0, 2, 4, 16, MAX_FEATURES):
+        other = Codec(replace(config, num_features=num_features), 10, 4)
+        with pytest.raises(CorruptShardError, match=MISMATCH):
+            other.decode(payload_of(body), 2)
+    for broken in (body[:-1], body + b"\0", body[:-12]):
+        with pytest.raises(CorruptShardError, match=MISMATCH):
+            codec.decode(payload_of(broken), 2)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_moments_above_the_largest_feature_are_refused(number: int):
+    codec, body = with_moments(DEFAULT)
+    limit = int((LARGEST_FEATURE + 1) * 64)
+    for steps, fits in ((limit, True), (limit + 1, False), (-limit, True), (-limit - 1, False)):
+        changed = bytearray(body)
+        zigzag = 2 * steps if steps >= 0 else -2 * steps - 1
+        changed[len(body) - 12 + number], changed[len(body) - 6 + number] = zigzag & 255, zigzag >> 8
+        if fits:
+            assert steps / 64 in codec.decode(payload_of(bytes(changed)), 2).tail_moments
+            continue
+        with pytest.raises(CorruptShardError, match="largest feature"):
+            codec.decode(payload_of(bytes(changed)), 2)
+    codec, body = with_moments(LOSSLESS)
+    for value in (np.nan, np.inf, -np.inf, LARGEST_FEATURE + 1.01, -LARGEST_FEATURE - 1.01, 3e38):
+        changed = bytearray(body)
+        for k, byte in enumerate(struct.pack("<f", value)):
+            changed[len(body) - 6 * (4 - k) + number] = byte
+        with pytest.raises(CorruptShardError, match="largest feature"):
+            codec.decode(payload_of(bytes(changed)), 2)
+
+
+@pytest.mark.parametrize("name", ["ordinary", "moments"])
+def test_every_bit_flip_is_noticed(name: str):
+    codec = Codec(replace(DEFAULT, num_features=CASES[name].num_features), 900, 128)
+    payload = codec.encode(CASES[name])
+    decoded = codec.decode(payload, 40)
+    expected = by_id(decoded)
     for bit in range(0, 8 * len(payload), 7):
         flipped = bytearray(payload)
         flipped[bit // 8] ^= 1 << (bit % 8)
@@ -264,6 +394,7 @@ def test_every_bit_flip_is_noticed():
             continue
         for a, b in zip(by_id(got), expected, strict=True):
             assert (a == b).all()
+        assert (got.tail_moments == decoded.tail_moments).all()
 
 
 # --- small parts ------------------------------------------------------------------------------------------
@@ -305,24 +436,60 @@ def test_rank_table():
         {"zstd_level": 0},
         {"zstd_level": 23},
         {"rank_ids": 1},
+        {"num_features": -1},
+        {"num_features": MAX_FEATURES + 1},
+        {"num_features": 2.0},
+        {"num_features": True},
+        {"num_features": None},
+        {"moment_steps": 0},
+        {"moment_steps": 4097},
+        {"moment_steps": 64.0},
+        {"moment_steps": True},
     ],
 )
 def test_codec_settings_are_checked(change: dict):
     with pytest.raises(ConfigError):
         CodecConfig(**change)
-    with pytest.raises(UnsupportedVersionError):
-        CodecConfig.from_dict(DEFAULT.to_dict() | change)
+    for config in (DEFAULT, MOMENTS):
+        with pytest.raises(UnsupportedVersionError):
+            CodecConfig.from_dict(config.to_dict() | change, config.format_version)
+
+
+MOMENTS = CodecConfig(num_features=3, moment_steps=100)
+SINCE_VERSION_2 = {"num_features", "moment_steps"}
+
+
+def test_codecs_belong_to_the_version_that_can_express_them():
+    assert (DEFAULT.format_version, LOSSLESS.format_version, MOMENTS.format_version) == (1, 1, 2)
+    assert CodecConfig(moment_steps=100).format_version == 1  # steps of no moments
+    assert set(MOMENTS.to_dict()) - set(DEFAULT.to_dict()) == SINCE_VERSION_2
+    for config in (DEFAULT, LOSSLESS, MOMENTS):
+        version = config.format_version
+        assert CodecConfig.from_dict(config.to_dict(), version) == config
+        with pytest.raises(UnsupportedVersionError, match="keys"):
+            CodecConfig.from_dict(config.to_dict(), 3 - version)
 
 
 def test_unknown_codec_keys_are_an_unsupported_version():
-    assert CodecConfig.from_dict(DEFAULT.to_dict()) == DEFAULT
-    for content in (DEFAULT.to_dict() | {"new": 1}, {}, None, []):
+    old, new = DEFAULT.to_dict(), MOMENTS.to_dict()
+    for content, version in (
+        (old | {"new": 1}, 1),
+        (new | {"new": 1}, 2),
+        (old | {"num_features": 0}, 1),
+        (old | {"num_features": 0, "moment_steps": 64}, 1),
+        (old | {"num_features": 3}, 2),
+        (old | {"moment_steps": 64}, 2),
+        (new | {"num_features": 0}, 2),
+        *((content, version) for content in ({}, None, []) for version in (1, 2)),
+    ):
         with pytest.raises(UnsupportedVersionError):
-            CodecConfig.from_dict(content)
+            CodecConfig.from_dict(content, version)
 
 
 def test_section_bytes_add_up_to_the_payloads():
-    codec = Codec(DEFAULT, 900, 128)
-    sizes = section_bytes(codec, [CASES["ordinary"], TopKLogprobs.empty(900)])
-    assert tuple(sizes) == SECTIONS
-    assert sum(sizes.values()) == pytest.approx(len(codec.encode(CASES["ordinary"])))
+    for name, sections in (("ordinary", SECTIONS[:-1]), ("moments", SECTIONS)):
+        topk = CASES[name]
+        codec = Codec(replace(DEFAULT, num_features=topk.num_features), 900, 128)
+        sizes = section_bytes(codec, [topk, TopKLogprobs.empty(900, topk.num_features)])
+        assert tuple(sizes) == sections and min(sizes.values()) > 0
+        assert sum(sizes.values()) == pytest.approx(len(codec.encode(topk)))

@@ -1,4 +1,4 @@
-"""Golden caches of version 1: readable for ever, by our reader and by one written from docs/format.md
+"""Golden caches of both versions: readable for ever, by our reader and by one written from docs/format.md
 alone."""
 
 import json
@@ -8,12 +8,14 @@ from pathlib import Path
 import independent_reader
 import numpy as np
 import pytest
-from make_teachers import by_id
+import zstandard
+from make_teachers import by_id, plain_features
 
-from formats import TAIL_BETAS, TeacherCache
+from formats import TAIL_BETAS, Manifest, TeacherCache
 
 GOLDEN = Path(__file__).parent / "golden"
-CACHES = ("compact", "lossless")
+NUM_FEATURES = {"compact": 0, "lossless": 0, "moments": 5, "moments_lossless": 3}
+CACHES = tuple(NUM_FEATURES)
 
 
 def expected_rows(name: str) -> list[dict]:
@@ -36,14 +38,51 @@ def test_golden_caches_hold_what_was_written(name: str):
         assert ids.tolist() == wanted["token_ids"]
         nodes = np.array(wanted["log_tail_nodes"], np.float64).reshape(-1, 7)
         root, got_root = np.exp(np.array(wanted["logprobs"]) / 2), np.exp(logprobs / 2)
-        if name == "lossless":
+        moments = np.array(wanted.get("tail_moments", [])).reshape(len(row.teacher), NUM_FEATURES[name])
+        assert row.teacher.tail_moments.shape == moments.shape
+        if config.probabilities == "float32":
             assert (np.array(wanted["logprobs"], np.float32) == logprobs).all()
             assert (nodes.astype(np.float32) == row.teacher.log_tail_nodes).all()
+            assert (moments.astype(np.float32) == row.teacher.tail_moments).all()
         else:
             assert (
                 np.abs(got_root - root) <= 0.5 / (config.sqrt_steps + config.linear_steps * root) + 1e-6
             ).all()
             assert row.teacher.log_tail_nodes == pytest.approx(nodes, abs=0.5 / config.tail_steps + 1e-5)
+            assert row.teacher.tail_moments == pytest.approx(moments, abs=0.5 / config.moment_steps + 1e-6)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_versions_and_features(name: str):
+    """Version 2 is for caches with tail moments only: the others must not need a newer reader."""
+    cache, num_features = TeacherCache(GOLDEN / name), NUM_FEATURES[name]
+    text = (GOLDEN / name / "manifest.json").read_text()
+    assert json.loads(text)["version"] == (2 if num_features else 1)
+    assert ("num_features" in text) == ("moment_steps" in text) == ("token_features" in text)
+    assert cache.manifest.codec.num_features == num_features
+    if not num_features:
+        assert cache.features is None and "num_features" not in text
+        return
+    expected = plain_features(cache.manifest.vocab_size, num_features)
+    assert cache.features == expected
+    assert independent_reader.read_features(GOLDEN / name) == (expected.codes / 32).tolist()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_what_was_read_is_written_again_to_the_byte(name: str):
+    """The manifest, and every row before compression, which a newer zstd may do better."""
+    cache = TeacherCache(GOLDEN / name)
+    data = (GOLDEN / name / "manifest.json").read_bytes()
+    assert Manifest.from_bytes(data).to_bytes() == data
+    compared = 0
+    for number in range(len(cache.manifest.shards)):
+        reader = cache.shard(number)
+        for index in range(len(reader)):
+            payload = reader.row(index)[1]
+            body = zstandard.ZstdDecompressor().decompress(payload) if len(payload) else b""
+            assert b"".join(reader.codec.sections(reader.teacher(index)[1])) == body
+            compared += len(body)
+    assert compared > 400
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -56,7 +95,9 @@ def test_the_independent_reader_sees_the_same_numbers(name: str):
         assert plain["input_ids"] == row.input_ids.tolist()
         assert plain["positions"] == row.positions.tolist()
         assert len(plain["teacher"]) == len(row.teacher)
-        for p, (head, tail) in enumerate(plain["teacher"]):
+        for p, (head, tail, moments) in enumerate(plain["teacher"]):
+            assert len(moments) == NUM_FEATURES[name]
+            assert row.teacher.tail_moments[p].tolist() == pytest.approx(moments, rel=1e-6, abs=0)
             a, b = row.teacher.offsets[p : p + 2]
             ours = dict(
                 zip(row.teacher.token_ids[a:b].tolist(), row.teacher.logprobs[a:b].tolist(), strict=True)
@@ -67,13 +108,24 @@ def test_the_independent_reader_sees_the_same_numbers(name: str):
                 assert node == tail[beta] or math.isclose(node, tail[beta], rel_tol=1e-6)
 
 
-def test_the_compact_golden_uses_a_rank_table():
+@pytest.mark.parametrize("name", ["compact", "moments"])
+def test_the_compact_goldens_use_a_rank_table(name: str):
     """Otherwise the goldens would not hold the readers to it."""
-    reader = TeacherCache(GOLDEN / "compact").shard(0)
+    reader = TeacherCache(GOLDEN / name).shard(0)
     assert reader.codec._id_of_rank is not None
+
+
+def test_the_goldens_hold_moments_of_both_signs_that_need_two_bytes():
+    """Small ones would be read rightly from their first plane alone."""
+    steps = TeacherCache(GOLDEN / "moments").manifest.codec.moment_steps
+    moments = np.concatenate([row.teacher.tail_moments for row in TeacherCache(GOLDEN / "moments")])
+    assert moments.min() < -128 / steps and moments.max() > 128 / steps
+    for row in expected_rows("moments_lossless"):
+        for size, one in zip(row["counts"], row["tail_moments"], strict=True):
+            assert (size == 12) == (one == [0, 0, 0])
 
 
 def test_the_independent_reader_is_independent():
     source = Path(independent_reader.__file__).read_text()
     assert "formats" not in source.split('"""')[2] and "numpy" not in source
-    assert source.count("\n") < 160
+    assert source.count("\n") < 200

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_teachers import capture, log_softmax, write_cache
+from make_teachers import capture, log_softmax, plain_features, write_cache
 
 from formats import CacheWriter, TeacherCache, TokenRow
 from formats.errors import ConfigError
@@ -68,6 +68,23 @@ def test_summary_adds_up(cache_dir: Path):
     row = rows[worst["row"]]
     at = row.positions.tolist().index(worst["position"])
     assert entropy(row.teacher)[at] == pytest.approx(nats.max())
+
+
+def test_tail_moments_are_a_part_of_their_own(cache_dir: Path, tmp_path: Path):
+    parts = ("counts", "ids", "probabilities", "tails")
+    assert tuple(TeacherCache(cache_dir).summary()["payload_parts"]) == parts
+    assert "tail moments" not in inspect_cache(cache_dir)
+    write_cache(tmp_path / "c", lengths=LENGTHS, vocab_size=60, features=plain_features(60, 4), min_prob=0.1)
+    summary = TeacherCache(tmp_path / "c").summary()
+    assert summary["format_version"] == 2 and summary["settings"]["codec"]["num_features"] == 4
+    assert tuple(summary["payload_parts"]) == (*parts, "moments")
+    sizes = [part["bytes_per_position"] for part in summary["payload_parts"].values()]
+    assert sizes[-1] > 0.5 and sum(sizes) == pytest.approx(summary["payload_bytes_per_position"], rel=0.1)
+    # The features belong to the cache and not to a column.
+    assert summary["num_bytes"] == sum(f.stat().st_size for f in (tmp_path / "c").glob("*.arrow"))
+    assert "tail moments" in inspect_cache(tmp_path / "c")
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    assert all(f"`{name}`" in page for name in summary["payload_parts"])
 
 
 def test_a_large_cache_is_sampled_and_says_so(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,12 +1,14 @@
 """TopKLogprobs and the tail function against dense full-vocabulary computations and hand-made cases."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from make_teachers import capture, log_softmax, logsumexp
+from make_teachers import capture, log_softmax, logsumexp, plain_features
 
 from formats import TAIL_BETAS, TopKLogprobs
+from formats.features import TokenFeatures
 
 NODES = (8.0, 4.0, 2.0, 1.0, 0.5)
 BETWEEN = (0.75, 1.5)
@@ -141,6 +143,92 @@ def test_slice_take_concatenate():
         topk.slice(2, 9)
 
 
+# --- tail moments -----------------------------------------------------------------------------------------
+
+
+def dense_moments(logits_PV: np.ndarray, topk: TopKLogprobs, features: TokenFeatures) -> np.ndarray:
+    """Token by token over everything outside the head."""
+    found = np.zeros((len(topk), features.num_features))
+    for p, row in enumerate(log_softmax(logits_PV)):
+        head = set(topk.token_ids[topk.offsets[p] : topk.offsets[p + 1]].tolist())
+        for token, logprob in enumerate(row.tolist()):
+            if token not in head:
+                found[p] += math.exp(logprob) * features.codes[token].astype(np.float64) / 32
+    return found
+
+
+LOGITS = np.random.default_rng(6).normal(size=(9, 120)) * 2
+FEATURES = plain_features(120, 5)
+
+
+def test_moments_of_two_tokens_by_hand():
+    # p = 3/4, 3/16 and 1/16 with features 1, -1 and 2; moving the second into the tail adds 3/16 * -1.
+    features = TokenFeatures(np.array([[32], [-32], [64]], np.int8))
+    logits = np.log([[0.75, 0.1875, 0.0625]])
+    topk = capture(logits, 0.1, features=features)
+    assert topk.tail_moments == pytest.approx(np.array([[0.125]]))
+    assert topk.prune(0.5, features=features).tail_moments == pytest.approx(np.array([[-0.0625]]))
+
+
+@pytest.mark.parametrize(("min_prob", "max_k"), [(1e-2, 120), (1e-4, 5), (5e-3, 12), (1.0, 1), (0.0, 120)])
+def test_prune_moves_moments_exactly(min_prob: float, max_k: int):
+    for first in (capture(LOGITS, 1e-5, 100, FEATURES), capture(LOGITS, 0.0, 120, FEATURES)):
+        pruned = first.prune(min_prob, max_k, FEATURES)
+        # One rounding to float32 at the end; a token that was lost or counted twice would be larger.
+        assert pruned.tail_moments == pytest.approx(dense_moments(LOGITS, pruned, FEATURES), abs=1e-6)
+        assert (pruned.token_ids == first.without_moments().prune(min_prob, max_k).token_ids).all()
+        twice = first.prune(1e-4, 50, FEATURES).prune(min_prob, max_k, FEATURES)
+        assert twice.tail_moments == pytest.approx(dense_moments(LOGITS, twice, FEATURES), abs=1e-6)
+
+
+def test_moments_of_the_whole_vocabulary_are_zero():
+    whole = capture(LOGITS, 0.0, 120, FEATURES)
+    assert (whole.tail_moments == 0).all() and (whole.prune(0.0, 120, FEATURES).tail_moments == 0).all()
+
+
+def test_slice_take_concatenate_and_sorted_keep_moments():
+    topk = capture(LOGITS, 1e-2, 9, FEATURES)
+    truth = dense_moments(LOGITS, topk, FEATURES)
+    assert topk.num_features == 5 and topk.tail_moments == pytest.approx(truth, abs=1e-6)
+    assert np.abs(truth).min(1).max() > 0.01
+    assert (topk.slice(2, 7).tail_moments == topk.tail_moments[2:7]).all()
+    joined = TopKLogprobs.concatenate([topk.slice(0, 3), topk.slice(3, 3), topk.slice(3, 9)])
+    assert (joined.tail_moments == topk.tail_moments).all()
+    assert (topk.take(np.array([5, 0, 5])).tail_moments == topk.tail_moments[[5, 0, 5]]).all()
+    odd = np.arange(9) % 2 == 1
+    assert topk.take(odd).tail_moments == pytest.approx(
+        dense_moments(LOGITS[odd], topk.take(odd), FEATURES), abs=1e-6
+    )
+    assert topk.take(np.zeros(9, bool)).tail_moments.shape == topk.slice(4, 4).tail_moments.shape == (0, 5)
+    assert (topk.sorted().tail_moments == topk.tail_moments).all()
+    assert topk.without_moments().tail_moments.shape == (9, 0)
+    with pytest.raises(ValueError, match="one number of features"):
+        TopKLogprobs.concatenate([topk, topk.without_moments()])
+
+
+def test_positions_without_moments_have_zero_features():
+    plain, empty = capture(LOGITS), TopKLogprobs.empty(120, 5)
+    assert plain.tail_moments.shape == (9, 0) and plain.tail_moments.dtype == np.float32
+    assert empty.tail_moments.shape == (0, 5) and empty.prune(0.1, 2, FEATURES).tail_moments.shape == (0, 5)
+
+
+def test_pruning_moments_needs_their_features():
+    topk = capture(LOGITS, features=FEATURES)
+    for bad in (None, plain_features(120, 4), plain_features(119, 5), plain_features(121, 5)):
+        with pytest.raises(ValueError, match="token features"):
+            topk.prune(0.1, features=bad)
+    with pytest.raises(ValueError, match="token features"):
+        topk.without_moments().prune(0.1, features=FEATURES)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 4.0, -4.0])
+def test_validate_refuses_impossible_moments(bad: float):
+    good = broken(tail_moments=np.array([[127 / 32, -127 / 32]]))
+    good.validate()
+    with pytest.raises(ValueError, match="tail moments"):
+        replace(good, tail_moments=np.array([[0.0, bad]])).validate()
+
+
 @pytest.mark.parametrize("temperature", [0.49, 0.0, -1.0, math.inf, math.nan])
 def test_temperatures_outside_the_capture_are_refused(temperature: float):
     with pytest.raises(ValueError, match="temperature"):
@@ -185,6 +273,9 @@ def test_validate_names_the_problem(changes: dict, message: str):
         {"logprobs": np.zeros(3)},
         {"log_tail_nodes": np.zeros((1, 6))},
         {"log_tail_nodes": np.zeros((2, 7))},
+        {"tail_moments": np.zeros((2, 3))},
+        {"tail_moments": np.zeros((0, 3))},
+        {"tail_moments": np.zeros(3)},
         {"vocab_size": 0},
         {"vocab_size": (1 << 20) + 1},
         {"token_ids": np.zeros((1, 2))},

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from cache_builder.config import BuildConfig
+from cache_builder.layout import build_directory
 from cache_builder.plan import Settings
 from cache_builder.source import BuildSource
 from formats.codec import CodecConfig
+from formats.features import FEATURES_FILE, TokenFeatures
 from formats.identity import TeacherIdentity
 from formats.rows import TokenRow
 from formats.topk import TAIL_BETAS, TopKLogprobs
@@ -32,10 +34,20 @@ def logits_of(input_ids: np.ndarray) -> np.ndarray:
     return table[state]
 
 
-def reduce_exactly(logits: np.ndarray, min_prob: float, max_k: int) -> TopKLogprobs:
-    """The head and the tail nodes of [P, V] logits, one position after the other, in float64."""
+def seeded_features(num_features: int, seed: int = 0) -> TokenFeatures:
+    """Features that no embedding had."""
+    codes = np.random.default_rng([num_features, seed]).normal(size=(VOCAB_SIZE, num_features)) * 32
+    return TokenFeatures(np.clip(np.rint(codes), -127, 127).astype(np.int8))
+
+
+def reduce_exactly(
+    logits: np.ndarray, min_prob: float, max_k: int, features: TokenFeatures | None = None
+) -> TopKLogprobs:
+    """The head, tail nodes and tail moments of [P, V] logits, one position after the other, in float64."""
     offsets, ids, values = [0], [], []
     nodes = np.zeros((len(logits), len(TAIL_BETAS)))
+    num_features = features.num_features if features is not None else 0
+    moments = np.zeros((len(logits), num_features))
     for p, row in enumerate(logits):
         logprobs = row - np.logaddexp.reduce(row)
         order = np.argsort(-logprobs, kind="stable")
@@ -46,9 +58,13 @@ def reduce_exactly(logits: np.ndarray, min_prob: float, max_k: int) -> TopKLogpr
         offsets.append(offsets[-1] + size)
         for b, beta in enumerate(TAIL_BETAS):
             nodes[p, b] = np.logaddexp.reduce(beta * logprobs[rest]) if len(rest) else -np.inf
+        if features is not None:
+            moments[p] = np.exp(logprobs[rest]) @ features.of(rest)
     if not ids:
-        return TopKLogprobs.empty(VOCAB_SIZE)
-    return TopKLogprobs(np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE)
+        return TopKLogprobs.empty(VOCAB_SIZE, num_features)
+    return TopKLogprobs(
+        np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE, moments
+    )
 
 
 class SeededTeacher:
@@ -64,9 +80,14 @@ class SeededTeacher:
         positions: str = "loss",
         seconds_per_row: float = 0.0,
         version: str = "1",
+        features_file: Path | None = None,
     ) -> None:
         self._min_prob, self._max_k, self._positions = min_prob, max_k, positions
         self._seconds, self._version = seconds_per_row, version
+        self.features: TokenFeatures | None = None
+        if features_file is not None:
+            data = features_file.read_bytes()
+            self.features = TokenFeatures.from_bytes(data, VOCAB_SIZE, len(data) // VOCAB_SIZE)
         self.closed = False
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
@@ -74,7 +95,7 @@ class SeededTeacher:
             if self._seconds:
                 time.sleep(self._seconds)
             logits = logits_of(row.input_ids)[row.positions(self._positions)]
-            yield reduce_exactly(logits, self._min_prob, self._max_k)
+            yield reduce_exactly(logits, self._min_prob, self._max_k, self.features)
 
     def describe(self) -> dict[str, Any]:
         return {"engine": "seeded", "engine_version": self._version, "dtype": "float64"}
@@ -95,9 +116,15 @@ def make_rows(num_rows: int, seed: int = 0, max_length: int = 24) -> Iterator[To
 
 
 def make_source(
-    num_rows: int = 60, *, seed: int = 0, rows_per_shard: int = 10, **preprocessing: Any
+    num_rows: int = 60,
+    *,
+    seed: int = 0,
+    rows_per_shard: int = 10,
+    features: TokenFeatures | None = None,
+    out: Path | None = None,
+    **preprocessing: Any,
 ) -> BuildSource:
-    """A corpus of seeded rows, as `open_source` would describe it."""
+    """A corpus of seeded rows, as `open_source` would describe it; with `features` for a build in `out`."""
     settings = {"max_length": 24, "positions": "loss", "min_prob": 1e-2, "max_k": 8, **preprocessing}
     identity = TeacherIdentity(
         teacher={"weights": "a" * 64, "config": "b" * 64, "engine": "seeded", "engine_args": {}},
@@ -108,7 +135,7 @@ def make_source(
     return BuildSource(
         settings=Settings(
             identity=identity,
-            codec=CodecConfig().to_dict(),
+            codec=CodecConfig(num_features=features.num_features if features is not None else 0).to_dict(),
             rows_per_shard=rows_per_shard,
             tokens_per_shard=1 << 20,
         ),
@@ -118,6 +145,8 @@ def make_source(
         describe=lambda rows: {"num_rows": num_rows},
         tokenizer_json=b'{"version": "1.0"}',
         announcements=("format: seeded",),
+        features_file=build_directory(out) / FEATURES_FILE if features is not None and out else None,
+        make_features=(lambda: features) if features is not None else None,
     )
 
 

@@ -30,7 +30,14 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from deterministic_build import SeededTeacher, contents, make_config, make_rows, make_source
+from deterministic_build import (
+    SeededTeacher,
+    contents,
+    make_config,
+    make_rows,
+    make_source,
+    seeded_features,
+)
 
 from cache_builder.build import build_cache
 from cache_builder.signals import BuildInterrupted
@@ -52,12 +59,14 @@ def build(
 ):
     global building
     config = make_config(out, **{"heartbeat_seconds": 0.05, **changes})
-    source = make_source(NUM_ROWS, rows_per_shard=ROWS_PER_SHARD)
+    source = make_source(NUM_ROWS, rows_per_shard=ROWS_PER_SHARD, features=seeded_features(3), out=out)
     building = True
     report = build_cache(
         config,
         source=source,
-        make_teacher=lambda config, source: SeededTeacher(seconds_per_row=seconds_per_row),
+        make_teacher=lambda config, source: SeededTeacher(
+            seconds_per_row=seconds_per_row, features_file=source.features_file
+        ),
         step=step,
     )
     building = False

@@ -67,7 +67,8 @@ def tail_shape_row(student_logits, ids, teacher_mean, noise, features, temperatu
     metric = torch.linalg.inv(covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype)).detach()
     shift = teacher_mean - mean
     if temperature == 1.0:
-        return tail_mass * 0.5 * shift @ metric @ shift
+        deviation = (tail * (centred @ metric @ shift) ** 2).sum().sqrt().detach()
+        return tail_mass * min(1.0, 4.0 / deviation) * 0.5 * shift @ metric @ shift
     a = (metric @ shift).detach()
     hot = torch.softmax(beta * student_logits[outside], 0)
     x = beta * (u @ a)

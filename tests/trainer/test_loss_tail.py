@@ -20,6 +20,7 @@ HEADS = {
     "all": dict(with_bias=True, softcap=4.0, scale=1.7, padding=3),
     "chunks": dict(num_rows=29, vocab_size=300, hidden_size=12),
     "a tail of one": dict(vocab_size=13, max_head=12),
+    "far away": dict(drift=6.0, vocab_size=60, max_head=3),
     "the whole vocabulary": dict(vocab_size=6, max_head=6),
 }
 
@@ -38,7 +39,8 @@ def compare(case: Case, tolerance: float, **arguments) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("head", HEADS)
 def test_gradients_equal_the_dense_reference(head, dtype, noise, temperature):
-    case = make_case(temperature=temperature, num_features=5, noise=noise, drift=0.3, **HEADS[head])
+    options = {"drift": 0.3, **HEADS[head]}
+    case = make_case(temperature=temperature, num_features=5, noise=noise, **options)
     for chunk_size in (None, 4):
         compare(cast(case, dtype), TOLERANCE[dtype], kl_coef=0.7, chunk_size=chunk_size)
 
@@ -93,6 +95,15 @@ def test_drift_of_the_hidden_state_is_seen(temperature):
     assert relative_error(with_shape["hidden"], hidden.grad) < 0.35 * relative_error(
         bucket["hidden"], hidden.grad
     )
+
+
+def test_damping():
+    """Variances of x by hand: 0.25, 16 and 100 at T = 1; a quarter of that at T = 2."""
+    a = torch.tensor([[0.5, 0.0], [0.0, 4.0], [6.0, 8.0]], dtype=torch.float64)
+    covariance = torch.eye(2, dtype=torch.float64).expand(3, 2, 2)
+    assert loss_tail.damping(a, covariance, 1.0).tolist() == pytest.approx([1.0, 1.0, 0.4])
+    expected = [(1 + v / 4) ** -0.5 for v in (0.25, 16.0, 100.0)]
+    assert loss_tail.damping(a, covariance, 0.5).tolist() == pytest.approx(expected)
 
 
 def test_reverse_leaves_the_shape_alone():
