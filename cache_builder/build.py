@@ -35,7 +35,6 @@ from cache_builder.report import BuildReport
 from cache_builder.signals import BuildInterrupted, interruptible
 from cache_builder.source import BuildSource, open_source
 from cache_builder.staging import StagedShard
-from formats.commit import atomic_write_bytes
 from formats.errors import AnnealError, ConfigError
 from formats.identity import TeacherIdentity
 from formats.manifest import Manifest
@@ -259,10 +258,15 @@ def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -
         progress.advance(shard.num_rows, shard.num_tokens)
         step(f"staged {index}")
 
-    if source.features_file is not None and source.make_features is not None:
-        atomic_write_bytes(source.features_file, source.make_features().to_bytes())
-        step("features")
-    plan = write_plan(out, rows, source.settings, describe=lambda: source.describe(rows), on_shard=staged)
+    features = source.make_features().to_bytes() if source.make_features is not None else None
+    plan = write_plan(
+        out,
+        rows,
+        source.settings,
+        features=features,
+        describe=lambda: source.describe(rows),
+        on_shard=staged,
+    )
     progress.finish()
     step("planned")
     progress.note(

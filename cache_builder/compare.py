@@ -21,6 +21,8 @@ class Deviation:
     tails: np.ndarray
     """float64 [P', K]: |difference| of the tail function at the nodes, where the heads hold the same
     tokens."""
+    moments: np.ndarray
+    """float64 [P', F]: |difference| of the tail moments, likewise."""
     kl: np.ndarray
     """float64 [P]: KL(one || other) at T = 1 over the shared tokens and one bucket for all others."""
     num_only_one: int
@@ -33,12 +35,16 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
     """Match the entries of two captures by position and token id.
 
     Raises:
-        ValueError: another number of positions, or another vocabulary.
+        ValueError: another number of positions or of tail moments, or another vocabulary.
     """
     if len(one) != len(other) or one.vocab_size != other.vocab_size:
         raise ValueError(
             f"captures must cover the same positions and vocabulary, got {len(one)} of {one.vocab_size} "
             f"and {len(other)} of {other.vocab_size}"
+        )
+    if one.num_features != other.num_features:
+        raise ValueError(
+            f"captures must have equally many tail moments, got {one.num_features} and {other.num_features}"
         )
     keys = [segment_of(side.offsets) * one.vocab_size + side.token_ids for side in (one, other)]
     _, at_one, at_other = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
@@ -69,6 +75,7 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
     return Deviation(
         logprobs=np.abs(log_p - log_q),
         tails=tails,
+        moments=np.abs(one.tail_moments[same].astype(np.float64) - other.tail_moments[same]),
         kl=inside + outside,
         num_only_one=int(left.sum() + right.sum()),
         largest_only_one=float(np.exp(alone.max())) if len(alone) else 0.0,

@@ -11,7 +11,6 @@ the embedding, a few seconds at V = 128,000.
 V: vocabulary, D: hidden size, F: features, Q: directions iterated.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from formats.errors import ConfigError, FormatError
+from formats.errors import ConfigError
 from formats.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
+from formats.fingerprint import weight_files
 from formats.safetensors_hash import read_header
 
 SLICE_ROWS = 8192
@@ -67,17 +67,12 @@ def find_embedding(model_dir: Path, vocab_size: int) -> Embedding | None:
     """The output embedding of a checkpoint, else its input embedding; None where there is none to read.
 
     Quantised embeddings and checkpoints without safetensors are not read.
+
+    Raises:
+        ConfigError, FormatError: weights are missing or torn.
     """
-    index = model_dir / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            paths = [model_dir / name for name in names]
-        else:
-            paths = sorted(model_dir.glob("*.safetensors"))
-        headers = [(path, *read_header(path)) for path in paths]
-    except (OSError, ValueError, KeyError, TypeError, FormatError):
-        return None
+    paths = [path for path in weight_files(model_dir) if path.suffix == ".safetensors"]
+    headers = [(path, *read_header(path)) for path in paths]
     for ending in (*OUTPUT_NAMES, *INPUT_NAMES):
         for path, header, start in headers:
             for name, entry in sorted(header.items()):

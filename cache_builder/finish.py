@@ -17,6 +17,7 @@ from cache_builder.layout import TOKENIZER_NAME, build_directory, remove_build, 
 from cache_builder.plan import Plan, Settings
 from formats.codec import CodecConfig
 from formats.commit import atomic_write_bytes, fsync_directory
+from formats.errors import FormatError
 from formats.features import FEATURES_FILE
 from formats.manifest import MANIFEST_NAME, Manifest, ShardInfo
 
@@ -77,8 +78,13 @@ def finish(
     codec = CodecConfig(**settings.codec)
     if codec.num_features:
         features = (build_directory(out) / FEATURES_FILE).read_bytes()
-        atomic_write_bytes(out / FEATURES_FILE, features)
         files[FEATURES_FILE] = hashlib.sha256(features).hexdigest()
+        if files[FEATURES_FILE] != plan.features_sha256:
+            raise FormatError(
+                f"{FEATURES_FILE} must be as planned, got other bytes in {build_directory(out)}: the disk "
+                "damaged it, and tail moments may be wrong; start over with --overwrite"
+            )
+        atomic_write_bytes(out / FEATURES_FILE, features)
         step("features")
     preprocessing = settings.identity.preprocessing
     manifest = Manifest(

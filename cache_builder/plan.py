@@ -10,6 +10,7 @@ planning.
 An interrupted planning starts again and overwrites the staged rows with the same bytes.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from cache_builder.layout import build_directory
 from cache_builder.staging import StagedShard, cut, stage
 from formats.commit import atomic_write_bytes, commit_exclusive, temporary_name
 from formats.errors import ConfigError, CorpusError, FormatError
+from formats.features import FEATURES_FILE
 from formats.identity import Difference, TeacherIdentity, short
 from formats.progress import PLAN_NAME
 from formats.rows import TokenRow
@@ -132,6 +134,8 @@ class Plan:
     """In row order."""
     corpus: Mapping[str, Any]
     """What the tokeniser counted: records, rows, truncated, skipped, ..."""
+    features_sha256: str | None = None
+    """Of `_build/token_features.bin`; None without tail moments."""
 
     @property
     def num_rows(self) -> int:
@@ -151,6 +155,7 @@ class Plan:
     def to_bytes(self) -> bytes:
         """JSON text of plan.json."""
         content = {"format": FORMAT, "version": VERSION, "corpus": dict(self.corpus)}
+        content["features_sha256"] = self.features_sha256
         return json.dumps({**content, "shards": [asdict(shard) for shard in self.shards]}).encode()
 
     @classmethod
@@ -162,7 +167,9 @@ class Plan:
         """
         content = _parse(data, PLAN_NAME)
         return cls(
-            shards=tuple(StagedShard(**entry) for entry in content["shards"]), corpus=content["corpus"]
+            shards=tuple(StagedShard(**entry) for entry in content["shards"]),
+            corpus=content["corpus"],
+            features_sha256=content.get("features_sha256"),
         )
 
 
@@ -206,6 +213,7 @@ def write_plan(
     rows: Iterable[TokenRow],
     settings: Settings,
     *,
+    features: bytes | None = None,
     describe: Callable[[], Mapping[str, Any]] = dict,
     on_shard: Callable[[int, StagedShard], None] = lambda index, shard: None,
 ) -> Plan:
@@ -213,6 +221,7 @@ def write_plan(
 
     Args:
         rows: the corpus, read once.
+        features: contents of token_features.bin; None without tail moments.
         describe: called at the end, what the tokeniser counted.
         on_shard: called after each staged shard.
 
@@ -225,7 +234,11 @@ def write_plan(
     for group in cut(rows, settings.rows_per_shard, settings.tokens_per_shard):
         shards.append(stage(build, len(shards), group, settings.positions))
         on_shard(len(shards) - 1, shards[-1])
-    plan = Plan(shards=tuple(shards), corpus=describe())
+    digest = None
+    if features is not None:
+        atomic_write_bytes(build / FEATURES_FILE, features)
+        digest = hashlib.sha256(features).hexdigest()
+    plan = Plan(shards=tuple(shards), corpus=describe(), features_sha256=digest)
     require_work(plan.num_positions, plan.num_rows)
     atomic_write_bytes(build / PLAN_NAME, plan.to_bytes())
     return plan

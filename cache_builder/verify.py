@@ -56,7 +56,8 @@ class VerifyReport:
     """Rows computed again."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Deviations in nats: logprob_mean, logprob_max, tail_mean, tail_max, kl_mean, kl_max, worst_row, and
-    what is allowed: quantisation_mean, engine_noise, allowed_mean."""
+    what is allowed: quantisation_mean, engine_noise, allowed_mean. With tail moments also moment_mean,
+    moment_max and moment_allowed, in features of variance one times probability."""
     num_only_one: int = 0
     """Entries that only one of the two heads holds."""
     largest_only_one: float = 0.0
@@ -87,6 +88,7 @@ class VerifyReport:
                 f"  KL per position {f['kl_mean']:10.6f}     {f['kl_max']:10.6f}",
                 f"allowed mean {f['allowed_mean']:.6f}: codec {f['quantisation_mean']:.6f} "
                 f"(measured on these rows) + two engines {f['engine_noise']:.6f}",
+                *_moment_lines(f),
                 f"entries in one head only: {self.num_only_one}, "
                 f"the largest with p = {self.largest_only_one:.2g}",
             ]
@@ -221,6 +223,15 @@ def _judge(
         "allowed_mean": allowed,
     }
     problems = []
+    if manifest.codec.num_features:
+        # A moment is a sum over a mass of at most one: what logprobs may be off by, moments may be off by.
+        figures["moment_mean"], figures["moment_max"] = _mean(found.moments), _max(found.moments)
+        figures["moment_allowed"] = _mean(floor.moments) + noise
+        if not figures["moment_mean"] <= figures["moment_allowed"]:
+            problems.append(
+                f"tail moments must deviate by at most {figures['moment_allowed']:.6f} on average, got "
+                f"{figures['moment_mean']:.6f}; the token features are not those they were taken with"
+            )
     if not figures["logprob_mean"] <= allowed:
         problems.append(
             f"logprobs must deviate by at most {allowed:.6f} nats on average, "
@@ -241,6 +252,15 @@ def _judge(
         num_only_one=found.num_only_one,
         largest_only_one=found.largest_only_one,
     )
+
+
+def _moment_lines(figures: Mapping[str, float]) -> list[str]:
+    if "moment_mean" not in figures:
+        return []
+    return [
+        f"  tail moments    {figures['moment_mean']:10.6f}     {figures['moment_max']:10.6f}   "
+        f"(allowed mean {figures['moment_allowed']:.6f})"
+    ]
 
 
 def _mean(values: np.ndarray) -> float:

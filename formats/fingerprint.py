@@ -72,12 +72,16 @@ def weight_files(model_dir: Path) -> list[Path]:
     """The files that an engine would load: those of the index, else the single file, else all of one kind.
 
     Raises:
-        ConfigError: there are none, or one that the index names is missing.
+        ConfigError: there are none, the index is torn, or one that it names is missing.
     """
     for pattern, single in (("*.safetensors", "model.safetensors"), ("*.bin", "pytorch_model.bin")):
         index = model_dir / f"{single}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                content = json.loads(index.read_text(encoding="utf-8"))
+                names = sorted(set(content["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ConfigError(f"{index} must be a JSON index with a weight_map; copy it again") from None
             missing = [name for name in names if not (model_dir / name).is_file()]
             if missing:
                 raise ConfigError(f"{index} names {missing[0]}, which is missing; complete the download")

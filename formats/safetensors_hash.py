@@ -12,6 +12,7 @@ thread.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,9 +41,18 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise FormatError(f"a safetensors header is JSON, got {path}: {error}") from None
+    if not isinstance(header, dict):
+        raise FormatError(f"a safetensors header is a JSON object, got another value in {path}")
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
+        try:
+            begin, end = entry["data_offsets"]
+            _ = entry["dtype"], math.prod(entry["shape"])
+        except (KeyError, TypeError, ValueError):
+            raise FormatError(
+                f"a safetensors header must give dtype, shape and data_offsets of {name}, got others in "
+                f"{path}; copy it again"
+            ) from None
         if not 0 <= begin <= end <= size - 8 - length:
             raise FormatError(f"{path} is cut short: the bytes of {name} lie outside the file; copy it again")
     return header, 8 + length

@@ -104,7 +104,7 @@ def tilt(
 
 
 def damping(a_KF: torch.Tensor, covariance_KFF: torch.Tensor, beta: float) -> torch.Tensor:
-    """[K]: what the reweighting x = beta a . (u - m) is multiplied with, given Var x under the student's tail.
+    """[K]: what x = beta a . (u - m) is multiplied with, given its variance under the student's tail.
 
     At T = 1, min(1, LARGEST_DEVIATION / sqrt(Var x)); at another temperature, 1 / sqrt(1 + Var x).
     """

@@ -27,6 +27,7 @@ from formats.errors import (
     AnnealError,
     ConfigError,
     CorpusError,
+    FormatError,
     IdentityMismatchError,
     IncompleteCacheError,
 )
@@ -456,28 +457,15 @@ def test_a_cache_with_moments_holds_what_the_teacher_said(tmp_path: Path) -> Non
     )
 
 
-class StopSecond:
-    """A step that is taken twice in a build stops it the second time."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._left = name, 2
-
-    def __call__(self, current: str) -> None:
-        self._left -= current == self._name
-        if self._left == 0:
-            raise Stop
-
-
 @pytest.mark.parametrize(
     "step",
     [
         stop_at("settings"),
-        stop_at("features"),
         stop_at("planned"),
         stop_at("claimed 2"),
-        StopSecond("features"),
+        stop_at("features"),
     ],
-    ids=["before the features", "features planned", "planned", "capture", "features in their place"],
+    ids=["before the features", "planned", "capture", "features in their place"],
 )
 def test_a_build_with_moments_is_resumed_with_the_same_bytes(tmp_path: Path, step) -> None:
     with pytest.raises(Stop):
@@ -502,6 +490,18 @@ def test_features_are_made_once_for_all_workers(tmp_path: Path) -> None:
     assert TeacherCache(tmp_path / "c").features == seeded_features(3)
 
 
+def test_features_that_the_disk_damaged_reach_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        build_with_moments(tmp_path / "c", step=stop_at("claimed 5"))
+    path = tmp_path / "c" / "_build" / "token_features.bin"
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=r"token_features.bin must be as planned.*--overwrite"):
+        build_with_moments(tmp_path / "c")
+    assert not (tmp_path / "c" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_number_of_features_is_refused_by_name(tmp_path: Path, finished: bool) -> None:
     if finished:
@@ -524,7 +524,7 @@ def test_overwrite_discards_the_features_too(tmp_path: Path, finished: bool) -> 
         build_with_moments(tmp_path / "c")
     else:
         with pytest.raises(Stop):
-            build_with_moments(tmp_path / "c", step=StopSecond("features"))
+            build_with_moments(tmp_path / "c", step=stop_at("features"))
     assert (tmp_path / "c" / "token_features.bin").exists()
     build(tmp_path / "c", overwrite=True)
     build(tmp_path / "fresh")

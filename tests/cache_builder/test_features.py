@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from cache_builder import features as features_module
 from cache_builder.features import INPUT_NAMES, OUTPUT_NAMES, find_embedding, token_features
-from formats.errors import ConfigError
+from formats.errors import ConfigError, FormatError
 from formats.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
 
 VOCAB_SIZE, WIDTH, NUM_FEATURES = 2003, 24, 6
@@ -235,10 +235,19 @@ def test_a_quantised_head_leaves_the_input_embedding(tmp_path: Path) -> None:
 
 
 def test_no_safetensors(tmp_path: Path) -> None:
-    assert find_embedding(tmp_path, VOCAB_SIZE) is None
+    with pytest.raises(ConfigError, match="a model directory holds"):
+        find_embedding(tmp_path, VOCAB_SIZE)
     torch.save({"lm_head.weight": clear_spectrum()}, tmp_path / "pytorch_model.bin")
     assert find_embedding(tmp_path, VOCAB_SIZE) is None
-    assert find_embedding(tmp_path / "nowhere", VOCAB_SIZE) is None
+
+
+def test_a_stray_file_beside_the_weights_is_not_read(tmp_path: Path) -> None:
+    """What an engine does not load is not part of the fingerprint either."""
+    save(tmp_path, {"embed_tokens.weight": clear_spectrum()})
+    stray = save(tmp_path / "other", {"lm_head.weight": clear_spectrum()})
+    (stray / "model.safetensors").rename(tmp_path / "adapter.safetensors")
+    found = find_embedding(tmp_path, VOCAB_SIZE)
+    assert found is not None and found.name == "embed_tokens.weight"
 
 
 def with_header(header: bytes, length: int | None = None) -> bytes:
@@ -250,7 +259,7 @@ def entry(**changes: object) -> bytes:
     return json.dumps({"lm_head.weight": {**fields, **changes}}).encode()
 
 
-def test_torn_and_contradictory_headers_are_no_embedding(tmp_path: Path) -> None:
+def test_torn_headers_are_refused_and_contradictory_ones_no_embedding(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(with_header(entry()))
     assert find_embedding(tmp_path, 4) is not None, "the cases below differ from this one in one thing each"
@@ -263,23 +272,29 @@ def test_torn_and_contradictory_headers_are_no_embedding(tmp_path: Path) -> None
         with_header(entry()[:-1]),
         with_header(b"[]"),
         with_header(entry(data_offsets=[0, 68])),
-        with_header(entry(data_offsets=[0, 60])),
-        with_header(entry(shape=[4, 5])),
-        with_header(entry(shape=[4])),
         with_header(b'{"lm_head.weight": {"data_offsets": [0, 64]}}'),
         with_header(b'{"lm_head.weight": {"dtype": "F32", "shape": [4, 4]}}'),
         with_header(b'{"lm_head.weight": 5}'),
     ):
         file.write_bytes(content)
+        with pytest.raises(FormatError, match="safetensors"):
+            find_embedding(tmp_path, 4)
+    for content in (
+        with_header(entry(data_offsets=[0, 60])),
+        with_header(entry(shape=[4, 5])),
+        with_header(entry(shape=[4])),
+    ):
+        file.write_bytes(content)
         assert find_embedding(tmp_path, 4) is None, content
 
 
-def test_an_index_that_cannot_be_followed_is_no_embedding(tmp_path: Path) -> None:
+def test_an_index_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     save(tmp_path, {"lm_head.weight": clear_spectrum()})
     index = tmp_path / "model.safetensors.index.json"
     for text in ("{torn", "[]", "{}", '{"weight_map": {"lm_head.weight": "gone.safetensors"}}'):
         index.write_text(text)
-        assert find_embedding(tmp_path, VOCAB_SIZE) is None, text
+        with pytest.raises(ConfigError, match=r"index\.json"):
+            find_embedding(tmp_path, VOCAB_SIZE)
     index.write_text('{"weight_map": {"lm_head.weight": "model.safetensors"}}')
     assert find_embedding(tmp_path, VOCAB_SIZE) is not None
 

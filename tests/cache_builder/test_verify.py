@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,17 @@ def test_shifted_rows_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Pat
     assert verify_cache(tmp_path / "c").ok  # every byte is as written
     report = verify_cache(tmp_path / "c", tiny_llama_dir, rows=4, engine="transformers")
     assert not report.ok and "shifted" in report.text()
+
+
+def test_moments_of_other_features_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    def negate(index: int, teacher: TopKLogprobs) -> TopKLogprobs:
+        return replace(teacher, tail_moments=-teacher.tail_moments)
+
+    rewrite(cache, tmp_path / "negated", negate)
+    report = verify_cache(tmp_path / "negated", tiny_llama_dir, engine="transformers")
+    assert not report.ok and len(report.problems) == 1
+    assert "tail moments must deviate by at most" in report.problems[0]
+    assert "tail moments" in verify_cache(cache, tiny_llama_dir, engine="transformers").text()
 
 
 def test_one_wrong_row_among_right_ones_is_named(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
