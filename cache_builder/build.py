@@ -83,10 +83,12 @@ def build_cache(
     """Build a cache, or continue one, or say that it is complete.
 
     Args:
-        progress: told about every phase; `ConsoleProgress()` for a terminal, silent by default. source:
-        model, tokenizer and corpus, opened already; by default opened from `config`. make_teacher: starts the
-        engine when the first shard is claimed; for people with a teacher of their own. step: called between
-        the operations of the protocol; for fault tests.
+        progress: told about every phase; `ConsoleProgress()` for a terminal, silent by default.
+        source: model, tokenizer and corpus, opened already; by default opened from `config`.
+        make_teacher: starts the engine when the first shard is claimed; for people with a teacher of their
+            own, which must take the moments of `source.features_file` unless `config.tail_features` is 0.
+        make_capture: does the work of one process; the Ray pool has its own.
+        step: called between the operations of the protocol; for fault tests.
 
     Raises:
         ConfigError, CorpusError: bad settings or input; nothing was written then.

@@ -96,7 +96,8 @@ class Capture:
 
         Raises:
             AnnealError: the engine returned something that cannot be stored, or another engine built this
-            cache. OSError: the disk is full or fails.
+                cache.
+            OSError: the disk is full or fails.
         """
         wanted = list(indices)
         sweep_partials(self.out)

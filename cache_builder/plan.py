@@ -1,11 +1,10 @@
-"""The plan of a build: fixed settings first, then the list of shards, each file written once and never
-changed.
+"""The plan of a build: settings first, then the list of shards; each file is written once, never changed.
 
-`_build/settings.json`  identity, codec and shard sizes; committed exclusively, so the first command decides
-and
-                        every other is compared with it.
-`_build/plan.json`      the shards with their counts and the hashes of their staged rows; its presence ends
-planning.
+    _build/settings.json       identity, codec and shard sizes; committed exclusively, so the first command
+                               decides and every other is compared with it
+    _build/token_features.bin  what the tail moments are moments of
+    _build/plan.json           the shards, with their counts and the hashes of their staged rows and of the
+                               features; its presence ends planning
 
 An interrupted planning starts again and overwrites the staged rows with the same bytes.
 """

@@ -153,8 +153,9 @@ def build_cache_with_ray(
 
     Args:
         address: of a running cluster, `auto` for the one this machine belongs to; None starts Ray on this
-        machine. num_workers: engines at a time; None is as many as the cluster has room for. runtime_env:
-        passed to Ray.
+            machine.
+        num_workers: engines at a time; None is as many as the cluster has room for.
+        runtime_env: passed to Ray.
 
     Raises:
         ConfigError: Ray is not installed, not reachable, or has no room.

@@ -68,8 +68,8 @@ class TeacherCache:
     """A complete cache, read-only.
 
     Raises:
-        FormatError: not a cache (with `UnsupportedVersionError`, `CorruptShardError`,
-        `IncompleteCacheError`).
+        FormatError: not a cache; more precisely `UnsupportedVersionError`, `CorruptShardError` or
+            `IncompleteCacheError`.
     """
 
     def __init__(self, path_or_url: str | os.PathLike[str]) -> None:

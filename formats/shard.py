@@ -111,8 +111,7 @@ class ShardWriter:
         """Add one example.
 
         Raises:
-            ValueError: `teacher` has another number of positions than the row, or invalid contents (the
-            latter
+            ValueError: `teacher` has another number of positions than the row, or invalid contents (which
                 may be noticed a few rows later).
         """
         expected = len(row.positions(self._positions))

@@ -76,8 +76,7 @@ def train(config: TrainConfig) -> TrainReport:
         ConfigError: settings, model or output directory do not fit.
         FormatError: a cache is missing, unfinished or broken.
         IdentityMismatchError: a cache was built with another model, tokenizer or template, or the KL before
-        the
-            first update is above `config.step0_threshold`.
+            the first update is above `config.step0_threshold`.
     """
     started = time.perf_counter()
     resolved = resolve_training(config)
