@@ -33,7 +33,7 @@ LARGEST_DEVIATION = 4.0
 """Standard deviation of the reweighting at T = 1 that is let through: the gradient of a row that has drifted
 beyond any estimate stays bounded."""
 SLICE = 8192
-"""Columns of the vocabulary reweighted at a time."""
+"""Tokens of the vocabulary worked on at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,11 @@ class FeatureTables:
         num_features = codes_VF.shape[1]
         values_VF = codes_VF.to(arithmetic) / FEATURE_UNIT
         first, second = torch.triu_indices(num_features, num_features, device=codes_VF.device)
-        products_VG = torch.cat([values_VF, values_VF[:, first] * values_VF[:, second]], dim=1).to(compute)
+        products_VG = values_VF.new_empty(len(values_VF), num_features + len(first), dtype=compute)
+        products_VG[:, :num_features] = values_VF
+        for start in range(0, len(values_VF), SLICE):
+            rows = slice(start, start + SLICE)
+            products_VG[rows, num_features:] = values_VF[rows, first] * values_VF[rows, second]
         pair_FF = torch.empty(num_features, num_features, dtype=torch.int64, device=codes_VF.device)
         pair_FF[first, second] = pair_FF[second, first] = torch.arange(len(first), device=codes_VF.device)
         return cls(values_VF, products_VG, pair_FF)
