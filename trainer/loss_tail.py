@@ -40,7 +40,7 @@ SLICE = 8192
 class FeatureTables:
     """Features as the loss multiplies with them."""
 
-    values_VF: torch.Tensor
+    values_FV: torch.Tensor
     """In the arithmetic's dtype."""
     products_VG: torch.Tensor
     """In the compute dtype: the features, then their products in pairs."""
@@ -55,12 +55,13 @@ class FeatureTables:
         first, second = torch.triu_indices(num_features, num_features, device=codes_VF.device)
         products_VG = values_VF.new_empty(len(values_VF), num_features + len(first), dtype=compute)
         products_VG[:, :num_features] = values_VF
-        for start in range(0, len(values_VF), SLICE):
-            rows = slice(start, start + SLICE)
-            products_VG[rows, num_features:] = values_VF[rows, first] * values_VF[rows, second]
+        at = num_features
+        for f in range(num_features):  # the order of triu_indices
+            products_VG[:, at : at + num_features - f] = values_VF[:, f, None] * values_VF[:, f:]
+            at += num_features - f
         pair_FF = torch.empty(num_features, num_features, dtype=torch.int64, device=codes_VF.device)
         pair_FF[first, second] = pair_FF[second, first] = torch.arange(len(first), device=codes_VF.device)
-        return cls(values_VF, products_VG, pair_FF)
+        return cls(values_VF.t().contiguous(), products_VG, pair_FF)
 
     def statistics(
         self, weights_CV: torch.Tensor, sum_C: torch.Tensor, buffer_CV: torch.Tensor | None
@@ -77,7 +78,7 @@ class FeatureTables:
             assert buffer_CV is not None
             torch.mul(weights_CV, scale_C1, out=buffer_CV)
             moments_CG = (buffer_CV @ self.products_VG).to(arithmetic)
-        num_features = self.values_VF.shape[1]
+        num_features = len(self.values_FV)
         mean_CF = moments_CG[:, :num_features]
         second_CFF = moments_CG[:, num_features:][:, self.pair_FF]
         return mean_CF, second_CFF - mean_CF[:, :, None] * mean_CF[:, None, :]
@@ -86,7 +87,7 @@ class FeatureTables:
         """weights *= offset + slope . u_j, in place."""
         for start in range(0, weights_CV.shape[1], SLICE):
             columns = slice(start, start + SLICE)
-            factor = torch.addmm(offset_C[:, None], slope_CF, self.values_VF[columns].t())
+            factor = torch.addmm(offset_C[:, None], slope_CF, self.values_FV[:, columns])
             weights_CV[:, columns].mul_(factor)
 
 
