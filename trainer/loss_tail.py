@@ -97,15 +97,19 @@ def tilt(
     teacher_mean_KF: torch.Tensor,
     teacher_noise_K: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a [K, F], a . (m_t - m) [K]) at T = 1."""
+    """(a [K, F]; a . (m_t - m) [K], less what the noise alone would make of it) at T = 1."""
     variance_K = covariance_KFF.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0.0)
     ridge_K = VARIANCE_SHARE * variance_K + teacher_noise_K / DRIFT_VARIANCE + LEAST_RIDGE
     identity_FF = torch.eye(mean_KF.shape[1], dtype=mean_KF.dtype, device=mean_KF.device)
     shift_KF = teacher_mean_KF - mean_KF
     system_KFF = covariance_KFF + ridge_K[:, None, None] * identity_FF
     # The variant without a check: a check would wait for the device.
-    a_KF = torch.linalg.solve_ex(system_KFF, shift_KF[:, :, None])[0].squeeze(-1)
-    return a_KF, (a_KF * shift_KF).sum(1)
+    inverse_KFF = torch.linalg.inv_ex(system_KFF)[0]
+    a_KF = torch.einsum("kfg,kg->kf", inverse_KFF, shift_KF)
+    # Rounding cannot be off by more than there is: in a light tail, moments are rounded to zero.
+    noise_K = torch.minimum(teacher_noise_K, variance_K)
+    expected_K = noise_K * inverse_KFF.diagonal(dim1=1, dim2=2).sum(1)
+    return a_KF, (a_KF * shift_KF).sum(1) - expected_K
 
 
 def damping(a_KF: torch.Tensor, covariance_KFF: torch.Tensor, beta: float) -> torch.Tensor:

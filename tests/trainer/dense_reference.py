@@ -50,8 +50,8 @@ def tail_shape_row(student_logits, ids, teacher_mean, noise, features, temperatu
     """What the tail moments of one row add to its KL: value, and by autograd the gradient.
 
     At T = 1 half the squared distance of the two tails' mean features in the inverse of the regularised
-    covariance under the student's tail, a metric that is held fixed. At another T the student's tail,
-    reweighted by the solution found at T = 1 (damped), is a fixed target.
+    covariance under the student's tail, a metric that is held fixed; less what noise alone would give. At
+    another T the student's tail, reweighted by the solution found at T = 1 (damped), is a fixed target.
     """
     beta = 1.0 / temperature
     outside = torch.ones(len(student_logits), dtype=torch.bool)
@@ -66,16 +66,17 @@ def tail_shape_row(student_logits, ids, teacher_mean, noise, features, temperatu
     ridge = 0.02 * covariance.diagonal().mean() + noise / 0.02 + 1e-6
     metric = torch.linalg.inv(covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype)).detach()
     shift = teacher_mean - mean
+    expected = (torch.minimum(noise, covariance.diagonal().mean()) * metric.trace()).detach()
     if temperature == 1.0:
         deviation = (tail * (centred @ metric @ shift) ** 2).sum().sqrt().detach()
-        return tail_mass * min(1.0, 4.0 / deviation) * 0.5 * shift @ metric @ shift
+        return tail_mass * min(1.0, 4.0 / deviation) * 0.5 * (shift @ metric @ shift - expected)
     a = (metric @ shift).detach()
     hot = torch.softmax(beta * student_logits[outside], 0)
     x = beta * (u @ a)
     x = x - (hot.detach() * x).sum()
     damping = 1 / (1 + (hot.detach() * x * x).sum()).sqrt()
     pull = -tail_mass * (hot.detach() * damping * x * hot.log()).sum()
-    value = tail_mass * 0.5 * beta**2 * damping * (a @ shift)
+    value = tail_mass * 0.5 * beta**2 * damping * (a @ shift - expected)
     return value.detach() + pull - pull.detach()
 
 
