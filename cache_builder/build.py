@@ -9,6 +9,7 @@ result has the same bytes as an undisturbed build. docs/reliability.md states wh
 not.
 """
 
+import hashlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,6 +36,7 @@ from cache_builder.report import BuildReport
 from cache_builder.signals import BuildInterrupted, interruptible
 from cache_builder.source import BuildSource, open_source
 from cache_builder.staging import StagedShard
+from formats.commit import atomic_write_bytes
 from formats.errors import AnnealError, ConfigError
 from formats.identity import TeacherIdentity
 from formats.manifest import Manifest
@@ -260,12 +262,18 @@ def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -
         progress.advance(shard.num_rows, shard.num_tokens)
         step(f"staged {index}")
 
-    features = source.make_features().to_bytes() if source.make_features is not None else None
+    digest = None
+    if source.features_file is not None and source.make_features is not None:
+        progress.note("taking token features from the model's output embedding")
+        features = source.make_features().to_bytes()
+        atomic_write_bytes(source.features_file, features)
+        digest = hashlib.sha256(features).hexdigest()
+        step("features planned")
     plan = write_plan(
         out,
         rows,
         source.settings,
-        features=features,
+        features_sha256=digest,
         describe=lambda: source.describe(rows),
         on_shard=staged,
     )

@@ -9,7 +9,6 @@
 An interrupted planning starts again and overwrites the staged rows with the same bytes.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,6 @@ from cache_builder.layout import build_directory
 from cache_builder.staging import StagedShard, cut, stage
 from formats.commit import atomic_write_bytes, commit_exclusive, temporary_name
 from formats.errors import ConfigError, CorpusError, FormatError
-from formats.features import FEATURES_FILE
 from formats.identity import Difference, TeacherIdentity, short
 from formats.progress import PLAN_NAME
 from formats.rows import TokenRow
@@ -212,7 +210,7 @@ def write_plan(
     rows: Iterable[TokenRow],
     settings: Settings,
     *,
-    features: bytes | None = None,
+    features_sha256: str | None = None,
     describe: Callable[[], Mapping[str, Any]] = dict,
     on_shard: Callable[[int, StagedShard], None] = lambda index, shard: None,
 ) -> Plan:
@@ -220,7 +218,7 @@ def write_plan(
 
     Args:
         rows: the corpus, read once.
-        features: contents of token_features.bin; None without tail moments.
+        features_sha256: of token_features.bin, which is there already; None without tail moments.
         describe: called at the end, what the tokeniser counted.
         on_shard: called after each staged shard.
 
@@ -233,11 +231,7 @@ def write_plan(
     for group in cut(rows, settings.rows_per_shard, settings.tokens_per_shard):
         shards.append(stage(build, len(shards), group, settings.positions))
         on_shard(len(shards) - 1, shards[-1])
-    digest = None
-    if features is not None:
-        atomic_write_bytes(build / FEATURES_FILE, features)
-        digest = hashlib.sha256(features).hexdigest()
-    plan = Plan(shards=tuple(shards), corpus=describe(), features_sha256=digest)
+    plan = Plan(shards=tuple(shards), corpus=describe(), features_sha256=features_sha256)
     require_work(plan.num_positions, plan.num_rows)
     atomic_write_bytes(build / PLAN_NAME, plan.to_bytes())
     return plan

@@ -461,11 +461,12 @@ def test_a_cache_with_moments_holds_what_the_teacher_said(tmp_path: Path) -> Non
     "step",
     [
         stop_at("settings"),
+        stop_at("features planned"),
         stop_at("planned"),
         stop_at("claimed 2"),
         stop_at("features"),
     ],
-    ids=["before the features", "planned", "capture", "features in their place"],
+    ids=["before the features", "features planned", "planned", "capture", "features in their place"],
 )
 def test_a_build_with_moments_is_resumed_with_the_same_bytes(tmp_path: Path, step) -> None:
     with pytest.raises(Stop):
