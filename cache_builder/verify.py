@@ -224,9 +224,11 @@ def _judge(
     }
     problems = []
     if manifest.codec.num_features:
-        # A moment is a sum over a mass of at most one: what logprobs may be off by, moments may be off by.
+        # A moment is a sum over the tail: a probability that is off by a share moves it by that share of the
+        # tail's mass, times a feature of variance one.
+        tail = np.exp(TopKLogprobs.concatenate(again).log_tail(1.0))
         figures["moment_mean"], figures["moment_max"] = _mean(found.moments), _max(found.moments)
-        figures["moment_allowed"] = _mean(floor.moments) + noise
+        figures["moment_allowed"] = _mean(floor.moments) + noise * _mean(tail)
         if not figures["moment_mean"] <= figures["moment_allowed"]:
             problems.append(
                 f"tail moments must deviate by at most {figures['moment_allowed']:.6f} on average, got "

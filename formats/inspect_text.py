@@ -36,6 +36,10 @@ def _table(rows: list[tuple[str, ...]], indent: str = "  ") -> list[str]:
     ]  # fmt: skip
 
 
+def _moments(codec: dict[str, Any]) -> str:
+    return f"{codec['num_features']} tail moments; " if "num_features" in codec else ""
+
+
 def _identity(identity: dict[str, Any]) -> list[str]:
     lines = []
     for section, content in identity.items():
@@ -66,7 +70,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{s['num_positions']:,} positions with a teacher, "
         f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {human_bytes(s['num_bytes'])}",
         f"  vocabulary {settings['vocab_size']:,}; heads: p >= {settings['min_prob']:g}, "
-        f"at most {settings['max_k']:,}; positions: {settings['positions']}",
+        f"at most {settings['max_k']:,}; {_moments(settings['codec'])}positions: {settings['positions']}",
         "",
         "identity",
         *_identity(s["identity"]),
