@@ -1,8 +1,8 @@
 """Reading speed, side by side in one run on one core: decoding, a per-token Python decoder, random against
 sequential rows, and opening a cache of many shards.
 
-Teachers are made at random with 20 entries per position on average; all figures of one run are comparable,
-no two runs on different machines are.
+Teachers are made at random with 20 entries and 16 tail moments per position on average; all figures of one
+run are comparable, no two runs on different machines are.
 
     python benchmarks/reader.py [--rows 256] [--length 1024] [--shards 10000]
 """
@@ -24,16 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "formats"
 from independent_reader import read_payload, unseal
 
 from formats import CacheWriter, Manifest, ShardInfo, TeacherCache, TokenRow, TopKLogprobs
+from formats.features import FEATURE_UNIT, FEATURES_FILE, MAX_CODE, TokenFeatures
 from formats.segments import offsets_of
 from formats.tail import TAIL_BETAS
 
 VOCAB_SIZE = 128_256
 ENTRIES = 20
+NUM_FEATURES = 16
 REPEATS = 5
 
 
 def random_teacher(rng: np.random.Generator, count: int) -> TopKLogprobs:
-    """Heads of 1 to 2 * ENTRIES - 1 tokens with Zipf-like ids and probabilities."""
+    """Heads of 1 to 2 * ENTRIES - 1 tokens with Zipf-like ids and probabilities, and tail moments."""
     sizes = rng.integers(1, 2 * ENTRIES, count)
     offsets = offsets_of(sizes)
     total = int(offsets[-1])
@@ -47,7 +49,8 @@ def random_teacher(rng: np.random.Generator, count: int) -> TopKLogprobs:
     rest = np.log(VOCAB_SIZE - sizes)
     each = np.log(tail_mass) - rest
     nodes = rest[:, None] + each[:, None] * np.array(TAIL_BETAS)
-    return TopKLogprobs(offsets, token_ids, np.log(weights), nodes, VOCAB_SIZE)
+    moments = tail_mass[:, None] * rng.normal(0.0, 0.3, (count, NUM_FEATURES))
+    return TopKLogprobs(offsets, token_ids, np.log(weights), nodes, VOCAB_SIZE, moments)
 
 
 def consume(rows: Iterable[Any]) -> None:
@@ -73,9 +76,10 @@ def many_shards(source: Path, target: Path, count: int) -> None:
     names = [f"shard-{number:05d}.arrow" for number in range(count)]
     for name in (names[0], names[-1]):
         shutil.copy(source / first.name, target / name)
+    shutil.copy(source / FEATURES_FILE, target / FEATURES_FILE)
     shards = [ShardInfo(**(vars(first) | {"name": name})) for name in names]
     fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
-    Manifest(**(fields | {"shards": shards, "files": {}})).write(target)
+    Manifest(**(fields | {"shards": shards})).write(target)
 
 
 def main() -> None:
@@ -90,7 +94,10 @@ def main() -> None:
         mask = np.ones(args.length, bool)
         mask[0] = False
         start = time.process_time()
-        with CacheWriter(directory, identity={}, vocab_size=VOCAB_SIZE, max_k=128) as writer:
+        codes = rng.normal(0, FEATURE_UNIT, (VOCAB_SIZE, NUM_FEATURES)).clip(-MAX_CODE, MAX_CODE)
+        features = TokenFeatures(codes.astype(np.int8))
+        settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_k": 128, "features": features}
+        with CacheWriter(directory, identity={}, **settings) as writer:
             for _ in range(args.rows):
                 row = TokenRow(rng.integers(0, VOCAB_SIZE, args.length), mask)
                 writer.append(row, random_teacher(rng, args.length - 1))
