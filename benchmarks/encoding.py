@@ -238,10 +238,12 @@ def at_temperature(logprobs: np.ndarray, beta: float) -> np.ndarray:
     return weights / weights.sum(1, keepdims=True)
 
 
-def gradient(encoded: Encoded, head: TopKLogprobs, log_student: np.ndarray, temperature: float) -> np.ndarray:
-    """The gradient [CHUNK, V] a loss forms from the encoding, for the student's logprobs at T = 1."""
+def gradient(
+    encoded: Encoded, head: TopKLogprobs, student: np.ndarray, log_student: np.ndarray, temperature: float
+) -> np.ndarray:
+    """The gradient [CHUNK, V] a loss forms from the encoding, for student probabilities at this
+    temperature and logprobs at T = 1."""
     beta = 1 / temperature
-    student = at_temperature(log_student, beta)
     rows = np.repeat(np.arange(len(head)), head.counts)
     columns = head.token_ids
     log_head = head.log_head(temperature).astype(np.float64)
@@ -321,7 +323,7 @@ def errors(pair: Pair, encodings: dict[str, list[Encoded]]) -> dict[str, dict[fl
             kept = {}
             for name, rows in encodings.items():
                 head = rows[row].topk.slice(position, position + CHUNK)
-                found = gradient(rows[row], head, log_student, temperature)
+                found = gradient(rows[row], head, student, log_student, temperature)
                 square[name][temperature] += float(((found - exact) ** 2).sum())
                 if any(name in pair_names for pair_names in against.values()):
                     kept[name] = found

@@ -116,8 +116,8 @@ class ShardCommitter:
             + topk.token_ids.nbytes * 2
             + topk.log_tail_nodes.nbytes
             + topk.tail_moments.nbytes
+            + 512
         )
-        weight += 512
         self._put("row", (row, topk), weight)
 
     def end(self, index: int) -> None:

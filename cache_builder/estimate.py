@@ -10,10 +10,8 @@ generous settings.  Every tighter setting follows from that capture exactly (ent
     KL            of the stored head and tail from the unquantised ones: what the codec alone costs
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,13 @@ from cache_builder.build import MakeTeacher, start_engine
 from cache_builder.capture import EngineStartError
 from cache_builder.compare import compare
 from cache_builder.config import BuildConfig
+from cache_builder.features import temporary_file
 from cache_builder.plan import require_work
 from cache_builder.progress import Progress, format_bytes
 from cache_builder.scratch import stored_and_read
 from cache_builder.source import BuildSource, open_source
 from formats.errors import AnnealError, ConfigError
-from formats.features import FEATURES_FILE, TokenFeatures
+from formats.features import TokenFeatures
 from formats.rows import TokenRow
 from formats.topk import TopKLogprobs
 
@@ -140,10 +139,7 @@ def estimate_cache(
     features = source.make_features() if source.make_features is not None else None
     codec = replace(config.codec, num_features=features.num_features if features is not None else 0)
     config = replace(config, codec=codec)
-    with tempfile.TemporaryDirectory(prefix="anneal-") as folder:
-        file = Path(folder) / FEATURES_FILE if features is not None else None
-        if file is not None and features is not None:
-            file.write_bytes(features.to_bytes())
+    with temporary_file(features) as file:
         source = replace(source, features_file=file)
         captured = _capture(generous, source, sample, make_teacher, progress)
     settings = sorted({*min_probs, config.min_prob} - {0.0})

@@ -12,7 +12,9 @@ V: vocabulary, D: hidden size, F: features, Q: directions iterated.
 """
 
 import math
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from formats.errors import ConfigError
-from formats.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
+from formats.features import FEATURE_UNIT, FEATURES_FILE, MAX_CODE, TokenFeatures
 from formats.fingerprint import weight_files
 from formats.safetensors_hash import read_header
 
@@ -122,6 +124,18 @@ def token_features(embedding: Embedding, vocab_size: int, num_features: int) -> 
         codes[at : at + len(part), : len(best)] = np.clip(np.rint(projected), -MAX_CODE, MAX_CODE)
         at += len(part)
     return TokenFeatures(codes)
+
+
+@contextmanager
+def temporary_file(features: TokenFeatures | None) -> Iterator[Path | None]:
+    """A file that engines read `features` from while they start; None without features."""
+    if features is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="anneal-") as folder:
+        path = Path(folder) / FEATURES_FILE
+        path.write_bytes(features.to_bytes())
+        yield path
 
 
 def _covariance_times(

@@ -6,7 +6,6 @@ vouch for itself. What the two differ by is printed beside what they may differ 
 measured by storing and reading the recomputed rows, plus the noise of two engines in the cache's dtype.
 """
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from cache_builder.compare import compare
+from cache_builder.features import temporary_file
 from cache_builder.model_files import load_tokenizer
 from cache_builder.progress import Progress
 from cache_builder.scratch import stored_and_read
 from cache_builder.teacher import TeacherConfig, make_teacher
 from formats.cache import CacheRow, TeacherCache
 from formats.errors import ConfigError, FormatError
-from formats.features import FEATURES_FILE
 from formats.fingerprint import resolve_model
 from formats.identity import require_same_teacher
 from formats.topk import TopKLogprobs
@@ -144,11 +143,7 @@ def verify_cache(
     stored = [opened[int(index)] for index in np.sort(chosen)]
     name = engine or OTHER_ENGINE.get(str(teacher.get("engine")), "transformers")
     progress.note(f"computing {len(stored)} rows again with {name}")
-    with tempfile.TemporaryDirectory(prefix="anneal-") as folder:
-        features = None
-        if opened.features is not None:
-            features = Path(folder) / FEATURES_FILE
-            features.write_bytes(opened.features.to_bytes())
+    with temporary_file(opened.features) as features:
         config = _teacher_config(opened, model_dir, features, engine_args or {})
         running = make_teacher(name, config)
     progress.start("recompute", len(stored))

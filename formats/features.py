@@ -74,7 +74,8 @@ class TokenFeatures:
                 "copy or build the cache again"
             )
         try:
-            return cls(np.frombuffer(data, np.int8).reshape(vocab_size, num_features))
+            # Copied: a view of bytes is read-only, which torch warns about.
+            return cls(np.frombuffer(data, np.int8).reshape(vocab_size, num_features).copy())
         except ValueError as error:
             raise CorruptShardError(f"{FEATURES_FILE}: {error}; copy or build the cache again") from None
 

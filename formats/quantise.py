@@ -107,8 +107,18 @@ def quantise_tails(
     rows = [known[1.0] - _predict_one(codes_N, offsets, mass_table, tail_steps)]
     for node, bias, weights in PREDICTIONS:
         rows.append(known[node] - _combine(known, bias, weights, tail_steps))
-    difference = ((np.stack(rows) + 32768) & 0xFFFF) - 32768
-    return ((difference << 1) ^ (difference >> 63)).astype(np.uint16)
+    return _zigzag(((np.stack(rows) + 32768) & 0xFFFF) - 32768)
+
+
+def _zigzag(signed: np.ndarray) -> np.ndarray:
+    """uint16 of int64: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
+    return ((signed << 1) ^ (signed >> 63)).astype(np.uint16)
+
+
+def _unzigzag(stored: np.ndarray) -> np.ndarray:
+    """int32, the inverse of `_zigzag`; everything here fits: half the memory traffic of int64."""
+    wide = stored.astype(np.int32)
+    return (wide >> 1) ^ -(wide & 1)
 
 
 def _combine(
@@ -127,8 +137,7 @@ def dequantise_tails(
     tail_steps: int,
 ) -> np.ndarray:
     """float32 [P, K]: the inverse of `quantise_tails`; -inf where the tail is empty."""
-    stored = stored_KP.astype(np.int32)  # everything here fits: half the memory traffic of int64
-    difference = (stored >> 1) ^ -(stored & 1)
+    difference = _unzigzag(stored_KP)
     known = {0.0: _free_node(num_tail_P, tail_steps).astype(np.int32)}
     for k, node in enumerate(NODE_ORDER):
         if k == 0:
@@ -144,11 +153,9 @@ def dequantise_tails(
 
 def quantise_moments(moments_PF: np.ndarray, steps: int) -> np.ndarray:
     """uint16 [F, P]: zigzag-coded steps; the features bound them, so nothing is clipped."""
-    code = np.rint(moments_PF.T.astype(np.float64) * steps).astype(np.int64)
-    return ((code << 1) ^ (code >> 63)).astype(np.uint16)
+    return _zigzag(np.rint(moments_PF.T.astype(np.float64) * steps).astype(np.int64))
 
 
 def dequantise_moments(stored_FP: np.ndarray, steps: int) -> np.ndarray:
     """float32 [P, F]: the inverse of `quantise_moments`."""
-    stored = stored_FP.T.astype(np.int32)
-    return ((stored >> 1) ^ -(stored & 1)).astype(np.float32) / np.float32(steps)
+    return _unzigzag(stored_FP.T).astype(np.float32) / np.float32(steps)

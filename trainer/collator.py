@@ -112,8 +112,7 @@ def _tail_shape(items: Sequence[Item]) -> dict[str, np.ndarray]:
         )
     names = ("teacher_tail_mean", "teacher_tail_noise")
     columns = {name: np.concatenate([item[name] for item in scored]) for name in names}
-    # A copy: the array is a read-only view of the cache's bytes, which torch warns about.
-    return columns | {"token_features": first.copy()}
+    return columns | {"token_features": first}
 
 
 def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor, TeacherBatch | None]:

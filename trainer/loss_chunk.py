@@ -100,21 +100,10 @@ class TailShape:
 
     kl_K: torch.Tensor
     """Its value: half the squared distance of the means, in the metric of the student's tail, times 1 - P."""
-    a_KF: torch.Tensor
-    """beta times the reweighting's slope, damped."""
+    slope_KF: torch.Tensor
+    """On R its gradient is (offset + slope . u_j) times the student's tail of mass one."""
     offset_K: torch.Tensor
-    """a . m."""
-    weight_K: torch.Tensor
-    """beta (1 - P)."""
-
-    def multiplier(
-        self, kl_weight: torch.Tensor, tail_sum_K: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slope [K, F], offset [K]): the gradient on R is e_j (offset + slope . u_j), e_j the exponentials
-        that sum to `tail_sum_K`."""
-        tiny = torch.finfo(tail_sum_K.dtype).tiny
-        scale_K = -kl_weight * self.weight_K / tail_sum_K.clamp_min(tiny)
-        return scale_K[:, None] * self.a_KF, -scale_K * self.offset_K
+    """- slope . m."""
 
 
 def _tail_shape(
@@ -142,12 +131,10 @@ def _tail_shape(
         mean_one_KF, covariance_one_KFF = mean_CF[rows_K], covariance_CFF[rows_K]
     a_KF, distance_K = tilt(mean_one_KF, covariance_one_KFF, targets.tail_mean_KF, targets.tail_noise_K)
     damping_K = damping(a_KF, covariance_KFF, beta)
-    slope_KF = beta * damping_K[:, None] * a_KF
+    weight_K = beta * beta * damping_K * targets.tail_K
+    slope_KF = -weight_K[:, None] * a_KF
     return TailShape(
-        kl_K=0.5 * beta * beta * damping_K * targets.tail_K * distance_K,
-        a_KF=slope_KF,
-        offset_K=(slope_KF * mean_KF).sum(1),
-        weight_K=beta * targets.tail_K,
+        kl_K=0.5 * weight_K * distance_K, slope_KF=slope_KF, offset_K=-(slope_KF * mean_KF).sum(1)
     )
 
 
@@ -167,8 +154,8 @@ def process_chunk(
     """Overwrite `logits_CV` (contiguous, the arithmetic's dtype) with the gradient; return the chunk's sums.
 
     `scratch_CV` is a second tensor of the same shape, needed only for teacher targets at T != 1. With
-    `tables` the tail's shape is matched as well; `weights_CV` is then a buffer of the compute dtype, needed
-    only where that is not the arithmetic's.
+    `tables` (forward KL only) the tail's shape is matched as well; `weights_CV` is then a buffer of the
+    compute dtype, needed only where that is not the arithmetic's.
     """
     labelled_C = labels_C != IGNORE_INDEX
     safe_labels_C1 = labels_C.clamp_min(0)[:, None]
@@ -204,7 +191,7 @@ def process_chunk(
     # The softmax at T = 1, for the cross-entropy: the one just computed, or a second one.
     sum_C = tail_sum_C.index_copy(0, targets.position_K, sum_K) if share else shifted_CV.exp_().sum(dim=1)
     shape = None
-    if tables is not None and not reverse:
+    if tables is not None:
         shape = _tail_shape(shifted_CV, tempered_CV, tail_sum_C, flat_E, targets, tables, weights_CV, beta)
     sums = ChunkSums(
         ce=((sum_C.log() - shifted_label_C) * labelled_C).sum(),
@@ -219,10 +206,10 @@ def process_chunk(
     )
     ce_coefficient_C = ce_weight_C / sum_C
     if shape is not None and tables is not None:
-        slope_KF, offset_K = shape.multiplier(weights.kl, tail_sum_K)
-        slope_CF = slope_KF.new_zeros(len(sum_C), slope_KF.shape[1])
-        slope_CF.index_copy_(0, targets.position_K, slope_KF)
-        tail_coefficient_C.index_add_(0, targets.position_K, offset_K)
+        scale_K = weights.kl / tail_sum_K.clamp_min(torch.finfo(tail_sum_K.dtype).tiny)
+        slope_CF = shape.slope_KF.new_zeros(len(sum_C), shape.slope_KF.shape[1])
+        slope_CF.index_copy_(0, targets.position_K, scale_K[:, None] * shape.slope_KF)
+        tail_coefficient_C.index_add_(0, targets.position_K, scale_K * shape.offset_K)
         if share:
             tables.reweight(tempered_CV, slope_CF, ce_coefficient_C + tail_coefficient_C)
         else:

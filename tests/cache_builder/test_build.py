@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from deterministic_build import (
     SeededTeacher,
+    Stop,
     contents,
     logits_of,
     make_config,
@@ -16,6 +17,7 @@ from deterministic_build import (
     make_source,
     reduce_exactly,
     seeded_features,
+    stop_at,
 )
 
 from cache_builder.build import BuildError, build_cache
@@ -102,18 +104,6 @@ def test_a_finished_build_run_again_does_nothing(tmp_path: Path) -> None:
     report = build(tmp_path / "c", teacher=Never)
     assert report.was_complete and "complete" in report.text() and "nothing to do" in report.text()
     assert (contents(tmp_path / "c"), (tmp_path / "c" / "manifest.json").stat().st_mtime_ns) == before
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(name: str):
-    def step(current: str) -> None:
-        if current == name:
-            raise Stop
-
-    return step
 
 
 def test_an_unfinished_build_cannot_be_opened_and_says_how_far_it_is(tmp_path: Path) -> None:

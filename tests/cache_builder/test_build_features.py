@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deterministic_build import contents
+from deterministic_build import Stop, contents, stop_at
 from teacher_agreement import dense_logprobs, dense_moments
 from tiny_models import VOCAB_SIZE
 
@@ -24,14 +24,9 @@ from formats.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    from tiny_models import stdlib_sources
+    from tiny_models import write_corpus
 
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    text = next(iter(stdlib_sources(1)))
-    with open(path, "w") as file:
-        for start in range(0, 1600, 160):
-            file.write(json.dumps({"text": text[start : start + 160]}) + "\n")
-    return path
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +50,6 @@ def cache(config: BuildConfig) -> TeacherCache:
 
 def manifest_of(cache: TeacherCache) -> dict:
     return json.loads((Path(cache.path) / "manifest.json").read_text())
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(name: str):
-    def step(current: str) -> None:
-        if current == name:
-            raise Stop
-
-    return step
 
 
 def test_the_cache_says_what_its_moments_are_moments_of(cache: TeacherCache, tiny_llama_dir: Path) -> None:

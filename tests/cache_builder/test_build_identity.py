@@ -1,6 +1,5 @@
 """Builds of real files with a real model: identity, refusals, bad input, one clear line each."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -17,14 +16,9 @@ from formats.identity import require_same_teacher
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    from tiny_models import stdlib_sources
+    from tiny_models import write_corpus
 
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    text = next(iter(stdlib_sources(1)))
-    with open(path, "w") as file:
-        for start in range(0, 1600, 160):
-            file.write(json.dumps({"text": text[start : start + 160]}) + "\n")
-    return path
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text.jsonl")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ makes it slow enough to be killed at interesting moments.
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,5 +182,19 @@ def kill_self_at(name: str, count: int = 1):
             seen += 1
             if seen == count:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    return step
+
+
+class Stop(Exception):
+    """Raised by a step of `stop_at`."""
+
+
+def stop_at(name: str) -> Callable[[str], None]:
+    """A `step` for `build_cache` that ends the build there."""
+
+    def step(current: str) -> None:
+        if current == name:
+            raise Stop
 
     return step

@@ -47,6 +47,15 @@ def stdlib_sources(num_modules: int = 12) -> Iterator[str]:
         yield inspect.getsource(module)
 
 
+def write_corpus(path: Path) -> Path:
+    """Ten records of 160 characters of source text."""
+    text = next(iter(stdlib_sources(1)))
+    with open(path, "w") as file:
+        for start in range(0, 1600, 160):
+            file.write(json.dumps({"text": text[start : start + 160]}) + "\n")
+    return path
+
+
 def save_tokenizer(directory: Path) -> Path:
     """Train a byte-level BPE tokenizer of exactly `VOCAB_SIZE` entries and save it with its chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
