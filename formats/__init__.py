@@ -19,6 +19,7 @@ _HOME = {
     "TokenRow": "rows",
     "content_key": "rows",
     "TAIL_BETAS": "tail",
+    "TailDraws": "draws",
     "TopKLogprobs": "topk",
     "CodecConfig": "codec",
     "ShardInfo": "manifest",

@@ -3,7 +3,8 @@
 Heads are sorted by token rank and stored as rank gaps; every number is split into byte planes (all low
 bytes, then all high bytes), plane after plane in one zstd frame whose blocks end with the sections, so that
 each section gets entropy tables of its own. Encoding and decoding are a few dozen numpy passes over a row,
-with no loop over positions or entries. P: positions, N: entries, K: tail nodes, F: token features.
+with no loop over positions or entries. P: positions, N: entries, K: tail nodes, F: token features,
+S: tail draws.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,15 @@ import numpy as np
 import zstandard
 
 from formats import segments
+from formats.draws import MAX_RATE, TailDraws, most_draws
 from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
 from formats.features import LARGEST_FEATURE, MAX_FEATURES
 from formats.quantise import (
+    dequantise_draws,
     dequantise_moments,
     dequantise_tails,
     probability_tables,
+    quantise_draws,
     quantise_moments,
     quantise_probabilities,
     quantise_tails,
@@ -32,8 +36,12 @@ MAX_BODY_BYTES = (1 << 31) - 1
 MAX_ROW_POSITIONS = 1 << 22
 MASS_TOLERANCE = 0.02
 PROBABILITY_KINDS = ("companded", "float32")
-SECTIONS = ("counts", "ids", "probabilities", "tails", "moments")
+SECTIONS = (
+    *("counts", "ids", "probabilities", "tails", "moments"),
+    *("draw_counts", "draw_ids", "draw_logprobs"),
+)
 _SINCE_VERSION_2 = ("num_features", "moment_steps")
+_SINCE_VERSION_3 = ("draw_rate", "draw_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,10 @@ class CodecConfig:
     """F: tail moments per position, one for each token feature of the cache; 0 stores none."""
     moment_steps: int = 128
     """Steps per standard deviation of a feature, times probability: a moment's error is half a step."""
+    draw_rate: int = 0
+    """Expected draws of a tail token over the power 3/4 of its probability; 0 draws none."""
+    draw_steps: int = 32
+    """Steps per nat of a drawn token's logprob: its error is at most half a step, a relative error of p."""
 
     def __post_init__(self) -> None:
         if self.probabilities not in PROBABILITY_KINDS:
@@ -74,6 +86,8 @@ class CodecConfig:
             ("zstd_level", 1, 19),
             ("num_features", 0, MAX_FEATURES),
             ("moment_steps", 1, 1 << 12),
+            ("draw_rate", 0, MAX_RATE),
+            ("draw_steps", 1, 1 << 10),
         ):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
@@ -88,8 +102,9 @@ class CodecConfig:
 
     @property
     def format_version(self) -> int:
-        """The oldest version of the format that can express this: 2 with tail moments, else 1."""
-        return 2 if self.num_features else 1
+        """The oldest version of the format that can express this: 3 with tail draws, 2 with tail moments,
+        else 1."""
+        return 3 if self.draw_rate else 2 if self.num_features else 1
 
     @property
     def moment_resolution(self) -> int | None:
@@ -97,11 +112,10 @@ class CodecConfig:
         return None if self.probabilities == "float32" else self.moment_steps
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; the keys of tail moments only where there are some."""
+        """JSON form; without the keys that its version does not have."""
         content = asdict(self)
-        if not self.num_features:
-            for name in _SINCE_VERSION_2:
-                del content[name]
+        for name in _unknown_to(self.format_version):
+            del content[name]
         return content
 
     @classmethod
@@ -111,9 +125,7 @@ class CodecConfig:
         Raises:
             UnsupportedVersionError: keys or values that this version does not have.
         """
-        known = {item.name for item in fields(cls)}
-        if version == 1:
-            known -= set(_SINCE_VERSION_2)
+        known = {item.name for item in fields(cls)} - set(_unknown_to(version))
         if not isinstance(content, dict) or set(content) != known:
             raise UnsupportedVersionError(
                 f"the codec must have the keys {', '.join(sorted(known))}, got {str(content)[:200]}; "
@@ -124,8 +136,14 @@ class CodecConfig:
         except ConfigError as error:
             raise UnsupportedVersionError(f"this codec is not known: {error}; upgrade anneal") from None
         if config.format_version != version:
-            raise UnsupportedVersionError(f"num_features must be at least 1 in version {version}, got 0")
+            least = "draw_rate" if version == 3 else "num_features"
+            raise UnsupportedVersionError(f"{least} must be at least 1 in version {version}, got 0")
         return config
+
+
+def _unknown_to(version: int) -> tuple[str, ...]:
+    """Keys of the codec that this version does not have."""
+    return (_SINCE_VERSION_2 if version < 2 else ()) + (_SINCE_VERSION_3 if version < 3 else ())
 
 
 def bytes_for(largest: int) -> int:
@@ -169,6 +187,8 @@ class Codec:
             self._id_of_rank, self._rank_of_id = permutations(ranked_ids, vocab_size)
         self._count_width = bytes_for(self.max_k - 1)
         self._id_width = bytes_for(vocab_size - 1)
+        self._most_draws = most_draws(vocab_size, config.draw_rate)
+        self._draw_count_width = bytes_for(self._most_draws)
         self._exact = config.probabilities == "float32"
         self._number_width = 4 if self._exact else 2
         self._logprob_table, self._mass_table = probability_tables(config.sqrt_steps, config.linear_steps)
@@ -177,16 +197,19 @@ class Codec:
         )
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def body_bytes(self, num_positions: int, num_entries: int) -> int:
+    def body_bytes(self, num_positions: int, num_entries: int, num_draws: int = 0) -> int:
         """Bytes of a row before compression."""
         per_position = self._count_width + self._number_width * (len(TAIL_BETAS) + self.config.num_features)
-        return num_positions * per_position + num_entries * (self._id_width + self._number_width)
+        if self.config.draw_rate:
+            per_position += self._draw_count_width
+        per_token = self._id_width + self._number_width
+        return num_positions * per_position + (num_entries + num_draws) * per_token
 
     # --- encoding -----------------------------------------------------------------------------------------
 
     def sections(self, topk: TopKLogprobs) -> tuple[bytes, ...]:
-        """The uncompressed sections of one row, in the order of `SECTIONS`; without features the last is
-        empty.
+        """The uncompressed sections of one row, in the order of `SECTIONS`; those of what the configuration
+        leaves out are empty.
 
         Raises:
             ValueError: the contents are invalid, unnormalised, or break `vocab_size` or `max_k`.
@@ -222,7 +245,23 @@ class Codec:
             probabilities,
             tails,
             moments,
+            *self._draw_sections(topk.draws),
         )
+
+    def _draw_sections(self, drawn: TailDraws) -> tuple[bytes, bytes, bytes]:
+        if not self.config.draw_rate:
+            return b"", b"", b""
+        ranks = self._rank_of_id[drawn.token_ids] if self._id_of_rank is not None else drawn.token_ids
+        order = segments.segment_order(ranks, drawn.offsets)
+        ranks, logprobs = ranks[order].astype(np.int64), drawn.logprobs[order]
+        gaps = np.diff(ranks, prepend=0)
+        first = drawn.offsets[:-1][drawn.counts > 0]
+        gaps[first] = ranks[first]
+        if self._exact:
+            stored = to_planes(logprobs.view(np.uint32), 4)
+        else:
+            stored = to_planes(quantise_draws(logprobs, self.config.draw_steps), 2)
+        return to_planes(drawn.counts, self._draw_count_width), to_planes(gaps, self._id_width), stored
 
     def _check(self, topk: TopKLogprobs) -> None:
         if topk.vocab_size != self.vocab_size:
@@ -231,6 +270,8 @@ class Codec:
             raise ValueError(
                 f"a position must have {self.config.num_features} tail moments, got {topk.num_features}"
             )
+        if topk.draws.rate != self.config.draw_rate:
+            raise ValueError(f"tail draws must have rate {self.config.draw_rate}, got {topk.draws.rate}")
         if len(topk) > MAX_ROW_POSITIONS:
             raise ValueError(f"a row must have at most {MAX_ROW_POSITIONS} positions, got {len(topk)}")
         topk.validate()
@@ -238,7 +279,7 @@ class Codec:
             raise ValueError(
                 f"a head must have at most max_k = {self.max_k} entries, got {topk.counts.max()}"
             )
-        if self.body_bytes(len(topk), topk.num_entries) > MAX_BODY_BYTES:
+        if self.body_bytes(len(topk), topk.num_entries, len(topk.draws.token_ids)) > MAX_BODY_BYTES:
             raise ValueError("a row's teacher must be below 2 GiB; use shorter rows or a smaller max_k")
         if not self._exact and len(topk):
             mass = np.exp(topk.log_partition(1.0).astype(np.float64))
@@ -278,13 +319,14 @@ class Codec:
         if num_positions == 0:
             if len(payload):
                 raise CorruptShardError("a row without positions must have an empty payload")
-            return TopKLogprobs.empty(self.vocab_size, self.config.num_features)
+            return TopKLogprobs.empty(self.vocab_size, self.config.num_features, self.config.draw_rate)
         body = self._decompress(payload, num_positions)
         at = num_positions * self._count_width
         counts = from_planes(body, 0, num_positions, self._count_width).astype(np.int64) + 1
         n = int(counts.sum())
-        if len(body) != self.body_bytes(num_positions, n) or int(counts.max()) > self.max_k:
+        if int(counts.max()) > self.max_k or len(body) < self.body_bytes(num_positions, n):
             raise CorruptShardError("head sizes do not match the payload")
+        drawn = self._decode_draws(body, num_positions, n)
         offsets = segments.offsets_of(counts)
         token_ids = self._decode_ids(from_planes(body, at, n, self._id_width), offsets, counts)
         at += n * self._id_width
@@ -313,7 +355,36 @@ class Codec:
             moments = dequantise_moments(stored_moments, self.config.moment_steps)
         if not (np.abs(moments) <= LARGEST_FEATURE + 1).all():
             raise CorruptShardError("a tail moment is above the largest feature")
-        return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size, moments)
+        return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size, moments, drawn)
+
+    def _decode_draws(self, body: np.ndarray, num_positions: int, num_entries: int) -> TailDraws:
+        """The last three sections; checks that the body ends with them."""
+        config = self.config
+        at = self.body_bytes(num_positions, num_entries)
+        num_draws = 0
+        if config.draw_rate:
+            width = self._draw_count_width
+            counts = from_planes(body, at - num_positions * width, num_positions, width).astype(np.int64)
+            num_draws = int(counts.sum())
+            if int(counts.max()) > self._most_draws:
+                raise CorruptShardError("numbers of draws do not match the payload")
+        if len(body) != self.body_bytes(num_positions, num_entries, num_draws):
+            raise CorruptShardError("head sizes do not match the payload")
+        if not config.draw_rate:
+            return TailDraws.none(num_positions)
+        offsets = segments.offsets_of(counts)
+        running = np.zeros(num_draws + 1, np.int64)
+        np.cumsum(from_planes(body, at, num_draws, self._id_width), out=running[1:])
+        ranks = running[1:] - np.repeat(running[offsets[:-1]], counts)
+        if num_draws and int(ranks.max()) >= self.vocab_size:
+            raise CorruptShardError("a drawn token id is outside the vocabulary")
+        token_ids = ranks.astype(np.int32) if self._id_of_rank is None else self._id_of_rank[ranks]
+        at += num_draws * self._id_width
+        stored = from_planes(body, at, num_draws, self._number_width)
+        logprobs = stored.view(np.float32) if self._exact else dequantise_draws(stored, config.draw_steps)
+        if not ((logprobs <= 1e-3) & np.isfinite(logprobs)).all():
+            raise CorruptShardError("logprobs of draws must be finite and at most 0")
+        return TailDraws(offsets, token_ids, logprobs, config.draw_rate)
 
     def _decode_ids(self, gaps: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
         # 64 bits: hostile gaps must not wrap around into the vocabulary. Ranks restart in every head, so what
@@ -334,7 +405,8 @@ class Codec:
                 f"a row must have at most {MAX_ROW_POSITIONS} positions, got {num_positions}"
             )
         least = self.body_bytes(num_positions, num_positions)
-        most = min(MAX_BODY_BYTES, self.body_bytes(num_positions, num_positions * self.max_k))
+        most_draws = num_positions * self._most_draws if self.config.draw_rate else 0
+        most = min(MAX_BODY_BYTES, self.body_bytes(num_positions, num_positions * self.max_k, most_draws))
         try:
             declared = zstandard.frame_content_size(payload)
             if not least <= declared <= most:
@@ -351,14 +423,13 @@ class Codec:
 
 def section_bytes(codec: Codec, rows: Sequence[TopKLogprobs]) -> dict[str, float]:
     """Compressed bytes of each section over some rows: compressed alone, scaled to the payloads' sum."""
-    names = SECTIONS if codec.config.num_features else SECTIONS[:-1]
-    alone = dict.fromkeys(names, 0)
+    alone = dict.fromkeys(SECTIONS, 0)
     total = 0
     compressor = zstandard.ZstdCompressor(level=codec.config.zstd_level, write_content_size=False)
     for row in rows:
         if len(row):
             total += len(codec.encode(row))
-            for name, section in zip(names, codec.sections(row), strict=False):
-                alone[name] += len(compressor.compress(section))
+            for name, section in zip(SECTIONS, codec.sections(row), strict=True):
+                alone[name] += len(compressor.compress(section)) if section else 0
     scale = total / max(1, sum(alone.values()))
-    return {name: size * scale for name, size in alone.items()}
+    return {name: size * scale for name, size in alone.items() if size}

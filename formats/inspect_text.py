@@ -9,6 +9,9 @@ PARTS = {
     "probabilities": "probabilities",
     "tails": "tail function",
     "moments": "tail moments",
+    "draw_counts": "numbers of draws",
+    "draw_ids": "drawn token ids",
+    "draw_logprobs": "drawn logprobs",
 }
 
 
@@ -36,8 +39,11 @@ def _table(rows: list[tuple[str, ...]], indent: str = "  ") -> list[str]:
     ]  # fmt: skip
 
 
-def _moments(codec: dict[str, Any]) -> str:
-    return f"{codec['num_features']} tail moments; " if "num_features" in codec else ""
+def _tail(codec: dict[str, Any]) -> str:
+    """What is kept of the tails beside their mass."""
+    moments, rate = codec.get("num_features", 0), codec.get("draw_rate", 0)
+    kept = ([f"{moments} tail moments"] if moments else []) + ([f"tail draws at rate {rate}"] if rate else [])
+    return ", ".join(kept) + "; " if kept else ""
 
 
 def _identity(identity: dict[str, Any]) -> list[str]:
@@ -70,7 +76,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{s['num_positions']:,} positions with a teacher, "
         f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {human_bytes(s['num_bytes'])}",
         f"  vocabulary {settings['vocab_size']:,}; heads: p >= {settings['min_prob']:g}, "
-        f"at most {settings['max_k']:,}; {_moments(settings['codec'])}positions: {settings['positions']}",
+        f"at most {settings['max_k']:,}; {_tail(settings['codec'])}positions: {settings['positions']}",
         "",
         "identity",
         *_identity(s["identity"]),
@@ -98,6 +104,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         [
             ("", "mean", "min", "p5", "p25", "median", "p75", "p95", "max"),
             _spread("head size", s["head_size"], 1),
+            *([_spread("tail draws", s["num_draws"], 1)] if s["num_draws"] else []),
             _spread("covered mass", s["head_mass"], 4),
             _spread("entropy, nats", s["entropy"], 3),
         ]

@@ -20,7 +20,7 @@ from formats.tail import TAIL_BETAS
 from formats.topk import MAX_VOCAB_SIZE
 
 FORMAT = "anneal-teacher-cache"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 """Those that this reader reads; the writer takes the oldest that can express a cache."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 28
@@ -235,8 +235,7 @@ def check_version(content: dict[str, Any], what: str) -> int:
     version = content.get("version")
     if type(version) is not int or version not in VERSIONS:
         raise UnsupportedVersionError(
-            f"{what} must have version {' or '.join(map(str, VERSIONS))}, got {version!r}; "
-            "upgrade anneal to read it"
+            f"{what} must have version 1, 2 or 3, got {version!r}; upgrade anneal to read it"
         )
     if content.get("tail_betas") != list(TAIL_BETAS):
         raise UnsupportedVersionError(

@@ -16,8 +16,11 @@ Error: half a step.
 same absolute error is the same gradient error wherever it stands, and where the tail has no mass they cost
 nothing. Error: half a step.
 
+**Tail draws.** Their logprobs are stored in steps of 1/`draw_steps` nats: a loss looks at the ratio of the
+student's probability to it, so the error is relative. Error: half a step.
+
 All predictions are integer arithmetic on stored codes, so every implementation reproduces them to the bit.
-P: positions, N: entries, K: nodes, F: token features.
+P: positions, N: entries, K: nodes, F: token features, S: draws.
 """
 
 from functools import lru_cache
@@ -159,3 +162,13 @@ def quantise_moments(moments_PF: np.ndarray, steps: int) -> np.ndarray:
 def dequantise_moments(stored_FP: np.ndarray, steps: int) -> np.ndarray:
     """float32 [P, F]: the inverse of `quantise_moments`."""
     return _unzigzag(stored_FP.T).astype(np.float32) / np.float32(steps)
+
+
+def quantise_draws(logprobs_S: np.ndarray, steps: int) -> np.ndarray:
+    """uint16 [S]: steps below 0; what is further down than 65,535 of them is stored as that."""
+    return np.clip(np.rint(logprobs_S.astype(np.float64) * -steps), 0, 65535).astype(np.uint16)
+
+
+def dequantise_draws(stored_S: np.ndarray, steps: int) -> np.ndarray:
+    """float32 [S]: the inverse of `quantise_draws`."""
+    return stored_S.astype(np.float32) / np.float32(-steps)

@@ -80,7 +80,7 @@ def sampled_rows(cache: "TeacherCache", full: bool) -> np.ndarray:
 
 
 def _distributions(cache: "TeacherCache", rows: np.ndarray, num_positions: int) -> dict[str, Any]:
-    counts, masses, entropies, uncertain = [], [], [], []
+    counts, drawn, masses, entropies, uncertain = [], [], [], [], []
     # Spread over the sample, so that the parts are not those of the first rows only.
     for_parts = set(rows[np.linspace(0, len(rows) - 1, min(PARTS_ROWS, len(rows))).astype(int)].tolist())
     parts: list[TopKLogprobs] = []
@@ -91,6 +91,7 @@ def _distributions(cache: "TeacherCache", rows: np.ndarray, num_positions: int) 
             parts.append(teacher)
         nats = entropy(teacher)
         counts.append(teacher.counts)
+        drawn.append(teacher.draws.counts)
         masses.append(teacher.head_mass(1.0))
         entropies.append(nats)
         for p in np.argsort(-nats, kind="stable")[:NUM_UNCERTAIN].tolist():
@@ -105,6 +106,7 @@ def _distributions(cache: "TeacherCache", rows: np.ndarray, num_positions: int) 
         },
         "payload_parts": _parts(cache, parts),
         "head_size": distribution(flat_counts) | {"histogram": head_size_histogram(flat_counts)},
+        "num_draws": distribution(np.concatenate(drawn)) if drawn and cache.manifest.codec.draw_rate else {},
         "head_mass": distribution(np.concatenate(masses) if masses else np.zeros(0)),
         "entropy": distribution(np.concatenate(entropies) if entropies else np.zeros(0)),
         "most_uncertain": [

@@ -8,18 +8,20 @@ T-softmax of the head and its exact mass follow at any temperature:
     log Z_T = log(sum_head exp(beta * l_j) + exp(A(beta))),    p_T(j) = exp(beta * l_j) / Z_T,    beta = 1/T.
 
 Where a cache has token features (see `features.py`), a position also keeps the *tail moments*, the sums of
-the tail's probabilities times the tokens' features.
+the tail's probabilities times the tokens' features; and it may keep a few *tail draws*, single tokens of the
+tail (see `draws.py`).
 
 No Python object per token: a few flat arrays. P: positions, N: entries of all heads, K: tail nodes, F: token
 features.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from formats import segments, tail
+from formats import draws, segments, tail
+from formats.draws import TailDraws
 from formats.features import LARGEST_FEATURE, TokenFeatures
 from formats.tail import TAIL_BETAS
 
@@ -51,6 +53,8 @@ class TopKLogprobs:
     """V: tokens the teacher can predict, without padding."""
     tail_moments: np.ndarray = field(default_factory=_no_moments)
     """float32 [P, F]: sum over the tail of exp(l_j) * u_j, with u_j the features of token j; F may be 0."""
+    tail_draws: TailDraws | None = None
+    """Tokens drawn from the tail; made empty, of rate 0, where none are given."""
 
     def __post_init__(self) -> None:
         for name, dtype in _FIELDS:
@@ -77,6 +81,10 @@ class TopKLogprobs:
             )
         if moments.ndim != 2 or len(moments) != len(self):
             raise ValueError(f"tail_moments must have one row per position, got shape {moments.shape}")
+        if self.tail_draws is None:
+            object.__setattr__(self, "tail_draws", TailDraws.none(len(self)))
+        if len(self.draws) != len(self):
+            raise ValueError(f"tail_draws must cover {len(self)} positions, got {len(self.draws)}")
         if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, got {self.vocab_size}")
 
@@ -98,11 +106,19 @@ class TopKLogprobs:
         """F: tail moments per position."""
         return self.tail_moments.shape[1]
 
+    @property
+    def draws(self) -> TailDraws:
+        """`tail_draws`, which is never None once made."""
+        assert self.tail_draws is not None
+        return self.tail_draws
+
     @staticmethod
-    def empty(vocab_size: int, num_features: int = 0) -> "TopKLogprobs":
+    def empty(vocab_size: int, num_features: int = 0, draw_rate: int = 0) -> "TopKLogprobs":
         """No positions at all."""
         none, nodes = np.zeros(0), np.zeros((0, len(TAIL_BETAS)))
-        return TopKLogprobs(np.zeros(1, np.int64), none, none, nodes, vocab_size, np.zeros((0, num_features)))
+        moments = np.zeros((0, num_features))
+        drawn = TailDraws.none(0, draw_rate)
+        return TopKLogprobs(np.zeros(1, np.int64), none, none, nodes, vocab_size, moments, drawn)
 
     # --- at a temperature -------------------------------------------------------------------------------
 
@@ -146,6 +162,7 @@ class TopKLogprobs:
             self.log_tail_nodes[start:stop],
             self.vocab_size,
             self.tail_moments[start:stop],
+            self.draws.slice(start, stop),
         )
 
     def take(self, positions: np.ndarray) -> "TopKLogprobs":
@@ -160,6 +177,7 @@ class TopKLogprobs:
             self.log_tail_nodes[chosen],
             self.vocab_size,
             self.tail_moments[chosen],
+            self.draws.take(chosen),
         )
 
     @staticmethod
@@ -167,7 +185,8 @@ class TopKLogprobs:
         """All positions of all parts.
 
         Raises:
-            ValueError: no parts (use `empty`), or parts of different vocabularies or numbers of features.
+            ValueError: no parts (use `empty`), or parts of different vocabularies, numbers of features or
+                rates of draws.
         """
         if not parts:
             raise ValueError("concatenate needs at least one part, got none; use TopKLogprobs.empty")
@@ -184,6 +203,7 @@ class TopKLogprobs:
             np.concatenate([part.log_tail_nodes for part in parts]),
             sizes[0],
             np.concatenate([part.tail_moments for part in parts]),
+            TailDraws.concatenate([part.draws for part in parts]),
         )
 
     def sorted(self) -> "TopKLogprobs":
@@ -197,11 +217,16 @@ class TopKLogprobs:
             self.log_tail_nodes,
             self.vocab_size,
             self.tail_moments,
+            self.tail_draws,
         )
 
     def without_moments(self) -> "TopKLogprobs":
-        """The same heads and tails without tail moments."""
-        return TopKLogprobs(self.offsets, self.token_ids, self.logprobs, self.log_tail_nodes, self.vocab_size)
+        """The same heads, tails and draws without tail moments."""
+        return replace(self, tail_moments=_no_moments())
+
+    def without_draws(self) -> "TopKLogprobs":
+        """The same heads, tails and moments without tail draws."""
+        return replace(self, tail_draws=None)
 
     def prune(
         self,
@@ -212,7 +237,8 @@ class TopKLogprobs:
         """What a capture with a higher `min_prob` or a lower `max_k` would have stored.
 
         Entries with p < min_prob, or beyond the `max_k` most probable, move into the tail *exactly*, at every
-        node and in every moment; the most probable entry always stays. Ties are broken by ascending id.
+        node and in every moment, and tokens are drawn among them at the same rate as among the others; the
+        most probable entry always stays. Ties are broken by ascending id.
 
         Raises:
             ValueError: min_prob outside 0..1 or max_k below 1, or `features` are not those of the moments.
@@ -237,8 +263,18 @@ class TopKLogprobs:
         if features is not None:
             moved = np.exp(lost.astype(np.float64))[:, None] * features.of(head.token_ids[~keep])
             np.add.at(moments, segments.segment_of(gone), moved)
+        drawn = self.draws
+        if drawn.rate:
+            begin = draws.starts(b"", np.arange(len(self)))
+            drawn = drawn.joined(draws.draw(gone, head.token_ids[~keep], lost, drawn.rate, begin))
         return TopKLogprobs(
-            head.offsets - gone, head.token_ids[keep], head.logprobs[keep], nodes, self.vocab_size, moments
+            head.offsets - gone,
+            head.token_ids[keep],
+            head.logprobs[keep],
+            nodes,
+            self.vocab_size,
+            moments,
+            drawn,
         )
 
     def validate(self) -> "TopKLogprobs":
@@ -247,7 +283,8 @@ class TopKLogprobs:
         Raises:
             ValueError: offsets that fall, an empty head, ids outside the vocabulary or repeated within a
                 position, logprobs that are NaN or above 0 by more than rounding, tails that are NaN or above
-                log V, moments that are NaN or larger than the largest feature.
+                log V, moments that are NaN or larger than the largest feature, draws that are not tokens of
+                the tail, are more than there can be, or have no probability.
         """
         counts = self.counts
         if (counts < 1).any() or (counts > self.vocab_size).any():
@@ -267,4 +304,20 @@ class TopKLogprobs:
             raise ValueError("tail nodes must not be above log(vocab_size) or NaN")
         if not (np.abs(self.tail_moments) <= LARGEST_FEATURE + 1e-3).all():
             raise ValueError(f"tail moments must lie within {LARGEST_FEATURE:g} of 0")
+        self._validate_draws()
         return self
+
+    def _validate_draws(self) -> None:
+        drawn = self.draws
+        if not len(drawn.token_ids):
+            return
+        most = draws.most_draws(self.vocab_size, drawn.rate)
+        if (drawn.counts < 0).any() or drawn.counts.max() > most:
+            raise ValueError(f"a position must have 0 to {most} draws, got {drawn.counts.max()}")
+        if not 0 <= int(drawn.token_ids.min()) <= int(drawn.token_ids.max()) < self.vocab_size:
+            raise ValueError(f"drawn token ids must be from 0 to {self.vocab_size - 1}")
+        if not ((drawn.logprobs <= 1e-3) & np.isfinite(drawn.logprobs)).all():
+            raise ValueError("logprobs of draws must be finite and not above 0")
+        head = segments.segment_of(self.offsets) * self.vocab_size + self.token_ids
+        if np.isin(segments.segment_of(drawn.offsets) * self.vocab_size + drawn.token_ids, head).any():
+            raise ValueError("draws must be tokens of the tail, got one of the head")

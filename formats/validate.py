@@ -39,6 +39,10 @@ def validate(cache: "TeacherCache", full: bool) -> None:
         for index in range(len(reader)):
             tokens, payload = reader.row(index)
             _, teacher = reader.teacher(index)
+            try:
+                teacher.validate()
+            except ValueError as error:
+                raise CorruptShardError(f"{info.name}, row {index}: {error}") from None
             counts["num_tokens"] += len(tokens)
             counts["num_positions"] += len(teacher)
             counts["num_entries"] += teacher.num_entries
