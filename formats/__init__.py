@@ -21,7 +21,7 @@ _HOME = {
     "TAIL_BETAS": "tail",
     "TailDraws": "draws",
     "TopKLogprobs": "topk",
-    "CodecConfig": "codec",
+    "CodecConfig": "codec_config",
     "ShardInfo": "manifest",
     "Manifest": "manifest",
     "ShardWriter": "shard",

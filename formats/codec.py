@@ -8,16 +8,15 @@ S: tail draws.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 import zstandard
 
 from formats import segments
-from formats.draws import MAX_RATE, TailDraws, most_draws
-from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
-from formats.features import LARGEST_FEATURE, MAX_FEATURES
+from formats.codec_config import CodecConfig
+from formats.draws import TailDraws, most_draws
+from formats.errors import CorruptShardError
+from formats.features import LARGEST_FEATURE
 from formats.quantise import (
     dequantise_draws,
     dequantise_moments,
@@ -35,115 +34,7 @@ from formats.vocabulary import permutations
 MAX_BODY_BYTES = (1 << 31) - 1
 MAX_ROW_POSITIONS = 1 << 22
 MASS_TOLERANCE = 0.02
-PROBABILITY_KINDS = ("companded", "float32")
-SECTIONS = (
-    *("counts", "ids", "probabilities", "tails", "moments"),
-    *("draw_counts", "draw_ids", "draw_logprobs"),
-)
-_SINCE_VERSION_2 = ("num_features", "moment_steps")
-_SINCE_VERSION_3 = ("draw_rate", "draw_steps")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodecConfig:
-    """How payloads are encoded. The defaults were chosen by measurement (docs/benchmarks.md).
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-
-    probabilities: str = "companded"
-    """`companded`: probabilities as 1-2 byte codes, tails in steps; `float32`: both exact, for proofs."""
-    sqrt_steps: int = 560
-    """Steps in sqrt(p): the resolution of small probabilities, which matters at high temperatures."""
-    linear_steps: int = 1800
-    """Further steps in p: the resolution of large probabilities, which matters at low temperatures."""
-    tail_steps: int = 256
-    """Steps per nat of the tail nodes: their error is at most half a step, down to -32,767 steps (-128 nats);
-    everything below is stored as that."""
-    rank_ids: bool = True
-    """Store ids by frequency rank, with the table in the shard; False stores them as they are."""
-    zstd_level: int = 12
-    """Compression level, 1 to 19: reading is equally fast for all of them, writing is not."""
-    num_features: int = 0
-    """F: tail moments per position, one for each token feature of the cache; 0 stores none."""
-    moment_steps: int = 128
-    """Steps per standard deviation of a feature, times probability: a moment's error is half a step."""
-    draw_rate: int = 0
-    """Expected draws of a tail token over the power 3/4 of its probability; 0 draws none."""
-    draw_steps: int = 32
-    """Steps per nat of a drawn token's logprob: its error is at most half a step, a relative error of p."""
-
-    def __post_init__(self) -> None:
-        if self.probabilities not in PROBABILITY_KINDS:
-            raise ConfigError(
-                f"probabilities must be one of {', '.join(PROBABILITY_KINDS)}, got {self.probabilities!r}"
-            )
-        for name, low, high in (
-            ("sqrt_steps", 1, 1 << 14),
-            ("linear_steps", 0, 1 << 15),
-            ("tail_steps", 1, 256),
-            ("zstd_level", 1, 19),
-            ("num_features", 0, MAX_FEATURES),
-            ("moment_steps", 1, 1 << 12),
-            ("draw_rate", 0, MAX_RATE),
-            ("draw_steps", 1, 1 << 10),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-        if type(self.rank_ids) is not bool:
-            raise ConfigError(f"rank_ids must be true or false, got {self.rank_ids!r}")
-
-    @classmethod
-    def lossless(cls) -> "CodecConfig":
-        """Exact float32 logprobs and tails; with `max_k` = V the cache holds the full distribution."""
-        return cls(probabilities="float32")
-
-    @property
-    def format_version(self) -> int:
-        """The oldest version of the format that can express this: 3 with tail draws, 2 with tail moments,
-        else 1."""
-        return 3 if self.draw_rate else 2 if self.num_features else 1
-
-    @property
-    def moment_resolution(self) -> int | None:
-        """Steps of a stored moment; None where moments are stored exactly."""
-        return None if self.probabilities == "float32" else self.moment_steps
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form; without the keys that its version does not have."""
-        content = asdict(self)
-        for name in _unknown_to(self.format_version):
-            del content[name]
-        return content
-
-    @classmethod
-    def from_dict(cls, content: Any, version: int) -> "CodecConfig":
-        """Inverse of `to_dict`, for a cache of format `version`.
-
-        Raises:
-            UnsupportedVersionError: keys or values that this version does not have.
-        """
-        known = {item.name for item in fields(cls)} - set(_unknown_to(version))
-        if not isinstance(content, dict) or set(content) != known:
-            raise UnsupportedVersionError(
-                f"the codec must have the keys {', '.join(sorted(known))}, got {str(content)[:200]}; "
-                "upgrade anneal"
-            )
-        try:
-            config = cls(**content)
-        except ConfigError as error:
-            raise UnsupportedVersionError(f"this codec is not known: {error}; upgrade anneal") from None
-        if config.format_version != version:
-            least = "draw_rate" if version == 3 else "num_features"
-            raise UnsupportedVersionError(f"{least} must be at least 1 in version {version}, got 0")
-        return config
-
-
-def _unknown_to(version: int) -> tuple[str, ...]:
-    """Keys of the codec that this version does not have."""
-    return (_SINCE_VERSION_2 if version < 2 else ()) + (_SINCE_VERSION_3 if version < 3 else ())
+SECTIONS = ("counts", "ids", "probabilities", "tails", "moments", "draw_counts", "draw_ids", "draw_logprobs")
 
 
 def bytes_for(largest: int) -> int:
@@ -187,7 +78,7 @@ class Codec:
             self._id_of_rank, self._rank_of_id = permutations(ranked_ids, vocab_size)
         self._count_width = bytes_for(self.max_k - 1)
         self._id_width = bytes_for(vocab_size - 1)
-        self._most_draws = most_draws(vocab_size, config.draw_rate)
+        self._most_draws = most_draws(vocab_size, config.draw_rate) if config.draw_rate else 0
         self._draw_count_width = bytes_for(self._most_draws)
         self._exact = config.probabilities == "float32"
         self._number_width = 4 if self._exact else 2
@@ -215,9 +106,7 @@ class Codec:
             ValueError: the contents are invalid, unnormalised, or break `vocab_size` or `max_k`.
         """
         self._check(topk)
-        ranks = self._rank_of_id[topk.token_ids] if self._id_of_rank is not None else topk.token_ids
-        order = segments.segment_order(ranks, topk.offsets)
-        ranks, logprobs = ranks[order].astype(np.int64), topk.logprobs[order]
+        ranks, logprobs = self._by_rank(topk.token_ids, topk.logprobs, topk.offsets)
         gaps = np.diff(ranks, prepend=-1) - 1
         first = topk.offsets[:-1]
         gaps[first] = ranks[first]
@@ -251,9 +140,7 @@ class Codec:
     def _draw_sections(self, drawn: TailDraws) -> tuple[bytes, bytes, bytes]:
         if not self.config.draw_rate:
             return b"", b"", b""
-        ranks = self._rank_of_id[drawn.token_ids] if self._id_of_rank is not None else drawn.token_ids
-        order = segments.segment_order(ranks, drawn.offsets)
-        ranks, logprobs = ranks[order].astype(np.int64), drawn.logprobs[order]
+        ranks, logprobs = self._by_rank(drawn.token_ids, drawn.logprobs, drawn.offsets)
         gaps = np.diff(ranks, prepend=0)
         first = drawn.offsets[:-1][drawn.counts > 0]
         gaps[first] = ranks[first]
@@ -262,6 +149,14 @@ class Codec:
         else:
             stored = to_planes(quantise_draws(logprobs, self.config.draw_steps), 2)
         return to_planes(drawn.counts, self._draw_count_width), to_planes(gaps, self._id_width), stored
+
+    def _by_rank(
+        self, token_ids: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ranks int64, logprobs), by ascending rank within each position."""
+        ranks = self._rank_of_id[token_ids] if self._id_of_rank is not None else token_ids
+        order = segments.segment_order(ranks, offsets)
+        return ranks[order].astype(np.int64), logprobs[order]
 
     def _check(self, topk: TopKLogprobs) -> None:
         if topk.vocab_size != self.vocab_size:
@@ -367,9 +262,9 @@ class Codec:
             counts = from_planes(body, at - num_positions * width, num_positions, width).astype(np.int64)
             num_draws = int(counts.sum())
             if int(counts.max()) > self._most_draws:
-                raise CorruptShardError("numbers of draws do not match the payload")
+                raise CorruptShardError(f"a position must have at most {self._most_draws} draws")
         if len(body) != self.body_bytes(num_positions, num_entries, num_draws):
-            raise CorruptShardError("head sizes do not match the payload")
+            raise CorruptShardError("head sizes or numbers of draws do not match the payload")
         if not config.draw_rate:
             return TailDraws.none(num_positions)
         offsets = segments.offsets_of(counts)
@@ -405,8 +300,8 @@ class Codec:
                 f"a row must have at most {MAX_ROW_POSITIONS} positions, got {num_positions}"
             )
         least = self.body_bytes(num_positions, num_positions)
-        most_draws = num_positions * self._most_draws if self.config.draw_rate else 0
-        most = min(MAX_BODY_BYTES, self.body_bytes(num_positions, num_positions * self.max_k, most_draws))
+        draws = num_positions * self._most_draws
+        most = min(MAX_BODY_BYTES, self.body_bytes(num_positions, num_positions * self.max_k, draws))
         try:
             declared = zstandard.frame_content_size(payload)
             if not least <= declared <= most:
@@ -422,14 +317,18 @@ class Codec:
 
 
 def section_bytes(codec: Codec, rows: Sequence[TopKLogprobs]) -> dict[str, float]:
-    """Compressed bytes of each section over some rows: compressed alone, scaled to the payloads' sum."""
-    alone = dict.fromkeys(SECTIONS, 0)
+    """Compressed bytes of each section of the codec over some rows: compressed alone, scaled to the payloads'
+    sum."""
+    config = codec.config
+    names = SECTIONS[:4] + SECTIONS[4:5] * (config.num_features > 0) + SECTIONS[5:] * (config.draw_rate > 0)
+    alone = dict.fromkeys(names, 0)
     total = 0
     compressor = zstandard.ZstdCompressor(level=codec.config.zstd_level, write_content_size=False)
     for row in rows:
         if len(row):
             total += len(codec.encode(row))
             for name, section in zip(SECTIONS, codec.sections(row), strict=True):
-                alone[name] += len(compressor.compress(section)) if section else 0
+                if section:
+                    alone[name] += len(compressor.compress(section))
     scale = total / max(1, sum(alone.values()))
-    return {name: size * scale for name, size in alone.items() if size}
+    return {name: size * scale for name, size in alone.items()}

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from formats.codec import CodecConfig
+from formats.codec_config import CodecConfig
 from formats.commit import atomic_write_bytes
 from formats.errors import FormatError, IncompleteCacheError, UnsupportedVersionError
 from formats.features import FEATURES_FILE

@@ -18,7 +18,8 @@ from typing import Any, Self
 import numpy as np
 
 from formats.arrow_file import ArrowFile, Batch
-from formats.codec import Codec, CodecConfig
+from formats.codec import Codec
+from formats.codec_config import CodecConfig
 from formats.errors import CorruptShardError, FormatError
 from formats.manifest import FORMAT, ShardInfo, check_version
 from formats.rows import KEY_BYTES, POSITION_MODES, TokenRow, content_key

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from formats.codec import CodecConfig
+from formats.codec_config import CodecConfig
 from formats.commit import atomic_write_bytes, commit_exclusive, temporary_name
 from formats.errors import FormatError
 from formats.features import FEATURES_FILE, TokenFeatures
