@@ -17,6 +17,7 @@ position (`starts`), so a build draws the same tokens again.
 P: positions, S: draws of all positions, N: tokens considered.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +67,7 @@ class TailDraws:
         for name, dtype in (("offsets", np.int64), ("token_ids", np.int32), ("logprobs", np.float32)):
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
         ends = len(self.offsets) > 0 and self.offsets[0] == 0 and self.offsets[-1] == len(self.token_ids)
-        if not ends or len(self.token_ids) != len(self.logprobs):
+        if not ends or self.token_ids.shape != self.logprobs.shape or self.token_ids.ndim != 1:
             raise ValueError("draws need offsets from 0 to their number, and a logprob for every token")
         if not 0 <= self.rate <= MAX_RATE:
             raise ValueError(f"the rate of draws must be from 0 to {MAX_RATE}, got {self.rate}")
@@ -103,7 +104,7 @@ class TailDraws:
         return TailDraws(offsets, self.token_ids[source], self.logprobs[source], self.rate)
 
     @staticmethod
-    def concatenate(parts: "list[TailDraws]") -> "TailDraws":
+    def concatenate(parts: Sequence["TailDraws"]) -> "TailDraws":
         """All positions of all parts, of which there is at least one.
 
         Raises:
@@ -120,10 +121,16 @@ class TailDraws:
         )
 
     def joined(self, other: "TailDraws") -> "TailDraws":
-        """The draws of both, position by position."""
+        """The draws of both, position by position.
+
+        Raises:
+            ValueError: other positions, or another rate.
+        """
+        if len(self) != len(other):
+            raise ValueError(f"draws must be of {len(self)} positions, got {len(other)}")
         both = TailDraws.concatenate([self, other])
-        order = np.argsort(np.concatenate([segments.segment_of(part.offsets) for part in (self, other)]),
-                           kind="stable")  # fmt: skip
+        position = np.concatenate([segments.segment_of(self.offsets), segments.segment_of(other.offsets)])
+        order = np.argsort(position, kind="stable")
         offsets = self.offsets + other.offsets
         return TailDraws(offsets, both.token_ids[order], both.logprobs[order], self.rate)
 
@@ -140,11 +147,11 @@ def draw(
         starts_P: float64 [P] in [0, 1), see `starts`.
     """
     expected = rate * np.exp(POWER * logprobs.astype(np.float64))
-    running = np.cumsum(expected)
-    before = np.concatenate([[0.0], running])[offsets[:-1]]
-    within = running - np.repeat(before, np.diff(offsets)) - np.repeat(starts_P, np.diff(offsets))
-    points = np.floor(within).astype(np.int64) + 1  # so many points lie below the end of each token
-    first = segments.rank_in_segment(offsets) == 0
-    hits = np.maximum(points - np.where(first, 0, np.concatenate([[0], points[:-1]])), 0)
-    counts = segments.segment_sum(hits, offsets) if len(hits) else np.zeros(len(offsets) - 1, np.int64)
+    running = np.concatenate([[0.0], np.cumsum(expected)])
+    ends = running[1:] - np.repeat(running[offsets[:-1]], np.diff(offsets))
+    ends -= np.repeat(starts_P, np.diff(offsets))  # above -1, whatever the rounding
+    points = np.ceil(ends).astype(np.int64)  # so many points lie below the end of each token
+    before = np.concatenate([[0], points[:-1]])[: len(points)]
+    hits = np.where(segments.rank_in_segment(offsets) == 0, points, points - before)
+    counts = segments.segment_sum(hits, offsets)
     return TailDraws(segments.offsets_of(counts), np.repeat(token_ids, hits), np.repeat(logprobs, hits), rate)

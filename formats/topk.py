@@ -15,6 +15,7 @@ No Python object per token: a few flat arrays. P: positions, N: entries of all h
 features.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -265,8 +266,11 @@ class TopKLogprobs:
             np.add.at(moments, segments.segment_of(gone), moved)
         drawn = self.draws
         if drawn.rate:
-            begin = draws.starts(b"", np.arange(len(self)))
-            drawn = drawn.joined(draws.draw(gone, head.token_ids[~keep], lost, drawn.rate, begin))
+            ids = head.token_ids[~keep]
+            # Even over what can be pruned, and the same for the same tokens: there is no row's key here.
+            seed = hashlib.blake2b(ids.tobytes() + lost.tobytes(), digest_size=8).digest()
+            begin = draws.starts(seed, np.arange(len(self)))
+            drawn = drawn.joined(draws.draw(gone, ids, lost, drawn.rate, begin))
         return TopKLogprobs(
             head.offsets - gone,
             head.token_ids[keep],
@@ -304,16 +308,24 @@ class TopKLogprobs:
             raise ValueError("tail nodes must not be above log(vocab_size) or NaN")
         if not (np.abs(self.tail_moments) <= LARGEST_FEATURE + 1e-3).all():
             raise ValueError(f"tail moments must lie within {LARGEST_FEATURE:g} of 0")
-        self._validate_draws()
+        self.validate_draws()
         return self
 
-    def _validate_draws(self) -> None:
+    def validate_draws(self) -> None:
+        """The part of `validate` about draws.
+
+        Raises:
+            ValueError: see `validate`.
+        """
         drawn = self.draws
+        if not len(self):
+            return
+        low, high = int(drawn.counts.min()), int(drawn.counts.max())
+        most = draws.most_draws(self.vocab_size, drawn.rate) if drawn.rate else 0
+        if low < 0 or high > most:
+            raise ValueError(f"a position must have 0 to {most} draws, got {low}..{high}")
         if not len(drawn.token_ids):
             return
-        most = draws.most_draws(self.vocab_size, drawn.rate)
-        if (drawn.counts < 0).any() or drawn.counts.max() > most:
-            raise ValueError(f"a position must have 0 to {most} draws, got {drawn.counts.max()}")
         if not 0 <= int(drawn.token_ids.min()) <= int(drawn.token_ids.max()) < self.vocab_size:
             raise ValueError(f"drawn token ids must be from 0 to {self.vocab_size - 1}")
         if not ((drawn.logprobs <= 1e-3) & np.isfinite(drawn.logprobs)).all():
