@@ -1,4 +1,4 @@
-"""A reader of both versions written from docs/format.md alone: slow, plain, and importing nothing of ours.
+"""A reader of all versions written from docs/format.md alone: slow, plain, and importing nothing of ours.
 
 pyarrow opens the container and zstandard the frames; everything else is struct, loops and the math module.
 """
@@ -25,6 +25,7 @@ PREDICTIONS = {
 }
 WHOLE = {"sqrt_steps": (1, 16384), "linear_steps": (0, 32768), "tail_steps": (1, 256), "zstd_level": (1, 19)}
 WHOLE_2 = {"num_features": (1, 64), "moment_steps": (1, 4096)}
+WHOLE_3 = {"num_features": (0, 64), "moment_steps": (1, 4096), "draw_rate": (1, 64), "draw_steps": (1, 1024)}
 MANIFEST = {
     *("format", "version", "identity", "codec", "tail_betas", "positions", "min_prob", "max_k", "vocab_size"),
     *("shards", "files"),
@@ -57,10 +58,11 @@ def signed(z: int) -> int:
     return z // 2 if z % 2 == 0 else -(z + 1) // 2
 
 
-def read_payload(
-    payload: bytes, num_positions: int, shard: dict
-) -> list[tuple[dict[int, float], dict[float, float], list[float]]]:
-    """Per position: ({token id: logprob}, {beta: A(beta)}, its F tail moments, none in version 1)."""
+Position = tuple[dict[int, float], dict[float, float], list[float], list[tuple[int, float]]]
+
+
+def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Position]:
+    """Per position: ({token id: logprob}, {beta: A(beta)}, its F tail moments, its draws (id, logprob))."""
     if num_positions == 0:
         assert payload == b""
         return []
@@ -78,6 +80,8 @@ def read_payload(
     tails, at = planes(body, at, len(BETAS) * num_positions, 4 if exact else 2)
     features = codec.get("num_features", 0)
     stored, at = planes(body, at, features * num_positions, 4 if exact else 2)
+    draws, at = read_draws(body, at, num_positions, shard, id_of_rank) if "draw_rate" in codec else ([], at)
+    draws = draws or [[] for _ in range(num_positions)]
     assert at == len(body)
     numbers = [as_float32(bits) if exact else signed(bits) / codec["moment_steps"] for bits in stored]
     assert all(abs(number) <= 127 / 32 + 1 for number in numbers)  # no comparison is true of NaN
@@ -102,7 +106,7 @@ def read_payload(
             entry += 1
         if exact:
             tail = {beta: as_float32(tails[k * num_positions + p]) for k, beta in enumerate(BETAS)}
-            found.append((head, tail, moments[p]))
+            found.append((head, tail, moments[p], draws[p]))
             continue
         left = min(max(2**40 - mass, 2**26), 2**40)
         t = {0.0: math.floor(steps * math.log(max(vocab - n, 1)) + 0.5)}
@@ -116,27 +120,53 @@ def read_payload(
             t[beta] = (prediction + difference + 32768) % 65536 - 32768
         empty = {beta for beta in BETAS if t[beta] == -32768 or n == vocab}
         tail = {beta: -math.inf if beta in empty else t[beta] / steps for beta in BETAS}
-        found.append((head, tail, moments[p]))
+        found.append((head, tail, moments[p], draws[p]))
     return found
+
+
+def read_draws(
+    body: bytes, at: int, num_positions: int, shard: dict, id_of_rank: list[int]
+) -> tuple[list[list[tuple[int, float]]], int]:
+    """The draws of every position, and where their sections end."""
+    codec, vocab = shard["codec"], shard["vocab_size"]
+    exact = codec["probabilities"] == "float32"
+    root = next(r for r in range(1, vocab + 1) if r**4 >= vocab)
+    most = codec["draw_rate"] * root + 1
+    sizes, at = planes(body, at, num_positions, width_of(most))
+    gaps, at = planes(body, at, sum(sizes), width_of(vocab - 1))
+    stored, at = planes(body, at, sum(sizes), 4 if exact else 2)
+    found, next_draw = [], 0
+    for size in sizes:
+        assert size <= most
+        rank, drawn = 0, []
+        for _ in range(size):
+            rank += gaps[next_draw]
+            number = stored[next_draw]
+            logprob = as_float32(number) if exact else -number / codec["draw_steps"]
+            assert rank < vocab and math.isfinite(logprob) and logprob <= 0.001
+            drawn.append((id_of_rank[rank], logprob))
+            next_draw += 1
+        found.append(drawn)
+    return found, at
 
 
 def read_manifest(directory: Path) -> dict:
     manifest = unseal((directory / "manifest.json").read_bytes())
     version, codec = manifest["version"], manifest["codec"]
-    assert manifest["format"] == "anneal-teacher-cache" and type(version) is int and version in (1, 2)
+    assert manifest["format"] == "anneal-teacher-cache" and type(version) is int and version in (1, 2, 3)
     assert set(manifest) == MANIFEST and manifest["tail_betas"] == BETAS
-    ranges = WHOLE if version == 1 else WHOLE | WHOLE_2
+    ranges = WHOLE | ({}, WHOLE_2, WHOLE_3)[version - 1]
     assert set(codec) == {"probabilities", "rank_ids", *ranges}
     for key, (low, high) in ranges.items():
         assert type(codec[key]) is int and low <= codec[key] <= high
-    assert ("token_features.bin" in manifest["files"]) == (version == 2)
+    assert ("token_features.bin" in manifest["files"]) == (codec.get("num_features", 0) > 0)
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest
     return manifest
 
 
 def read_features(directory: Path) -> list[list[float]]:
-    """Per token its features; version 2 only."""
+    """Per token its features; for caches that have some."""
     manifest = read_manifest(directory)
     size, data = manifest["codec"]["num_features"], (directory / "token_features.bin").read_bytes()
     assert len(data) == manifest["vocab_size"] * size

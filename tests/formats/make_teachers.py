@@ -1,12 +1,13 @@
 """Teacher distributions and small caches for the tests, computed densely and without the code under test."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from formats import CacheWriter, TeacherCache, TokenRow, TopKLogprobs
-from formats.codec import CodecConfig
+from formats import CacheWriter, CodecConfig, TailDraws, TeacherCache, TokenRow, TopKLogprobs
+from formats.draws import starts
 from formats.features import MAX_CODE, TokenFeatures
 from formats.tail import TAIL_BETAS
 
@@ -31,13 +32,29 @@ def plain_features(vocab_size: int, num_features: int) -> TokenFeatures:
     return TokenFeatures(codes.astype(np.int8))
 
 
+def dense_draws(rest_PV: np.ndarray, rate: int, starts_P: np.ndarray) -> TailDraws:
+    """Draws among dense logprobs (-inf in the head): point after point, looked up in the running sum."""
+    ids, values, counts = [np.zeros(0, np.int64)], [np.zeros(0)], []
+    for row, start in zip(rest_PV, starts_P.tolist(), strict=True):
+        ends = np.cumsum(rate * np.exp(0.75 * row))
+        found = np.searchsorted(ends, np.arange(start, ends[-1]), side="right")
+        ids.append(found)
+        values.append(row[found])
+        counts.append(len(found))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return TailDraws(offsets, np.concatenate(ids), np.concatenate(values), rate)
+
+
 def capture(
     logits_PV: np.ndarray,
     min_prob: float = 1e-3,
     max_k: int = 128,
     features: TokenFeatures | None = None,
+    draw_rate: int = 0,
+    starts_P: np.ndarray | None = None,
 ) -> TopKLogprobs:
-    """Heads, tails and, with features, tail moments of dense logits, position by position."""
+    """Heads, tails and, with features, tail moments of dense logits, position by position; with `draw_rate`,
+    tail draws whose points begin at `starts_P`, by default evenly spread."""
     logprobs_PV = log_softmax(logits_PV)
     ids, values, counts = [], [], []
     rest_PV = logprobs_PV.copy()
@@ -64,7 +81,15 @@ def capture(
         logprobs_PV.shape[1],
         # Every product over the whole vocabulary; the head's weights are exp(-inf) = 0.
         np.exp(rest_PV) @ (features.codes / 32.0) if features else np.zeros((len(counts), 0)),
+        dense_draws(rest_PV, draw_rate, spread(len(counts)) if starts_P is None else starts_P)
+        if draw_rate
+        else None,
     )
+
+
+def spread(count: int) -> np.ndarray:
+    """So many different numbers in [0, 1)."""
+    return (np.arange(count) + 0.5) * math.pi % 1.0
 
 
 def random_row(rng: np.random.Generator, length: int, vocab_size: int) -> TokenRow:
@@ -79,16 +104,18 @@ def random_teacher(
     vocab_size: int,
     positions: str = "loss",
     features: TokenFeatures | None = None,
+    draw_rate: int = 0,
 ) -> TopKLogprobs:
     """Zipf-like logits whose sharpness varies from flat to one-hot."""
     count = len(row.positions(positions))
     if count == 0:
-        return TopKLogprobs.empty(vocab_size, features.num_features if features else 0)
+        return TopKLogprobs.empty(vocab_size, features.num_features if features else 0, draw_rate)
     scale = rng.uniform(0.5, 6, (count, 1))
     # A fixed order of popularity, so that heads share tokens as those of a language model do.
     popularity = np.random.default_rng(vocab_size).permutation(vocab_size) + 1.0
     logits = -scale * np.log(popularity) + rng.normal(size=(count, vocab_size))
-    return capture(logits, features=features)
+    begin = starts(row.key, row.positions(positions))
+    return capture(logits, features=features, draw_rate=draw_rate, starts_P=begin)
 
 
 def keys_in_worker(task: tuple[TeacherCache, int]) -> list[bytes]:
@@ -109,8 +136,10 @@ def write_cache(
     rows_per_batch: int = 3,
     features: TokenFeatures | None = None,
     min_prob: float = 1e-3,
+    draw_rate: int = 0,
 ) -> list[tuple[TokenRow, TopKLogprobs]]:
-    """A cache of rows of these lengths, of version 2 with features; returns what was written."""
+    """A cache of rows of these lengths, of version 2 with features and of version 3 with draws; returns what
+    was written."""
     rng = np.random.default_rng(seed)
     written = []
     with CacheWriter(
@@ -120,14 +149,14 @@ def write_cache(
         positions=positions,
         min_prob=min_prob,
         max_k=min(64, vocab_size),
-        codec=codec,
+        codec=replace(codec or CodecConfig(), draw_rate=draw_rate),
         rows_per_shard=rows_per_shard,
         rows_per_batch=rows_per_batch,
         features=features,
     ) as writer:
         for length in lengths:
             row = random_row(rng, length, vocab_size)
-            teacher = random_teacher(rng, row, vocab_size, positions, features)
+            teacher = random_teacher(rng, row, vocab_size, positions, features, draw_rate)
             teacher = teacher.prune(min_prob, min(64, vocab_size), features)
             writer.append(row, teacher)
             written.append((row, teacher))
@@ -135,7 +164,7 @@ def write_cache(
     return written
 
 
-def by_id(topk: TopKLogprobs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(offsets, ids, logprobs) with entries sorted by id, the order-free form."""
+def by_id(topk: TopKLogprobs | TailDraws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(offsets, ids, logprobs) with entries, or draws, sorted by id, the order-free form."""
     order = np.lexsort((topk.token_ids, np.repeat(np.arange(len(topk)), topk.counts)))
     return topk.offsets, topk.token_ids[order], topk.logprobs[order]

@@ -21,9 +21,23 @@ CASES = {
         "min_prob": 0.02,
     },
     "moments_lossless": {"lengths": [4, 1, 6], "vocab_size": 12, "positions": "all", "min_prob": 0.02},
+    "draws": {
+        "lengths": [9, 0, 1, 2, 24, 5, 3, 6, 4],
+        "vocab_size": 300,
+        "positions": "loss",
+        "min_prob": 0.02,
+        "draw_rate": 52,
+    },
+    "draws_lossless": {
+        "lengths": [4, 1, 6],
+        "vocab_size": 12,
+        "positions": "all",
+        "min_prob": 0.02,
+        "draw_rate": 40,
+    },
 }
-NUM_FEATURES = {"moments": 5, "moments_lossless": 3}
-"""Of the caches of version 2; the others are of version 1."""
+NUM_FEATURES = {"moments": 5, "moments_lossless": 3, "draws": 2}
+"""Caches with a `draw_rate` are of version 3, others with features of version 2, the rest of version 1."""
 FIRST = {"sqrt_steps": 240, "linear_steps": 2000, "tail_steps": 64}
 SECOND = {"sqrt_steps": 560, "linear_steps": 1800, "tail_steps": 256, "moment_steps": 1000}
 CODECS = {
@@ -31,15 +45,18 @@ CODECS = {
     "lossless": FIRST | {"probabilities": "float32"},
     "moments": SECOND,
     "moments_lossless": SECOND | {"probabilities": "float32"},
+    "draws": SECOND | {"draw_steps": 90},
+    "draws_lossless": SECOND | {"draw_steps": 90, "probabilities": "float32"},
 }
-"""Written out, because defaults move and these caches do not. Moments in thousandths: a reader that takes
-the default number of steps shows."""
+"""Written out, because defaults move and these caches do not. Moments in thousandths and draws in ninetieths:
+a reader that takes the default number of steps shows."""
 
 
 def main() -> None:
+    import numpy as np
     from make_teachers import by_id, plain_features, write_cache
 
-    from formats.codec import CodecConfig
+    from formats import CodecConfig
     from formats.vocabulary import LEAST_OCCURRENCES
 
     assert LEAST_OCCURRENCES == 16
@@ -67,6 +84,11 @@ def main() -> None:
         for row, (_, teacher) in zip(expected, written, strict=True):
             if num_features:
                 row["tail_moments"] = [[float(f"{x:.9g}") for x in one] for one in teacher.tail_moments]
+            if "draw_rate" in case:
+                offsets, ids, logprobs = by_id(teacher.draws)
+                row["draw_counts"] = np.diff(offsets).tolist()
+                row["draw_ids"] = ids.tolist()
+                row["draw_logprobs"] = [float(f"{x:.9g}") for x in logprobs]
         (HERE / f"{name}.json").write_text(json.dumps(expected, separators=(",", ":")) + "\n")
 
 
