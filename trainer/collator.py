@@ -3,7 +3,8 @@
 A batch is a flat dict of tensors, so that any loader can pin and move it. `split_batch` turns it, on the
 device, into what the model takes, the shifted labels and a `TeacherBatch`.
 
-B: sequences, S: tokens of the longest one, K: positions with teacher targets, E: head entries of all of them.
+B: sequences, S: tokens of the longest one, K: positions with teacher targets, E: head entries of all of them,
+D: their tail draws.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ class LabelAnnealingCollator:
         teacher_token_ids int32 [E], teacher_logprobs float32 [E]
         teacher_tail_mean float32 [K, F], teacher_tail_noise float32 [K], token_features int8 [V, F], where
                        the items carry them
+        teacher_draw_offsets int32 [K + 1], teacher_draw_ids int32 [D], teacher_draw_logprobs and
+                       teacher_draw_weights float32 [D], likewise
         temperature    float: the T at which the tail was taken, the same for all items
         num_tokens     int: tokens that are not padding
 
@@ -83,7 +86,7 @@ class LabelAnnealingCollator:
             "teacher_logprobs": np.concatenate([item["teacher_logprobs"] for item in items]),
             "teacher_log_tail": np.concatenate([item["teacher_log_tail"] for item in items]),
         }
-        batch |= _tail_shape(items)
+        batch |= _tail_shape(items) | _tail_draws(items)
         batch |= {"position_ids": position_ids} if self.packing else {"attention_mask": attention_mask}
         temperatures = {item["temperature"] for item in items}
         if len(temperatures) > 1:
@@ -115,6 +118,29 @@ def _tail_shape(items: Sequence[Item]) -> dict[str, np.ndarray]:
     return columns | {"token_features": first}
 
 
+def _tail_draws(items: Sequence[Item]) -> dict[str, np.ndarray]:
+    """The columns of tail draws; rows without teacher targets need none.
+
+    Raises:
+        ConfigError: some rows with targets have draws and others have none.
+    """
+    scored = [item for item in items if len(item["teacher_positions"])]
+    having = ["teacher_draw_counts" in item for item in scored]
+    if not any(having):
+        return {}
+    if not all(having):
+        raise ConfigError(
+            "all rows of a batch must have tail draws or none; build the caches alike, or make every "
+            "CachedDataset with tail_draws=False"
+        )
+    counts = np.concatenate([item["teacher_draw_counts"] for item in scored])
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    names = ("teacher_draw_ids", "teacher_draw_logprobs", "teacher_draw_weights")
+    columns = {name: np.concatenate([item[name] for item in scored]) for name in names}
+    return columns | {"teacher_draw_offsets": offsets}
+
+
 def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor, TeacherBatch | None]:
     """(model inputs, labels_N, teacher) of a collated batch, on whatever device it is.
 
@@ -140,6 +166,10 @@ def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor,
             tail_mean=batch.get("teacher_tail_mean"),
             tail_noise=batch.get("teacher_tail_noise"),
             features=batch.get("token_features"),
+            draw_offsets=batch["teacher_draw_offsets"].long() if "teacher_draw_offsets" in batch else None,
+            draw_ids=batch.get("teacher_draw_ids"),
+            draw_logprobs=batch.get("teacher_draw_logprobs"),
+            draw_weights=batch.get("teacher_draw_weights"),
         )
     return inputs, labels_N.reshape(-1), teacher
 

@@ -130,6 +130,9 @@ class TrainConfig:
     tail_moments: bool = True
     """Match the shape of the tail by the cache's tail moments, where it has some (forward KL only); False
     leaves it to the student."""
+    tail_draws: bool = True
+    """Use the cache's tail draws, where it has some (forward KL only): they make the KL and its gradient
+    unbiased. False leaves the part of the tail's shape that moments do not tell to the student."""
 
     step0_threshold: float = 0.02
     """Nats. Training is refused when KL(initial || model) exceeds it before the first update: the model
@@ -184,6 +187,7 @@ class TrainConfig:
             )
         for name in (
             "tail_moments",
+            "tail_draws",
             "allow_different_student",
             "packing",
             "group_by_length",

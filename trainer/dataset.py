@@ -3,7 +3,7 @@
 An item is a dict of compact numpy arrays, never lists and never int64. The tail mass is taken at the run's
 temperature here, so the interpolation runs in the worker and the GPU sees one number per position.
 
-L: tokens of the row, P: positions with teacher targets, E: their head entries together.
+L: tokens of the row, P: positions with teacher targets, E: their head entries together, S: their tail draws.
 """
 
 from collections.abc import Sequence
@@ -52,6 +52,9 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         teacher_log_tail  float32 [P]: A(1/T) at `temperature`
         teacher_tail_mean float32 [P, F], teacher_tail_noise float32 [P], token_features int8 [V, F]:
                           as in `TeacherBatch`, where the cache has tail moments
+        teacher_draw_counts int32 [P]: tail draws per position, where the cache has some
+        teacher_draw_ids  int32 [S], teacher_draw_logprobs float32 [S] at T = 1,
+                          teacher_draw_weights float32 [S]: as in `TeacherBatch`
         temperature       float: that T
 
     Args:
@@ -59,6 +62,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         temperature: T of the KL term.
         loss: `both`; `ce` leaves the teacher out; `kl` sets every label to -100.
         tail_moments: False leaves the tail moments of the cache out.
+        tail_draws: False leaves its tail draws out.
 
     Raises:
         FormatError: the cache is missing, unfinished or broken.
@@ -71,6 +75,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         temperature: float = 1.0,
         loss: str = "both",
         tail_moments: bool = True,
+        tail_draws: bool = True,
     ) -> None:
         if loss not in ROW_LOSSES:
             raise ConfigError(f"loss must be one of {', '.join(ROW_LOSSES)}, got {loss!r}")
@@ -78,6 +83,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         self.temperature = float(temperature)
         self.loss = loss
         self.tail_moments = tail_moments
+        self.tail_draws = tail_draws
         if len(self.cache) == 0:
             raise ConfigError(
                 f"a training cache needs rows, got none in {self.name}; check the corpus it was built from"
@@ -100,6 +106,11 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
     def features(self) -> TokenFeatures | None:
         """The token features that items carry; None where they carry none."""
         return self.cache.features if self.tail_moments and self.loss != "ce" else None
+
+    @property
+    def has_draws(self) -> bool:
+        """Whether items carry tail draws."""
+        return self.tail_draws and self.loss != "ce" and self.cache.manifest.codec.draw_rate > 0
 
     def lengths(self) -> np.ndarray:
         """int32 [rows]: tokens per row, for packing and grouping."""
@@ -128,6 +139,13 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         if features is not None:
             mean, noise = tail_means(topk, self.cache.manifest.codec.moment_resolution)
             item |= {"teacher_tail_mean": mean, "teacher_tail_noise": noise, "token_features": features.codes}
+        if self.has_draws:
+            item |= {
+                "teacher_draw_counts": topk.draws.counts.astype(np.int32),
+                "teacher_draw_ids": topk.draws.token_ids,
+                "teacher_draw_logprobs": topk.draws.logprobs,
+                "teacher_draw_weights": topk.draws.weights,
+            }
         return item | {
             "teacher_positions": positions,
             "teacher_counts": topk.counts.astype(np.int32),
@@ -180,17 +198,24 @@ class UnitDataset(torch.utils.data.Dataset[Any]):
         return items
 
 
-def require_one_features(datasets: Sequence[CachedDataset]) -> None:
-    """Caches whose rows meet in one batch must have taken their tail moments with the same features.
+def require_one_tail(datasets: Sequence[CachedDataset]) -> None:
+    """Caches whose rows meet in one batch must say the same kind of thing about tails.
 
     Raises:
-        ConfigError: they did not.
+        ConfigError: their tail moments were taken with other features, or only some have tail draws.
     """
     scored = [dataset for dataset in datasets if dataset.loss != "ce"]
     for other in scored[1:]:
-        if other.features != scored[0].features:
+        first = scored[0]
+        if other.features != first.features:
             raise ConfigError(
                 "caches of one run must have the same token features, but those of "
-                f"{scored[0].name} and {other.name} differ; build them from the same checkpoint with the "
+                f"{first.name} and {other.name} differ; build them from the same checkpoint with the "
                 "same --tail-features, or train with tail_moments: false"
+            )
+        if other.has_draws != first.has_draws:
+            having, lacking = (first, other) if first.has_draws else (other, first)
+            raise ConfigError(
+                f"caches of one run must all have tail draws or none, but {having.name} has some and "
+                f"{lacking.name} has none; build them alike, or train with tail_draws: false"
             )

@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, seed_worker
 from formats.errors import ConfigError
 from trainer import checkpoint
 from trainer.collator import LabelAnnealingCollator, count_targets
-from trainer.dataset import CachedDataset, UnitDataset, require_one_features
+from trainer.dataset import CachedDataset, UnitDataset, require_one_tail
 from trainer.head import OutputHead
 from trainer.measure import Measurement, measure
 from trainer.packing import best_fit
@@ -92,7 +92,7 @@ class LabelAnnealingTrainer(Trainer):
                 "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
             )
         if train_dataset is not None:
-            require_one_features([train_dataset, *(dataset for dataset, _ in mixed)])
+            require_one_tail([train_dataset, *(dataset for dataset, _ in mixed)])
         self.head = OutputHead.of(model).install()
         self.kl_coef, self.kl_direction = kl_coef, kl_direction
         self.packing, self.pack_length, self.group_by_length = packing, pack_length, group_by_length

@@ -81,9 +81,10 @@ def label_annealing_loss(
         kl = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum") / num_kl
         loss = ce + kl_coef * kl
 
-    and for a truncated head, all other tokens form one bucket in `kl`. With tail moments in `teacher` and
-    `forward`, the bucket's shape is matched to the teacher's as far as the moments tell (loss_tail.py);
-    `reverse` leaves it to the student. Gradients reach `hidden_ND`,
+    and for a truncated head, all other tokens form one bucket in `kl`. In `forward`, tail moments in
+    `teacher` match the bucket's shape to the teacher's as far as they tell (loss_tail.py), and tail draws add
+    what both leave out, in expectation (loss_draws.py): `kl` and every gradient are then unbiased estimates
+    of the above. `reverse` leaves the shape to the student. Gradients reach `hidden_ND`,
     `weight_VD` and `bias_V`, each only if it requires one; they are computed here, in the forward pass, and
     `backward` multiplies them with the upstream gradient and hands them over, so it works once. Under
     `torch.no_grad()` only values are computed. Under `torch.compile` the call is a graph break, run eagerly.
@@ -122,6 +123,8 @@ def label_annealing_loss(
         )
     arithmetic = arithmetic_dtype(compute)
     beta = 1.0 if teacher is None else 1.0 / teacher.temperature
+    if teacher is not None and kl_direction == "reverse":
+        teacher = teacher.without_draws()
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         head = Head(
             weight_VD.detach()[:vocab_size].to(compute),

@@ -9,8 +9,8 @@ times q_j on R, and something particular on the few entries of H:
     reverse KL      R: beta q_j (f_R - KL)                          H: beta q_j (f_j - KL)
                     f = log q - log p, per entry of H, and once for the whole tail
 
-With tail moments a forward KL has one more term on R, whose multiplier differs from token to token: see
-loss_tail.py.
+With tail moments a forward KL has one more term on R, whose multiplier differs from token to token
+(loss_tail.py); with tail draws it has terms at the drawn tokens, and one more number per row (loss_draws.py).
 
 So the chunk is exponentiated once (twice when T != 1), its head entries are set to zero, and the row sum of
 what is left *is* the student's tail mass: a sum of positive terms, never 1 - Q. Then one multiplication per
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trainer.loss_draws import drawn_tail
 from trainer.loss_rows import IGNORE_INDEX, LOG_FLOOR, TeacherTargets, segment_sum
 from trainer.loss_tail import FeatureTables, damping, tilt
 
@@ -104,6 +105,14 @@ class TailShape:
     """On R its gradient is (offset + slope . u_j) times the student's tail of mass one."""
     offset_K: torch.Tensor
     """- slope . m."""
+    tilt_KF: torch.Tensor
+    """The student's tail is reweighted by 1 + x_j, x_j = tilt . (u_j - m)."""
+    mean_KF: torch.Tensor
+    """m."""
+
+    def tilt_of(self, row_S: torch.Tensor, features_SF: torch.Tensor) -> torch.Tensor:
+        """x [S] of single tokens, given by row and features."""
+        return ((features_SF - self.mean_KF[row_S]) * self.tilt_KF[row_S]).sum(1)
 
 
 def _tail_shape(
@@ -131,10 +140,15 @@ def _tail_shape(
         mean_one_KF, covariance_one_KFF = mean_CF[rows_K], covariance_CFF[rows_K]
     a_KF, distance_K = tilt(mean_one_KF, covariance_one_KFF, targets.tail_mean_KF, targets.tail_noise_K)
     damping_K = damping(a_KF, covariance_KFF, beta)
-    weight_K = beta * beta * damping_K * targets.tail_K
-    slope_KF = -weight_K[:, None] * a_KF
+    tilt_KF = (beta * damping_K)[:, None] * a_KF
+    weight_K = beta * targets.tail_K
+    slope_KF = -weight_K[:, None] * tilt_KF
     return TailShape(
-        kl_K=0.5 * weight_K * distance_K, slope_KF=slope_KF, offset_K=-(slope_KF * mean_KF).sum(1)
+        kl_K=0.5 * beta * weight_K * damping_K * distance_K,
+        slope_KF=slope_KF,
+        offset_K=-(slope_KF * mean_KF).sum(1),
+        tilt_KF=tilt_KF,
+        mean_KF=mean_KF,
     )
 
 
@@ -181,6 +195,9 @@ def process_chunk(
         tempered_CV = torch.mul(shifted_CV, beta, out=scratch_CV)
     tempered = tempered_CV.view(-1)
     shifted_E = tempered[flat_E]
+    if targets.draws is not None:
+        flat_S = targets.position_K[targets.draws.row_S] * logits_CV.shape[1] + targets.draws.token_ids_S
+        shifted_S = tempered[flat_S]
     tempered_CV.exp_()
     tempered.index_fill_(0, flat_E, 0.0)
     tail_sum_C = tempered_CV.sum(dim=1)
@@ -193,9 +210,18 @@ def process_chunk(
     shape = None
     if tables is not None:
         shape = _tail_shape(shifted_CV, tempered_CV, tail_sum_C, flat_E, targets, tables, weights_CV, beta)
+    inside_K = None if shape is None else shape.kl_K
+    drawn = None
+    if targets.draws is not None:
+        tilt_S = None
+        if shape is not None and tables is not None:
+            features_SF = tables.values_FV[:, targets.draws.token_ids_S].t()
+            tilt_S = shape.tilt_of(targets.draws.row_S, features_SF)
+        drawn = drawn_tail(shifted_S, tail_sum_K, targets, tilt_S, beta)
+        inside_K = drawn.kl_K  # an estimate of all of it: the moments are its control variate
     sums = ChunkSums(
         ce=((sum_C.log() - shifted_label_C) * labelled_C).sum(),
-        kl=kl.kl_K.sum() if shape is None else (kl.kl_K + shape.kl_K).sum(),
+        kl=kl.kl_K.sum() if inside_K is None else (kl.kl_K + inside_K).sum(),
         student_head_mass=(1.0 - kl.tail_K).sum(),
     )
     if not want_gradient:
@@ -205,8 +231,10 @@ def process_chunk(
         0, targets.position_K, weights.kl * kl.tail_coefficient_K / sum_K
     )
     ce_coefficient_C = ce_weight_C / sum_C
+    scale_K = weights.kl / tail_sum_K.clamp_min(torch.finfo(tail_sum_K.dtype).tiny)
+    if drawn is not None:
+        tail_coefficient_C.index_add_(0, targets.position_K, scale_K * drawn.tail_K)
     if shape is not None and tables is not None:
-        scale_K = weights.kl / tail_sum_K.clamp_min(torch.finfo(tail_sum_K.dtype).tiny)
         slope_CF = shape.slope_KF.new_zeros(len(sum_C), shape.slope_KF.shape[1])
         slope_CF.index_copy_(0, targets.position_K, scale_K[:, None] * shape.slope_KF)
         tail_coefficient_C.index_add_(0, targets.position_K, scale_K * shape.offset_K)
@@ -226,5 +254,7 @@ def process_chunk(
         logits_CV.view(-1).index_copy_(0, flat_E, head_E)
     else:
         logits_CV.view(-1).index_add_(0, flat_E, weights.kl * kl.head_gradient_E)
+    if drawn is not None:
+        logits_CV.view(-1).index_add_(0, flat_S, weights.kl * drawn.gradient_S)
     logits_CV.scatter_add_(1, safe_labels_C1, -ce_weight_C[:, None])
     return sums

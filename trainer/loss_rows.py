@@ -4,8 +4,8 @@ A row counts when it has a label or a teacher target; no other row is ever proje
 All sizes that the chunk loop needs are fetched from the device here, in three small transfers per call, so
 that the loop itself never waits for the device. Cost: linear in rows and head entries.
 
-N: rows given, M: rows that count, K: rows with teacher targets, E: head entries, F: token
-features.
+N: rows given, M: rows that count, K: rows with teacher targets, E: head entries, F: token features,
+S: tail draws.
 """
 
 import math
@@ -20,6 +20,33 @@ from trainer.teacher_batch import TeacherBatch
 IGNORE_INDEX = -100
 # Logarithms of masses are floored here: a mass that underflows gives finite numbers times zero, not NaN.
 LOG_FLOOR = {torch.float32: -80.0, torch.float64: -700.0}
+
+
+@dataclass(frozen=True)
+class DrawTargets:
+    """Tokens drawn from the teacher's tail, at temperature T."""
+
+    offsets_K1: torch.Tensor
+    """int64 [K + 1]: draws of each row."""
+    row_S: torch.Tensor
+    """int64: index into the K rows, for every draw."""
+    token_ids_S: torch.Tensor
+    """int64."""
+    log_probs_S: torch.Tensor
+    """log p_T of the token."""
+    scale_S: torch.Tensor
+    """p_T over the token's expected number of draws."""
+
+    def slice(self, teacher_rows: tuple[int, int], drawn: tuple[int, int]) -> "DrawTargets":
+        """The draws of a run of rows, numbered from its first row."""
+        draws = slice(*drawn)
+        return DrawTargets(
+            self.offsets_K1[teacher_rows[0] : teacher_rows[1] + 1] - drawn[0],
+            self.row_S[draws] - teacher_rows[0],
+            self.token_ids_S[draws],
+            self.log_probs_S[draws],
+            self.scale_S[draws],
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +73,8 @@ class TeacherTargets:
     """The mean token feature of the tail at T = 1."""
     tail_noise_K: torch.Tensor | None = None
     """The variance of its error."""
+    draws: DrawTargets | None = None
+    """Tokens drawn from the tail."""
 
     def slice(self, chunk: "Chunk") -> "TeacherTargets":
         """The targets of one chunk, numbered from the chunk's first row."""
@@ -61,17 +90,19 @@ class TeacherTargets:
             log_tail_K=self.log_tail_K[rows],
             tail_mean_KF=None if self.tail_mean_KF is None else self.tail_mean_KF[rows],
             tail_noise_K=None if self.tail_noise_K is None else self.tail_noise_K[rows],
+            draws=None if self.draws is None else self.draws.slice(chunk.teacher_rows, chunk.draws),
         )
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of the rows that count, as host integers: start and stop of rows, teacher rows and entries."""
+    """A run of the rows that count: start and stop of rows, teacher rows, entries, draws; host integers."""
 
     start: int
     stop: int
     teacher_rows: tuple[int, int] = (0, 0)
     entries: tuple[int, int] = (0, 0)
+    draws: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +149,24 @@ def teacher_targets(teacher: TeacherBatch, position_K: torch.Tensor, dtype: torc
         log_tail_K=log_tail_K.clamp_min(LOG_FLOOR[dtype]),
         tail_mean_KF=None if teacher.tail_mean is None else teacher.tail_mean.to(dtype),
         tail_noise_K=None if teacher.tail_noise is None else teacher.tail_noise.to(dtype),
+        draws=_draw_targets(teacher, log_z_K, dtype),
     )
+
+
+def _draw_targets(teacher: TeacherBatch, log_z_K: torch.Tensor, dtype: torch.dtype) -> DrawTargets | None:
+    if teacher.draw_offsets is None:
+        return None
+    assert teacher.draw_ids is not None
+    assert teacher.draw_logprobs is not None and teacher.draw_weights is not None
+    offsets_K1 = teacher.draw_offsets
+    row_S = torch.repeat_interleave(
+        torch.arange(len(teacher), device=offsets_K1.device),
+        offsets_K1[1:] - offsets_K1[:-1],
+        output_size=teacher.draw_ids.numel(),
+    )
+    log_probs_S = teacher.draw_logprobs.to(dtype) / teacher.temperature - log_z_K[row_S]
+    scale_S = teacher.draw_weights.to(dtype) * log_probs_S.exp()
+    return DrawTargets(offsets_K1, row_S, teacher.draw_ids.long(), log_probs_S, scale_S)
 
 
 def plan_rows(
@@ -152,12 +200,33 @@ def plan_rows(
         return RowPlan(rows_M, labels_M, chunks, None)
     position_K = torch.searchsorted(rows_M, teacher.rows)
     edges = torch.searchsorted(position_K, torch.tensor(bounds, device=position_K.device))
-    rows_at, entries_at = torch.stack([edges, teacher.offsets[edges]]).tolist()
+    draws_at = torch.zeros_like(edges) if teacher.draw_offsets is None else teacher.draw_offsets[edges]
+    at = torch.stack([edges, teacher.offsets[edges], draws_at]).tolist()
     chunks = tuple(
-        Chunk(bounds[i], bounds[i + 1], (rows_at[i], rows_at[i + 1]), (entries_at[i], entries_at[i + 1]))
+        Chunk(bounds[i], bounds[i + 1], *((start[i], start[i + 1]) for start in at))
         for i in range(num_chunks)
     )
     return RowPlan(rows_M, labels_M, chunks, teacher_targets(teacher, position_K, dtype))
+
+
+_Check = tuple[type[AnnealError], str, torch.Tensor, torch.Tensor, str]
+"""Error, rule, values, where the rule is broken, remedy."""
+
+
+def _ragged_checks(
+    what: str, ids: torch.Tensor, offsets: torch.Tensor, vocab_size: int
+) -> tuple[_Check, _Check]:
+    bad_ids = (ids < 0) | (ids >= vocab_size)
+    bad_offsets = torch.zeros_like(offsets, dtype=torch.bool)
+    bad_offsets[0] = offsets[0] != 0
+    bad_offsets[1:] = offsets[1:] < offsets[:-1]
+    bad_offsets[-1:] |= offsets[-1:] != ids.numel()
+    ids_rule = f"{what} token ids must lie in [0, {vocab_size})"
+    offsets_rule = f"{what} offsets must ascend from 0 to {ids.numel()}"
+    return (
+        (FormatError, ids_rule, ids, bad_ids, "the cache has another vocabulary"),
+        (FormatError, offsets_rule, offsets, bad_offsets, "check the collator"),
+    )
 
 
 def _check_values(
@@ -166,9 +235,7 @@ def _check_values(
     """One transfer for all value checks: an index out of range on a GPU otherwise kills the whole process."""
     bad_N = (labels_N != IGNORE_INDEX) & ((labels_N < 0) | (labels_N >= vocab_size))
     rule = f"labels must be {IGNORE_INDEX} or lie in [0, {vocab_size})"
-    checks: list[tuple[type[AnnealError], str, torch.Tensor, torch.Tensor, str]] = [
-        (ConfigError, rule, labels_N, bad_N, "check the tokenizer")
-    ]
+    checks: list[_Check] = [(ConfigError, rule, labels_N, bad_N, "check the tokenizer")]
     if teacher is not None:
         if teacher.rows.device != labels_N.device:
             raise ConfigError(
@@ -180,20 +247,14 @@ def _check_values(
                 f"token features must be of the head's {vocab_size} tokens, got {len(teacher.features)}; "
                 "pass vocab_size if the head has padding, else the cache has another vocabulary"
             )
-        rows, ids, offsets = teacher.rows, teacher.token_ids, teacher.offsets
+        rows = teacher.rows
         bad_rows = (rows < 0) | (rows >= num_rows)
         bad_rows[1:] |= rows[1:] <= rows[:-1]
         rule = f"teacher rows must be ascending, unique and in [0, {num_rows})"
         checks.append((FormatError, rule, rows, bad_rows, "check the collator"))
-        rule = f"teacher token ids must lie in [0, {vocab_size})"
-        bad_ids = (ids < 0) | (ids >= vocab_size)
-        checks.append((FormatError, rule, ids, bad_ids, "the cache has another vocabulary"))
-        bad_offsets = torch.zeros_like(offsets, dtype=torch.bool)
-        bad_offsets[0] = offsets[0] != 0
-        bad_offsets[1:] = offsets[1:] < offsets[:-1]
-        bad_offsets[-1:] |= offsets[-1:] != ids.numel()
-        rule = f"teacher offsets must ascend from 0 to {ids.numel()}"
-        checks.append((FormatError, rule, offsets, bad_offsets, "check the collator"))
+        checks += _ragged_checks("teacher", teacher.token_ids, teacher.offsets, vocab_size)
+        if teacher.draw_ids is not None and teacher.draw_offsets is not None:
+            checks += _ragged_checks("drawn", teacher.draw_ids, teacher.draw_offsets, vocab_size)
     found = torch.stack([bad.any() for _, _, _, bad, _ in checks]).tolist()
     for (error, rule, values, bad, remedy), broken in zip(checks, found, strict=True):
         if broken:

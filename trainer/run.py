@@ -98,15 +98,16 @@ def train(config: TrainConfig) -> TrainReport:
     # Without a KL term nobody reads the teacher's payloads, so they are not decoded either.
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
         loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
-        return CachedDataset(opened, config.temperature, loss, moments)
+        return CachedDataset(opened, config.temperature, loss, *tail)
 
-    moments = config.tail_moments and config.kl_direction == "forward"
+    forward = config.kl_direction == "forward"
+    tail = (config.tail_moments and forward, config.tail_draws and forward)
 
     train_dataset = rows(cache, "both")
     mixed_datasets = [
         (rows(opened, entry.loss), entry.weight) for opened, entry in zip(mixed, config.caches, strict=True)
     ]
-    first_check = CachedDataset(cache, config.temperature, tail_moments=moments)
+    first_check = CachedDataset(cache, config.temperature, "both", *tail)
     eval_datasets = {name: CachedDataset(opened) for name, opened in held_out.items()}
 
     model = load_model(model_dir, dtype=config.dtype, attn_implementation=config.attn_implementation)

@@ -4,7 +4,8 @@ Everything is ragged and flat, so that a batch moves to the device in a few copi
 built. Row k of the batch is the hidden state `rows[k]` of the flattened [batch * sequence, hidden] tensor;
 its entries are `offsets[k]:offsets[k + 1]`.
 
-K: rows with teacher targets, E: head entries of all rows together, V: vocabulary, F: token features.
+K: rows with teacher targets, E: head entries of all rows together, V: vocabulary, F: token features,
+S: tail draws of all rows together.
 """
 
 from dataclasses import dataclass, replace
@@ -63,6 +64,14 @@ class TeacherBatch:
     """float32 [K]: the variance of the error of each `tail_mean`, from its quantisation."""
     features: torch.Tensor | None = None
     """int8 [V, F]: the token features, in steps of 1 / `FEATURE_UNIT`."""
+    draw_offsets: torch.Tensor | None = None
+    """int64 [K + 1]: the tail draws of row k are draw_offsets[k] to draw_offsets[k + 1]; None without any."""
+    draw_ids: torch.Tensor | None = None
+    """int32 or int64 [S]: tokens drawn from the tail; never one of the row's head."""
+    draw_logprobs: torch.Tensor | None = None
+    """float32 [S]: their natural logprobs at T = 1."""
+    draw_weights: torch.Tensor | None = None
+    """float32 [S]: the reciprocal of each one's expected number of draws."""
 
     def __post_init__(self) -> None:
         num_rows, num_entries = self.rows.numel(), self.token_ids.numel()
@@ -86,6 +95,14 @@ class TeacherBatch:
                     f"tail_mean must have shape {list(expected)}, got {list(self.tail_mean.shape)}; "
                     "build the batch with the collator"
                 )
+        drawn = (self.draw_offsets, self.draw_ids, self.draw_logprobs, self.draw_weights)
+        if any(part is not None for part in drawn):
+            sizes = [None if part is None else part.numel() for part in drawn]
+            if sizes[0] != num_rows + 1 or sizes[1] is None or sizes[1:] != [sizes[1]] * 3:
+                raise FormatError(
+                    f"draws need {num_rows + 1} offsets, and ids, logprobs and weights of one length, got "
+                    f"{sizes}; build the batch with the collator"
+                )
         if not self.temperature > 0:
             raise FormatError(f"temperature must be positive, got {self.temperature}; the default is 1.0")
 
@@ -104,6 +121,10 @@ class TeacherBatch:
             name: part.to(device, non_blocking=non_blocking) for name, part in tensors.items()
         }
         return replace(self, **moved)
+
+    def without_draws(self) -> "TeacherBatch":
+        """The same targets, their tails known by mass and moments alone."""
+        return replace(self, draw_offsets=None, draw_ids=None, draw_logprobs=None, draw_weights=None)
 
     def validate(self, *, num_rows: int, vocab_size: int) -> None:
         """Check every value, not only shapes: linear in the batch, for tests and for debugging a loader.
@@ -129,9 +150,23 @@ class TeacherBatch:
         for rule, holds in rules:
             if not holds:
                 raise FormatError(f"teacher targets: {rule}; rebuild the batch with the collator")
+        if self.draw_offsets is not None and self.draw_ids is not None:
+            self._validate_draws(self.draw_offsets.cpu(), self.draw_ids.cpu().long(), vocab_size)
         row_of_entry = torch.repeat_interleave(torch.arange(len(rows)), offsets[1:] - offsets[:-1])
         if torch.unique(row_of_entry * vocab_size + ids).numel() != ids.numel():
             raise FormatError("teacher targets: a token may occur once per row; rebuild with the collator")
+
+    def _validate_draws(self, offsets: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> None:
+        counts = offsets[1:] - offsets[:-1]
+        in_range = bool((counts >= 0).all() and ((ids >= 0) & (ids < vocab_size)).all())
+        if int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel() or not in_range:
+            raise FormatError(
+                f"teacher targets: draws must be tokens in [0, {vocab_size}); rebuild with the collator"
+            )
+        drawn = torch.repeat_interleave(torch.arange(len(counts)), counts) * vocab_size + ids
+        head = torch.repeat_interleave(torch.arange(len(self)), self.counts.cpu().long()) * vocab_size
+        if torch.isin(drawn, head + self.token_ids.cpu().long()).any():
+            raise FormatError("teacher targets: a draw must not be in the head; rebuild with the collator")
 
     @classmethod
     def from_topk(
@@ -141,18 +176,27 @@ class TeacherBatch:
         temperature: float = 1.0,
         features: TokenFeatures | None = None,
         moment_steps: int | None = None,
+        draws: bool = True,
     ) -> "TeacherBatch":
         """Targets from a `formats.TopKLogprobs` whose position k belongs to hidden row `rows[k]`.
 
         Args:
             features: of the cache; None leaves tail moments out.
             moment_steps: `moment_resolution` of the cache's codec; None for moments that were not quantised.
+            draws: False leaves tail draws out.
         """
         shape: dict[str, torch.Tensor] = {}
         if features is not None:
             mean, noise = tail_means(topk, moment_steps)
             shape = {"tail_mean": torch.as_tensor(mean), "tail_noise": torch.as_tensor(noise)}
             shape["features"] = torch.as_tensor(features.codes)
+        if draws and topk.draws.rate:
+            shape |= {
+                "draw_offsets": torch.as_tensor(topk.draws.offsets),
+                "draw_ids": torch.as_tensor(topk.draws.token_ids),
+                "draw_logprobs": torch.as_tensor(topk.draws.logprobs),
+                "draw_weights": torch.as_tensor(topk.draws.weights),
+            }
         return cls(
             rows=torch.as_tensor(np.ascontiguousarray(rows, dtype=np.int64)),
             offsets=torch.as_tensor(np.ascontiguousarray(topk.offsets, dtype=np.int64)),

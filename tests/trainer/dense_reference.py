@@ -80,6 +80,47 @@ def tail_shape_row(student_logits, ids, teacher_mean, noise, features, temperatu
     return value.detach() + pull - pull.detach()
 
 
+def reweighting_row(student_logits, ids, teacher_mean, noise, features, temperature):
+    """x of every token outside the head: the tail moments say that the teacher's tail is q~ (1 + x)."""
+    student_logits = student_logits.detach()
+    beta = 1.0 / temperature
+    outside = torch.ones(len(student_logits), dtype=torch.bool)
+    outside[ids] = False
+    u = features[outside].to(student_logits)
+    tail, hot = (torch.softmax(b * student_logits[outside], 0) for b in (1.0, beta))
+    centred = u - tail @ u
+    covariance = centred.T @ torch.diag(tail) @ centred
+    ridge = 0.02 * covariance.diagonal().mean() + noise / 0.02 + 1e-6
+    solved = torch.linalg.solve(
+        covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype), teacher_mean - tail @ u
+    )
+    x = beta * ((u - hot @ u) @ solved)
+    deviation = (hot * x * x).sum().sqrt()
+    x = x * min(1.0, 4.0 / deviation) if temperature == 1.0 else x / (1 + deviation**2).sqrt()
+    spread = torch.zeros_like(student_logits)
+    spread[outside] = x
+    return spread
+
+
+def drawn_tail_row(student_logits, ids, drawn, log_p, weights, x, temperature, tail_mass):
+    """What the draws of one row estimate: sum over the tail of p (r - 1 - log r), r = (1 - P) q~ / p.
+
+    `log_p` are the logarithms of the draws' p at the temperature. With (1 + x) r for the first r; where that
+    is above 10 or below -10 it goes on with the logarithm, so that its slope stays.
+    """
+    outside = torch.ones(len(student_logits), dtype=torch.bool)
+    outside[ids] = False
+    log_share = student_logits / temperature - torch.logsumexp(student_logits[outside] / temperature, 0)
+    total = student_logits.sum() * 0
+    for token, log_probability, weight in zip(drawn.tolist(), log_p, weights, strict=True):
+        log_ratio = tail_mass.log() + log_share[token] - log_probability
+        first = (1 + x[token]) * log_ratio.exp()
+        if first.abs() > 10:
+            first = first.sign().detach() * 10 * (1 + (first.abs() / 10).log())
+        total = total + weight * log_probability.exp() * (first - 1 - log_ratio)
+    return total
+
+
 def dense_loss(
     hidden,
     weight,
@@ -110,18 +151,34 @@ def dense_loss(
                 teacher.temperature,
                 reverse,
             )
-            if teacher.features is not None and not reverse:
-                head = (teacher.logprobs[entries].to(logits) / teacher.temperature).exp().sum()
-                tail = teacher.log_tail[k].to(logits).exp()
-                sum_kl = sum_kl + tail_shape_row(
-                    logits[row],
-                    teacher.token_ids[entries].long(),
-                    teacher.tail_mean[k].to(logits),
-                    teacher.tail_noise[k].to(logits),
-                    teacher.features.double() / 32,
+            if reverse:
+                continue
+            ids, student = teacher.token_ids[entries].long(), logits[row]
+            log_head = torch.logsumexp(teacher.logprobs[entries].to(logits) / teacher.temperature, 0)
+            log_z = torch.logaddexp(log_head, teacher.log_tail[k].to(logits))
+            tail_mass = (teacher.log_tail[k].to(logits) - log_z).exp()
+            inside, x = logits.new_zeros(()), torch.zeros_like(student)
+            if teacher.features is not None:
+                features = teacher.features.double() / 32
+                moments = (teacher.tail_mean[k].to(logits), teacher.tail_noise[k].to(logits), features)
+                inside = tail_shape_row(student, ids, *moments, teacher.temperature, tail_mass)
+                if len(ids) < len(student):
+                    x = reweighting_row(student, ids, *moments, teacher.temperature)
+            if teacher.draw_offsets is not None:
+                draws = slice(*teacher.draw_offsets[k : k + 2].tolist())
+                estimate = drawn_tail_row(
+                    student,
+                    ids,
+                    teacher.draw_ids[draws].long(),
+                    teacher.draw_logprobs[draws].to(logits) / teacher.temperature - log_z,
+                    teacher.draw_weights[draws].to(logits),
+                    x,
                     teacher.temperature,
-                    tail / (head + tail),
+                    tail_mass,
                 )
+                # The estimate is of the whole divergence inside the tail; from the moments comes a gradient.
+                inside = estimate + inside - inside.detach()
+            sum_kl = sum_kl + inside
     ce = sum_ce / (int(labelled.sum()) or 1 if num_ce is None else num_ce)
     kl = sum_kl / ((len(teacher) if teacher is not None else 1) or 1 if num_kl is None else num_kl)
     return DenseResult(ce + kl_coef * kl, ce, kl)
@@ -137,9 +194,12 @@ def online_two_model_kl(student_logits, teacher_logits, temperature, reverse=Fal
 
 
 def teacher_from_logits(
-    teacher_logits, rows, counts, temperature, dtype=torch.float64, features=None, noise=0.0
+    teacher_logits, rows, counts, temperature, dtype=torch.float64, features=None, noise=0.0, draws=None
 ) -> TeacherBatch:
     """Exact targets: the `counts[k]` most likely tokens of each row and the exact tail at this temperature.
+
+    `draws` are (number of draws of each token [K, V], expected number of draws of each token [K, V]); those
+    of heads are left out.
 
     `teacher_logits` [K, V] in float64; a count of V keeps everything and leaves a tail of -inf. With int8
     `features` [V, F], also the exact mean feature of each tail.
@@ -161,6 +221,19 @@ def teacher_from_logits(
         shape = {"tail_mean": torch.stack(means).to(dtype), "features": features}
         shape["tail_noise"] = torch.full((len(counts),), noise, dtype=dtype)
     none = torch.empty(0, dtype=torch.float64)
+    if draws is not None:
+        drawn, expected = draws[0].clone(), draws[1]
+        for k, head in enumerate(ids):
+            drawn[k, head] = 0
+        row, token = drawn.nonzero(as_tuple=True)
+        times = drawn[row, token]
+        row, token = row.repeat_interleave(times), token.repeat_interleave(times)
+        shape |= {
+            "draw_offsets": torch.cat([torch.zeros(1).long(), drawn.sum(1).cumsum(0)]),
+            "draw_ids": token.int(),
+            "draw_logprobs": logprobs[row, token].to(dtype),
+            "draw_weights": (1 / expected[row, token]).to(dtype),
+        }
     return TeacherBatch(
         rows=torch.as_tensor(rows, dtype=torch.int64),
         offsets=torch.tensor(offsets),

@@ -35,11 +35,13 @@ def make_case(
     num_features=0,
     noise=0.0,
     drift=None,
+    draw_rate=0.0,
     **options,
 ) -> Case:
     """Rows with a label only, with teacher targets only, with both, and with neither.
 
     With `drift` the teacher is the student, moved by so much; else they have nothing to do with each other.
+    With `draw_rate`, tokens are drawn at random, each as often as a Poisson number of mean rate * p^(3/4).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,7 +64,13 @@ def make_case(
     if drift is not None:
         student_logits = dense_logits(hidden, weight, bias=bias, vocab_size=vocab_size, **options)[rows]
         teacher_logits = student_logits + drift * normal(len(rows), vocab_size)
-    teacher = teacher_from_logits(teacher_logits, rows, counts, temperature, features=features, noise=noise)
+    draws = None
+    if draw_rate:
+        expected = draw_rate * torch.softmax(teacher_logits, -1) ** 0.75
+        draws = torch.poisson(expected, generator=generator).long(), expected
+    teacher = teacher_from_logits(
+        teacher_logits, rows, counts, temperature, features=features, noise=noise, draws=draws
+    )
     if padding:
         options["vocab_size"] = vocab_size
     return Case(hidden, weight, labels, teacher, bias, options)
