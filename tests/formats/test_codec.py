@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_teachers import by_id, capture, plain_features, random_row, random_teacher
 
-from formats import TAIL_BETAS, TopKLogprobs
-from formats.codec import SECTIONS, Codec, CodecConfig, bytes_for, from_planes, section_bytes, to_planes
+from formats import TAIL_BETAS, CodecConfig, TailDraws, TopKLogprobs
+from formats.codec import SECTIONS, Codec, bytes_for, from_planes, section_bytes, to_planes
+from formats.draws import MAX_RATE
 from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
 from formats.features import LARGEST_FEATURE, MAX_FEATURES
 from formats.quantise import probability_tables, quantise_probabilities
@@ -24,9 +25,8 @@ DEFAULT = CodecConfig()
 def roundtrip(
     topk: TopKLogprobs, config: CodecConfig = DEFAULT, ranked: np.ndarray | None = None
 ) -> TopKLogprobs:
-    """Through a codec of `config` that has as many features as the positions."""
-    config = replace(config, num_features=topk.num_features)
-    codec = Codec(config, topk.vocab_size, max(1, int(topk.counts.max(initial=1))), ranked)
+    """Through a codec of `config` that has the features and the rate of draws of the positions."""
+    codec = Codec(config_for(topk, config), topk.vocab_size, max(1, int(topk.counts.max(initial=1))), ranked)
     return codec.decode(codec.encode(topk), len(topk))
 
 
@@ -52,6 +52,19 @@ def assert_within_bounds(got: TopKLogprobs, expected: TopKLogprobs, config: Code
     assert (difference[inside] <= 0.5 / config.tail_steps + 1e-4).all()
     assert got.tail_moments.shape == expected.tail_moments.shape
     assert (np.abs(got.tail_moments - expected.tail_moments) <= 0.5 / config.moment_steps + 1e-6).all()
+    assert_same_draws(got.draws, expected.draws, 0.5 / config.draw_steps)
+
+
+def assert_same_draws(got: TailDraws, expected: TailDraws, bound: float) -> None:
+    """The same tokens as often at every position, with logprobs as far off as `bound` and float32 allow."""
+    assert got.rate == expected.rate and (got.counts == expected.counts).all()
+    (_, ids, logprobs), (_, expected_ids, before) = by_id(got), by_id(expected)
+    assert (ids == expected_ids).all()
+    assert (np.abs(logprobs - before) <= bound + (1e-6 * np.abs(before) if bound else 0)).all()
+
+
+def config_for(topk: TopKLogprobs, config: CodecConfig = DEFAULT) -> CodecConfig:
+    return replace(config, num_features=topk.num_features, draw_rate=topk.draws.rate)
 
 
 def whole_vocabulary() -> TopKLogprobs:
@@ -85,6 +98,14 @@ def extreme_moments() -> TopKLogprobs:
     return replace(topk, tail_moments=np.array([largest, [-x for x in largest]]))
 
 
+def with_draws(topk: TopKLogprobs, drawn: list[list[int]], rate: int) -> TopKLogprobs:
+    """Draws of these ids, each with a logprob that its id decides."""
+    flat = np.array([token for one in drawn for token in one])
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in drawn])])
+    return replace(topk, tail_draws=TailDraws(offsets, flat, -0.017 * (flat % 99_991 + 50.0), rate))
+
+
+LARGE = hand_made([[(1, 0.5)], [(2, 0.5)], [(3, 0.5)]], [0.5] * 3, 1 << 20)
 CASES = {
     "ordinary": capture(np.random.default_rng(1).normal(size=(40, 900)) * 4),
     "whole vocabulary": whole_vocabulary(),
@@ -108,6 +129,19 @@ CASES = {
         np.random.default_rng(5).normal(size=(2, 9)), 0.0, 9, plain_features(9, 2)
     ),
     "extreme moments": extreme_moments(),
+    "draws": capture(np.random.default_rng(1).normal(size=(40, 900)) * 4, 1e-2, draw_rate=8),
+    "draws and moments": capture(
+        np.random.default_rng(3).normal(size=(40, 900)) * 2, 1e-2, 64, plain_features(900, 16), draw_rate=31
+    ),
+    "nothing drawn": with_draws(hand_made([[(3, 1.0)], [(0, 1.0)]], [0.0, 0.0], 10), [[], []], 8),
+    "all draws on the first position": with_draws(LARGE, [[9, 1 << 19, 0], [], []], 8),
+    "all draws on the last position": with_draws(LARGE, [[], [], [(1 << 20) - 1, 5]], 8),
+    "first and last id drawn twice": with_draws(LARGE, [[0, 0], [(1 << 20) - 1] * 2, [7, 0, 7]], 1),
+    "as many draws as can be": with_draws(LARGE, [[4] * 2049, [5, 6] * 1024, []], 64),
+    "draws of a vocabulary of one": with_draws(hand_made([[(0, 1.0)]], [0.0], 1), [[]], 64),
+    "draws of the least probability": replace(
+        LARGE, tail_draws=TailDraws([0, 2, 2, 3], [5, 6, 7], [-2047.9, -0.0, -1000.0], 8)
+    ),
 }
 
 
@@ -119,13 +153,15 @@ def test_lossless_is_exact(name: str):
         assert (a == b).all()
     assert (got.log_tail_nodes == expected.log_tail_nodes).all()
     assert got.tail_moments.tobytes() == expected.tail_moments.tobytes()
+    assert_same_draws(got.draws, expected.draws, 0)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranked", [False, True])
 def test_compact_stays_within_its_bounds(name: str, ranked: bool):
     expected = CASES[name]
-    table = np.unique(expected.token_ids)[::-1][:20].astype(np.int32) if ranked else None
+    ids = np.concatenate([expected.token_ids, expected.draws.token_ids[::3]])
+    table = np.unique(ids)[::-1][:20].astype(np.int32) if ranked else None
     assert_within_bounds(roundtrip(expected, DEFAULT, table), expected)
 
 
@@ -164,19 +200,23 @@ def test_impossible_tokens_stay_impossible():
         zstd_level=st.sampled_from([1, 12]),
         num_features=st.sampled_from([0, 1, 16, MAX_FEATURES]),
         moment_steps=st.sampled_from([1, 64, 4096]),
+        draw_rate=st.sampled_from([0, 1, 8, MAX_RATE]),
+        draw_steps=st.sampled_from([1, 32, 1024]),
     ),
 )
 def test_any_row_survives(seed: int, length: int, vocab_size: int, max_k: int, config: CodecConfig):
     rng = np.random.default_rng(seed)
     row = random_row(rng, length, vocab_size)
     features = plain_features(vocab_size, config.num_features) if config.num_features else None
-    expected = random_teacher(rng, row, vocab_size, features=features).prune(1e-3, max_k, features)
+    expected = random_teacher(rng, row, vocab_size, features=features, draw_rate=config.draw_rate)
+    expected = expected.prune(1e-3, max_k, features)
     ranked = rng.permutation(vocab_size)[: vocab_size // 2].astype(np.int32)
     got = roundtrip(expected, config, ranked)
     if config.probabilities == "float32":
         assert_same_ids(got, expected)
         assert (by_id(got)[2] == by_id(expected)[2]).all()
         assert got.tail_moments.tobytes() == expected.tail_moments.tobytes()
+        assert_same_draws(got.draws, expected.draws, 0)
     else:
         assert_within_bounds(got, expected, config)
 
@@ -379,9 +419,9 @@ def test_moments_above_the_largest_feature_are_refused(number: int):
             codec.decode(payload_of(bytes(changed)), 2)
 
 
-@pytest.mark.parametrize("name", ["ordinary", "moments"])
+@pytest.mark.parametrize("name", ["ordinary", "moments", "draws"])
 def test_every_bit_flip_is_noticed(name: str):
-    codec = Codec(replace(DEFAULT, num_features=CASES[name].num_features), 900, 128)
+    codec = Codec(config_for(CASES[name]), 900, 128)
     payload = codec.encode(CASES[name])
     decoded = codec.decode(payload, 40)
     expected = by_id(decoded)
@@ -395,6 +435,7 @@ def test_every_bit_flip_is_noticed(name: str):
         for a, b in zip(by_id(got), expected, strict=True):
             assert (a == b).all()
         assert (got.tail_moments == decoded.tail_moments).all()
+        assert_same_draws(got.draws, decoded.draws, 0)
 
 
 # --- small parts ------------------------------------------------------------------------------------------
@@ -445,33 +486,45 @@ def test_rank_table():
         {"moment_steps": 4097},
         {"moment_steps": 64.0},
         {"moment_steps": True},
+        {"draw_rate": -1},
+        {"draw_rate": MAX_RATE + 1},
+        {"draw_rate": 8.0},
+        {"draw_rate": True},
+        {"draw_steps": 0},
+        {"draw_steps": 1025},
+        {"draw_steps": 32.0},
     ],
 )
 def test_codec_settings_are_checked(change: dict):
     with pytest.raises(ConfigError):
         CodecConfig(**change)
-    for config in (DEFAULT, MOMENTS):
+    for config in (DEFAULT, MOMENTS, DRAWS):
         with pytest.raises(UnsupportedVersionError):
             CodecConfig.from_dict(config.to_dict() | change, config.format_version)
 
 
 MOMENTS = CodecConfig(num_features=3, moment_steps=100)
+DRAWS = CodecConfig(draw_rate=5, draw_steps=20)
 SINCE_VERSION_2 = {"num_features", "moment_steps"}
+SINCE_VERSION_3 = {"draw_rate", "draw_steps"}
 
 
 def test_codecs_belong_to_the_version_that_can_express_them():
     assert (DEFAULT.format_version, LOSSLESS.format_version, MOMENTS.format_version) == (1, 1, 2)
-    assert CodecConfig(moment_steps=100).format_version == 1  # steps of no moments
+    assert DRAWS.format_version == replace(DRAWS, num_features=3).format_version == 3
+    assert CodecConfig(moment_steps=100, draw_steps=7).format_version == 1  # steps of nothing
     assert set(MOMENTS.to_dict()) - set(DEFAULT.to_dict()) == SINCE_VERSION_2
-    for config in (DEFAULT, LOSSLESS, MOMENTS):
+    assert set(DRAWS.to_dict()) - set(MOMENTS.to_dict()) == SINCE_VERSION_3
+    for config in (DEFAULT, LOSSLESS, MOMENTS, DRAWS, replace(DRAWS, num_features=3)):
         version = config.format_version
         assert CodecConfig.from_dict(config.to_dict(), version) == config
-        with pytest.raises(UnsupportedVersionError, match="keys"):
-            CodecConfig.from_dict(config.to_dict(), 3 - version)
+        for other in {1, 2, 3} - {version}:
+            with pytest.raises(UnsupportedVersionError, match="keys"):
+                CodecConfig.from_dict(config.to_dict(), other)
 
 
 def test_unknown_codec_keys_are_an_unsupported_version():
-    old, new = DEFAULT.to_dict(), MOMENTS.to_dict()
+    old, new, drawn = DEFAULT.to_dict(), MOMENTS.to_dict(), DRAWS.to_dict()
     for content, version in (
         (old | {"new": 1}, 1),
         (new | {"new": 1}, 2),
@@ -480,16 +533,33 @@ def test_unknown_codec_keys_are_an_unsupported_version():
         (old | {"num_features": 3}, 2),
         (old | {"moment_steps": 64}, 2),
         (new | {"num_features": 0}, 2),
-        *((content, version) for content in ({}, None, []) for version in (1, 2)),
+        (drawn | {"new": 1}, 3),
+        (drawn | {"draw_rate": 0}, 3),
+        (new | {"draw_rate": 0, "draw_steps": 32}, 2),
+        (new | {"draw_rate": 5}, 3),
+        (new | {"draw_steps": 32}, 3),
+        (old | {"draw_rate": 5, "draw_steps": 32}, 3),
+        *((content, version) for content in ({}, None, []) for version in (1, 2, 3)),
     ):
         with pytest.raises(UnsupportedVersionError):
             CodecConfig.from_dict(content, version)
 
 
 def test_section_bytes_add_up_to_the_payloads():
-    for name, sections in (("ordinary", SECTIONS[:-1]), ("moments", SECTIONS)):
+    basic, moments, draws = SECTIONS[:4], ("moments",), ("draw_counts", "draw_ids", "draw_logprobs")
+    for name, sections in (
+        ("ordinary", basic),
+        ("moments", basic + moments),
+        ("draws", basic + draws),
+        ("draws and moments", basic + moments + draws),
+    ):
         topk = CASES[name]
-        codec = Codec(replace(DEFAULT, num_features=topk.num_features), 900, 128)
-        sizes = section_bytes(codec, [topk, TopKLogprobs.empty(900, topk.num_features)])
+        codec = Codec(config_for(topk), 900, 128)
+        sizes = section_bytes(codec, [topk, TopKLogprobs.empty(900, topk.num_features, topk.draws.rate)])
         assert tuple(sizes) == sections and min(sizes.values()) > 0
         assert sum(sizes.values()) == pytest.approx(len(codec.encode(topk)))
+        # The parts depend on the settings and not on what happens to be in the rows.
+        assert section_bytes(codec, []) == dict.fromkeys(sections, 0)
+    topk = CASES["nothing drawn"]
+    sizes = section_bytes(Codec(config_for(topk), 10, 4), [topk])
+    assert tuple(sizes) == basic + draws and sizes["draw_ids"] == sizes["draw_logprobs"] == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from make_teachers import capture, log_softmax, logsumexp, plain_features
 
-from formats import TAIL_BETAS, TopKLogprobs
+from formats import TAIL_BETAS, TailDraws, TopKLogprobs
 from formats.features import TokenFeatures
 
 NODES = (8.0, 4.0, 2.0, 1.0, 0.5)
@@ -227,6 +227,126 @@ def test_validate_refuses_impossible_moments(bad: float):
     good.validate()
     with pytest.raises(ValueError, match="tail moments"):
         replace(good, tail_moments=np.array([[0.0, bad]])).validate()
+
+
+# --- tail draws -------------------------------------------------------------------------------------------
+
+
+def pairs(topk: TopKLogprobs) -> list[list[tuple[int, float]]]:
+    """Position by position: the draws as sorted pairs."""
+    drawn = topk.draws
+    return [
+        sorted(zip(drawn.token_ids[a:b].tolist(), drawn.logprobs[a:b].tolist(), strict=True))
+        for a, b in zip(drawn.offsets[:-1].tolist(), drawn.offsets[1:].tolist(), strict=True)
+    ]
+
+
+def heads(topk: TopKLogprobs) -> list[set[int]]:
+    return [set(topk.token_ids[a:b].tolist()) for a, b in zip(topk.offsets, topk.offsets[1:], strict=False)]
+
+
+@pytest.mark.parametrize("max_k", [3, 120])
+def test_prune_draws_among_the_tokens_that_move(max_k: int):
+    topk = capture(LOGITS, 1e-3, draw_rate=20)
+    pruned = topk.prune(0.02, max_k)
+    pruned.validate()
+    assert pruned.draws.rate == 20
+    more = 0
+    for old, new, before, after in zip(heads(topk), heads(pruned), pairs(topk), pairs(pruned), strict=True):
+        added = list(after)
+        for one in before:
+            added.remove(one)  # what was drawn stays
+        assert {token for token, _ in added} <= old - new and not {token for token, _ in after} & new
+        more += len(added)
+    expected = 20 * np.exp(0.75 * topk.logprobs).sum() - 20 * np.exp(0.75 * pruned.logprobs).sum()
+    assert abs(more - expected) < len(topk) and more > 20
+    dense = log_softmax(LOGITS)
+    segment = np.repeat(np.arange(len(topk)), pruned.draws.counts)
+    assert pruned.draws.logprobs == pytest.approx(dense[segment, pruned.draws.token_ids], abs=1e-5)
+    assert pairs(topk.prune(0.02, max_k)) == pairs(pruned)
+    assert topk.without_draws().prune(0.02, max_k).draws.rate == 0
+
+
+def test_pruning_is_unbiased_over_many_positions():
+    """Also at the first position of a batch, whatever the batch: 400 of them, each pruned alone."""
+    logits = np.random.default_rng(8).normal(size=(400, 40))
+    captured = capture(logits, 0.0, 12, draw_rate=2)
+    each = [captured.slice(p, p + 1).prune(1.0) for p in range(400)]
+    truth = 1 - np.exp([float(one.logprobs[0]) for one in each])
+    found = [float((one.draws.weights * np.exp(one.draws.logprobs)).sum()) for one in each]
+    errors = np.array(found) - truth
+    assert abs(errors.mean()) < 3 * errors.std() / 20 and errors.std() > 0.01
+    # What moves begins with its most probable token: a start of 0 would draw that one every time.
+    second = [sorted(captured.slice(p, p + 1).logprobs.tolist())[-2] for p in range(400)]
+    hit = np.mean([value in one.draws.logprobs for value, one in zip(second, each, strict=True)])
+    assert hit == pytest.approx(np.minimum(1, 2 * np.exp(0.75 * np.array(second))).mean(), abs=0.08)
+
+
+def test_pruning_never_draws_an_impossible_token():
+    topk = TopKLogprobs(np.array([0, 2]), np.array([3, 4]), [0.0, -np.inf], np.full((1, 7), -np.inf), 10)
+    topk = replace(topk, tail_draws=TailDraws.none(1, 64))
+    assert topk.prune(0.5).validate().draws.counts.tolist() == [0]
+
+
+def test_slice_take_concatenate_and_sorted_keep_draws():
+    topk = capture(LOGITS, 1e-2, 9, FEATURES, draw_rate=6)
+    plain = pairs(topk)
+    assert min(map(len, plain)) >= 1
+    assert pairs(topk.slice(2, 7)) == plain[2:7] and pairs(topk.take(np.array([5, 0, 5]))) == [
+        plain[5],
+        plain[0],
+        plain[5],
+    ]
+    joined = TopKLogprobs.concatenate([topk.slice(0, 3), topk.slice(3, 3), topk.slice(3, 9)])
+    assert pairs(joined) == pairs(topk.sorted()) == pairs(topk.without_moments()) == plain
+    odd = np.arange(9) % 2 == 1
+    assert pairs(topk.take(odd)) == plain[1::2]
+    without = topk.without_draws()
+    assert without.draws.rate == 0 and pairs(without) == [[]] * 9
+    assert (without.tail_moments == topk.tail_moments).all()
+    assert TopKLogprobs.empty(50, 2, 6).draws.rate == 6 and len(TopKLogprobs.empty(50, 2, 6).draws) == 0
+    for other in (without, replace(topk, tail_draws=TailDraws.none(9, 7))):
+        with pytest.raises(ValueError, match="one rate of draws"):
+            TopKLogprobs.concatenate([topk, other])
+    for count in (0, 8, 10):
+        with pytest.raises(ValueError, match="tail_draws must cover 9 positions"):
+            replace(topk, tail_draws=TailDraws.none(count, 6))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        (([0, 1], [1], [-3.0], 1), "one of the head"),
+        (([0, 3], [5, 2, 6], [-3.0] * 3, 1), "one of the head"),
+        (([0, 1], [10], [-3.0], 1), "drawn token ids"),
+        (([0, 1], [-1], [-3.0], 1), "drawn token ids"),
+        (([0, 1], [5], [np.nan], 1), "finite"),
+        (([0, 1], [5], [-np.inf], 1), "finite"),
+        (([0, 1], [5], [0.01], 1), "not above 0"),
+        (([0, 4], [5] * 4, [-3.0] * 4, 1), r"0 to 3 draws, got 4\.\.4"),
+        (([0, 1], [5], [-3.0], 0), "0 to 0 draws"),
+    ],
+)
+def test_validate_refuses_impossible_draws(drawn: tuple, message: str):
+    broken(tail_draws=TailDraws(np.array([0, 3]), [5, 5, 0], [-3.0, -3.0, 0.0], 1)).validate()
+    bad = broken(tail_draws=TailDraws(*drawn))
+    for check in (bad.validate, bad.validate_draws):
+        with pytest.raises(ValueError, match=message):
+            check()
+
+
+def test_validate_refuses_offsets_of_draws_that_fall():
+    two = TopKLogprobs.concatenate([broken(), broken()])
+    bad = replace(two, tail_draws=TailDraws(np.array([0, 2, 0]), np.zeros(0), np.zeros(0), 4))
+    with pytest.raises(ValueError, match=r"draws, got -2\.\.2"):
+        bad.validate()
+
+
+def test_the_head_of_one_position_is_no_matter_to_the_draws_of_another():
+    two = TopKLogprobs.concatenate([broken(), broken(token_ids=np.array([5, 6]))])
+    replace(two, tail_draws=TailDraws([0, 1, 2], [5, 1], [-3.0, -3.0], 1)).validate()
+    with pytest.raises(ValueError, match="one of the head"):
+        replace(two, tail_draws=TailDraws([0, 0, 1], [5], [-3.0], 1)).validate()
 
 
 @pytest.mark.parametrize("temperature", [0.49, 0.0, -1.0, math.inf, math.nan])
