@@ -18,8 +18,17 @@ import pyarrow as pa
 import pytest
 from make_teachers import by_id, keys_in_worker, plain_features, random_row, random_teacher, write_cache
 
-from formats import CacheWriter, Manifest, ShardInfo, ShardWriter, TeacherCache, TokenRow, TopKLogprobs
-from formats.codec import CodecConfig
+from formats import (
+    CacheWriter,
+    CodecConfig,
+    Manifest,
+    ShardInfo,
+    ShardWriter,
+    TailDraws,
+    TeacherCache,
+    TokenRow,
+    TopKLogprobs,
+)
 from formats.errors import CorruptShardError, FormatError, IncompleteCacheError
 from formats.features import FEATURES_FILE
 
@@ -44,6 +53,15 @@ def with_moments(tmp_path_factory: pytest.TempPathFactory):
     )
 
 
+@pytest.fixture(scope="module")
+def with_draws(tmp_path_factory: pytest.TempPathFactory):
+    """A cache of version 3 without moments, lossless, and what was written."""
+    directory = tmp_path_factory.mktemp("caches") / "cache"
+    return directory, write_cache(
+        directory, lengths=LENGTHS, codec=CodecConfig.lossless(), min_prob=0.02, draw_rate=9
+    )
+
+
 def assert_same_row(got, row: TokenRow, teacher: TopKLogprobs) -> None:
     assert (got.input_ids == row.input_ids).all() and (got.loss_mask == row.loss_mask).all()
     assert got.key == row.key and len(got) == len(row)
@@ -53,6 +71,9 @@ def assert_same_row(got, row: TokenRow, teacher: TopKLogprobs) -> None:
     assert (got.teacher.log_tail_nodes == teacher.log_tail_nodes).all()
     assert got.teacher.tail_moments.shape == teacher.tail_moments.shape
     assert (got.teacher.tail_moments == teacher.tail_moments).all()
+    assert got.teacher.draws.rate == teacher.draws.rate
+    for a, b in zip(by_id(got.teacher.draws), by_id(teacher.draws), strict=True):
+        assert (a == b).all()
 
 
 def test_rows_come_back_in_any_order(written):
@@ -112,23 +133,40 @@ def test_moments_and_features_come_back(with_moments):
     assert largest > 0.1 and all(row.teacher.num_features == 6 for row in cache)
 
 
-def test_only_moments_make_a_cache_version_2(written, with_moments):
-    for (directory, _), version in ((written, 1), (with_moments, 2)):
+def test_draws_come_back(with_draws):
+    directory, rows = with_draws
+    cache = TeacherCache(directory)
+    for got, (row, teacher) in zip(cache, rows, strict=True):
+        assert_same_row(got, row, teacher)
+    assert_same_row(pickle.loads(pickle.dumps(cache))[4], *rows[4])
+    cache.validate(full=True)
+    drawn = TailDraws.concatenate([row.teacher.draws for row in cache])
+    assert drawn.rate == 9 and drawn.counts.min() == 0 and drawn.counts.max() > 9 and cache.features is None
+
+
+def test_a_cache_has_the_oldest_version_that_can_hold_it(written, with_moments, with_draws):
+    for (directory, _), version, has_features in (
+        (written, 1, False),
+        (with_moments, 2, True),
+        (with_draws, 3, False),
+    ):
         text = (directory / "manifest.json").read_text()
         assert json.loads(text)["version"] == version
-        assert ("num_features" in text) == ("moment_steps" in text) == (version == 2)
+        assert ("num_features" in text) == ("moment_steps" in text) == (version > 1)
+        assert ("draw_rate" in text) == ("draw_steps" in text) == (version > 2)
         for file in directory.glob("*.arrow"):
             metadata = pa.ipc.open_file(pa.memory_map(str(file))).schema.metadata[b"anneal"]
             assert json.loads(metadata)["version"] == version
-            assert (b"num_features" in metadata) == (b"moment_steps" in metadata) == (version == 2)
-        assert (directory / FEATURES_FILE).exists() == (FEATURES_FILE in text) == (version == 2)
+            assert (b"num_features" in metadata) == (b"moment_steps" in metadata) == (version > 1)
+            assert (b"draw_rate" in metadata) == (b"draw_steps" in metadata) == (version > 2)
+        assert (directory / FEATURES_FILE).exists() == (FEATURES_FILE in text) == has_features
     assert TeacherCache(written[0]).features is None
 
 
-@pytest.mark.parametrize("features", [None, FEATURES])
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path, features):
+@pytest.mark.parametrize(("features", "draw_rate"), [(None, 0), (FEATURES, 0), (FEATURES, 5)])
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path, features, draw_rate: int):
     for name in ("a", "b"):
-        write_cache(tmp_path / name, lengths=LENGTHS, features=features)
+        write_cache(tmp_path / name, lengths=LENGTHS, features=features, draw_rate=draw_rate, min_prob=0.02)
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     assert Manifest.read(tmp_path / "a") == Manifest.read(tmp_path / "b")
@@ -220,6 +258,18 @@ def test_writers_refuse_moments_and_features_that_do_not_fit(tmp_path: Path):
     ):
         writer.add_file(FEATURES_FILE, FEATURES.to_bytes())
     assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_writers_refuse_draws_of_another_rate(tmp_path: Path):
+    row, rng = TokenRow(np.arange(3), np.array([False, True, True])), np.random.default_rng(0)
+    for number, (declared, given) in enumerate(((0, 4), (4, 0), (4, 5))):
+        with (
+            pytest.raises(ValueError, match=f"must have rate {declared}, got {given}"),
+            CacheWriter(
+                tmp_path / str(number), identity={}, vocab_size=97, codec=CodecConfig(draw_rate=declared)
+            ) as writer,
+        ):
+            writer.append(row, random_teacher(rng, row, 97, draw_rate=given))
 
 
 def test_an_interrupted_writer_leaves_no_cache(tmp_path: Path):

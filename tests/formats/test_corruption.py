@@ -1,18 +1,28 @@
 """Damaged, foreign and hostile caches: a typed error or the identical rows, never anything else."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import independent_reader
 import numpy as np
 import pyarrow as pa
 import pytest
-from make_teachers import by_id, plain_features, write_cache
+from make_teachers import by_id, capture, plain_features, write_cache
 
-from formats import Manifest, TeacherCache
+from formats import (
+    CacheWriter,
+    CodecConfig,
+    Manifest,
+    TailDraws,
+    TeacherCache,
+    TokenRow,
+    TopKLogprobs,
+)
 from formats.errors import CorruptShardError, FormatError, UnsupportedVersionError
 from formats.features import FEATURES_FILE
 from formats.sealed import seal, unseal
@@ -28,12 +38,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     directory = tmp_path_factory.mktemp("corruption")
     write_cache(directory / "1", vocab_size=31, **OPTIONS)
     write_cache(directory / "2", vocab_size=31, features=FEATURES, min_prob=0.05, **OPTIONS)
-    return {version: directory / str(version) for version in (1, 2)}
+    write_cache(directory / "3", vocab_size=31, features=FEATURES, min_prob=0.05, draw_rate=6, **OPTIONS)
+    return {version: directory / str(version) for version in (1, 2, 3)}
 
 
-@pytest.fixture(params=[1, 2], ids=["version 1", "version 2"])
+@pytest.fixture(params=[1, 2, 3], ids=["version 1", "version 2", "version 3"])
 def cache_dir(originals: dict[int, Path], tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """Every rule holds in both versions."""
+    """Every rule holds in all versions."""
     return Path(shutil.copytree(originals[request.param], tmp_path / "cache"))
 
 
@@ -47,6 +58,11 @@ def new_dir(originals: dict[int, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(originals[2], tmp_path / "new"))
 
 
+@pytest.fixture
+def drawn_dir(originals: dict[int, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals[3], tmp_path / "drawn"))
+
+
 def contents(directory: Path) -> list[bytes]:
     """Everything that opening and reading a cache yields, as comparable bytes."""
     cache = TeacherCache(directory)
@@ -55,7 +71,7 @@ def contents(directory: Path) -> list[bytes]:
         seen.append(cache.features.to_bytes())
     for row in cache:
         t = row.teacher
-        arrays = (row.input_ids, row.loss_mask, *by_id(t), t.log_tail_nodes, t.tail_moments)
+        arrays = (row.input_ids, row.loss_mask, *by_id(t), t.log_tail_nodes, t.tail_moments, *by_id(t.draws))
         seen.append(row.key + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays))
     return seen
 
@@ -94,16 +110,16 @@ def test_every_bit_of_the_manifest(cache_dir: Path):
 
 
 @pytest.mark.slow
-def test_every_bit_of_header_and_footer(new_dir: Path):
-    """Of version 2 only, whose settings have all keys: the container around them is the same."""
-    path, expected = shard_path(new_dir), contents(new_dir)
+def test_every_bit_of_header_and_footer(drawn_dir: Path):
+    """Of version 3 only, whose settings have all keys: the container around them is the same."""
+    path, expected = shard_path(drawn_dir), contents(drawn_dir)
     data = path.read_bytes()
     places = [*range(first_batch(data)), *range(footer_start(data), len(data))]
     for at in places:
         for bit in range(8):
             changed = bytearray(data)
             changed[at] ^= 1 << bit
-            assert_noticed_or_harmless(new_dir, path, bytes(changed), expected)
+            assert_noticed_or_harmless(drawn_dir, path, bytes(changed), expected)
 
 
 def test_random_bits_elsewhere(cache_dir: Path):
@@ -301,9 +317,116 @@ def test_version_2_has_moments_and_their_features(new_dir: Path, change, match: 
     refused_manifest(new_dir, change, match)
 
 
-def test_the_unchanged_manifests_are_accepted(old_dir: Path, new_dir: Path):
+DRAW_KEYS = {"draw_rate": 6, "draw_steps": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m: m.update(version=3), "must have the keys"),
+        (lambda m: m["codec"].update(DRAW_KEYS), "must have the keys"),
+        (lambda m: m["codec"].update(DRAW_KEYS | {"draw_rate": 0}), "must have the keys"),
+        (lambda m: m["codec"].update(draw_steps=32), "must have the keys"),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_versions_1_and_2_have_no_draws(old_dir: Path, new_dir: Path, version: int, change, match: str):
+    refused_manifest(old_dir if version == 1 else new_dir, change, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m: m.update(version=2), "must have the keys"),
+        (lambda m: m.update(version=1), "must have the keys"),
+        (lambda m: m["codec"].pop("draw_rate"), "must have the keys"),
+        (lambda m: m["codec"].pop("draw_steps"), "must have the keys"),
+        (lambda m: m["codec"].pop("num_features"), "must have the keys"),
+        (lambda m: [m["codec"].pop(key) for key in DRAW_KEYS], "must have the keys"),
+        (lambda m: m["codec"].update(draw_rate=0), "draw_rate must be at least 1"),
+        (lambda m: m["codec"].update(draw_rate=65), "draw_rate must be"),
+        (lambda m: m["codec"].update(draw_rate=-1), "draw_rate must be"),
+        (lambda m: m["codec"].update(draw_rate=6.0), "draw_rate must be"),
+        (lambda m: m["codec"].update(draw_rate=True), "draw_rate must be"),
+        (lambda m: m["codec"].update(draw_steps=0), "draw_steps must be"),
+        (lambda m: m["codec"].update(draw_steps=1025), "draw_steps must be"),
+        (lambda m: m["codec"].update(draw_steps="32"), "draw_steps must be"),
+        (lambda m: m["codec"].update(num_features=65), "num_features must be"),
+        (lambda m: m["codec"].update(num_features=0), "if and only if"),
+        (lambda m: m["files"].pop(FEATURES_FILE), "if and only if"),
+    ],
+)
+def test_version_3_has_draws(drawn_dir: Path, change, match: str):
+    refused_manifest(drawn_dir, change, match)
+
+
+def test_version_3_may_do_without_moments(drawn_dir: Path):
+    def change(m: dict) -> None:
+        m["codec"].update(num_features=0)
+        m["files"].pop(FEATURES_FILE)
+
+    data = edited(drawn_dir, change)
+    assert Manifest.from_bytes(data).codec.format_version == 3
+    (drawn_dir / "manifest.json").write_bytes(data)
+    assert independent_reader.read_manifest(drawn_dir)["version"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda m: m.update(version=2), UnsupportedVersionError),
+        (lambda m: m["codec"].update(draw_rate=0), UnsupportedVersionError),
+        (lambda m: [m["codec"].pop(key) for key in DRAW_KEYS], UnsupportedVersionError),
+        # These are possible settings, but not those of the payloads.
+        (lambda m: m["codec"].update(draw_rate=1), CorruptShardError),
+        (lambda m: m["codec"].update(num_features=2), CorruptShardError),
+        (lambda m: (m.update(version=2), [m["codec"].pop(key) for key in DRAW_KEYS]), CorruptShardError),
+    ],
+)
+def test_shards_with_draws_follow_the_same_rules(drawn_dir: Path, tmp_path: Path, change, error):
+    table = table_of(drawn_dir).slice(0, 2)
+    path = tmp_path / "x.arrow"
+    settings = unseal(table.schema.metadata[b"anneal"], "metadata")
+    write_arrow(path, table.replace_schema_metadata({"anneal": seal(settings)}))
+    assert max(teacher.draws.counts.max(initial=0) for _, teacher in reader_of(path)) > 4
+    change(settings)
+    write_arrow(path, table.replace_schema_metadata({"anneal": seal(settings)}))
+    with pytest.raises(error):
+        reader_of(path)
+
+
+def test_a_shard_of_another_rate_belongs_to_another_cache(drawn_dir: Path):
+    manifest = edited(drawn_dir, lambda m: m["codec"].update(draw_rate=7))
+    (drawn_dir / "manifest.json").write_bytes(manifest)
+    with pytest.raises(FormatError, match="belongs to another cache"):
+        TeacherCache(drawn_dir)[0]
+
+
+def test_full_validation_refuses_draws_inside_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Reading does not look for them: it would take longer than everything else."""
+    head, tail = capture(np.zeros((1, 8)), 1.0), CodecConfig(draw_rate=4)
+    row = TokenRow(np.arange(2), np.array([False, True]))
+    for name, token, good in (("good", 5, True), ("bad", int(head.token_ids[0]), False)):
+        drawn = TailDraws([0, 1], [token], head.logprobs, 4)
+        with monkeypatch.context() as patch:
+            patch.setattr(TopKLogprobs, "validate_draws", lambda self: None)
+            with CacheWriter(tmp_path / name, identity={}, vocab_size=8, codec=tail) as writer:
+                writer.append(row, replace(head, tail_draws=drawn))
+        cache = TeacherCache(tmp_path / name)
+        assert cache[0].teacher.draws.token_ids.tolist() == [token]
+        cache.validate()
+        if good:
+            cache.validate(full=True)
+            continue
+        with pytest.raises(
+            CorruptShardError, match=r"shard-00000\.arrow, row 0: draws must be tokens of the"
+        ):
+            cache.validate(full=True)
+
+
+def test_the_unchanged_manifests_are_accepted(old_dir: Path, new_dir: Path, drawn_dir: Path):
     """So that the refusals above are due to their changes, and not to the editing."""
-    for directory, version in ((old_dir, 1), (new_dir, 2)):
+    for directory, version in ((old_dir, 1), (new_dir, 2), (drawn_dir, 3)):
         manifest = Manifest.from_bytes(edited(directory, lambda m: None))
         assert manifest.codec.format_version == version
         assert independent_reader.read_manifest(directory)["version"] == version
@@ -334,8 +457,8 @@ def test_shards_follow_the_same_rules(new_dir: Path, tmp_path: Path, change, err
         reader_of(path)
 
 
-def test_shards_of_the_other_version_belong_to_another_cache(old_dir: Path, new_dir: Path):
-    for target, source in ((old_dir, new_dir), (new_dir, old_dir)):
+def test_shards_of_another_version_belong_to_another_cache(old_dir: Path, new_dir: Path, drawn_dir: Path):
+    for target, source in itertools.permutations((old_dir, new_dir, drawn_dir), 2):
         original, foreign = shard_path(target).read_bytes(), shard_path(source).read_bytes()
         shard_path(target).write_bytes(foreign)
         size = {"num_bytes": len(foreign)}
@@ -407,7 +530,7 @@ def test_symbolic_links_pipes_and_directories_are_refused(cache_dir: Path, tmp_p
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda m: m.update(version=3), UnsupportedVersionError),
+        (lambda m: m.update(version=4), UnsupportedVersionError),
         (lambda m: m.update(version=0), UnsupportedVersionError),
         (lambda m: m.update(version=float(m["version"])), UnsupportedVersionError),
         (lambda m: m.update(version=True), UnsupportedVersionError),
