@@ -1,6 +1,6 @@
 """Mutated caches against the reader, in subprocesses: a typed error or the identical rows, nothing else.
 
-Two small caches are built, one of each format version; each trial flips bits, overwrites words with extreme
+Small caches are built, one of each format version; each trial flips bits, overwrites words with extreme
 values, cuts, repeats or splices one of their files, and opens and reads everything of that cache. Trials run
 in child processes under a memory limit and a time limit, so that a crash, a hang or a runaway allocation is
 counted instead of stopping the run.
@@ -66,7 +66,7 @@ def contents(directory: Path) -> list[bytes]:
     for row in cache:
         t = row.teacher
         arrays = [row.input_ids, row.loss_mask, t.offsets, t.token_ids, t.logprobs, t.log_tail_nodes]
-        arrays.append(t.tail_moments)
+        arrays += [t.tail_moments, t.draws.offsets, t.draws.token_ids, t.draws.logprobs]
         seen.append(row.key + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays))
     return seen
 
@@ -116,7 +116,12 @@ def main() -> None:
     start = time.time()
     with tempfile.TemporaryDirectory() as temporary:
         original = Path(temporary) / "caches"
-        for version, features in ((1, None), (2, plain_features(31, 3))):
+        features = plain_features(31, 3)
+        for version, options in (
+            (1, {}),
+            (2, {"features": features}),
+            (3, {"features": features, "draw_rate": 6}),
+        ):
             cache = original / f"version-{version}"
             write_cache(
                 cache,
@@ -124,8 +129,8 @@ def main() -> None:
                 vocab_size=31,
                 rows_per_shard=4,
                 rows_per_batch=2,
-                features=features,
-                min_prob=0.05,  # leaves tails to have moments of
+                min_prob=0.05,  # leaves tails to have moments and draws of
+                **options,
             )
             (cache / "notes.txt").unlink()
         for number, done in enumerate(range(0, args.trials, BATCH)):

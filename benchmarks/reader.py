@@ -1,8 +1,8 @@
 """Reading speed, side by side in one run on one core: decoding, a per-token Python decoder, random against
 sequential rows, and opening a cache of many shards.
 
-Teachers are made at random with 20 entries and 16 tail moments per position on average; all figures of one
-run are comparable, no two runs on different machines are.
+Teachers are made at random with 20 entries and 16 tail moments per position on average, and decoded once more
+with 12 tail draws per position; all figures of one run are comparable, no two runs on different machines are.
 
     python benchmarks/reader.py [--rows 256] [--length 1024] [--shards 10000]
 """
@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "formats"))
 from independent_reader import read_payload, unseal
 
-from formats import CacheWriter, Manifest, ShardInfo, TeacherCache, TokenRow, TopKLogprobs
+from formats import CacheWriter, Manifest, ShardInfo, TailDraws, TeacherCache, TokenRow, TopKLogprobs
+from formats.codec import Codec
 from formats.features import FEATURE_UNIT, FEATURES_FILE, MAX_CODE, TokenFeatures
 from formats.segments import offsets_of
 from formats.tail import TAIL_BETAS
+from formats.vocabulary import from_text
 
 VOCAB_SIZE = 128_256
 ENTRIES = 20
 NUM_FEATURES = 16
+DRAW_RATE = 8
+DRAWS = 12
 REPEATS = 5
 
 
@@ -51,6 +56,18 @@ def random_teacher(rng: np.random.Generator, count: int) -> TopKLogprobs:
     nodes = rest[:, None] + each[:, None] * np.array(TAIL_BETAS)
     moments = tail_mass[:, None] * rng.normal(0.0, 0.3, (count, NUM_FEATURES))
     return TopKLogprobs(offsets, token_ids, np.log(weights), nodes, VOCAB_SIZE, moments)
+
+
+def with_draws(rng: np.random.Generator, topk: TopKLogprobs) -> TopKLogprobs:
+    """The same with 12 draws per position on average, of tokens from all over the tail."""
+    counts = rng.binomial(2 * DRAWS, 0.5, len(topk))
+    position = np.repeat(np.arange(len(topk)), counts)
+    token_ids = (VOCAB_SIZE * rng.random(len(position)) ** 3).astype(np.int64)
+    head = np.repeat(np.arange(len(topk)), topk.counts) * VOCAB_SIZE + topk.token_ids
+    keep = ~np.isin(position * VOCAB_SIZE + token_ids, head)
+    offsets = offsets_of(np.bincount(position[keep], minlength=len(topk)))
+    drawn = TailDraws(offsets, token_ids[keep], rng.uniform(-14, -6, keep.sum()), DRAW_RATE)
+    return replace(topk, tail_draws=drawn)
 
 
 def consume(rows: Iterable[Any]) -> None:
@@ -111,13 +128,19 @@ def main() -> None:
         decode = best(lambda: consume(reader.codec.decode(payload, count) for payload in payloads))
         rate = positions / decode
         print(f"decode: {rate:,.0f} positions/s on one core at {ENTRIES} entries per position")
+        settings = unseal(reader._file.metadata[b"anneal"])
+        ranked_ids = from_text(settings["ranked_ids"], VOCAB_SIZE)
+        drawn_codec = Codec(replace(cache.manifest.codec, draw_rate=DRAW_RATE), VOCAB_SIZE, 128, ranked_ids)
+        drawn_rows = (with_draws(rng, reader.teacher(index)[1]) for index in range(args.rows))
+        drawn_payloads = [drawn_codec.encode(row) for row in drawn_rows]
+        drawn = best(lambda: consume(drawn_codec.decode(payload, count) for payload in drawn_payloads))
+        print(f"with {DRAWS} draws per position: {positions / drawn:,.0f} positions/s, {decode / drawn:.2f}x")
         sequential = best(lambda: consume(cache[index] for index in range(args.rows)))
         print(f"rows in order (map, key check, decode): {positions / sequential:,.0f} positions/s")
         orders = [rng.permutation(args.rows).tolist() for _ in range(REPEATS)]
         randomly = best(lambda: consume(cache[index] for index in orders.pop()))
         print(f"rows at random: {randomly / sequential:.2f}x the time of rows in order")
 
-        settings = unseal(reader._file.metadata[b"anneal"])
         plain = best(lambda: read_payload(payloads[0], count, settings), repeats=1)
         slow = count / plain
         print(f"a per-entry Python decoder: {slow:,.0f} positions/s; ours is {rate / slow:,.0f}x as fast")
