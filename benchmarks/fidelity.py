@@ -2,21 +2,21 @@
 
     python benchmarks/fidelity.py [--model examples/tiny-base] [--steps 0 10 100] [--temperatures 0.5 1 2]
 
-The student starts as the teacher and drifts by plain fine-tuning. At each stop, batch by batch, the gradient
-of the KL term alone with respect to *all parameters* is taken six ways:
+The student starts as the teacher and drifts by plain fine-tuning. At each stop the gradient of the KL term
+alone with respect to *all parameters* is taken six ways:
 
-    online        KL(p || q) over the full vocabulary, both models run: the truth
-    cache         our loss on our cache: written by CacheWriter with its default codec, read by TeacherCache
-    bucket only   the same cache, its tail moments left out
-    renormalised  the same stored entries, renormalised to one, the rest of the vocabulary taken as impossible
-    zero-filled   the same entries at their true probabilities, the tail's term dropped
-    sampled       50 draws at T = 1, importance-weighted to T (Sparse Logit Sampling, ACL 2025)
+    online         KL(p || q) over the full vocabulary, both models run: the truth
+    cache          our loss on our cache: written by CacheWriter with its default codec, read by TeacherCache
+    without draws  the same cache, its tail draws left out
+    bucket only    its tail moments left out as well
+    renormalised   the same stored entries, renormalised to one, the rest of the vocabulary impossible
+    zero-filled    the same entries at their true probabilities, the tail's term dropped
+    sampled        50 draws at T = 1, importance-weighted to T (Sparse Logit Sampling, ACL 2025)
 
-With `--tail-draws M`, a seventh, which no cache stores: our bucket plus M tokens drawn from the teacher's
-tail, a correction that is unbiased and vanishes at the initial weights (docs/method.md, "Beyond the bucket").
-
-Reported per method: median angle and norm ratio to the truth over batches, and relative error. At step 0 the
-truth is zero, so there the norm is given relative to the cross-entropy's gradient of the same batch.
+Draws are noise without bias: it shrinks with the tokens a gradient is averaged over, which a bias does not.
+So two things are reported per method, each against the truth of the same tokens: the median over batches,
+and the *step*, the mean gradient of all batches. At step 0 of the drift the truth is zero; there the norm is
+given relative to the cross-entropy's gradient.
 """
 
 import argparse
@@ -35,12 +35,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, tail_correction, topk_targets
+from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, topk_targets
 
-from cache_builder.config import DEFAULT_TAIL_FEATURES
+from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
 from cache_builder.features import find_embedding, token_features
 from formats.cache import TeacherCache
 from formats.codec import CodecConfig
+from formats.draws import starts
 from formats.features import TokenFeatures
 from formats.rows import TokenRow
 from formats.topk import TopKLogprobs
@@ -48,7 +49,7 @@ from formats.writer import CacheWriter
 from trainer.loss import label_annealing_loss
 from trainer.teacher_batch import TeacherBatch
 
-METHODS = ("cache", "cache, bucket only", "renormalised", "zero-filled", "sampled")
+METHODS = ("cache", "without draws", "bucket only", "renormalised", "zero-filled", "sampled")
 NUM_DRAWS = 50
 
 
@@ -84,6 +85,7 @@ def gradient_from_cache(
     kept_P: np.ndarray,
     temperature: float,
     features: TokenFeatures | None,
+    draws: bool,
 ) -> torch.Tensor:
     """The KL gradient of the product's loss over the positions `kept_P`."""
     model.zero_grad(set_to_none=True)
@@ -91,7 +93,7 @@ def gradient_from_cache(
     hidden = model.model(input_ids=ids_BS).last_hidden_state.flatten(0, 1)
     rows = np.arange(batch * length).reshape(batch, length)[:, :-1].reshape(-1)
     steps = CodecConfig().moment_resolution
-    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature, features, steps)
+    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature, features, steps, draws)
     no_labels = torch.full((batch * length,), -100)
     label_annealing_loss(hidden, model.lm_head.weight, no_labels, teacher).loss.backward()
     return parameter_gradient(model)
@@ -111,18 +113,18 @@ def compare(gradient: torch.Tensor, truth: torch.Tensor, ce: torch.Tensor) -> Co
     )
 
 
-def measure_batch(
+def batch_gradients(
     student: Any,
     teacher: Any,
     ids_BS: torch.Tensor,
     topk: TopKLogprobs,
     temperature: float,
     seed: int,
-    num_tail_draws: int = 0,
     least_mass: float = 0.0,
     features: TokenFeatures | None = None,
-) -> dict[str, Comparison]:
-    """All methods on one batch, over the positions whose head holds at least `least_mass`."""
+) -> dict[str, torch.Tensor]:
+    """Gradients of all methods, "online" and "ce" on one batch, over the positions whose head holds at least
+    `least_mass`."""
     with torch.no_grad():
         z = student(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double()
         logprobs = torch.log_softmax(teacher(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double(), -1)
@@ -144,16 +146,14 @@ def measure_batch(
         "sampled": beta * (q - sampled_targets(logprobs, temperature, NUM_DRAWS, generator)),
     }
     found = {name: gradient_from_logits(student, ids_BS, g * share_N1) for name, g in gradients.items()}
-    found["cache"] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature, features)
-    found["cache, bucket only"] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature, None)
-    methods = METHODS
-    if num_tail_draws:
-        extra = tail_correction(topk, logprobs, z, temperature, num_tail_draws, generator) * share_N1
-        name = f"bucket + {num_tail_draws} tail draws"
-        found[name] = found["cache, bucket only"] + gradient_from_logits(student, ids_BS, extra)
-        methods = (*METHODS, name)
-    ce_gradient = gradient_from_logits(student, ids_BS, ce * share_N1)
-    return {name: compare(found[name], found["online"], ce_gradient) for name in methods}
+    for name, moments, draws in (
+        ("cache", features, True),
+        ("without draws", features, False),
+        ("bucket only", None, False),
+    ):
+        found[name] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature, moments, draws)
+    found["ce"] = gradient_from_logits(student, ids_BS, ce * share_N1)
+    return found
 
 
 def through_a_cache(
@@ -163,18 +163,22 @@ def through_a_cache(
     min_prob: float,
     max_k: int,
     features: TokenFeatures | None,
+    draw_rate: int,
 ) -> list[TopKLogprobs]:
     """Every batch's teacher targets, written to a cache with its default codec and read back."""
     vocab_size = teacher.config.vocab_size
     settings: dict[str, Any] = {"min_prob": min_prob, "max_k": max_k, "features": features}
-    with CacheWriter(folder, identity={}, vocab_size=vocab_size, **settings) as writer:
+    codec = CodecConfig(draw_rate=draw_rate)
+    with CacheWriter(folder, identity={}, vocab_size=vocab_size, codec=codec, **settings) as writer:
         for ids_BS in batches:
             for ids in ids_BS:
                 mask = np.ones(len(ids), dtype=bool)
                 mask[0] = False
                 with torch.no_grad():
                     logits = teacher(input_ids=ids[None]).logits[0, :-1]
-                writer.append(TokenRow(ids.numpy(), mask), capture(logits, min_prob, max_k, features))
+                row = TokenRow(ids.numpy(), mask)
+                begin = starts(row.key, row.positions("loss"))
+                writer.append(row, capture(logits, min_prob, max_k, features, draw_rate, begin))
     cache = TeacherCache(folder)
     shards = cache.manifest.shards
     positions, entries, stored = (
@@ -182,10 +186,12 @@ def through_a_cache(
         for name in ("num_positions", "num_entries", "num_payload_bytes")
     )
     mass = np.concatenate([row.teacher.head_mass(1.0) for row in cache])
+    draws = np.concatenate([row.teacher.draws.counts for row in cache])
     print(
         f"heads of p >= {min_prob:g}, at most {max_k}, "
-        f"{cache.manifest.codec.num_features} tail features: {entries / positions:.0f} entries and "
-        f"{stored / positions:.0f} bytes per position, mass {mass.mean():.3f}\n"
+        f"{cache.manifest.codec.num_features} tail features, draws at rate {draw_rate}: "
+        f"{entries / positions:.1f} entries, {draws.mean():.1f} draws and {stored / positions:.1f} bytes per "
+        f"position, mass {mass.mean():.3f}; {positions} positions in {len(batches)} batches\n"
     )
     size = len(batches[0])
     return [
@@ -206,6 +212,15 @@ def drift(
         optimizer.step()
 
 
+@dataclass(frozen=True)
+class Result:
+    """One method at one stop and temperature."""
+
+    batches: list[Comparison]
+    step: Comparison
+    """Of the mean gradient of all batches."""
+
+
 def measure(
     teacher: Any,
     train: list[torch.Tensor],
@@ -214,17 +229,19 @@ def measure(
     stops: list[int],
     temperatures: list[float],
     learning_rate: float,
-    num_tail_draws: int = 0,
     min_prob: float = MIN_PROB,
     max_k: int = MAX_K,
     least_mass: float = 0.0,
     features: TokenFeatures | None = None,
-) -> dict[tuple[int, float, str], list[Comparison]]:
-    """Comparisons per (steps of drift, temperature, method), one for each held-out batch."""
+    draw_rate: int = 0,
+) -> dict[tuple[int, float, str], Result]:
+    """Results per (steps of drift, temperature, method)."""
     student = copy.deepcopy(teacher)
-    results: dict[tuple[int, float, str], list[Comparison]] = {}
+    results: dict[tuple[int, float, str], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
-        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", min_prob, max_k, features)
+        caches = through_a_cache(
+            teacher, held_out, Path(folder) / "cache", min_prob, max_k, features, draw_rate
+        )
     done = 0
     for stop in stops:
         student.train()
@@ -232,34 +249,34 @@ def measure(
         done = stop
         student.eval()
         for temperature in temperatures:
+            compared: dict[str, list[Comparison]] = {method: [] for method in METHODS}
+            sums: dict[str, torch.Tensor] = {}
             for number, (ids, topk) in enumerate(zip(held_out, caches, strict=True)):
-                compared = measure_batch(
-                    student,
-                    teacher,
-                    ids,
-                    topk,
-                    temperature,
-                    number,
-                    num_tail_draws,
-                    least_mass,
-                    features,
+                found = batch_gradients(
+                    student, teacher, ids, topk, temperature, number, least_mass, features
                 )
-                for method, found in compared.items():
-                    results.setdefault((stop, temperature, method), []).append(found)
+                for name, gradient in found.items():
+                    sums[name] = sums[name] + gradient if name in sums else gradient
+                for method in METHODS:
+                    compared[method].append(compare(found[method], found["online"], found["ce"]))
+            for method in METHODS:
+                step = compare(sums[method], sums["online"], sums["ce"])
+                results[stop, temperature, method] = Result(compared[method], step)
             print(f"{stop} steps, T = {temperature:g} done", file=sys.stderr, flush=True)
     return results
 
 
-def print_report(results: dict[tuple[int, float, str], list[Comparison]]) -> None:
-    """One table, medians over batches."""
-    print("| steps | T | method | angle, degrees | norm ratio | relative error | norm / CE norm |")
-    print("|---:|---:|---|---:|---:|---:|---:|")
-    for (stop, temperature, method), found in results.items():
-        median = {
-            name: statistics.median(getattr(one, name) for one in found)
-            for name in ("angle", "norm_ratio", "relative_error", "relative_to_ce")
-        }
-        cells = ["" if math.isnan(value) else f"{value:.4f}" for value in median.values()]
+def print_report(results: dict[tuple[int, float, str], Result]) -> None:
+    """One table: medians over batches, and the step."""
+    print("| steps | T | method | batch: angle | norm ratio | error | step: angle | norm ratio | norm / CE |")
+    print("|---:|---:|---|---:|---:|---:|---:|---:|---:|")
+    for (stop, temperature, method), result in results.items():
+        values = [
+            statistics.median(getattr(one, name) for one in result.batches)
+            for name in ("angle", "norm_ratio", "relative_error")
+        ]
+        values += [result.step.angle, result.step.norm_ratio, result.step.relative_to_ce]
+        cells = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
         print(f"| {stop} | {temperature:g} | {method} | " + " | ".join(cells) + " |")
 
 
@@ -272,14 +289,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 10, 100])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.5, 1.0, 2.0])
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--batches", type=int, default=5, help="held-out batches to take medians over")
+    parser.add_argument("--batches", type=int, default=8, help="held-out batches, together one step")
     parser.add_argument("--rows", type=int, default=4, help="rows per batch")
-    parser.add_argument("--length", type=int, default=128, help="tokens per row")
-    parser.add_argument(
-        "--tail-draws", type=int, default=0, metavar="M", help="also try M sampled tail tokens"
-    )
+    parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--min-prob", type=float, default=MIN_PROB, help="as in cache build")
     parser.add_argument("--tail-features", type=int, default=DEFAULT_TAIL_FEATURES, help="as in cache build")
+    parser.add_argument("--tail-draws", type=int, default=DEFAULT_TAIL_DRAWS, help="as in cache build")
     parser.add_argument("--max-k", type=int, default=MAX_K, help="as in cache build")
     parser.add_argument(
         "--least-mass",
@@ -298,7 +313,7 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     sizes = {"rows": args.rows, "length": args.length}
-    train = text_batches(tokenizer, "target-train", 20, **sizes)
+    train = text_batches(tokenizer, "target-train", 20, rows=4, length=128)
     held_out = text_batches(tokenizer, "target-heldout", args.batches, **sizes)
     features = None
     if args.tail_features:
@@ -312,7 +327,7 @@ def main() -> None:
         stops=sorted(args.steps),
         temperatures=args.temperatures,
         learning_rate=args.learning_rate,
-        num_tail_draws=args.tail_draws,
+        draw_rate=args.tail_draws,
         min_prob=args.min_prob,
         max_k=args.max_k,
         least_mass=args.least_mass,
@@ -321,7 +336,8 @@ def main() -> None:
     print_report(results)
     if args.json:
         rows = [
-            {"steps": s, "temperature": t, "method": m, "batches": [vars(one) for one in found]}
+            {"steps": s, "temperature": t, "method": m, "step": vars(found.step)}
+            | {"batches": [vars(one) for one in found.batches]}
             for (s, t, m), found in results.items()
         ]
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

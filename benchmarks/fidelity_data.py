@@ -9,23 +9,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 
+WINDOWS = 3
+
+
 def text_batches(
     tokenizer: Any, split: str, num_batches: int, *, rows: int, length: int
 ) -> list[torch.Tensor]:
-    """[rows, length] batches of code, each row from a document of its own.
+    """[rows, length] batches of code, at most `WINDOWS` rows of a document.
 
     Raises:
-        ValueError: the split has too few documents of that length.
+        ValueError: the split has too little text.
     """
     from stdlib_text import documents
 
     found: list[list[int]] = []
     for document in documents("code", split, max_bytes=4_000_000):
         ids = tokenizer(document.text[: 40 * length])["input_ids"]
-        if len(ids) >= length:
-            found.append(ids[:length])
-        if len(found) == rows * num_batches:
-            return list(torch.tensor(found).reshape(num_batches, rows, length).unbind(0))
-    raise ValueError(
-        f"{num_batches} batches need {rows * num_batches} documents of {length} tokens, got {len(found)}"
-    )
+        starts = range(0, min(len(ids) // length, WINDOWS) * length, length)
+        found += [ids[start : start + length] for start in starts]
+        if len(found) >= rows * num_batches:
+            wanted = torch.tensor(found[: rows * num_batches])
+            return list(wanted.reshape(num_batches, rows, length).unbind(0))
+    raise ValueError(f"{num_batches} batches need {rows * num_batches} rows of text, got {len(found)}")

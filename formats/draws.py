@@ -83,7 +83,9 @@ class TailDraws:
     @property
     def weights(self) -> np.ndarray:
         """float32 [S]: the reciprocal of each drawn token's expected number of draws."""
-        return np.exp(np.float32(-POWER) * self.logprobs) / np.float32(max(self.rate, 1))
+        # No capture draws a token below e^-100, whose number would leave the range of float32.
+        power = np.float32(-POWER) * np.maximum(self.logprobs, np.float32(-100))
+        return np.exp(power) / np.float32(max(self.rate, 1))
 
     @staticmethod
     def none(num_positions: int, rate: int = 0) -> "TailDraws":

@@ -35,14 +35,26 @@ def random_features(vocab_size: int, num_features: int = 5):
     return TokenFeatures(codes.astype(np.int8))
 
 
-def topk_of(logprobs_PV: np.ndarray, min_prob: float = 0.0, max_k: int | None = None, features=None):
-    """Heads of exact logprobs: p >= min_prob, at most max_k, always the best; tails summed directly."""
+def topk_of(
+    logprobs_PV: np.ndarray,
+    min_prob: float = 0.0,
+    max_k: int | None = None,
+    features=None,
+    draw_rate: int = 0,
+):
+    """Heads of exact logprobs: p >= min_prob, at most max_k, always the best; tails summed directly.
+
+    Each tail token is drawn floor(x) times and once more with the probability that is left of its expected
+    number x: the same tokens for the same logprobs.
+    """
+    from formats.draws import TailDraws
     from formats.topk import TAIL_BETAS, TopKLogprobs
 
     num_features = 0 if features is None else features.num_features
     if not len(logprobs_PV):
-        return TopKLogprobs.empty(logprobs_PV.shape[1], num_features)
-    ids, values, counts, tails = [], [], [], []
+        return TopKLogprobs.empty(logprobs_PV.shape[1], num_features, draw_rate)
+    ids, values, counts, tails, drawn = [], [], [], [], []
+    generator = np.random.default_rng(int(logprobs_PV[0, 0].view(np.int64)) & 0xFFFFFFFF)
     moments = np.zeros((len(logprobs_PV), num_features))
     for row, logprobs in enumerate(logprobs_PV.astype(np.float64)):
         order = np.argsort(-logprobs, kind="stable")
@@ -54,11 +66,26 @@ def topk_of(logprobs_PV: np.ndarray, min_prob: float = 0.0, max_k: int | None = 
         rest = logprobs[order[keep:]]
         if features is not None:
             moments[row] = np.exp(rest) @ features.of(order[keep:])
+        hits = np.floor(draw_rate * np.exp(0.75 * rest) + generator.random(len(rest))).astype(int)
+        drawn.append(np.repeat(order[keep:], hits))
         with np.errstate(divide="ignore"):
             tails.append([np.log(np.exp(beta * rest).sum()) for beta in TAIL_BETAS])
     offsets = np.concatenate([[0], np.cumsum(counts)])
+    row = np.repeat(np.arange(len(drawn)), [len(tokens) for tokens in drawn])
+    tokens = np.concatenate(drawn)
     return TopKLogprobs(
-        offsets, np.concatenate(ids), np.concatenate(values), np.asarray(tails), logprobs_PV.shape[1], moments
+        offsets,
+        np.concatenate(ids),
+        np.concatenate(values),
+        np.asarray(tails),
+        logprobs_PV.shape[1],
+        moments,
+        TailDraws(
+            np.concatenate([[0], np.cumsum([len(tokens) for tokens in drawn])]),
+            tokens,
+            logprobs_PV[row, tokens],
+            draw_rate,
+        ),
     )
 
 
@@ -99,8 +126,11 @@ def write_cache(
     rows: list | None = None,
     identity: dict | None = None,
     with_features: bool = True,
+    draw_rate: int = 4,
 ) -> Path:
-    """Write the exact logprobs of the model in `model_dir` on random rows, with tail moments."""
+    """Write the exact logprobs of the model in `model_dir` on random rows, with tail moments and draws."""
+    from dataclasses import replace
+
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -118,11 +148,13 @@ def write_cache(
         positions=positions,
         min_prob=min_prob,
         max_k=max_k or vocab_size,
-        codec=CodecConfig.lossless(),
+        codec=replace(CodecConfig.lossless(), draw_rate=draw_rate),
         rows_per_shard=10,
         features=features,
     ) as writer:
         for row in rows:
             logprobs = model_logprobs(model, row.input_ids)
-            writer.append(row, topk_of(logprobs[row.positions(positions)], min_prob, max_k, features))
+            writer.append(
+                row, topk_of(logprobs[row.positions(positions)], min_prob, max_k, features, draw_rate)
+            )
     return path

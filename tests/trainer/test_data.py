@@ -15,7 +15,7 @@ from formats.errors import ConfigError, FormatError, IncompleteCacheError
 from formats.rows import TokenRow
 from formats.writer import CacheWriter
 from trainer.collator import LabelAnnealingCollator, count_targets, split_batch
-from trainer.dataset import CachedDataset, Filler, Unit, UnitDataset
+from trainer.dataset import CachedDataset, Filler, Unit, UnitDataset, require_one_tail
 from trainer.packing import best_fit
 
 INT32 = ("input_ids", "labels", "teacher_positions", "teacher_counts", "teacher_token_ids")
@@ -97,6 +97,39 @@ def test_packed_batches_restart_positions_and_shift_rows(tmp_path):
     assert labels_N.tolist() == [6, 7, -100, -100, 3, 4, -100, -100, -100, 3, 4, -100, -100, -100, -100, -100]
     assert teacher.rows.tolist() == [0, 1, 3, 4, 5, 8, 9, 10]
     assert likeliest(teacher) == [4, 5, 0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("packing", (False, True))
+def test_draws_land_on_their_rows(pruned_cache, packing):
+    """Row by row, the batch holds the draws that the cache holds, weighted by their expected number."""
+    cache, dataset = TeacherCache(pruned_cache), CachedDataset(pruned_cache, temperature=2.0)
+    chosen = (5, 0, 23)
+    items = [dataset[index] for index in chosen]
+    assert items[0]["teacher_draw_counts"].dtype == items[0]["teacher_draw_ids"].dtype == np.int32
+    batch = LabelAnnealingCollator(packing=packing)([items] if packing else items)
+    _, _, teacher = split_batch(batch)
+    assert teacher.draw_offsets.dtype == torch.int64 and len(teacher.draw_ids) > 20
+    teacher.validate(num_rows=batch["input_ids"].numel(), vocab_size=cache.manifest.vocab_size)
+    stored = [cache[index].teacher.draws for index in chosen]
+    assert np.diff(teacher.draw_offsets).tolist() == [n for draws in stored for n in draws.counts]
+    assert teacher.draw_ids.tolist() == [token for draws in stored for token in draws.token_ids]
+    logprobs = np.concatenate([draws.logprobs for draws in stored])
+    np.testing.assert_array_equal(teacher.draw_logprobs, logprobs)
+    np.testing.assert_allclose(teacher.draw_weights, np.exp(-0.75 * logprobs) / 4, rtol=1e-6)
+
+
+def test_draws_can_be_left_out_and_do_not_mix(pruned_cache, tmp_path, tiny_llama_dir):
+    without = CachedDataset(pruned_cache, tail_draws=False)
+    assert not any(name.startswith("teacher_draw") for name in without[0])
+    _, _, teacher = split_batch(LabelAnnealingCollator()([without[0]]))
+    assert teacher.draw_offsets is None
+    other = CachedDataset(write_cache(tmp_path / "none", tiny_llama_dir, num_rows=2, draw_rate=0))
+    with pytest.raises(ConfigError, match="must have tail draws or none"):
+        LabelAnnealingCollator()([CachedDataset(pruned_cache)[0], other[0]])
+    with pytest.raises(ConfigError, match=r"pruned has some and .*none has none; build them alike"):
+        require_one_tail([CachedDataset(pruned_cache), other])
+    require_one_tail([CachedDataset(pruned_cache), CachedDataset(tmp_path / "none", loss="ce")])
+    require_one_tail([without, other])
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from fidelity import METHODS, measure
-from fidelity_targets import capture, sampled_targets, tail_correction, topk_targets
+from fidelity_targets import capture, sampled_targets, topk_targets
 
 from cache_builder.features import find_embedding, token_features
 
@@ -52,15 +52,16 @@ def results(teacher, tmp_path_factory):
         temperatures=[0.5, 1.0, 2.0],
         learning_rate=1e-3,
         features=features,
+        draw_rate=8,
     )
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
 def test_at_the_initial_weights_only_the_cache_pulls_nowhere(results, temperature):
     """The other targets move a model off itself; the cache leaves what the codec rounds off."""
-    norms = {m: min(one.relative_to_ce for one in results[0, temperature, m]) for m in METHODS}
-    assert norms["cache, bucket only"] < 5e-3
-    ours = max(one.relative_to_ce for one in results[0, temperature, "cache"])
+    norms = {m: min(one.relative_to_ce for one in results[0, temperature, m].batches) for m in METHODS}
+    assert norms["bucket only"] < 5e-3
+    ours = max(one.relative_to_ce for one in results[0, temperature, "cache"].batches)
     assert ours < 5e-3
     assert norms["sampled"] > 20 * ours
     if temperature > 0.5:  # at T = 0.5 these heads hold nearly everything: cutting the tail off is harmless
@@ -69,12 +70,13 @@ def test_at_the_initial_weights_only_the_cache_pulls_nowhere(results, temperatur
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
 def test_after_drift_the_cache_is_nearest_to_the_online_gradient(results, temperature):
-    errors = {m: max(one.relative_error for one in results[4, temperature, m]) for m in METHODS}
+    errors = {m: results[4, temperature, m].step.relative_error for m in METHODS}
     assert all(math.isfinite(error) for error in errors.values())
-    for method in METHODS[1:]:
+    # With 92 positions the noise of the draws is still of the size of the bias that they take away.
+    assert errors["without draws"] < errors["bucket only"]
+    for method in METHODS[3:]:
         assert errors["cache"] < errors[method], method
-    for one in results[4, temperature, "cache"]:
-        # A hot softmax moves mass into the tail, and with it the part of the gradient the bucket leaves out.
+    for one in results[4, temperature, "cache"].batches:
         assert one.angle < (5 if temperature <= 1 else 15)
         assert abs(one.norm_ratio - 1) < (0.05 if temperature <= 1 else 0.5)
 
@@ -98,23 +100,3 @@ def test_sampled_targets_converge_to_the_tempered_distribution(temperature):
     logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
     found = sampled_targets(logprobs, temperature, 200_000, torch.Generator().manual_seed(0))
     assert torch.allclose(found, torch.softmax(logprobs / temperature, -1), atol=0.01)
-
-
-@pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
-def test_tail_draws_supply_what_the_bucket_lacks_and_nothing_at_the_start(temperature):
-    """Many draws: bucket + correction is the full gradient. Student = teacher: every draw is zero."""
-    generator = torch.Generator().manual_seed(3)
-    teacher_logits = torch.randn(2, 30, generator=generator, dtype=torch.float64)
-    z = teacher_logits + torch.randn(2, 30, generator=generator, dtype=torch.float64)
-    logprobs, beta = torch.log_softmax(teacher_logits, -1), 1.0 / temperature
-    topk = capture(teacher_logits, min_prob=0.1)
-    p, q = torch.softmax(beta * logprobs, -1), torch.softmax(beta * z, -1)
-    stored, p_mass = topk_targets(topk, temperature, 30)
-    head = stored > 0
-    q_mass = (q * head).sum(1, keepdim=True)
-    bucket = beta * torch.where(head, q - p, q * (p_mass - q_mass) / (1 - q_mass))
-    found = bucket + tail_correction(topk, logprobs, z, temperature, 400_000, generator)
-    lacking = (bucket - beta * (q - p)).norm()
-    assert (found - beta * (q - p)).norm() < 0.05 * lacking
-    at_start = tail_correction(topk, logprobs, teacher_logits, temperature, 5, generator)
-    assert at_start.abs().max() < 1e-12
