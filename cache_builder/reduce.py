@@ -6,6 +6,7 @@ For every row of logits l, with p = softmax(l):
     log p       of the head, natural log, normalised over the whole vocabulary
     A(beta)     log sum over the rest of exp(beta * log p), for every beta in `betas`
     moments     sum over the rest of p * u, with u the features of a token (formats/features.py), if there are
+    draws       a few tokens of the rest with their log p (formats/draws.py), if there is a rate
 
 Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of
 the mass, `total - head` in fp32 would be noise.
@@ -19,17 +20,20 @@ Algorithm, per chunk of rows; the vocabulary is cut into blocks:
      practice a few: they are gathered, the head is picked from them, and their share of the tail is summed
      again without it.  Blocks without a head entry are tail as they are.
 Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the vocabulary replaces step 3.
-Moments take one more pass: probabilities, the head's set to zero, times the feature matrix.
+Moments take one more pass: probabilities, the head's set to zero, times the feature matrix.  Draws take none:
+the block sums say which blocks to look at (draws.py).
 
 Cost: two passes over the logits and one exponential per entry, with moments three and two; no sort of the
 vocabulary.
 
 N: rows, V: vocabulary, K: blocks of a row, B: tail nodes, C: gathered blocks of all rows, S: entries in a
-block, F: token features, H: head candidates of the row that has most, M: head entries of all rows.
+block, F: token features, H: head candidates of the row that has most, M: head entries of all rows, D: tail
+draws of all rows.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,6 +47,8 @@ from cache_builder.block_sums import (
     rows_per_pass,
     scratch,
 )
+from cache_builder.draws import BlockedTail, block_entries, draw_from_tails, no_draws
+from formats.draws import POWER
 
 CPU_CHUNK_BYTES = 1 << 26
 """fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
@@ -65,6 +71,23 @@ class ReducedRows(NamedTuple):
     """float32 [N, B]; -inf where the rest of the vocabulary is empty or impossible."""
     tail_moments: torch.Tensor
     """float32 [N, F]; F may be 0."""
+    draw_counts: torch.Tensor
+    """int32 [N]: row i owns the next `draw_counts[i]` draws."""
+    draw_ids: torch.Tensor
+    """int32 [D]."""
+    draw_logprobs: torch.Tensor
+    """float32 [D]."""
+
+
+class _Split(NamedTuple):
+    """Head and rest of the rows of a chunk."""
+
+    head_ids_NH: torch.Tensor
+    head_NH: torch.Tensor
+    """Logits; -inf after the last."""
+    tail_sums_NB: torch.Tensor
+    tail: BlockedTail
+    """What to draw from."""
 
 
 def rows_per_chunk(vocab_size: int, device_type: str) -> int:
@@ -80,28 +103,45 @@ def reduce_logits(
     max_k: int,
     betas: Sequence[float],
     features_VF: torch.Tensor | None = None,
+    draw_rate: int = 0,
+    starts_N: torch.Tensor | None = None,
 ) -> ReducedRows:
-    """Head, tail function and tail moments of every row of `logits_NV`.
+    """Head, tail function, tail moments and tail draws of every row of `logits_NV`.
 
     Args:
         logits_NV: [N, V], any floating dtype, without padding columns; -inf marks impossible tokens.
         min_prob: smallest probability kept, 0 <= min_prob < 1.
         max_k: largest number of entries kept, at least 1.  Equal logits are ordered by ascending id.
-        betas: increasing positive inverse temperatures of the tail nodes, 1 among them.
+        betas: increasing positive inverse temperatures of the tail nodes, 3/4 and 1 among them.
         features_VF: float32, on the device of the logits; None takes no moments.
+        draw_rate: as in `formats.draws.TailDraws`; 0 draws nothing.
+        starts_N: float64 in [0, 1), where the points of each row begin (`formats.draws.starts`); only
+            needed to draw.
 
     Returns:
         `ReducedRows` on the device of the logits.  A row with NaN or +inf logits has NaN logprobs.
     """
     num_rows, vocab_size = logits_NV.shape
-    assert 0.0 <= min_prob < 1.0 and max_k >= 1 and 1.0 in betas, (min_prob, max_k, betas)
+    assert 0.0 <= min_prob < 1.0 and max_k >= 1, (min_prob, max_k)
+    assert 1.0 in betas and POWER in betas, betas
     if features_VF is None:
         features_VF = torch.zeros(vocab_size, 0, device=logits_NV.device)
     assert len(features_VF) == vocab_size, (features_VF.shape, vocab_size)
+    if draw_rate:
+        assert starts_N is not None and len(starts_N) == num_rows, starts_N
+        assert starts_N.dtype == torch.float64, starts_N.dtype
+    else:
+        starts_N = torch.zeros(num_rows, dtype=torch.float64, device=logits_NV.device)
     step = rows_per_chunk(vocab_size, logits_NV.device.type)
     parts = [
         _reduce_chunk(
-            logits_NV[start : start + step].float(), min_prob, min(max_k, vocab_size), betas, features_VF
+            logits_NV[start : start + step].float(),
+            min_prob,
+            min(max_k, vocab_size),
+            betas,
+            features_VF,
+            draw_rate,
+            starts_N[start : start + step],
         )
         for start in range(0, num_rows, step)
     ]
@@ -117,7 +157,7 @@ def concatenate_rows(
     if not parts:
         none = torch.zeros(0, device=device)
         nodes, moments = (torch.zeros(0, size, device=device) for size in (num_betas, num_features))
-        return ReducedRows(none.int(), none.int(), none, nodes, moments)
+        return ReducedRows(none.int(), none.int(), none, nodes, moments, *no_draws(0, device))
     return ReducedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -127,6 +167,8 @@ def _reduce_chunk(
     max_k: int,
     betas: Sequence[float],
     features_VF: torch.Tensor,
+    draw_rate: int,
+    starts_N: torch.Tensor,
 ) -> ReducedRows:
     betas_B = torch.tensor(betas, dtype=torch.float32, device=logits_NV.device)
     maxima_NK, sums_NBK = block_statistics(logits_NV, betas)
@@ -136,21 +178,27 @@ def _reduce_chunk(
 
     passes_NK = maxima_NK >= torch.minimum(least_N, max_N).unsqueeze(-1)  # the likeliest entry always passes
     if int(passes_NK.sum()) * BLOCK * 3 > logits_NV.numel():
-        head_ids_NH, head_NH, tail_sums_NB = _dense_head(logits_NV, max_N, least_N, max_k, betas)
+        split = _dense_head(logits_NV, max_N, least_N, max_k, betas)
     else:
-        head_ids_NH, head_NH, tail_sums_NB = _sparse_head(
-            logits_NV, max_N, least_N, max_k, betas, passes_NK, sums_NBK
-        )
+        split = _sparse_head(logits_NV, max_N, least_N, max_k, betas, passes_NK, sums_NBK)
+    head_ids_NH, head_NH, tail_sums_NB, tail = split
     log_tail_NB = tail_sums_NB.log() + (max_N - log_z_N).unsqueeze(-1) * betas_B
     keep_NH = head_NH > -math.inf
     keep_NH[:, 0] = True  # a NaN row keeps one entry, which carries the NaN to whoever reads it
     _repair_underflow(logits_NV, log_z_N, head_ids_NH, keep_NH, tail_sums_NB, log_tail_NB, betas_B)
+    drawn = no_draws(len(logits_NV), logits_NV.device)
+    if draw_rate:
+        vocab_size = logits_NV.shape[1]
+        drawn = draw_from_tails(
+            tail, max_N, log_z_N, vocab_size=vocab_size, rate=draw_rate, starts_N=starts_N
+        )
     return ReducedRows(
         keep_NH.sum(-1, dtype=torch.int32),
         head_ids_NH[keep_NH].int(),
         (head_NH - log_z_N.unsqueeze(-1))[keep_NH],
         log_tail_NB,
         _tail_moments(logits_NV, log_z_N, head_ids_NH, keep_NH, features_VF),
+        *drawn,
     )
 
 
@@ -185,8 +233,8 @@ def _sparse_head(
     betas: Sequence[float],
     passes_NK: torch.Tensor,
     sums_NBK: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Step 3: (ids [N, H], logits [N, H], -inf after the last, sums of the tail [N, B])."""
+) -> _Split:
+    """Step 3: only the blocks that pass."""
     num_rows, vocab_size = logits_NV.shape
     blocks, device = num_blocks(vocab_size), logits_NV.device
     rows_C, blocks_C = passes_NK.nonzero(as_tuple=True)
@@ -216,7 +264,19 @@ def _sparse_head(
     shifted_SC = values_SC - max_N[rows_C]
     sums_BC = eager_sums(shifted_SC.unsqueeze(0), shifted_SC.new_zeros(1), tuple(betas))[0]
     tail_sums_NB = sums_NBK.masked_fill_(passes_NK.unsqueeze(1), 0).sum(-1)
-    return head_ids_NH, head_NH, tail_sums_NB.index_add_(0, rows_C, sums_BC.t())
+    tail_sums_NB.index_add_(0, rows_C, sums_BC.t())
+
+    def tail_entries(rows_D: torch.Tensor, blocks_D: torch.Tensor) -> torch.Tensor:
+        entries_DS = block_entries(logits_NV, rows_D, blocks_D)
+        passes_D = passes_NK[rows_D, blocks_D]
+        at_D = gathered_NK[rows_D[passes_D], blocks_D[passes_D]]
+        entries_DS[passes_D] = values_SC.t()[at_D]  # the head is out of these
+        return entries_DS
+
+    power = betas.index(POWER)
+    power_NK = sums_NBK[:, power]
+    power_NK[rows_C, blocks_C] = sums_BC[power]
+    return _Split(head_ids_NH, head_NH, tail_sums_NB, BlockedTail(power_NK, tail_entries))
 
 
 def _by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,14 +303,16 @@ def _dense_head(
     least_N: torch.Tensor,
     max_k: int,
     betas: Sequence[float],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> _Split:
     """Step 3 without blocks: top-k over the vocabulary, then the sums again without the head."""
     head_NH, head_ids_NH = _topk_by_id(logits_NV, max_k)
     head_NH = _below_out(head_NH, least_N)
     masked_NV = logits_NV.clone()
     rows_M, slots_M = (head_NH > -math.inf).nonzero(as_tuple=True)
     masked_NV[rows_M, head_ids_NH[rows_M, slots_M]] = -math.inf
-    return head_ids_NH, head_NH, block_sums(masked_NV, max_N, betas).sum(-1)
+    sums_NBK = block_sums(masked_NV, max_N, betas)
+    tail = BlockedTail(sums_NBK[:, betas.index(POWER)], partial(block_entries, masked_NV))
+    return _Split(head_ids_NH, head_NH, sums_NBK.sum(-1), tail)
 
 
 def _topk_by_id(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from formats.draws import MAX_RATE
 from formats.errors import AnnealError, ConfigError
 from formats.features import TokenFeatures
 from formats.rows import POSITION_MODES, TokenRow
@@ -49,6 +50,9 @@ class TeacherConfig:
     """At most this many entries are kept at a position."""
     features: str | None = None
     """File of the token features of the cache (`formats/features.py`); None takes no tail moments."""
+    draw_rate: int = 0
+    """Expected draws of a tail token over the power 3/4 of its probability (`formats/draws.py`); 0 draws
+    none."""
     positions: str = "loss"
     """`loss`: positions whose next token carries loss; `all`: every position that has a next token."""
     max_length: int = 2048
@@ -71,6 +75,10 @@ class TeacherConfig:
             raise ConfigError(f"min_prob must be at least 0 and below 1, got {self.min_prob}")
         if self.max_k < 1:
             raise ConfigError(f"max_k must be at least 1, got {self.max_k}")
+        if type(self.draw_rate) is not int or not 0 <= self.draw_rate <= MAX_RATE:
+            raise ConfigError(
+                f"draw_rate must be a whole number from 0 to {MAX_RATE}, got {self.draw_rate!r}"
+            )
         if self.positions not in POSITION_MODES:
             raise ConfigError(f"positions must be one of {', '.join(POSITION_MODES)}, got {self.positions!r}")
         if self.max_length < 2:
@@ -90,7 +98,8 @@ class Teacher(Protocol):
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
         """One `TopKLogprobs` per row, in order; its length is `len(row.positions(config.positions))`.
 
-        Rows are read as they are needed.  The same rows give the same bits again on the same machine.
+        Rows are read as they are needed.  The same rows give the same bits again on the same machine.  The
+        tail draws of a position depend on the row's content key and the position alone, beside its logits.
 
         Raises:
             TeacherError: a row is longer than `max_length`, has an id outside the vocabulary, or the model

@@ -23,6 +23,7 @@ from cache_builder.teacher import (
     read_model_config,
 )
 from cache_builder.wire import pack, unpack
+from formats.draws import starts
 from formats.errors import ConfigError
 from formats.rows import TokenRow
 from formats.topk import TAIL_BETAS, TopKLogprobs
@@ -99,8 +100,10 @@ class TransformersTeacher:
             max_k=self.config.max_k,
             betas=TAIL_BETAS,
             features_VF=self._features_VF,
+            draw_rate=self.config.draw_rate,
+            starts_N=torch.from_numpy(starts(row.key, positions)).to(self._device),
         )
-        return unpack(pack(reduced).cpu(), self.vocab_size)
+        return unpack(pack(reduced).cpu(), self.vocab_size, self.config.draw_rate)
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
         """See `Teacher.prefill`."""
@@ -109,7 +112,7 @@ class TransformersTeacher:
             positions = row.positions(self.config.positions)
             if len(positions) == 0:
                 num_features = 0 if self._features_VF is None else self._features_VF.shape[1]
-                yield TopKLogprobs.empty(self.vocab_size, num_features)
+                yield TopKLogprobs.empty(self.vocab_size, num_features, self.config.draw_rate)
             else:
                 yield check_numbers(self._predict(row, positions), number)
 

@@ -22,11 +22,14 @@ from vllm.v1.pool.metadata import PoolingMetadata
 from cache_builder import reduce, wire
 from cache_builder.teacher import read_features
 from cache_builder.vllm_plugin import PREFIX
+from formats.draws import starts
 from formats.topk import TAIL_BETAS
 
 TASK: PoolingTask = "token_embed"
 CONFIG_KEY = "anneal"
 POSITIONS_KEY = "anneal_positions"
+ROW_KEY = "anneal_row"
+"""The row's content key, from which its tail draws start; without it they start as those of no bytes."""
 CPU_LOGITS_BYTES = 1 << 26
 """fp32 bytes of logits projected at a time on a CPU: a few hundred rows, enough for an efficient product."""
 CUDA_LOGITS_BYTES = 1 << 30
@@ -39,6 +42,7 @@ class PoolerSettings(TypedDict):
     min_prob: float
     max_k: int
     features: str | None
+    draw_rate: int
 
 
 def encode_positions(positions: np.ndarray, num_tokens: int) -> bytes:
@@ -81,23 +85,29 @@ class TeacherPooler(Pooler):
         step_starts = np.concatenate([[0], np.cumsum(scheduled)])
 
         selected: list[np.ndarray] = []
+        draw_starts: list[np.ndarray] = []
         for i, params in enumerate(pooling_metadata.pooling_params):
             first = seen[i] - scheduled[i]  # position in the row of the first token of this step
-            mask = (params.extra_kwargs or {}).get(POSITIONS_KEY)
+            asked = params.extra_kwargs or {}
+            mask = asked.get(POSITIONS_KEY)
             if mask is None:
                 positions = np.arange(first, min(seen[i], prompt[i] - 1))
             else:
                 positions = decode_positions(mask, int(prompt[i]))
                 positions = positions[(positions >= first) & (positions < seen[i])]
             selected.append(positions - first + step_starts[i])
+            draw_starts.append(starts(asked.get(ROW_KEY, b""), positions))
 
-        reduced = self._reduce(hidden_states, np.concatenate(selected))
+        reduced = self._reduce(hidden_states, np.concatenate(selected), np.concatenate(draw_starts))
         return self._collect(reduced, [len(rows) for rows in selected], pooling_metadata)
 
-    def _reduce(self, hidden_states: torch.Tensor, rows: np.ndarray) -> reduce.ReducedRows:
+    def _reduce(
+        self, hidden_states: torch.Tensor, rows: np.ndarray, draw_starts: np.ndarray
+    ) -> reduce.ReducedRows:
         """Project and reduce the given rows, at most a few tens of megabytes of logits at a time."""
         device = hidden_states.device
         index = torch.from_numpy(rows).to(device, non_blocking=True)
+        starts_N = torch.from_numpy(draw_starts).to(device, non_blocking=True)
         budget = CPU_LOGITS_BYTES if device.type == "cpu" else CUDA_LOGITS_BYTES
         model = self._model[0]
         step = max(1, budget // (4 * self.vocab_size))
@@ -117,6 +127,8 @@ class TeacherPooler(Pooler):
                     max_k=self.settings["max_k"],
                     betas=TAIL_BETAS,
                     features_VF=self._features_VF,
+                    draw_rate=self.settings["draw_rate"],
+                    starts_N=starts_N[start : start + step],
                 )
             )
         return reduce.concatenate_rows(parts, len(TAIL_BETAS), self._features_VF.shape[1], device)
@@ -128,18 +140,20 @@ class TeacherPooler(Pooler):
         if len(reduced.counts) == 0:  # also on a rank that saw no logits: its output is not used
             lengths = [0] * len(lengths)
         rows_at = np.concatenate([[0], np.cumsum(lengths)])
-        entries_at = torch.cat([reduced.counts.new_zeros(1), reduced.counts.cumsum(0)])[
-            torch.from_numpy(rows_at).to(reduced.counts.device)
-        ].tolist()
+        entries_at = _offsets_at(reduced.counts, rows_at)
+        draws_at = _offsets_at(reduced.draw_counts, rows_at)
         outputs: list[torch.Tensor | None] = []
         for i, (state, done) in enumerate(zip(metadata.pooling_states, finished, strict=True)):
-            rows, entries = slice(rows_at[i], rows_at[i + 1]), slice(entries_at[i], entries_at[i + 1])
+            rows, entries, drawn = (slice(at[i], at[i + 1]) for at in (rows_at, entries_at, draws_at))
             part = reduce.ReducedRows(
                 reduced.counts[rows],
                 reduced.token_ids[entries],
                 reduced.logprobs[entries],
                 reduced.log_tail_nodes[rows],
                 reduced.tail_moments[rows],
+                reduced.draw_counts[rows],
+                reduced.draw_ids[drawn],
+                reduced.draw_logprobs[drawn],
             )
             waiting: list[Any] = state.hidden_states_cache  # vLLM's place for what a request keeps
             if not done:
@@ -150,6 +164,12 @@ class TeacherPooler(Pooler):
             outputs.append(wire.pack(whole))
             state.clean()
         return outputs
+
+
+def _offsets_at(counts: torch.Tensor, rows_at: np.ndarray) -> list[int]:
+    """Where the entries of these rows begin, if row i owns the next `counts[i]`."""
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return offsets[torch.from_numpy(rows_at).to(counts.device)].tolist()
 
 
 def _build(architecture: str) -> type:

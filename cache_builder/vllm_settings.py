@@ -174,7 +174,12 @@ def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[s
             "head_dtype": config.head_dtype,
         },
         "additional_config": {
-            "anneal": {"min_prob": config.min_prob, "max_k": config.max_k, "features": config.features}
+            "anneal": {
+                "min_prob": config.min_prob,
+                "max_k": config.max_k,
+                "features": config.features,
+                "draw_rate": config.draw_rate,
+            }
         },
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,  # every position has to be computed, none may come from a cache

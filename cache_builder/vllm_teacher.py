@@ -143,23 +143,24 @@ class VLLMTeacher:
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
-        from cache_builder.vllm_pooler import POSITIONS_KEY, TASK, encode_positions
+        from cache_builder.vllm_pooler import POSITIONS_KEY, ROW_KEY, TASK, encode_positions
 
         running: dict[str, _Member] = {}
         self._engine.sleep(level=0)
         for member in wave:
             if len(member.positions) == 0:
-                member.result = TopKLogprobs.empty(self.vocab_size, self._num_features)
+                member.result = TopKLogprobs.empty(self.vocab_size, self._num_features, self.config.draw_rate)
                 continue
+            asked = {ROW_KEY: member.row.key}
             # No mask means every position that has a next token.
-            every = len(member.positions) == len(member.row) - 1
-            mask = None if every else {POSITIONS_KEY: encode_positions(member.positions, len(member.row))}
+            if len(member.positions) < len(member.row) - 1:
+                asked[POSITIONS_KEY] = encode_positions(member.positions, len(member.row))
             self._num_requests += 1
             request = str(self._num_requests)
             self._engine.add_request(
                 request,
                 tokens_input(member.row.input_ids.tolist()),
-                PoolingParams(task=TASK, extra_kwargs=mask, skip_reading_prefix_cache=True),
+                PoolingParams(task=TASK, extra_kwargs=asked, skip_reading_prefix_cache=True),
             )
             running[request] = member
         self._engine.wake_up(tags=["scheduling"])
@@ -178,7 +179,7 @@ class VLLMTeacher:
                 raise TeacherError(f"the vLLM engine must keep running, got {cause}") from error
             for output in outputs:
                 member = running.pop(output.request_id)
-                result = unpack(output.outputs.data, self.vocab_size)
+                result = unpack(output.outputs.data, self.vocab_size, self.config.draw_rate)
                 assert len(result) == len(member.positions), (len(result), len(member.positions))
                 member.result = result
 
