@@ -61,6 +61,17 @@ TailFeaturesOption = Annotated[
         "[default: 16]",
     ),
 ]
+TailDrawsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="RATE",
+        min=0,
+        max=64,
+        show_default=False,
+        help="Tail tokens drawn per position: rate times the sum of p^(3/4) over the tail; they make the KL "
+        "gradient unbiased; 0 draws none.  [default: 8]",
+    ),
+]
 LimitOption = Annotated[
     int | None, typer.Option(min=1, show_default=False, help="Read only N records of the corpus.")
 ]
@@ -171,6 +182,7 @@ def cache_build(
     min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 2.5e-3,
     max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
     tail_features: TailFeaturesOption = None,
+    tail_draws: TailDrawsOption = None,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
     ] = "loss",
@@ -219,6 +231,7 @@ def cache_build(
         min_prob=min_prob,
         max_k=max_k,
         tail_features=tail_features,
+        tail_draws=tail_draws,
         positions=positions,
         limit=limit,
         text_column=text_column,
@@ -319,6 +332,7 @@ def cache_estimate(
     max_length: MaxLengthOption = None,
     max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
     tail_features: TailFeaturesOption = None,
+    tail_draws: TailDrawsOption = None,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
     ] = "loss",
@@ -343,6 +357,7 @@ def cache_estimate(
         max_length=max_length,
         max_k=max_k,
         tail_features=tail_features,
+        tail_draws=tail_draws,
         positions=positions,
         limit=limit,
         text_column=text_column,

@@ -37,7 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
-from cache_builder.config import DEFAULT_TAIL_FEATURES
+from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
 from cache_builder.features import find_embedding, token_features
 from cache_builder.vllm_settings import child_environment, quiet_environment
 from formats.features import FEATURES_FILE
@@ -186,7 +186,7 @@ class Bench:
             return self.timed(lambda: self.drain(engine, PoolingParams(task="embed")) and None)
 
     def capture(self) -> float:
-        """Ours, to packed arrays in this process, with the default tail moments."""
+        """Ours, to packed arrays in this process, with the default tail moments and draws."""
         embedding = find_embedding(Path(self.model), self.vocab_size)
         assert embedding is not None
         features = Path(self.model) / FEATURES_FILE
@@ -197,6 +197,7 @@ class Bench:
             positions="all",
             max_k=self.args.k,
             features=str(features),
+            draw_rate=DEFAULT_TAIL_DRAWS,
             max_length=self.args.max_length + 1,
             engine_args=self.engine_args,
         )

@@ -66,6 +66,7 @@ def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
             min_prob=config.min_prob,
             max_k=config.max_k,
             features=str(source.features_file) if source.features_file else None,
+            draw_rate=config.draw_rate,
             positions=config.positions,
             max_length=source.max_length,
             engine_args=dict(config.engine_args),
@@ -88,7 +89,8 @@ def build_cache(
         progress: told about every phase; `ConsoleProgress()` for a terminal, silent by default.
         source: model, tokenizer and corpus, opened already; by default opened from `config`.
         make_teacher: starts the engine when the first shard is claimed; for people with a teacher of their
-            own, which must take the moments of `source.features_file` unless `config.tail_features` is 0.
+            own, which must take the moments of `source.features_file` unless `config.tail_features` is 0, and
+            draw tail tokens at `config.draw_rate`.
         make_capture: does the work of one process; the Ray pool has its own.
         step: called between the operations of the protocol; for fault tests.
 

@@ -116,6 +116,8 @@ class ShardCommitter:
             + topk.token_ids.nbytes * 2
             + topk.log_tail_nodes.nbytes
             + topk.tail_moments.nbytes
+            + topk.draws.offsets.nbytes
+            + topk.draws.token_ids.nbytes * 2
             + 512
         )
         self._put("row", (row, topk), weight)

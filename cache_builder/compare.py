@@ -1,13 +1,14 @@
 """How far two captures of the same positions lie apart, in nats.
 
-P: positions, N: entries that both heads hold.
+P: positions, N: entries that both heads hold, D: draws that both tails hold.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from formats.segments import segment_of, segment_sum
+from formats.draws import TailDraws
+from formats.segments import rank_in_segment, segment_of, segment_sum
 from formats.tail import TAIL_BETAS
 from formats.topk import TopKLogprobs
 
@@ -23,6 +24,11 @@ class Deviation:
     tokens."""
     moments: np.ndarray
     """float64 [P', F]: |difference| of the tail moments, likewise."""
+    draws: np.ndarray
+    """float64 [D]: |difference| of the logprobs of draws that both hold at a position; a token drawn twice
+    counts twice where it was drawn twice on both sides."""
+    num_draws: int
+    """Draws of the side that has more."""
     kl: np.ndarray
     """float64 [P]: KL(one || other) at T = 1 over the shared tokens and one bucket for all others."""
     num_only_one: int
@@ -35,7 +41,8 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
     """Match the entries of two captures by position and token id.
 
     Raises:
-        ValueError: another number of positions or of tail moments, or another vocabulary.
+        ValueError: another number of positions or of tail moments, another rate of draws, or another
+            vocabulary.
     """
     if len(one) != len(other) or one.vocab_size != other.vocab_size:
         raise ValueError(
@@ -45,6 +52,10 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
     if one.num_features != other.num_features:
         raise ValueError(
             f"captures must have equally many tail moments, got {one.num_features} and {other.num_features}"
+        )
+    if one.draws.rate != other.draws.rate:
+        raise ValueError(
+            f"captures must have equal rates of draws, got {one.draws.rate} and {other.draws.rate}"
         )
     keys = [segment_of(side.offsets) * one.vocab_size + side.token_ids for side in (one, other)]
     _, at_one, at_other = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
@@ -76,10 +87,27 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
         logprobs=np.abs(log_p - log_q),
         tails=tails,
         moments=np.abs(one.tail_moments[same].astype(np.float64) - other.tail_moments[same]),
+        draws=_draw_deviations(one.draws, other.draws, one.vocab_size),
+        num_draws=max(len(one.draws.token_ids), len(other.draws.token_ids)),
         kl=inside + outside,
         num_only_one=int(left.sum() + right.sum()),
         largest_only_one=float(np.exp(alone.max())) if len(alone) else 0.0,
     )
+
+
+def _draw_deviations(one: TailDraws, other: TailDraws, vocab_size: int) -> np.ndarray:
+    """`Deviation.draws`: the n-th draw of a token on one side is matched with the n-th on the other."""
+    keys, logprobs = [], []
+    for side in (one, other):
+        drawn = segment_of(side.offsets) * vocab_size + side.token_ids
+        order = np.argsort(drawn, kind="stable")
+        drawn = drawn[order]
+        first = np.flatnonzero(np.diff(drawn, prepend=-1))
+        nth = rank_in_segment(np.append(first, len(drawn)))
+        keys.append(np.stack([drawn, nth], 1).view([("drawn", "<i8"), ("nth", "<i8")]).ravel())
+        logprobs.append(side.logprobs[order].astype(np.float64))
+    _, at_one, at_other = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
+    return np.abs(logprobs[0][at_one] - logprobs[1][at_other])
 
 
 def _log_rest(side: TopKLogprobs, alone: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.codec import CodecConfig
+from formats.draws import MAX_RATE
 from formats.errors import ConfigError
 from formats.features import MAX_FEATURES
 from formats.rows import POSITION_MODES
@@ -17,6 +18,7 @@ HEAD_DTYPES = ("float32", "model")
 DEFAULT_ROWS_PER_SHARD = 4096
 DEFAULT_TOKENS_PER_SHARD = 1 << 20
 DEFAULT_TAIL_FEATURES = 16
+DEFAULT_TAIL_DRAWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,9 @@ class BuildConfig:
     tail_features: int | None = None
     """F: tail moments per position (docs/method.md), 0 for none; None is 16, or 0 where the checkpoint has no
     output embedding in safetensors to take features from."""
+    tail_draws: int | None = None
+    """Tail tokens drawn per position: this rate times the sum of p^(3/4) over the tail (docs/method.md), 0
+    for none; None is 8."""
     positions: str = "loss"
     """`loss` captures positions whose next token carries loss, `all` every position that has a next token."""
     limit: int | None = None
@@ -81,12 +86,10 @@ class BuildConfig:
             object.__setattr__(self, name, str(getattr(self, name)))
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given, got an empty string")
-        if self.tail_features is not None and (
-            type(self.tail_features) is not int or not 0 <= self.tail_features <= MAX_FEATURES
-        ):
-            raise ConfigError(
-                f"tail_features must be a whole number from 0 to {MAX_FEATURES}, got {self.tail_features!r}"
-            )
+        for name, most in (("tail_features", MAX_FEATURES), ("tail_draws", MAX_RATE)):
+            number = getattr(self, name)
+            if number is not None and (type(number) is not int or not 0 <= number <= most):
+                raise ConfigError(f"{name} must be a whole number from 0 to {most}, got {number!r}")
         for name, value, allowed in (
             ("engine", self.engine, ENGINES),
             ("positions", self.positions, POSITION_MODES),
@@ -118,6 +121,11 @@ class BuildConfig:
             first, last = self.shards
             if not 0 <= first < last:
                 raise ConfigError(f"shards must be first:last with 0 <= first < last, got {first}:{last}")
+
+    @property
+    def draw_rate(self) -> int:
+        """`tail_draws` with its default filled in."""
+        return DEFAULT_TAIL_DRAWS if self.tail_draws is None else self.tail_draws
 
     @property
     def directory(self) -> Path:

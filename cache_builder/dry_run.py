@@ -46,6 +46,7 @@ def plan_build(
             config.min_prob,
             config.max_k,
             int(settings.codec.get("num_features", 0)),
+            int(settings.codec.get("draw_rate", 0)),
         ),
         identity=settings.identity,
         corpus=source.describe(rows),

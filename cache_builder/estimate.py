@@ -2,7 +2,8 @@
 
 The whole corpus goes through the tokenizer once; a few rows, drawn uniformly, through the engine once at
 generous settings.  Every tighter setting follows from that capture exactly (entries move into the tail,
-`TopKLogprobs.prune`), is stored with the real codec and read back.  Reported at T = 1:
+where tokens are drawn among them as well: `TopKLogprobs.prune`), is stored with the real codec and read back.
+Reported at T = 1:
 
     bytes/token   of the stored sample, tokens and masks included
     missed mass   teacher probability outside the head: the training gradient errs by at most sqrt(2) times
@@ -137,7 +138,11 @@ def estimate_cache(
         max_k=max(GENEROUS_MAX_K, config.max_k),
     )
     features = source.make_features() if source.make_features is not None else None
-    codec = replace(config.codec, num_features=features.num_features if features is not None else 0)
+    codec = replace(
+        config.codec,
+        num_features=features.num_features if features is not None else 0,
+        draw_rate=config.draw_rate,
+    )
     config = replace(config, codec=codec)
     with temporary_file(features) as file:
         source = replace(source, features_file=file)

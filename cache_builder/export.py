@@ -15,6 +15,9 @@ One row per captured position; the head is a pair of lists, likeliest token firs
     log_tail        list<float>  A(beta) = log sum over the tail of exp(beta * logprob), at the betas that the
                                  file's metadata key `tail_betas` lists
     tail_moments    list<float>  sums over the tail of exp(logprob) * feature; empty without token features
+    draw_ids        list<int32>  tokens drawn from the tail, each expected draw_rate * p^(3/4) times (the
+                                 file's metadata key `draw_rate`); a token drawn twice is there twice
+    draw_logprobs   list<float>  their logprobs
 
 Exported values are those that training sees. A Parquet file is five to twenty times larger than the cache.
 """
@@ -50,6 +53,8 @@ SCHEMA = pa.schema(
         ("target_logprob", pa.float32()),
         ("log_tail", pa.list_(pa.float32())),
         ("tail_moments", pa.list_(pa.float32())),
+        ("draw_ids", pa.list_(pa.int32())),
+        ("draw_logprobs", pa.list_(pa.float32())),
     ]
 )
 
@@ -101,6 +106,7 @@ def export_parquet(
     num_rows = min(len(opened), limit or len(opened))
     metadata = {
         "tail_betas": json.dumps(list(TAIL_BETAS)),
+        "draw_rate": str(opened.manifest.codec.draw_rate),
         "anneal_identity": json.dumps(opened.identity.to_dict()),
         "vocab_size": str(opened.manifest.vocab_size),
     }
@@ -156,6 +162,8 @@ def _columns(index: int, row: CacheRow) -> dict[str, Any]:
     num_positions = len(positions)
     targets = row.input_ids[positions + 1]
     offsets = pa.array(head.offsets.astype(np.int32))
+    drawn = head.draws
+    draw_offsets = pa.array(drawn.offsets.astype(np.int32))
     is_target = head.token_ids == np.repeat(targets, head.counts)
     target_logprob = np.zeros(num_positions, np.float32)
     has_target = np.zeros(num_positions, np.bool_)
@@ -173,6 +181,8 @@ def _columns(index: int, row: CacheRow) -> dict[str, Any]:
         "target_logprob": pa.array(target_logprob, mask=~has_target),
         "log_tail": _lists(head.log_tail_nodes),
         "tail_moments": _lists(head.tail_moments),
+        "draw_ids": pa.ListArray.from_arrays(draw_offsets, pa.array(drawn.token_ids)),
+        "draw_logprobs": pa.ListArray.from_arrays(draw_offsets, pa.array(drawn.logprobs)),
     }
 
 

@@ -43,6 +43,7 @@ OPTION_OF = {
     ("preprocessing", "positions"): "--positions",
     ("preprocessing", "text_column"): "--text-column",
     ("codec", "num_features"): "--tail-features",
+    ("codec", "draw_rate"): "--tail-draws",
 }
 
 

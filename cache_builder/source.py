@@ -138,7 +138,7 @@ def open_source(config: BuildConfig) -> BuildSource:
     return BuildSource(
         settings=Settings(
             identity=identity,
-            codec=replace(config.codec, num_features=num_features).to_dict(),
+            codec=replace(config.codec, num_features=num_features, draw_rate=config.draw_rate).to_dict(),
             rows_per_shard=config.rows_per_shard,
             tokens_per_shard=config.tokens_per_shard,
         ),

@@ -29,6 +29,10 @@ OTHER_ENGINE = {"vllm": "transformers", "transformers": "vllm"}
 ENGINE_NOISE = {"float32": 5e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Mean |difference| of logprobs, in nats, that two engines may have. Measured on small models: 2e-4 in fp32
 and 0.003 to 0.02 in bf16; a wrong model, a shifted row or another template gives whole nats."""
+LEAST_DRAW_SHARE, FEWEST_DRAWS = 0.1, 100
+"""Of so many tail draws at least this share must be drawn again, if the cache is one of float32. Noise moves
+tokens along the line on which the points of a position lie: two engines share 0.8 to 0.96 of the draws in
+fp32, 0.4 to 0.1 in bf16, the fewer the more tokens there are."""
 ROW_FACTOR = 5.0
 """A single row may deviate by this many times the allowance for the mean."""
 
@@ -56,7 +60,8 @@ class VerifyReport:
     figures: Mapping[str, float] = field(default_factory=dict)
     """Deviations in nats: logprob_mean, logprob_max, tail_mean, tail_max, kl_mean, kl_max, worst_row, and
     what is allowed: quantisation_mean, engine_noise, allowed_mean. With tail moments also moment_mean,
-    moment_max and moment_allowed, in features of variance one times probability."""
+    moment_max and moment_allowed, in features of variance one times probability. With tail draws also
+    draw_mean, draw_max and draw_allowed, in nats, of draws that both hold, and their share, draw_share."""
     num_only_one: int = 0
     """Entries that only one of the two heads holds."""
     largest_only_one: float = 0.0
@@ -88,6 +93,7 @@ class VerifyReport:
                 f"allowed mean {f['allowed_mean']:.6f}: codec {f['quantisation_mean']:.6f} "
                 f"(measured on these rows) + two engines {f['engine_noise']:.6f}",
                 *_moment_lines(f),
+                *_draw_lines(f),
                 f"entries in one head only: {self.num_only_one}, "
                 f"the largest with p = {self.largest_only_one:.2g}",
             ]
@@ -175,6 +181,7 @@ def _teacher_config(
         min_prob=manifest.min_prob,
         max_k=manifest.max_k,
         features=str(features) if features else None,
+        draw_rate=manifest.codec.draw_rate,
         positions=manifest.positions,
         max_length=int(recorded.preprocessing.get("max_length", 2048)),
         engine_args=engine_args,
@@ -229,6 +236,21 @@ def _judge(
                 f"tail moments must deviate by at most {figures['moment_allowed']:.6f} on average, got "
                 f"{figures['moment_mean']:.6f}; the token features are not those they were taken with"
             )
+    if manifest.codec.draw_rate:
+        figures["draw_mean"], figures["draw_max"] = _mean(found.draws), _max(found.draws)
+        figures["draw_allowed"] = _mean(floor.draws) + noise
+        figures["draw_share"] = len(found.draws) / max(found.num_draws, 1)
+        if not figures["draw_mean"] <= figures["draw_allowed"]:
+            problems.append(
+                f"logprobs of tail draws must deviate by at most {figures['draw_allowed']:.6f} nats on "
+                f"average, got {figures['draw_mean']:.6f}; draws and logprobs do not belong together"
+            )
+        enough = dtype == "float32" and found.num_draws >= FEWEST_DRAWS
+        if enough and figures["draw_share"] < LEAST_DRAW_SHARE:
+            problems.append(
+                f"at least {LEAST_DRAW_SHARE:.0%} of the tail draws must be drawn again, got "
+                f"{figures['draw_share']:.1%} of {found.num_draws}; they were drawn in another way"
+            )
     if not figures["logprob_mean"] <= allowed:
         problems.append(
             f"logprobs must deviate by at most {allowed:.6f} nats on average, "
@@ -257,6 +279,15 @@ def _moment_lines(figures: Mapping[str, float]) -> list[str]:
     return [
         f"  tail moments    {figures['moment_mean']:10.6f}     {figures['moment_max']:10.6f}   "
         f"(allowed mean {figures['moment_allowed']:.6f})"
+    ]
+
+
+def _draw_lines(figures: Mapping[str, float]) -> list[str]:
+    if "draw_mean" not in figures:
+        return []
+    return [
+        f"  tail draws      {figures['draw_mean']:10.6f}     {figures['draw_max']:10.6f}   "
+        f"(allowed mean {figures['draw_allowed']:.6f}; {figures['draw_share']:.0%} drawn again)"
     ]
 
 

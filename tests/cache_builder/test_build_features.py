@@ -55,7 +55,7 @@ def manifest_of(cache: TeacherCache) -> dict:
 def test_the_cache_says_what_its_moments_are_moments_of(cache: TeacherCache, tiny_llama_dir: Path) -> None:
     cache.validate(full=True)
     manifest = manifest_of(cache)
-    assert manifest["version"] == 2 and "token_features.bin" in manifest["files"]
+    assert manifest["version"] == 3 and "token_features.bin" in manifest["files"]
     assert manifest["codec"]["num_features"] == DEFAULT_TAIL_FEATURES == 16
     embedding = find_embedding(tiny_llama_dir, VOCAB_SIZE)
     assert embedding is not None and embedding.name == "lm_head.weight"
@@ -97,14 +97,14 @@ def test_as_many_features_as_asked_for(config: BuildConfig, cache: TeacherCache,
     assert fewer.features.codes.shape == (VOCAB_SIZE, 3)
 
 
-def test_no_features_is_a_cache_of_version_1(
+def test_neither_features_nor_draws_is_a_cache_of_version_1(
     config: BuildConfig, cache: TeacherCache, tmp_path: Path
 ) -> None:
-    build_cache(replace(config, out=str(tmp_path / "c"), tail_features=0))
+    build_cache(replace(config, out=str(tmp_path / "c"), tail_features=0, tail_draws=0))
     plain = TeacherCache(tmp_path / "c")
     manifest = manifest_of(plain)
     assert manifest["version"] == 1 and list(manifest["files"]) == ["tokenizer.json"]
-    assert not {"num_features", "moment_steps"} & set(manifest["codec"])
+    assert not {"num_features", "moment_steps", "draw_rate", "draw_steps"} & set(manifest["codec"])
     assert not (tmp_path / "c" / "token_features.bin").exists() and plain.features is None
     for one, other in zip(plain.rows(), cache.rows(), strict=True):
         assert one.key == other.key and one.teacher.num_features == 0
@@ -125,7 +125,7 @@ def test_a_stopped_build_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("asked", "words"),
-    [(3, "--tail-features: 16 there, 3 now"), (0, "--tail-features: 16 there, none now")],
+    [(3, "--tail-features: 16 there, 3 now"), (0, "--tail-features: 16 there, 0 now")],
 )
 def test_another_number_into_the_same_directory_is_refused(
     config: BuildConfig, cache: TeacherCache, tmp_path: Path, asked: int, words: str
@@ -168,7 +168,7 @@ def test_a_checkpoint_without_a_readable_embedding_gives_none(
 ) -> None:
     build_cache(replace(config, model=str(pickled), out=str(tmp_path / "c")))
     found = TeacherCache(tmp_path / "c")
-    assert manifest_of(found)["version"] == 1 and found.features is None
+    assert manifest_of(found)["codec"]["num_features"] == 0 and found.features is None
 
 
 def test_features_asked_for_in_vain_are_one_line(config: BuildConfig, pickled: Path, tmp_path: Path) -> None:

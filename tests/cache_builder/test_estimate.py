@@ -20,12 +20,15 @@ from cache_builder.estimate import MAX_MISSED_MASS, estimate_cache
 from formats.errors import ConfigError, CorpusError
 
 
-def estimate(tmp_path: Path, num_rows: int = 50, features=None, **options):
+def estimate(tmp_path: Path, num_rows: int = 50, features=None, draw_rate: int = 0, **options):
     return estimate_cache(
-        make_config(tmp_path / "never", max_k=12, min_prob=1e-2),
+        make_config(tmp_path / "never", max_k=12, min_prob=1e-2, tail_draws=draw_rate),
         source=make_source(num_rows, features=features, out=tmp_path / "never"),
         make_teacher=lambda config, source: SeededTeacher(
-            min_prob=config.min_prob, max_k=config.max_k, features_file=source.features_file
+            min_prob=config.min_prob,
+            max_k=config.max_k,
+            features_file=source.features_file,
+            draw_rate=config.draw_rate,
         ),
         **options,
     )
@@ -75,6 +78,23 @@ def test_moments_count(tmp_path: Path) -> None:
             ),
         )
         assert line.total_bytes == pytest.approx(built.num_bytes, rel=0.02)
+
+
+def test_draws_count(tmp_path: Path) -> None:
+    """Of a tighter setting the entries that join the tail are drawn from like those that were there."""
+    plain, report = estimate(tmp_path, rows=50), estimate(tmp_path, rows=50, draw_rate=8)
+    for before, after in zip(plain.estimates, report.estimates, strict=True):
+        assert after.bytes_per_token > before.bytes_per_token + 1
+        assert (after.missed_mean, after.kl_mean) == (before.missed_mean, before.kl_mean)
+    for line in report.estimates[-2:]:
+        built = build_cache(
+            make_config(tmp_path / "c", overwrite=True),
+            source=make_source(50, rows_per_shard=50, max_k=12, min_prob=line.min_prob, draw_rate=8),
+            make_teacher=lambda config, source, line=line: SeededTeacher(
+                min_prob=line.min_prob, max_k=12, draw_rate=8
+            ),
+        )
+        assert line.total_bytes == pytest.approx(built.num_bytes, rel=0.03)
 
 
 def test_missed_mass_is_what_the_logits_say(tmp_path: Path) -> None:

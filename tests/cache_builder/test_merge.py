@@ -19,6 +19,7 @@ from cache_builder.merge import merge_caches
 from formats.cache import TeacherCache
 from formats.codec import CodecConfig
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
+from formats.segments import segment_of
 
 
 def build(
@@ -107,23 +108,27 @@ def test_another_engine_version_or_codec_is_refused(tmp_path: Path) -> None:
         merge_caches([a, other], tmp_path / "c")
 
 
-def build_with_moments(out: Path, *, rows=None, features=None, **options) -> Path:
+def build_with_tails(out: Path, *, rows=None, features=None, draw_rate: int = 8, **options) -> Path:
+    """With moments and draws."""
     from dataclasses import replace
 
-    source = make_source(out=out, features=features or seeded_features(3), **options)
+    features = features or seeded_features(3)
+    source = make_source(out=out, features=features, draw_rate=draw_rate, **options)
     build_cache(
         make_config(out),
         source=replace(source, open_rows=lambda: iter(rows)) if rows else source,
-        make_teacher=lambda config, source: SeededTeacher(features_file=source.features_file),
+        make_teacher=lambda config, source: SeededTeacher(
+            features_file=source.features_file, draw_rate=draw_rate
+        ),
     )
     return out
 
 
-def test_caches_with_moments_keep_them_and_their_features(tmp_path: Path) -> None:
+def test_caches_with_moments_and_draws_keep_them_and_their_features(tmp_path: Path) -> None:
     """The second cache shares seven rows with the first: its first shard is written anew."""
-    a = build_with_moments(tmp_path / "a")
+    a = build_with_tails(tmp_path / "a")
     rows = [*list(make_rows(60, 0))[:7], *make_rows(20, 1)]
-    b = build_with_moments(tmp_path / "b", rows=rows, seed=1)
+    b = build_with_tails(tmp_path / "b", rows=rows, seed=1)
     report = merge_caches([a, b], tmp_path / "c")
     assert (report.num_duplicates, report.num_rewritten) == (7, 1)
     merged = TeacherCache(tmp_path / "c")
@@ -135,6 +140,12 @@ def test_caches_with_moments_keep_them_and_their_features(tmp_path: Path) -> Non
         original = originals[index >= 60]
         before = original[original.index_of(row.key)].teacher
         np.testing.assert_array_equal(row.teacher.tail_moments, before.tail_moments)
+        after, before = row.teacher.draws, before.draws
+        assert after.counts.tolist() == before.counts.tolist() and after.rate == 8
+        # By position and id: a rewritten shard has another table of ranks.
+        orders = [np.lexsort((d.token_ids, segment_of(d.offsets))) for d in (after, before)]
+        np.testing.assert_array_equal(after.token_ids[orders[0]], before.token_ids[orders[1]])
+        np.testing.assert_array_equal(after.logprobs[orders[0]], before.logprobs[orders[1]])
 
 
 @pytest.mark.parametrize(
@@ -146,8 +157,8 @@ def test_caches_with_moments_keep_them_and_their_features(tmp_path: Path) -> Non
     ids=["others", "more"],
 )
 def test_other_features_are_refused_by_name(tmp_path: Path, other, words: str) -> None:
-    a = build_with_moments(tmp_path / "a")
-    b = build_with_moments(tmp_path / "b", features=other, seed=1)
+    a = build_with_tails(tmp_path / "a")
+    b = build_with_tails(tmp_path / "b", features=other, seed=1)
     with pytest.raises(IdentityMismatchError, match=words) as caught:
         merge_caches([a, b], tmp_path / "c")
     assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()
@@ -156,6 +167,15 @@ def test_other_features_are_refused_by_name(tmp_path: Path, other, words: str) -
         with pytest.raises(IdentityMismatchError, match=rf"codec\.num_features: {numbers}"):
             merge_caches(pair, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_another_rate_of_draws_is_refused_by_name(tmp_path: Path) -> None:
+    a = build_with_tails(tmp_path / "a")
+    for rate, words in ((4, "8 and 4"), (0, "8 and None")):
+        b = build_with_tails(tmp_path / f"b{rate}", seed=1, draw_rate=rate)
+        with pytest.raises(IdentityMismatchError, match=rf"codec\.draw_rate: {words}") as caught:
+            merge_caches([a, b], tmp_path / "c")
+        assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()
 
 
 def test_bad_calls(tmp_path: Path) -> None:

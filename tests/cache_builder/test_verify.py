@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from deterministic_build import VOCAB_SIZE, logits_of, make_rows, reduce_exactly
 
-from cache_builder import build_cache, verify_cache
+from cache_builder import build_cache, transformers_teacher, verify_cache
 from cache_builder.compare import compare
 from cache_builder.config import BuildConfig
 from formats.cache import TeacherCache
+from formats.draws import TailDraws, starts
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from formats.topk import TopKLogprobs
 from formats.writer import CacheWriter
@@ -30,7 +31,8 @@ def corpus(path: Path, num_records: int = 12) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tiny_llama_dir: Path, tmp_path_factory) -> Path:
-    """A cache of real numbers, built by transformers; with tail moments, as every cache by default."""
+    """A cache of real numbers, built by transformers; with tail moments and draws, as every cache by
+    default."""
     directory = tmp_path_factory.mktemp("verify")
     build_cache(
         BuildConfig(
@@ -76,6 +78,8 @@ def test_a_sound_cache_passes_with_its_model(cache: Path, tiny_llama_dir: Path) 
     assert report.ok, report.text()
     assert report.num_recomputed == 4 and "model weights" in report.compared
     assert TeacherCache(cache)[0].teacher.num_features == 16
+    assert report.figures["draw_share"] == 1.0 and "100% drawn again" in report.text()
+    assert 0 < report.figures["draw_mean"] <= 1.01 / 128, "a quarter of a step on average"
     # The same engine computed it again: nothing is left but the codec.
     assert report.figures["logprob_mean"] <= report.figures["quantisation_mean"] * 1.01 + 1e-6
 
@@ -113,7 +117,7 @@ def test_damaged_features_are_found(cache: Path, tmp_path: Path, tiny_llama_dir:
         assert not report.ok and "token_features.bin" in report.text() and report.num_recomputed == 0
 
 
-def test_a_cache_without_moments_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_cache_without_moments_and_draws_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
     build_cache(
         BuildConfig(
             corpus=str(corpus(tmp_path / "corpus.jsonl", 3)),
@@ -122,6 +126,7 @@ def test_a_cache_without_moments_passes(tiny_llama_dir: Path, tmp_path: Path) ->
             engine="transformers",
             max_length=128,
             tail_features=0,
+            tail_draws=0,
         )
     )
     assert TeacherCache(tmp_path / "cache").features is None
@@ -155,6 +160,40 @@ def test_moments_of_other_features_are_found(cache: Path, tiny_llama_dir: Path, 
     assert not report.ok and len(report.problems) == 1
     assert "tail moments must deviate by at most" in report.problems[0]
     assert "tail moments" in verify_cache(cache, tiny_llama_dir, engine="transformers").text()
+
+
+def test_draws_with_wrong_logprobs_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    def halve(index: int, teacher: TopKLogprobs) -> TopKLogprobs:
+        drawn = replace(teacher.draws, logprobs=teacher.draws.logprobs - np.float32(np.log(2)))
+        return replace(teacher, tail_draws=drawn)
+
+    rewrite(cache, tmp_path / "c", halve)
+    assert verify_cache(tmp_path / "c").ok
+    report = verify_cache(tmp_path / "c", tiny_llama_dir, rows=4, engine="transformers")
+    assert len(report.problems) == 1 and "logprobs of tail draws must deviate" in report.problems[0]
+    assert report.figures["draw_mean"] == pytest.approx(np.log(2), abs=0.02)
+
+
+def test_draws_from_other_starts_are_found(tiny_llama_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    """Points half way between those that the contents of a row ask for: every one hits another token."""
+
+    def shifted(key: bytes, positions: np.ndarray) -> np.ndarray:
+        return (starts(key, positions) + 0.5) % 1.0
+
+    monkeypatch.setattr(transformers_teacher, "starts", shifted)
+    build_cache(
+        BuildConfig(
+            corpus=str(corpus(tmp_path / "corpus.jsonl", 3)),
+            model=str(tiny_llama_dir),
+            out=str(tmp_path / "cache"),
+            engine="transformers",
+            max_length=128,
+        )
+    )
+    monkeypatch.undo()
+    report = verify_cache(tmp_path / "cache", tiny_llama_dir, engine="transformers")
+    assert len(report.problems) == 1, report.text()
+    assert "at least 10% of the tail draws must be drawn again" in report.problems[0]
 
 
 def test_one_wrong_row_among_right_ones_is_named(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -203,6 +242,23 @@ def test_compare_against_the_obvious_loop() -> None:
     assert same.kl.max() < 1e-6 and same.num_only_one == 0 and same.tails.max() == 0
     with pytest.raises(ValueError, match="same positions"):
         compare(exact, exact.slice(0, 3))
+
+
+def test_compare_matches_draws_by_position_token_and_number() -> None:
+    def side(counts: list[int], ids: list[int], logprobs: list[float]) -> TopKLogprobs:
+        head = reduce_exactly(logits_of(np.arange(3)), 0.5, 1)
+        return replace(head, tail_draws=TailDraws(np.cumsum([0, *counts]), ids, logprobs, 8))
+
+    one = side([4, 0, 2], [9, 7, 9, 8, 7, 9], [-1.0, -2.0, -1.0, -3.0, -4.0, -5.0])
+    other = side([3, 1, 2], [9, 8, 9, 7, 9, 9], [-1.5, -3.25, -1.5, -2.0, -5.125, -5.125])
+    # Position 0: twice token 9, once 8; 7 is on one side only. Position 1: nothing. Position 2: 9 once.
+    found = compare(one, other)
+    assert sorted(found.draws.tolist()) == [0.125, 0.25, 0.5, 0.5]
+    assert (found.num_draws, compare(other, one).draws.tolist()) == (6, found.draws.tolist())
+    none = compare(side([0, 0, 0], [], []), one)
+    assert (len(none.draws), none.num_draws) == (0, 6)
+    with pytest.raises(ValueError, match="equal rates of draws, got 8 and 0"):
+        compare(one, one.without_draws())
 
 
 def test_compare_where_the_head_is_everything() -> None:

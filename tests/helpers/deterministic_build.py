@@ -1,8 +1,8 @@
 """A build whose every number follows from a seed: a teacher, a corpus, and helpers to compare the results.
 
 The teacher is a real implementation of the `Teacher` protocol. Its logits are a fixed function of a row's
-tokens, its heads and tails are reduced here in float64, independently of the engines' code. `seconds_per_row`
-makes it slow enough to be killed at interesting moments.
+tokens, its heads, tails and draws are reduced here in float64, independently of the engines' code.
+`seconds_per_row` makes it slow enough to be killed at interesting moments.
 """
 
 import hashlib
@@ -18,10 +18,12 @@ from cache_builder.config import BuildConfig
 from cache_builder.layout import build_directory
 from cache_builder.plan import Settings
 from cache_builder.source import BuildSource
+from formats import draws
 from formats.codec import CodecConfig
 from formats.features import FEATURES_FILE, TokenFeatures
 from formats.identity import TeacherIdentity
 from formats.rows import TokenRow
+from formats.segments import offsets_of
 from formats.topk import TAIL_BETAS, TopKLogprobs
 
 VOCAB_SIZE = 53
@@ -41,10 +43,17 @@ def seeded_features(num_features: int, seed: int = 0) -> TokenFeatures:
 
 
 def reduce_exactly(
-    logits: np.ndarray, min_prob: float, max_k: int, features: TokenFeatures | None = None
+    logits: np.ndarray,
+    min_prob: float,
+    max_k: int,
+    features: TokenFeatures | None = None,
+    draw_rate: int = 0,
+    starts: np.ndarray | None = None,
 ) -> TopKLogprobs:
-    """The head, tail nodes and tail moments of [P, V] logits, one position after the other, in float64."""
+    """The head, tail nodes, tail moments and tail draws of [P, V] logits, one position after the other, in
+    float64."""
     offsets, ids, values = [0], [], []
+    tails: list[np.ndarray] = []
     nodes = np.zeros((len(logits), len(TAIL_BETAS)))
     num_features = features.num_features if features is not None else 0
     moments = np.zeros((len(logits), num_features))
@@ -60,10 +69,17 @@ def reduce_exactly(
             nodes[p, b] = np.logaddexp.reduce(beta * logprobs[rest]) if len(rest) else -np.inf
         if features is not None:
             moments[p] = np.exp(logprobs[rest]) @ features.of(rest)
+        tails.append(np.stack([rest, logprobs[rest]]))
     if not ids:
-        return TopKLogprobs.empty(VOCAB_SIZE, num_features)
+        return TopKLogprobs.empty(VOCAB_SIZE, num_features, draw_rate)
+    drawn = None
+    if draw_rate:
+        assert starts is not None
+        rest_offsets = offsets_of(np.array([tail.shape[1] for tail in tails]))
+        rest_ids, rest_values = np.concatenate(tails, 1)
+        drawn = draws.draw(rest_offsets, rest_ids.astype(np.int32), rest_values, draw_rate, starts)
     return TopKLogprobs(
-        np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE, moments
+        np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE, moments, drawn
     )
 
 
@@ -81,9 +97,11 @@ class SeededTeacher:
         seconds_per_row: float = 0.0,
         version: str = "1",
         features_file: Path | None = None,
+        draw_rate: int = 0,
     ) -> None:
         self._min_prob, self._max_k, self._positions = min_prob, max_k, positions
         self._seconds, self._version = seconds_per_row, version
+        self._draw_rate = draw_rate
         self.features: TokenFeatures | None = None
         if features_file is not None:
             data = features_file.read_bytes()
@@ -94,8 +112,16 @@ class SeededTeacher:
         for row in rows:
             if self._seconds:
                 time.sleep(self._seconds)
-            logits = logits_of(row.input_ids)[row.positions(self._positions)]
-            yield reduce_exactly(logits, self._min_prob, self._max_k, self.features)
+            at = row.positions(self._positions)
+            begin = draws.starts(row.key, at)
+            yield reduce_exactly(
+                logits_of(row.input_ids)[at],
+                self._min_prob,
+                self._max_k,
+                self.features,
+                self._draw_rate,
+                begin,
+            )
 
     def describe(self) -> dict[str, Any]:
         return {"engine": "seeded", "engine_version": self._version, "dtype": "float64"}
@@ -121,6 +147,7 @@ def make_source(
     seed: int = 0,
     rows_per_shard: int = 10,
     features: TokenFeatures | None = None,
+    draw_rate: int = 0,
     out: Path | None = None,
     **preprocessing: Any,
 ) -> BuildSource:
@@ -135,7 +162,9 @@ def make_source(
     return BuildSource(
         settings=Settings(
             identity=identity,
-            codec=CodecConfig(num_features=features.num_features if features is not None else 0).to_dict(),
+            codec=CodecConfig(
+                num_features=features.num_features if features is not None else 0, draw_rate=draw_rate
+            ).to_dict(),
             rows_per_shard=rows_per_shard,
             tokens_per_shard=1 << 20,
         ),
@@ -157,6 +186,7 @@ def make_config(out: Path, **changes: Any) -> BuildConfig:
         "model": "seeded",
         "out": str(out),
         "heartbeat_seconds": 0.2,
+        "tail_draws": 0,
     }
     return BuildConfig(**{**values, **changes})
 

@@ -44,7 +44,7 @@ from cache_builder.signals import BuildInterrupted
 from formats.cache import TeacherCache
 from formats.errors import AnnealError
 
-NUM_ROWS, ROWS_PER_SHARD = 40, 10
+NUM_ROWS, ROWS_PER_SHARD, DRAW_RATE = 40, 10, 8
 TRACEBACK_EXIT = 99
 building = False
 LOG = Path(tempfile.gettempdir()) / f"anneal-faults-{os.getpid()}.log"
@@ -59,13 +59,15 @@ def build(
 ):
     global building
     config = make_config(out, **{"heartbeat_seconds": 0.05, **changes})
-    source = make_source(NUM_ROWS, rows_per_shard=ROWS_PER_SHARD, features=seeded_features(3), out=out)
+    source = make_source(
+        NUM_ROWS, rows_per_shard=ROWS_PER_SHARD, features=seeded_features(3), draw_rate=DRAW_RATE, out=out
+    )
     building = True
     report = build_cache(
         config,
         source=source,
         make_teacher=lambda config, source: SeededTeacher(
-            seconds_per_row=seconds_per_row, features_file=source.features_file
+            seconds_per_row=seconds_per_row, features_file=source.features_file, draw_rate=DRAW_RATE
         ),
         step=step,
     )
