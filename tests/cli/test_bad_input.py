@@ -175,15 +175,21 @@ def test_another_number_of_tail_features(
     assert "--tail-features: 16 there, 4 now" in error and "--overwrite" in error
 
 
+def test_another_rate_of_tail_draws(anneal: Run, corpus: Path, cache: Path, tiny_llama_dir: Path) -> None:
+    error = build(anneal, corpus, tiny_llama_dir, cache, "--tail-draws", "4")
+    assert "--tail-draws: 8 there, 4 now" in error and "--overwrite" in error
+
+
 def test_wrong_usage_exits_with_two(anneal: Run, corpus: Path) -> None:
     code, _, err = anneal("cache", "build", corpus)
     assert code == 2 and "--model" in err
     assert anneal("cache", "dig")[0] == 2
     assert anneal("cache", "inspect", corpus, "--row", "first")[0] == 2
-    for number in ("-1", "65", "many"):
-        command = ("cache", "build", corpus, "--model", corpus, "--out", corpus, "--tail-features", number)
-        code, _, err = anneal(*command)
-        assert code == 2 and "--tail-features" in err
+    for option in ("--tail-features", "--tail-draws"):
+        for number in ("-1", "65", "many"):
+            command = ("cache", "build", corpus, "--model", corpus, "--out", corpus, option, number)
+            code, _, err = anneal(*command)
+            assert code == 2 and option in err
 
 
 def test_inspect_of_what_is_no_cache(anneal: Run, tmp_path: Path) -> None:
