@@ -129,7 +129,9 @@ def _section(name: str, kind: Any, value: Any) -> Any:
     refuse_unknown(given, [entry.name for entry in fields(kind)], f"{name}.")
     for entry in fields(kind):
         if entry.default is MISSING and given.get(entry.name) is None:
-            raise ConfigError(f"{name}.{entry.name} is required, got {name} without it; add {name}.{entry.name}")
+            raise ConfigError(
+                f"{name}.{entry.name} is required, got {name} without it; add {name}.{entry.name}"
+            )
     return kind(**given)
 
 

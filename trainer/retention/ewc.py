@@ -9,6 +9,7 @@ first step, about two steps' worth of computation per batch of rows.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,8 @@ class Ewc(RetentionMethod):
             return
         started = time.perf_counter()
         rows = sample_rows(self.dataset, self.settings.num_rows, seed)
-        with anchor.restored():
+        # A resumed run has the weights of its checkpoint; it gets here when the kept F was lost.
+        with anchor.restored() if trainer.state.global_step else nullcontext():
             fisher, num_tokens = estimate_fisher(
                 trainer, anchor.held, self.dataset, rows, self.settings.labels
             )

@@ -59,7 +59,7 @@ def draw_labels(
 
 
 def row_gradients(trainer: "LabelAnnealingTrainer", held: list[Held], batch: dict[str, Any]) -> list[Any]:
-    """This rank's parts of the gradient of -log p summed over the tokens of one row; None where it is zero."""
+    """This rank's parts of the gradient of -log p, summed over the tokens of one row; None for zero."""
     parameters = [entry.parameter for entry in held]
     if trainer.is_fsdp_enabled:  # averages over ranks, which all compute this row
         trainer.head.loss(trainer._evaluation_model(), batch, num_ce=1.0).loss.backward()
@@ -102,7 +102,7 @@ def estimate_fisher(
     model.eval()
     mine = rows if sharded else rows[args.process_index :: args.world_size]
     for row in mine.tolist():
-        batch = trainer._prepare_inputs(trainer.collate_one(dataset[row]))
+        batch = trainer._prepare_inputs(trainer.data_collator([dataset[row]]))
         with trainer.compute_loss_context_manager():
             if labels == "sampled":
                 inputs = {"input_ids": batch["input_ids"], "use_cache": False}

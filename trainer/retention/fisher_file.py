@@ -57,7 +57,7 @@ def load_fisher(run_dir: Path, key: Mapping[str, Any]) -> dict[str, torch.Tensor
         if kept.get(name) != value:
             raise ConfigError(
                 f"an interrupted run continues with its own Fisher information, but its {name} was "
-                f"{str(kept.get(name))[:12]} and is {str(value)[:12]}; use the same ewc.cache or another --out"
+                f"{str(kept.get(name))[:12]} and is {str(value)[:12]}; use the same cache or another --out"
             )
     return load_file(directory / WEIGHTS)
 

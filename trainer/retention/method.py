@@ -42,8 +42,8 @@ def add_quadratic(
 ) -> torch.Tensor:
     """The gradient of coef / 2 * sum_i w_i (theta_i - theta0_i)^2, times `scale`, into `.grad`.
 
-    Parameters without a gradient are left alone: no optimiser moves them, so they are where they were. Memory:
-    two temporaries the size of one parameter.
+    Parameters without a gradient are left alone: no optimiser moves them, so they are where they were.
+    Memory: two temporaries the size of one parameter.
 
     Args:
         anchor: theta and theta0.

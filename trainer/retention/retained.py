@@ -49,8 +49,8 @@ class Retained(TrainerCallback):
         optim = str(getattr(args.optim, "value", args.optim))
         if self.methods and any(part in optim for part in FUSED_OPTIMISERS):
             raise ConfigError(
-                f"{self.methods[0].name} needs an optimiser that updates after the backward pass, got {optim}; "
-                "use training.optim: adamw_torch"
+                f"{self.methods[0].name} needs an optimiser that updates after the backward pass, got "
+                f"{optim}; use training.optim: adamw_torch"
             )
 
     def add_gradients(self, scale: float) -> torch.Tensor | float:
