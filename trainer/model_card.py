@@ -29,8 +29,8 @@ def retention_lines(config: TrainConfig) -> dict[str, str]:
     if config.ewc:
         lines["ewc"] = (
             f"The loss also holds `{config.ewc.coef:g} / 2 * sum_i F_i (theta_i - theta0_i)^2` (elastic "
-            f"weight consolidation), F being the diagonal Fisher information per token over {config.ewc.num_rows} "
-            f"rows with {config.ewc.labels} labels."
+            f"weight consolidation), F being the diagonal Fisher information per token over "
+            f"{config.ewc.num_rows} rows with {config.ewc.labels} labels."
         )
     if config.sfa:
         lines["sfa"] = (
