@@ -123,6 +123,13 @@ def train(config: TrainConfig) -> TrainReport:
 
         model = attach_adapters(model, config.lora)
 
+    from trainer.retention.methods import methods_of
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    retention = methods_of(config, fisher_rows, int(resolved["seed"]), say)
+
     out = Path(config.out)
     args = training_arguments(resolved, out)
     settings = config.to_dict() | {"training": resolved}
@@ -130,12 +137,6 @@ def train(config: TrainConfig) -> TrainReport:
     with args.main_process_first():
         directory = RunDirectory.open(out, settings, identity)
 
-    from trainer.retention.methods import methods_of
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    retention = methods_of(config, fisher_rows, say)
     trainer = _make_trainer(
         config, model, args, tokenizer, train_dataset, mixed_datasets, eval_datasets, retention
     )

@@ -47,7 +47,7 @@ def retention_of(spec: dict) -> list:
     methods: list = [L2(L2Settings(**spec["l2"]))] if "l2" in spec else []
     if "ewc" in spec:
         settings = EwcSettings(**spec["ewc"])
-        methods.append(Ewc(settings, CachedDataset(settings.cache, loss="ce")))
+        methods.append(Ewc(settings, CachedDataset(settings.cache, loss="ce"), seed=3))
     return methods + ([Sfa(SfaSettings(**spec["sfa"]))] if "sfa" in spec else [])
 
 

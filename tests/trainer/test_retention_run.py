@@ -156,3 +156,4 @@ def test_a_fisher_cache_without_loss_is_refused(tiny_llama_dir, pruned_cache, tm
     silent = write_cache(tmp_path / "silent", tiny_llama_dir, rows=[TokenRow(ids, np.zeros(10, bool))])
     with pytest.raises(ConfigError, match="must have tokens that carry loss"):
         train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", "ewc.coef=1", f"ewc.cache={silent}"))
+    assert not (tmp_path / "run").exists()

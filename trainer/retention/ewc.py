@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.dataset import CachedDataset
+from formats.errors import ConfigError
+from trainer.dataset import IGNORED, CachedDataset
 from trainer.retention.anchor import Anchor, local, placed_like
 from trainer.retention.fisher import Fisher, estimate_fisher
 from trainer.retention.fisher_file import load_fisher, save_fisher
@@ -33,15 +34,30 @@ class Ewc(RetentionMethod):
     Args:
         settings: coefficient, rows and kind of labels.
         dataset: the rows of `settings.cache`, opened with `loss="ce"`.
+        seed: of the choice of rows and of the labels that are drawn.
         say: called on rank 0 with a line about the estimate.
+
+    Raises:
+        ConfigError: no token of the chosen rows carries loss.
     """
 
     name = "ewc"
 
     def __init__(
-        self, settings: EwcSettings, dataset: CachedDataset, say: Callable[[str], None] = lambda line: None
+        self,
+        settings: EwcSettings,
+        dataset: CachedDataset,
+        *,
+        seed: int = 0,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.settings, self.dataset, self.say = settings, dataset, say
+        self.settings, self.dataset, self.seed, self.say = settings, dataset, seed, say
+        self.rows = sample_rows(dataset, settings.num_rows, seed)
+        if not any((dataset[row]["labels"][1:] != IGNORED).any() for row in self.rows.tolist()):
+            raise ConfigError(
+                f"ewc.cache must have tokens that carry loss, got none in {len(self.rows)} rows of "
+                f"{dataset.name}; build it from plain text"
+            )
         self._weights: Fisher | None = None
 
     @property
@@ -54,12 +70,12 @@ class Ewc(RetentionMethod):
         """Read F of an interrupted run, or estimate it at theta0 and keep it in the run's directory."""
         if self._weights is not None:
             return
-        run_dir, seed = Path(trainer.args.output_dir or "."), trainer.args.seed
+        run_dir = Path(trainer.args.output_dir or ".")
         key = {
             "cache": self.dataset.cache.identity.digest(),
             "num_rows": self.settings.num_rows,
             "labels": self.settings.labels,
-            "seed": seed,
+            "seed": self.seed,
         }
         trainer.accelerator.wait_for_everyone()
         kept = load_fisher(run_dir, key)
@@ -70,17 +86,16 @@ class Ewc(RetentionMethod):
             self._weights = {h.name: placed_like(kept.pop(h.name), h.parameter) for h in anchor.held}
             return
         started = time.perf_counter()
-        rows = sample_rows(self.dataset, self.settings.num_rows, seed)
         # A resumed run has the weights of its checkpoint; it gets here when the kept F was lost.
         with anchor.restored() if trainer.state.global_step else nullcontext():
             fisher, num_tokens = estimate_fisher(
-                trainer, anchor.held, self.dataset, rows, self.settings.labels
+                trainer, anchor.held, self.dataset, self.rows, self.settings.labels, self.seed
             )
         self._keep(trainer, run_dir, fisher, key)
         self._weights = {name: local(value) for name, value in fisher.items()}
         if trainer.args.process_index == 0:
             self.say(
-                f"ewc: Fisher information of {len(rows)} rows, {num_tokens:,} tokens "
+                f"ewc: Fisher information of {len(self.rows)} rows, {num_tokens:,} tokens "
                 f"({self.settings.labels} labels) in {time.perf_counter() - started:.0f} s"
             )
 
