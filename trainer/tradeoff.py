@@ -71,7 +71,8 @@ def plot_tradeoff(
     groups |= {label: [label] for label in results if label not in joined and label != initial}
     _draw_front(axes, {label: results[label] for label in results if label != initial})
     for number, (name, labels) in enumerate(groups.items()):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        # From the eighth family on colours come again, with another marker.
+        colour, marker = COLOURS[number % 7], MARKERS[(number + number // 7) % 7]
         xs, ys = (
             [results[label]["target"] for label in labels],
             [results[label]["source"] for label in labels],

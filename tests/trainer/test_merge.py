@@ -254,6 +254,9 @@ def broken(kind: str, models: dict, tiny_qwen3_dir: Path, tmp_path: Path) -> Pat
         (path / "adapter_config.json").write_text("{}")
     elif kind == "unfinished":
         (path / "config.json").unlink()
+    elif kind == "quantised":
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
     elif kind == "pickled":
         (path / "model.safetensors").rename(path / "pytorch_model.bin")
     elif kind == "torn":
@@ -278,6 +281,7 @@ def broken(kind: str, models: dict, tiny_qwen3_dir: Path, tmp_path: Path) -> Pat
         ("other", "tuned models must have the"),
         ("adapters", "got adapters alone"),
         ("unfinished", "got no config.json"),
+        ("quantised", "TUNED must have plain weights"),
         ("pickled", "a merge reads safetensors"),
         ("torn", "cut short"),
         ("tokenizer", "got another vocabulary"),

@@ -1,5 +1,6 @@
 """Which models belong together: those whose record and tokenizer are those of the initial one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def find_model(name: str, what: str) -> Path:
     """The directory of a model.
 
     Raises:
-        ConfigError: there is none; or it holds adapters alone, or an unfinished run.
+        ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
     """
     try:
         path = resolve_model(name)
@@ -25,7 +26,24 @@ def find_model(name: str, what: str) -> Path:
                 f"{what} must be a whole model, got adapters alone in {path}; train with lora.merge: true"
             )
         raise ConfigError(f"{what} must be a finished model, got no config.json in {path}; finish its run")
+    require_plain_weights(path, what)
     return path
+
+
+def require_plain_weights(path: Path, what: str) -> None:
+    """Refuse quantised weights, between which there is no average.
+
+    Raises:
+        ConfigError: config.json says that the weights are quantised, or is not JSON.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"config.json must be JSON, got {path / 'config.json'}: {error}") from None
+    if config.get("quantization_config"):
+        raise ConfigError(
+            f"{what} must have plain weights, got quantised ones in {path}; merge before quantising"
+        )
 
 
 def identity_of(initial: Path, name: str, tokenizer: Any) -> dict[str, Any]:
