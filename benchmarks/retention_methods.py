@@ -1,8 +1,8 @@
 """The runs that retention.py compares: every method at a few strengths, on one recipe.
 
 A `Run` is trained from a cache; a `Merged` is put together from finished runs. Strengths were chosen so that
-a method's own trade-off is visible. Methods that act while training have two strengths at the common learning
-rate, and the stronger one at twice that rate as well: what holds a model back may be spent on learning faster.
+a method's own trade-off is visible. Methods that act while training have two strengths at the common rate,
+and the stronger one at twice that rate too: what holds a model back may be spent on learning faster.
 """
 
 from collections.abc import Mapping, Sequence

@@ -267,6 +267,16 @@ def test_penalties_compose_with_the_kl_term_and_with_each_other(base, methods):
         torch.testing.assert_close(both["gradients"][1][name] - plain["gradients"][1][name], pull)
 
 
+@pytest.mark.slow
+def test_compiling_the_model_changes_nothing(base, methods):
+    spec = base | {"dtype": "float32", "l2": methods["l2"], "ewc": methods["ewc"] | {"labels": "sampled"}}
+    compiled = run(spec | {"arguments": {"torch_compile": True, "torch_compile_backend": "eager"}})
+    plain = run(spec)
+    for key, weight in plain["weights"].items():
+        found = compiled["weights"].get(key, compiled["weights"].get(f"_orig_mod.{key}"))
+        torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-6)
+
+
 def test_when_sfa_averages():
     assert averaging_steps(0.25, 8) == {2, 4, 6, 8}
     assert averaging_steps(0.3, 10) == {3, 6, 9, 10}
