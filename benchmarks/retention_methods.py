@@ -113,11 +113,11 @@ RUNS: tuple[Run, ...] = (
         for rate in ("2e-3", "4e-3")
     ),
     *_three("L2", ("coef 0.1", {"l2": {"coef": 0.1}}), ("coef 0.3", {"l2": {"coef": 0.3}})),
-    *_three("EWC", ("coef 10", _ewc(10.0)), ("coef 100", _ewc(100.0))),
+    *_three("EWC", ("coef 100", _ewc(100.0)), ("coef 1000", _ewc(1000.0))),
     *_three(
         "SFA",
+        ("beta 0.1", {"sfa": {"beta": 0.1, "period": 0.25}}),
         ("beta 0.25", {"sfa": {"beta": 0.25, "period": 0.25}}),
-        ("beta 0.5", {"sfa": {"beta": 0.5, "period": 0.25}}),
     ),
     *_three("replay", ("10%", {"caches": _replay(0.1)}), ("30%", {"caches": _replay(0.3)})),
     Run(family="label annealing", strength="kl_coef 1", kl_coef=1.0),

@@ -4,7 +4,7 @@ Kirkpatrick et al. 2017 (arXiv 1612.00796), Eq. 3, with one earlier task: what t
 by a cache of such text. fisher.py says how F is estimated and normalised.
 
 Cost: two more copies of the trained weights (theta0 and F, which is at least float32), and once, before the
-first step, about two steps' worth of computation per batch of rows.
+first step, the computation of about four thirds of a training step per batch of rows.
 """
 
 import time
