@@ -38,8 +38,8 @@ class EwcSettings:
     """
 
     coef: float
-    """Strength. To second order, and if F were diagonal, the penalty is coef * KL(initial || model) per token
-    of the cache."""
+    """Strength. The penalty is coef times what the diagonal sees of KL(initial || model) per token of the
+    cache, which is little of it: hundreds to thousands are usual."""
     cache: str
     """Directory of a cache of text that the initial model knows; only its tokens are read."""
     num_rows: int = 256
@@ -49,7 +49,7 @@ class EwcSettings:
     the empirical one."""
 
     def __post_init__(self) -> None:
-        check_at_least("ewc.coef", self.coef, 0.0, "100 is a usual start")
+        check_at_least("ewc.coef", self.coef, 0.0, "1000 is a usual start")
         check_path("ewc.cache", self.cache, "a cache of text that the initial model knows")
         check_at_least("ewc.num_rows", self.num_rows, 1, "the default is 256", integer=True)
         check_one_of("ewc.labels", self.labels, FISHER_LABELS)
