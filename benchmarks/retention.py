@@ -43,6 +43,8 @@ CORPORA = {
 QUICK_BYTES = 12_000
 QUICK_STEPS = 3
 SCHEMA = 1
+OFF_THE_CHART = 0.06
+"""Rise of the source perplexity from which a model is in the table only."""
 
 
 def build_caches(folder: Path, engine: str, *, quick: bool) -> dict[str, Path]:
@@ -211,15 +213,21 @@ def points(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """The picture of the table."""
+    """The picture of the table, without models that lost more than `OFF_THE_CHART`: others would be a dot."""
     families: dict[str, list[str]] = {}
     for entry in (*RUNS, *MERGES):
-        if entry.label in results and "seed 1" not in entry.strength:
+        if entry.label not in results or "seed 1" in entry.strength:
+            continue
+        if change(results, entry.label, "source") > OFF_THE_CHART:
+            print(f"not in the picture: {entry.label}")
+        else:
             families.setdefault(entry.family, []).append(entry.label)
+    for labels in families.values():  # a line through a family, not a zigzag
+        labels.sort(key=lambda label: change(results, label, "source"))
     shown = [label for labels in families.values() for label in labels]
     chosen = {label: points(results)[label] for label in shown}
     chosen[INITIAL] = {text: results[INITIAL][text]["perplexity"] for text in ("source", "target")}
-    plot_tradeoff(chosen, path, initial=INITIAL, families=families)
+    plot_tradeoff(chosen, path, initial=INITIAL, families=families, size=(9.6, 7.2))
 
 
 def main() -> None:
