@@ -165,7 +165,7 @@ def one_of_each(entries: Sequence[Any]) -> list[Any]:
     seen: set[str] = set()
     chosen = []
     for entry in entries:
-        if entry.family not in seen or entry.label in (DIRECT, AGAIN, HIGHER):
+        if entry.family not in seen or entry.label in (DIRECT, AGAIN):
             chosen.append(entry)
         seen.add(entry.family)
     return chosen
