@@ -8,7 +8,9 @@ from typing import Any
 
 _HOME = {
     "CachedDataset": "dataset",
+    "Ewc": "retention.ewc",
     "EwcSettings": "retention.settings",
+    "L2": "retention.l2",
     "L2Settings": "retention.settings",
     "LabelAnnealingCollator": "collator",
     "LabelAnnealingOutput": "loss",
@@ -19,6 +21,7 @@ _HOME = {
     "MixedCache": "config",
     "OutputHead": "head",
     "count_targets": "collator",
+    "Sfa": "retention.sfa",
     "SfaSettings": "retention.settings",
     "TeacherBatch": "teacher_batch",
     "TrainConfig": "config",

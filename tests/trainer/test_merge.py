@@ -321,6 +321,17 @@ def test_bad_settings_are_refused_in_one_line(models, tmp_path, options, message
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ties_without_peft_says_how_to_install_it(models, tmp_path, monkeypatch):
+    import sys
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "peft"] + ["peft"]:
+        monkeypatch.setitem(sys.modules, name, None)  # what an import finds where it is not installed
+    with pytest.raises(ConfigError, match=r"ties needs peft, .* pip install 'anneal\[lora\]'"):
+        merged(models, tmp_path / "out", method="ties")
+    assert list(tmp_path.iterdir()) == []
+    merged(models, tmp_path / "out", method="task-arithmetic")
+
+
 def test_an_output_directory_is_new_or_empty(models, tmp_path):
     full, empty = tmp_path / "full", tmp_path / "empty"
     for path in (full, empty):

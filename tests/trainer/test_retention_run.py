@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import resume_worker
 import torch
 from caches import write_cache
+from processes import run_ranks
 from safetensors.torch import load_file
 from test_checkpoint import begin, finish, same_weights
 from test_run import settings
@@ -73,6 +75,34 @@ def test_the_kept_fisher_is_read_and_belongs_to_its_cache(
     assert (out / "ewc-fisher" / "fisher.safetensors").read_bytes() == before
     _, done = finish(tiny_llama_dir, pruned_cache, out, *chosen)
     assert "ewc: Fisher" not in done.text("stderr")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_stop_and_continue_with_every_method(
+    fsdp, tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path
+):
+    """DDP and FSDP2, stopped after step 4 and continued: theta0 and the kept Fisher are placed again, and the
+    result is that of one process which was never stopped."""
+    methods = [word for name in ("l2", "ewc", "sfa") for word in overrides(name, llama_eval_cache)]
+
+    def arguments(out: Path, accumulation: int, *more: str) -> tuple:
+        split = [
+            "training.per_device_train_batch_size=4",
+            f"training.gradient_accumulation_steps={accumulation}",
+        ]
+        return str(tiny_llama_dir), str(pruned_cache), str(out), [*methods, *split, *more]
+
+    resume_worker.run(*arguments(tmp_path / "one", 2))
+    two = arguments(tmp_path / "two", 1, *(["training.fsdp=true"] if fsdp else []))
+    run_ranks(tmp_path / "logs", 2, resume_worker.run_and_stop, 4, *two)
+    assert (tmp_path / "two" / "ewc-fisher" / "complete.json").exists()
+    ranks = run_ranks(tmp_path / "logs", 2, resume_worker.run, *two)
+    told = ranks[0].text("stderr")
+    assert "continuing from checkpoint-4" in told and "ewc: Fisher" not in told
+    one, found = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def another_corpus(model_dir: Path) -> dict:
