@@ -78,9 +78,11 @@ def filled(value: Any, source: Path) -> Any:
     return str(source) if value == SOURCE else value
 
 
-def run_training(run: Run, out: Path, caches: Mapping[str, Path], *, quick: bool) -> dict[str, Any]:
+def run_training(
+    run: Run, out: Path, caches: Mapping[str, Path], *, quick: bool, seed: int
+) -> dict[str, Any]:
     """Train; returns CPU seconds per step, the median, and what else it took."""
-    training = {**RECIPE, **run.training} | ({"max_steps": QUICK_STEPS} if quick else {})
+    training = {**RECIPE, "seed": seed, **run.training} | ({"max_steps": QUICK_STEPS} if quick else {})
     settings = {
         "cache": str(caches["target-train"]),
         "model": str(BASE),
@@ -139,7 +141,9 @@ def measured(model: Path, caches: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def compare(folder: Path, engine: str, *, quick: bool, only: str | None = None) -> dict[str, dict[str, Any]]:
+def compare(
+    folder: Path, engine: str, *, quick: bool, only: str | None = None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """Run what is not in the results yet, and write them after every model; label -> measurements."""
     caches = build_caches(folder, engine, quick=quick)
     path = folder / "results.json"
@@ -159,7 +163,7 @@ def compare(folder: Path, engine: str, *, quick: bool, only: str | None = None) 
         with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
             print(f"=== {entry.label}", file=log, flush=True)
             if isinstance(entry, Run):
-                cost = run_training(entry, models[entry.label], caches, quick=quick)
+                cost = run_training(entry, models[entry.label], caches, quick=quick, seed=seed)
             else:
                 cost = run_merge(entry, models[entry.label], models)
             found = measured(models[entry.label], caches)
@@ -237,6 +241,7 @@ def main() -> None:
     )
     parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
     parser.add_argument("--plot", type=Path, help="the picture; by default retention.png in --out")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows; with an --out of its own")
     parser.add_argument("--only", metavar="FAMILY", help="run one family only, beside earlier results")
     parser.add_argument(
         "--quick", action="store_true", help="three steps of one run per method: does it run?"
@@ -247,7 +252,7 @@ def main() -> None:
         parser.error(f"--out must be new, empty, or made by this benchmark, got {args.out}; choose another")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / MARKER).touch()
-    results = compare(args.out, args.engine, quick=args.quick, only=args.only)
+    results = compare(args.out, args.engine, quick=args.quick, only=args.only, seed=args.seed)
     picture = args.plot or args.out / "retention.png"
     draw(results, picture)
     print(f"\n{table(results)}\n\ntrade-off plot: {picture}\n{time.perf_counter() - started:.0f} seconds")
