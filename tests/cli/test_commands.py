@@ -111,6 +111,13 @@ def test_train_then_eval(cache: Path, workspace: Path, tiny_llama_dir: Path) -> 
     assert after["caches"]["chat"]["kl"] > 10 * before["caches"]["chat"]["kl"]
     assert after["caches"]["chat"]["perplexity"] < before["caches"]["chat"]["perplexity"]
     assert "perplexity" in anneal("eval", cache, "--model", out).stdout
+    half = workspace / "half"
+    merged = anneal(
+        "merge", out, "--initial", tiny_llama_dir, "--out", half, "--method", "wise-ft", "--alpha", "0.5"
+    )
+    assert "merged 1 model" in merged.stdout
+    between = json.loads(anneal("eval", f"chat={cache}", "--model", half, "--json").stdout)
+    assert before["caches"]["chat"]["kl"] < between["caches"]["chat"]["kl"] < after["caches"]["chat"]["kl"]
 
 
 def commands() -> list[tuple[str, typer.core.TyperCommand]]:
