@@ -69,7 +69,7 @@ TailDrawsOption = Annotated[
         max=64,
         show_default=False,
         help="Tail tokens drawn per position: rate times the sum of p^(3/4) over the tail; they make the KL "
-        "gradient unbiased; 0 draws none.  [default: 8]",
+        "gradient unbiased; 0 draws none.  [default: 16]",
     ),
 ]
 LimitOption = Annotated[
@@ -179,7 +179,7 @@ def cache_build(
     out: Annotated[str, typer.Option(help="Directory of the cache; made if missing.")],
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
-    min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 2.5e-3,
+    min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 5e-3,
     max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
     tail_features: TailFeaturesOption = None,
     tail_draws: TailDrawsOption = None,

@@ -45,7 +45,7 @@ CAPTURE_K = 256
 MOST_FEATURES = 64
 STEP_TEMPERATURES = (1.0, 2.0)
 DRAW_RATES = (4, 8, 12, 16)
-DEFAULT = "p >= 5e-3, 16 features, draws at 12"
+DEFAULT = "p >= 5e-3, 16 features, draws at 16"
 
 
 @dataclass(frozen=True)

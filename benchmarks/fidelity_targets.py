@@ -10,7 +10,7 @@ from formats.draws import draw
 from formats.features import TokenFeatures
 from formats.topk import TAIL_BETAS, TopKLogprobs
 
-MIN_PROB = 2.5e-3
+MIN_PROB = 5e-3
 MAX_K = 128
 
 

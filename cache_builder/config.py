@@ -18,7 +18,7 @@ HEAD_DTYPES = ("float32", "model")
 DEFAULT_ROWS_PER_SHARD = 4096
 DEFAULT_TOKENS_PER_SHARD = 1 << 20
 DEFAULT_TAIL_FEATURES = 16
-DEFAULT_TAIL_DRAWS = 8
+DEFAULT_TAIL_DRAWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class BuildConfig:
     """Revision of a Hugging Face model; None is its main branch."""
     max_length: int | None = None
     """Longest row in tokens; None is 2048, or the model's context if that is shorter."""
-    min_prob: float = 2.5e-3
+    min_prob: float = 5e-3
     """Entries with at least this probability are kept."""
     max_k: int = 128
     """At most this many entries are kept per position."""

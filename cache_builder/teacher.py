@@ -44,7 +44,7 @@ class TeacherConfig:
     """Type of the output projection: `float32`, or `model` for the type of the weights.  16-bit logits
     between 16 and 32 come in steps of 0.125 (bf16), which would be the largest error of the whole
     capture."""
-    min_prob: float = 2.5e-3
+    min_prob: float = 5e-3
     """Entries with at least this probability are kept."""
     max_k: int = 128
     """At most this many entries are kept at a position."""

@@ -39,7 +39,7 @@ class CodecConfig:
     """Steps per standard deviation of a feature, times probability: a moment's error is half a step."""
     draw_rate: int = 0
     """Expected draws of a tail token over the power 3/4 of its probability; 0 draws none."""
-    draw_steps: int = 32
+    draw_steps: int = 16
     """Steps per nat of a drawn token's logprob: its error is at most half a step, a relative error of p."""
 
     def __post_init__(self) -> None:

@@ -44,10 +44,10 @@ def manifest_of(cache: TeacherCache) -> dict:
 
 def test_a_cache_has_draws_unless_told_otherwise(config: BuildConfig, cache: TeacherCache) -> None:
     cache.validate(full=True)
-    assert config.tail_draws is None and config.draw_rate == DEFAULT_TAIL_DRAWS == 8
-    assert manifest_of(cache)["version"] == 3 and manifest_of(cache)["codec"]["draw_rate"] == 8
+    assert config.tail_draws is None and config.draw_rate == DEFAULT_TAIL_DRAWS == 16
+    assert manifest_of(cache)["version"] == 3 and manifest_of(cache)["codec"]["draw_rate"] == 16
     counts = np.concatenate([row.teacher.draws.counts for row in cache.rows()])
-    expected = np.concatenate([8 * np.exp(row.teacher.log_tail(4 / 3)) for row in cache.rows()])
+    expected = np.concatenate([16 * np.exp(row.teacher.log_tail(4 / 3)) for row in cache.rows()])
     assert counts.mean() > 5 and (np.abs(counts - expected) < 1 + 0.01 * expected).all()
 
 
@@ -56,7 +56,7 @@ def test_stored_draws_are_those_of_the_teacher(cache: TeacherCache, tiny_llama_d
         model=str(tiny_llama_dir),
         min_prob=cache.manifest.min_prob,
         max_k=cache.manifest.max_k,
-        draw_rate=8,
+        draw_rate=DEFAULT_TAIL_DRAWS,
         max_length=64,
     )
     teacher = make_teacher("transformers", settings)
@@ -84,7 +84,7 @@ def test_none_is_a_cache_of_an_older_version(
 
 
 def test_as_many_as_asked_for(config: BuildConfig, cache: TeacherCache, tmp_path: Path) -> None:
-    build_cache(replace(config, out=str(tmp_path / "c"), tail_draws=32))
+    build_cache(replace(config, out=str(tmp_path / "c"), tail_draws=64))
     more = TeacherCache(tmp_path / "c")
     many, few = (sum(len(row.teacher.draws.token_ids) for row in c.rows()) for c in (more, cache))
     assert many == pytest.approx(4 * few, rel=0.02)
@@ -102,7 +102,7 @@ def test_a_stopped_build_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"), [(3, "--tail-draws: 8 there, 3 now"), (0, "--tail-draws: 8 there, none now")]
+    ("asked", "words"), [(3, "--tail-draws: 16 there, 3 now"), (0, "--tail-draws: 16 there, none now")]
 )
 def test_another_rate_into_the_same_directory_is_refused(
     config: BuildConfig, cache: TeacherCache, tmp_path: Path, asked: int, words: str
@@ -116,7 +116,7 @@ def test_another_rate_into_the_same_directory_is_refused(
             build_cache(replace(held, tail_draws=asked))
         assert words in str(caught.value) and "--overwrite" in str(caught.value)
         assert "\n" not in str(caught.value) and contents(Path(held.out)) == before
-    assert build_cache(replace(config, tail_draws=8)).was_complete, "8 is what the default was"
+    assert build_cache(replace(config, tail_draws=16)).was_complete, "16 is what the default was"
 
 
 @pytest.mark.parametrize("rate", [-1, 65, 8.0, True, "8"])

@@ -78,8 +78,8 @@ def test_tail_features_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Pa
 
 def test_tail_draws_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
     """Rate 8 by default, in the cache that the other tests train on."""
-    assert json.loads((cache / "manifest.json").read_text())["codec"]["draw_rate"] == 8
-    assert "tail draws at rate 8" in anneal("cache", "inspect", cache).stdout
+    assert json.loads((cache / "manifest.json").read_text())["codec"]["draw_rate"] == 16
+    assert "tail draws at rate 16" in anneal("cache", "inspect", cache).stdout
     command = ("cache", "build", workspace / "chat.jsonl", "--model", tiny_llama_dir)
     for rate, version in ((0, 2), (3, 3)):
         out = workspace / f"draws-{rate}"
