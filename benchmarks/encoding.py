@@ -331,7 +331,12 @@ def tail_shape(encoded: Encoded, head: TopKLogprobs, log_student: np.ndarray, be
     ridge = VARIANCE_SHARE * np.trace(covariance, axis1=1, axis2=2) / mean.shape[1] + LEAST_RIDGE
     ridge += encoded.noise / mass**2 / DRIFT_VARIANCE
     system = covariance + ridge[:, None, None] * np.eye(mean.shape[1])
-    slope = np.linalg.solve(system, (head.tail_moments / mass[:, None] - mean)[:, :, None])[:, :, 0]
+    shift = head.tail_moments / mass[:, None] - mean
+    inverse = np.linalg.inv(system)
+    slope = np.einsum("pfg,pg->pf", inverse, shift)
+    noise = np.minimum(encoded.noise / mass**2, np.trace(covariance, axis1=1, axis2=2) / mean.shape[1])
+    expected = noise * np.trace(inverse, axis1=1, axis2=2)
+    slope *= np.maximum(0, 1 - expected / np.maximum((slope * shift).sum(1), 1e-300))[:, None]
     hot = at_temperature(log_tail, beta)
     x = beta * slope @ values_VF.T
     x -= (hot * x).sum(1, keepdims=True)

@@ -7,7 +7,8 @@ under the student's tail q~, the first-order reweighting that gives the student'
     p^_j = q~_j (1 + a . (u_j - m)),    a = (C + r I)^-1 (m_t - m)
 
 which stands in for the teacher's unknown p~ (docs/method.md, "The shape of the tail"). It is q~ itself where
-m_t = m, so nothing is added at the initial weights. r regularises: a share of the mean variance, and the
+m_t = m, so nothing is added at the initial weights. What the rounding of m_t alone would explain is taken off
+a. r regularises: a share of the mean variance, and the
 noise of the stored mean over the variance that drift is expected to cause, so that a mean read from a tail of
 little mass, hence coarsely stored, counts for little.
 
@@ -97,7 +98,12 @@ def tilt(
     teacher_mean_KF: torch.Tensor,
     teacher_noise_K: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a [K, F]; a . (m_t - m) [K], less what the noise alone would make of it) at T = 1."""
+    """(a [K, F]; the gain (m_t - m) (C + r I)^-1 (m_t - m) [K], less what the noise alone would make of it),
+    both at T = 1.
+
+    a is shrunk by the share of the gain that is not expected of the noise, none of it where all is (the
+    positive-part rule of James and Stein, 1961): at the initial weights nothing but noise is there.
+    """
     variance_K = covariance_KFF.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0.0)
     ridge_K = VARIANCE_SHARE * variance_K + teacher_noise_K / DRIFT_VARIANCE + LEAST_RIDGE
     identity_FF = torch.eye(mean_KF.shape[1], dtype=mean_KF.dtype, device=mean_KF.device)
@@ -109,7 +115,10 @@ def tilt(
     # Rounding cannot be off by more than there is: in a light tail, moments are rounded to zero.
     noise_K = torch.minimum(teacher_noise_K, variance_K)
     expected_K = noise_K * inverse_KFF.diagonal(dim1=1, dim2=2).sum(1)
-    return a_KF, (a_KF * shift_KF).sum(1) - expected_K
+    gain_K = (a_KF * shift_KF).sum(1)
+    tiny = torch.finfo(gain_K.dtype).tiny
+    kept_K = ((gain_K - expected_K) / gain_K.clamp_min(tiny)).clamp_min(0.0)
+    return kept_K[:, None] * a_KF, gain_K - expected_K
 
 
 def damping(a_KF: torch.Tensor, covariance_KFF: torch.Tensor, beta: float) -> torch.Tensor:

@@ -77,7 +77,7 @@ def test_tail_features_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Pa
 
 
 def test_tail_draws_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
-    """Rate 8 by default, in the cache that the other tests train on."""
+    """Rate 16 by default, in the cache that the other tests train on."""
     assert json.loads((cache / "manifest.json").read_text())["codec"]["draw_rate"] == 16
     assert "tail draws at rate 16" in anneal("cache", "inspect", cache).stdout
     command = ("cache", "build", workspace / "chat.jsonl", "--model", tiny_llama_dir)

@@ -50,8 +50,9 @@ def tail_shape_row(student_logits, ids, teacher_mean, noise, features, temperatu
     """What the tail moments of one row add to its KL: value, and by autograd the gradient.
 
     At T = 1 half the squared distance of the two tails' mean features in the inverse of the regularised
-    covariance under the student's tail, a metric that is held fixed; less what noise alone would give. At
-    another T the student's tail, reweighted by the solution found at T = 1 (damped), is a fixed target.
+    covariance under the student's tail, a metric that is held fixed; less what noise alone would give, by
+    whose share the gradient is reduced too. At another T the student's tail, reweighted by the solution found
+    at T = 1 (damped), is a fixed target.
     """
     beta = 1.0 / temperature
     outside = torch.ones(len(student_logits), dtype=torch.bool)
@@ -67,16 +68,19 @@ def tail_shape_row(student_logits, ids, teacher_mean, noise, features, temperatu
     metric = torch.linalg.inv(covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype)).detach()
     shift = teacher_mean - mean
     expected = (torch.minimum(noise, covariance.diagonal().mean()) * metric.trace()).detach()
+    gain = shift @ metric @ shift
+    kept = max(0.0, 1 - expected / gain.item()) if gain.item() > 0 else 0.0
     if temperature == 1.0:
-        deviation = (tail * (centred @ metric @ shift) ** 2).sum().sqrt().detach()
-        return tail_mass * min(1.0, 4.0 / deviation) * 0.5 * (shift @ metric @ shift - expected)
-    a = (metric @ shift).detach()
+        deviation = kept * (tail * (centred @ metric @ shift) ** 2).sum().sqrt().detach()
+        scale = tail_mass * min(1.0, 4.0 / deviation) * 0.5
+        return scale * (gain.detach() - expected + kept * (gain - gain.detach()))
+    a = kept * (metric @ shift).detach()
     hot = torch.softmax(beta * student_logits[outside], 0)
     x = beta * (u @ a)
     x = x - (hot.detach() * x).sum()
     damping = 1 / (1 + (hot.detach() * x * x).sum()).sqrt()
     pull = -tail_mass * (hot.detach() * damping * x * hot.log()).sum()
-    value = tail_mass * 0.5 * beta**2 * damping * (a @ shift - expected)
+    value = tail_mass * 0.5 * beta**2 * damping * (gain - expected)
     return value.detach() + pull - pull.detach()
 
 
@@ -94,7 +98,10 @@ def reweighting_row(student_logits, ids, teacher_mean, noise, features, temperat
     solved = torch.linalg.solve(
         covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype), teacher_mean - tail @ u
     )
-    x = beta * ((u - hot @ u) @ solved)
+    gain = (teacher_mean - tail @ u) @ solved
+    inverse = torch.linalg.inv(covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype))
+    expected = torch.minimum(noise, covariance.diagonal().mean()) * inverse.trace()
+    x = beta * max(0.0, 1 - expected / gain) * ((u - hot @ u) @ solved)
     deviation = (hot * x * x).sum().sqrt()
     x = x * min(1.0, 4.0 / deviation) if temperature == 1.0 else x / (1 + deviation**2).sqrt()
     spread = torch.zeros_like(student_logits)
