@@ -1,0 +1,295 @@
+"""The work on whole rows of logits in two Triton kernels, for CUDA: `TorchPasses` with less memory traffic.
+
+    row sums   reads the projection once: per row the maximum and the sums of exp(z) and exp(beta z), online
+    row map    reads it again and writes the gradient over it:
+               g_j = ce exp(z_j) + exp(beta z_j) (tail + slope . u_j), times the softcap's derivative
+
+Both compute in fp32 from the projection in the compute dtype; bias, scale and softcap are applied on the way
+in, so no fp32 tensor of size [C, V] exists. With tail moments the row map also writes the normalised
+exponentials of the tail, the operand of a matrix product, into a second buffer.
+
+The head's tokens are set to -inf in the projection before the first kernel, and remembered: the tail's sum is
+then a sum of positive terms over exactly the tail, and the row's maximum starts at the largest head entry.
+What single tokens have (label, head, draws) is computed in fp32 by PyTorch and written over the result, so
+that a bf16 gradient is rounded once, also where it is 0.999 - 1.
+
+Cost per logit in bytes, for two-byte dtypes: 2 + 4, with moments 4 + 2 more (twice that at T != 1). No atomics
+and no tuning at run time: the same inputs give the same bits.
+
+C: rows of the chunk, V: vocabulary, B: tokens of a block, R: rows of a block, F: token features.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from trainer.loss_passes import Head, Passes, Readings, RowGradient, Work, flat_entries
+from trainer.loss_rows import TeacherTargets, segment_sum
+from trainer.loss_tail import FeatureTables
+
+INTERPRETED = knobs.runtime.interpret
+"""TRITON_INTERPRET=1: the kernels run on a CPU, for tests."""
+SUM_BLOCK = 4096
+"""Tokens a row-sum program holds at a time; one program per row."""
+MAP_BLOCK = (1, 2048)
+"""Rows and tokens of a row-map program."""
+SLOPE_BLOCK = (16, 128)
+"""The same with moments: several rows share the features they read; 16 is the least a product takes."""
+NUM_WARPS = 8
+
+
+@triton.jit
+def _logits(raw, bias_ptr, columns_B, inside_B, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):
+    """(z, dz/dx) of a block; x is the projection plus bias, times scale. -inf stays -inf."""
+    x = raw.to(tl.float32)
+    hidden = x == -float("inf")
+    if BIAS:
+        x += tl.load(bias_ptr + columns_B, mask=inside_B, other=0.0)[None, :]
+    x *= scale
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if CAP:
+        decay = tl.exp(-2.0 * tl.abs(x / cap))  # at most 1: tanh without overflow
+        tanh = (1.0 - decay) / (1.0 + decay)
+        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+        x = tl.where(x < 0, -tanh, tanh) * cap
+    return tl.where(hidden, -float("inf"), x), slope
+
+
+@triton.jit
+def row_sums(
+    raw_ptr, bias_ptr, max_ptr, one_ptr, tempered_ptr, num_tokens, stride, scale, cap, beta,
+    BIAS: tl.constexpr, CAP: tl.constexpr, TEMPERED: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Maximum of a row (`max_ptr` holds what it starts from), sums of exp(z - max) and exp(beta (z - max))."""
+    row = tl.program_id(0)
+    row_ptr = raw_ptr + row.to(tl.int64) * stride  # C V may exceed 32 bits
+    largest = tl.load(max_ptr + row)
+    one = 0.0
+    tempered = 0.0
+    for start in range(0, num_tokens, B):
+        columns_B = start + tl.arange(0, B)
+        inside_B = columns_B < num_tokens
+        raw = tl.load(row_ptr + columns_B, mask=inside_B, other=-float("inf"))[None, :]
+        z, _ = _logits(raw, bias_ptr, columns_B, inside_B, scale, cap, BIAS, CAP)
+        new = tl.maximum(largest, tl.max(z))
+        one = one * tl.exp(largest - new) + tl.sum(tl.exp(z - new))
+        if TEMPERED:
+            tempered = tempered * tl.exp(beta * (largest - new)) + tl.sum(tl.exp(beta * (z - new)))
+        largest = new
+    tl.store(max_ptr + row, largest)
+    tl.store(one_ptr + row, one)
+    if TEMPERED:
+        tl.store(tempered_ptr + row, tempered)
+
+
+@triton.jit
+def row_map(
+    raw_ptr, bias_ptr, max_ptr, one_ptr, tempered_ptr, slope_ptr, features_ptr, out_ptr,
+    num_rows, num_tokens, num_features, stride, scale, cap, beta,
+    BIAS: tl.constexpr, CAP: tl.constexpr, DERIVATIVE: tl.constexpr, ONE: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """out = one exp(z - max) [if ONE] + exp(beta (z - max)) (tempered + slope . u [if F]), times dz/dx."""
+    rows_R = tl.program_id(0) * R + tl.arange(0, R)
+    columns_B = tl.program_id(1) * B + tl.arange(0, B)
+    row_inside_R, inside_B = rows_R < num_rows, columns_B < num_tokens
+    inside = row_inside_R[:, None] & inside_B[None, :]
+    offsets = rows_R.to(tl.int64)[:, None] * stride + columns_B[None, :]
+    raw = tl.load(raw_ptr + offsets, mask=inside, other=-float("inf"))
+    z, derivative = _logits(raw, bias_ptr, columns_B, inside_B, scale, cap, BIAS, CAP)
+    z -= tl.load(max_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
+    factor = tl.load(tempered_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
+    if F:
+        features_F = tl.arange(0, F)
+        known_F = features_F < num_features
+        slope = tl.load(
+            slope_ptr + rows_R[:, None] * num_features + features_F[None, :],
+            mask=row_inside_R[:, None] & known_F[None, :],
+            other=0.0,
+        )
+        u = tl.load(
+            features_ptr + features_F[:, None] * num_tokens + columns_B[None, :],
+            mask=known_F[:, None] & inside_B[None, :],
+            other=0.0,
+        )
+        factor += tl.dot(slope, u, input_precision="ieee")
+    out = tl.exp(beta * z) * factor
+    if ONE:
+        out += tl.exp(z) * tl.load(one_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
+    if DERIVATIVE:
+        out *= derivative
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+class TritonPasses(Passes):
+    """The projection's buffer becomes the gradient's; a second one of the same dtype for tail moments."""
+
+    def __init__(self, head: Head, num_rows: int, work: Work) -> None:
+        self.head, self.beta = head, work.beta
+        weight_VD = head.weight_VD
+        self._projection = weight_VD.new_empty(num_rows, len(weight_VD))
+        self._weights = torch.empty_like(self._projection) if work.moments else None
+
+    @staticmethod
+    def num_buffers(head: Head, work: Work) -> float:
+        """One, or two with moments, of the compute dtype."""
+        return (1 + work.moments) * head.weight_VD.dtype.itemsize / 4
+
+    @property
+    def _transform(self) -> dict[str, Any]:
+        """Arguments of both kernels."""
+        head = self.head
+        cap = head.logit_softcap or 0.0
+        flags = {"BIAS": head.bias_V is not None, "CAP": head.logit_softcap is not None}
+        return {"scale": head.logit_scale, "cap": cap, "num_warps": NUM_WARPS, **flags}
+
+    def read(
+        self, hidden_CD: torch.Tensor, labels_C: torch.Tensor, targets: TeacherTargets | None
+    ) -> Readings:
+        """Gather single tokens, hide the head, sum the rest in one kernel."""
+        self.projection_CV = self._projection[: len(labels_C)]
+        torch.mm(hidden_CD, self.head.weight_VD.t(), out=self.projection_CV)
+        num_rows, num_tokens = self.projection_CV.shape
+        self.label_C, self.head_E, self.draw_S = flat_entries(labels_C, targets, num_tokens)
+        label_C = self._logits_at(self.label_C)
+        self.max_C = label_C.new_full((num_rows,), -torch.inf)
+        head_E = draw_S = None
+        if self.head_E is not None:
+            head_E = self._logits_at(self.head_E)
+            draw_S = None if self.draw_S is None else self._logits_at(self.draw_S)
+            self.max_C.scatter_reduce_(0, self.head_E // num_tokens, head_E, "amax")
+            self.projection_CV.view(-1).index_fill_(0, self.head_E, -torch.inf)
+        tempered = targets is not None and self.beta != 1.0
+        self.one_C = torch.empty_like(self.max_C)
+        self.tempered_C = torch.empty_like(self.max_C) if tempered else self.one_C
+        row_sums[(num_rows,)](
+            self.projection_CV, self.head.bias_V, self.max_C, self.one_C, self.tempered_C,
+            num_tokens, num_tokens, beta=self.beta, TEMPERED=tempered, B=SUM_BLOCK, **self._transform,
+        )  # fmt: skip
+        # Unlike the readings, these stay at T = 1.
+        self.shifted_label_C = label_C - self.max_C
+        if targets is None or self.head_E is None or head_E is None:
+            return Readings(self.shifted_label_C, self.one_C, self.one_C)
+        self.shifted_E = head_E - self.max_C[self.head_E // num_tokens]
+        if self.draw_S is not None and draw_S is not None:
+            self.shifted_S = draw_S - self.max_C[self.draw_S // num_tokens]
+            draw_S = self.beta * self.shifted_S
+        sum_C = None
+        if tempered:
+            head_K = segment_sum(self.shifted_E.exp(), targets.offsets_K1)
+            sum_C = self.one_C.index_add(0, targets.position_K, head_K)
+        return Readings(self.shifted_label_C, sum_C, self.tempered_C, self.beta * self.shifted_E, draw_S)
+
+    def _logits_at(self, flat: torch.Tensor) -> torch.Tensor:
+        """z of single tokens, fp32."""
+        head, x = self.head, self.projection_CV.view(-1)[flat].float()
+        if head.bias_V is not None:
+            x = x + head.bias_V[flat % self.projection_CV.shape[1]]
+        x = x * head.logit_scale
+        return x if head.logit_softcap is None else head.logit_softcap * torch.tanh(x / head.logit_softcap)
+
+    def _map(
+        self,
+        out_CV: torch.Tensor,
+        beta: float,
+        tempered_C: torch.Tensor,
+        one_C: torch.Tensor | None = None,
+        slope_CF: torch.Tensor | None = None,
+        tables: FeatureTables | None = None,
+        *,
+        derivative: bool,
+    ) -> None:
+        num_rows, num_tokens = out_CV.shape
+        num_features = 0 if slope_CF is None else slope_CF.shape[1]
+        block_F = max(16, triton.next_power_of_2(num_features)) if num_features else 0
+        block_R, block_B = SLOPE_BLOCK if num_features else MAP_BLOCK
+        row_map[(triton.cdiv(num_rows, block_R), triton.cdiv(num_tokens, block_B))](
+            self.projection_CV, self.head.bias_V, self.max_C, one_C, tempered_C, slope_CF,
+            None if tables is None else tables.values_FV, out_CV, num_rows, num_tokens, num_features, num_tokens,
+            beta=beta, DERIVATIVE=derivative and self.head.logit_softcap is not None, ONE=one_C is not None,
+            F=block_F, R=block_R, B=block_B, **self._transform,
+        )  # fmt: skip
+
+    def tail_statistics(self, tables: FeatureTables, at_one: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tail's exponentials, normalised and in the compute dtype, times the features."""
+        assert self._weights is not None
+        weights_CV = self._weights[: len(self.max_C)]
+        sum_C = self.one_C if at_one else self.tempered_C
+        scale_C = 1.0 / sum_C.clamp_min(torch.finfo(sum_C.dtype).tiny)
+        self._map(weights_CV, 1.0 if at_one else self.beta, scale_C, derivative=False)
+        return tables.normalised_statistics(weights_CV)
+
+    def write(self, gradient: RowGradient, tables: FeatureTables | None) -> torch.Tensor:
+        """The whole chunk by the kernel, as if all were tail, then single tokens over it."""
+        share = self.tempered_C is self.one_C
+        one_C, tail_C = gradient.ce_C, gradient.tail_C
+        if tail_C is None or share:
+            one_C, tail_C = None, one_C if tail_C is None else one_C + tail_C
+        flat = self.projection_CV.view(-1)
+        self._map(
+            self.projection_CV, self.beta if not share else 1.0, tail_C, one_C, gradient.slope_CF, tables,
+            derivative=True,
+        )  # fmt: skip
+        # Later ones win: a label may be drawn, or be in the head; a draw is never in the head.
+        single_C = self._tail_at(self.label_C, self.shifted_label_C, tail_C, one_C, gradient, tables)
+        self._put(flat, self.label_C, self.shifted_label_C, single_C, gradient)
+        if self.draw_S is not None and gradient.draw_S is not None:
+            single_S = self._tail_at(self.draw_S, self.shifted_S, tail_C, one_C, gradient, tables)
+            single_S = single_S + summed_by_token(self.draw_S, gradient.draw_S)
+            self._put(flat, self.draw_S, self.shifted_S, single_S, gradient)
+        if self.head_E is not None and gradient.head_E is not None:
+            ce_E = gradient.ce_C[self.head_E // self.projection_CV.shape[1]] * self.shifted_E.exp()
+            self._put(flat, self.head_E, self.shifted_E, ce_E + gradient.head_E, gradient)
+        return self.projection_CV
+
+    def _tail_at(
+        self,
+        flat_X: torch.Tensor,
+        shifted_X: torch.Tensor,
+        tail_C: torch.Tensor,
+        one_C: torch.Tensor | None,
+        gradient: RowGradient,
+        tables: FeatureTables | None,
+    ) -> torch.Tensor:
+        """What the kernel has computed for single tokens of the tail, before it was rounded."""
+        num_tokens = self.projection_CV.shape[1]
+        row_X = flat_X // num_tokens
+        factor_X = tail_C[row_X]
+        if gradient.slope_CF is not None and tables is not None:
+            features_XF = tables.values_FV[:, flat_X % num_tokens].t()
+            factor_X = factor_X + (gradient.slope_CF[row_X] * features_XF).sum(1)
+        if one_C is None:
+            return factor_X * shifted_X.exp()
+        return factor_X * (self.beta * shifted_X).exp() + one_C[row_X] * shifted_X.exp()
+
+    def _put(
+        self,
+        flat: torch.Tensor,
+        flat_X: torch.Tensor,
+        shifted_X: torch.Tensor,
+        value_X: torch.Tensor,
+        gradient: RowGradient,
+    ) -> None:
+        """Less the label's share, times the softcap's derivative, rounded once."""
+        row_X = flat_X // self.projection_CV.shape[1]
+        value_X = value_X - gradient.ce_weight_C[row_X] * (flat_X == self.label_C[row_X])
+        if self.head.logit_softcap is not None:
+            tanh_X = (shifted_X + self.max_C[row_X]) / self.head.logit_softcap
+            value_X = value_X * (1.0 - tanh_X.square())
+        flat.index_copy_(0, flat_X, value_X.to(flat.dtype))
+
+    def bias_gradient(self) -> torch.Tensor:
+        """From the rounded gradient, summed in fp32."""
+        return self.projection_CV.sum(dim=0, dtype=torch.float32)
+
+
+def summed_by_token(flat_S: torch.Tensor, value_S: torch.Tensor) -> torch.Tensor:
+    """For each draw the sum over all draws of the same token, in a fixed order, without waiting for the device."""
+    flat, order = flat_S.sort(stable=True)
+    first, last = torch.searchsorted(flat, flat), torch.searchsorted(flat, flat, right=True)
+    # Segment i runs to where the next draw's token begins: all of a token's draws are in its last segment.
+    total = segment_sum(value_S[order], torch.cat([first, first.new_full((1,), len(flat))]))[last - 1]
+    return torch.empty_like(value_S).index_copy_(0, order, total)
