@@ -90,9 +90,9 @@ def row_map(
     raw_ptr, bias_ptr, max_ptr, one_ptr, tempered_ptr, slope_ptr, features_ptr, out_ptr,
     num_rows, num_tokens, num_features, stride, scale, cap, beta,
     BIAS: tl.constexpr, CAP: tl.constexpr, DERIVATIVE: tl.constexpr, ONE: tl.constexpr,
-    F: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+    SLOPES: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """out = one exp(z - max) [if ONE] + exp(beta (z - max)) (tempered + slope . u [if F]), times dz/dx."""
+    """out = one exp(z - max) [if ONE] + exp(beta (z - max)) (tempered + slope . u [if SLOPES]), times dz/dx."""
     rows_R = tl.program_id(0) * R + tl.arange(0, R)
     columns_B = tl.program_id(1) * B + tl.arange(0, B)
     row_inside_R, inside_B = rows_R < num_rows, columns_B < num_tokens
@@ -102,20 +102,23 @@ def row_map(
     z, derivative = _logits(raw, bias_ptr, columns_B, inside_B, scale, cap, BIAS, CAP)
     z -= tl.load(max_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
     factor = tl.load(tempered_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
-    if F:
-        features_F = tl.arange(0, F)
-        known_F = features_F < num_features
-        slope = tl.load(
-            slope_ptr + rows_R[:, None] * num_features + features_F[None, :],
-            mask=row_inside_R[:, None] & known_F[None, :],
-            other=0.0,
-        )
-        u = tl.load(
-            features_ptr + features_F[:, None] * num_tokens + columns_B[None, :],
-            mask=known_F[:, None] & inside_B[None, :],
-            other=0.0,
-        )
-        factor += tl.dot(slope, u, input_precision="ieee")
+    if SLOPES:
+        dot = tl.zeros((R, B), tl.float32)
+        for start in range(0, num_features, 16):  # 64 features at once would not fit the registers
+            features_F = start + tl.arange(0, 16)
+            known_F = features_F < num_features
+            slope_RF = tl.load(
+                slope_ptr + rows_R[:, None] * num_features + features_F[None, :],
+                mask=row_inside_R[:, None] & known_F[None, :],
+                other=0.0,
+            )
+            u_FB = tl.load(
+                features_ptr + features_F[:, None] * num_tokens + columns_B[None, :],
+                mask=known_F[:, None] & inside_B[None, :],
+                other=0.0,
+            )
+            dot = tl.dot(slope_RF, u_FB, dot, input_precision="ieee")
+        factor += dot
     out = tl.exp(beta * z) * factor
     if ONE:
         out += tl.exp(z) * tl.load(one_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
@@ -204,13 +207,12 @@ class TritonPasses(Passes):
     ) -> None:
         num_rows, num_tokens = out_CV.shape
         num_features = 0 if slope_CF is None else slope_CF.shape[1]
-        block_F = max(16, triton.next_power_of_2(num_features)) if num_features else 0
         block_R, block_B = SLOPE_BLOCK if num_features else MAP_BLOCK
         row_map[(triton.cdiv(num_rows, block_R), triton.cdiv(num_tokens, block_B))](
             self.projection_CV, self.head.bias_V, self.max_C, one_C, tempered_C, slope_CF,
             None if tables is None else tables.values_FV, out_CV, num_rows, num_tokens, num_features, num_tokens,
             beta=beta, DERIVATIVE=derivative and self.head.logit_softcap is not None, ONE=one_C is not None,
-            F=block_F, R=block_R, B=block_B, **self._transform,
+            SLOPES=num_features > 0, R=block_R, B=block_B, **self._transform,
         )  # fmt: skip
 
     def tail_statistics(self, tables: FeatureTables, at_one: bool) -> tuple[torch.Tensor, torch.Tensor]:
