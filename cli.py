@@ -501,6 +501,45 @@ def train_command(
         raise typer.Exit({"SIGINT": 130}.get(report.interrupted_by, 143))
 
 
+@app.command("merge")
+def merge_command(
+    tuned: Annotated[
+        list[str],
+        typer.Argument(metavar="TUNED...", help="Models fine-tuned from the initial one; wise-ft takes one."),
+    ],
+    initial: Annotated[str, typer.Option(help="The initial model: directory or Hugging Face name.")],
+    out: Annotated[str, typer.Option(help="Directory of the merged model; new or empty.")],
+    method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic or ties.")],
+    alpha: Annotated[
+        float | None,
+        typer.Option(show_default=False, help="wise-ft: weight of the tuned model, 0 to 1.  [default: 0.5]"),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False, help="task-arithmetic, ties: factor on the task vectors.  [default: 1.0]"
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(show_default=False, help="ties: share of the entries that are kept.  [default: 0.2]"),
+    ] = None,
+) -> None:
+    """Merge tuned models with the initial one: WiSE-FT, task arithmetic or TIES."""
+    from trainer import MergeConfig, merge
+
+    config = MergeConfig(
+        tuned=tuned,
+        initial=initial,
+        out=out,
+        method=method,
+        alpha=alpha,
+        scale=scale,
+        density=density,
+    )
+    show(merge(config, merge_progress()).line())
+
+
 @app.command("eval")
 def eval_command(
     caches: Annotated[
@@ -558,6 +597,21 @@ def eval_progress() -> Callable[[str, int, int], None]:
         bars[name].update(done - bars[name].n)
         if done >= total:
             bars[name].close()
+
+    return update
+
+
+def merge_progress() -> Callable[[int, int], None]:
+    """A callback that shows tensors done: a bar on a terminal, silent otherwise."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc="merge", unit="tensor", leave=False, disable=None)
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
 
     return update
 

@@ -4,7 +4,9 @@ included.
 For every position of held-out prose and code there is a teacher p and a student q some fine-tuning steps
 away (see small_model.py). The reference is the gradient of KL(p_T || q_T) with respect to the student's
 logits over the full vocabulary, beta * (q - p); an encoding's error is the norm of the difference to it
-over the norm of it, both over all tokens. Our rows are encoded and decoded by the product's codec; the
+over the norm of it, both over all tokens. Tail draws are noise to that measure, which they take away from
+the mean of many tokens; so the error of the *step*, of the gradient added up over all tokens, is given too.
+Our rows are encoded and decoded by the product's codec; the
 rivals are plain references of their
 *layouts*, with their values left exact, so their own quantisation costs them nothing here.
 
@@ -28,18 +30,22 @@ from small_model import DOMAINS, ROW_TOKENS, Pair, load
 from cache_builder.features import find_embedding, token_features
 from formats import TopKLogprobs
 from formats.codec import Codec, CodecConfig, section_bytes
+from formats.draws import TailDraws, draw, starts
 from formats.features import TokenFeatures
 from formats.quantise import quantise_probabilities
 from formats.segments import rank_in_segment, segment_order, segment_sum
 from formats.tail import TAIL_BETAS
 from formats.vocabulary import permutations, rank_by_frequency
+from trainer.loss_draws import LARGEST_RATIO
 from trainer.loss_tail import DRIFT_VARIANCE, LARGEST_DEVIATION, LEAST_RIDGE, VARIANCE_SHARE
 
 TEMPERATURES = (0.5, 0.75, 1.0, 2.0, 4.0)
 CHUNK = 128
 CAPTURE_K = 256
 MOST_FEATURES = 64
-DEFAULT = "p >= 2.5e-3, 16 features"
+STEP_TEMPERATURES = (1.0, 2.0)
+DRAW_RATES = (4, 8, 12, 16)
+DEFAULT = "p >= 5e-3, 16 features, draws at 12"
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,24 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Captured:
-    """Rows as an engine hands them over: generous heads, with moments for every number of features."""
+    """Rows as an engine hands them over: generous heads, moments for every number of features, and draws at
+    every rate."""
 
     rows: list[TopKLogprobs]
     features: TokenFeatures
+    draws: dict[int, list[TailDraws]]
 
-    def with_features(self, count: int) -> tuple[list[TopKLogprobs], TokenFeatures | None]:
-        """The rows and their features, cut to the leading `count`."""
+    def with_features(
+        self, count: int, draw_rate: int = 0
+    ) -> tuple[list[TopKLogprobs], TokenFeatures | None]:
+        """The rows and their features, cut to the leading `count`, with the draws of one rate."""
+        rows = self.rows
+        if draw_rate:
+            pairs = zip(rows, self.draws[draw_rate], strict=True)
+            rows = [replace(row, tail_draws=draws) for row, draws in pairs]
         if count == 0:
-            return [row.without_moments() for row in self.rows], None
-        cut = [replace(row, tail_moments=row.tail_moments[:, :count]) for row in self.rows]
+            return [row.without_moments() for row in rows], None
+        cut = [replace(row, tail_moments=row.tail_moments[:, :count]) for row in rows]
         return cut, TokenFeatures(np.ascontiguousarray(self.features.codes[:, :count]))
 
 
@@ -85,10 +99,12 @@ def features_of(head_VD: np.ndarray, count: int) -> TokenFeatures:
 def capture(pair: Pair) -> Captured:
     """The `CAPTURE_K` most probable tokens and the tail of every position, one item per row."""
     rows, count = [], len(pair.token_ids_N)
+    drawn: dict[int, list[TailDraws]] = {rate: [] for rate in DRAW_RATES}
     features = features_of(pair.teacher_VD, MOST_FEATURES)
     values_VF = features.of(np.arange(features.vocab_size)).astype(np.float64)
     for start in range(0, count, ROW_TOKENS):
         parts = []
+        tails: dict[int, list[TailDraws]] = {rate: [] for rate in DRAW_RATES}
         for a in range(start, start + ROW_TOKENS, CHUNK):
             teacher, _ = pair.logprobs(a, a + CHUNK)
             ids = np.argpartition(-teacher, CAPTURE_K, axis=1)[:, :CAPTURE_K]
@@ -104,8 +120,15 @@ def capture(pair: Pair) -> Captured:
                     offsets, ids.ravel(), values.ravel(), np.stack(nodes, 1), teacher.shape[1], moments
                 )
             )
+            outside = np.isfinite(rest)
+            ends = np.concatenate([[0], np.cumsum(outside.sum(1))])
+            begin = starts(b"", np.arange(a, a + CHUNK))
+            for rate, found in tails.items():
+                found.append(draw(ends, outside.nonzero()[1], rest[outside], rate, begin))
         rows.append(TopKLogprobs.concatenate(parts))
-    return Captured(rows, features)
+        for rate, found in tails.items():
+            drawn[rate].append(TailDraws.concatenate(found))
+    return Captured(rows, features, drawn)
 
 
 # --- encodings --------------------------------------------------------------------------------------------
@@ -146,12 +169,14 @@ def sampled(draws: int) -> Encoding:
     return encode
 
 
-def ours(min_prob: float, num_features: int = 0, max_k: int = 128, **settings: object) -> Encoding:
+def ours(
+    min_prob: float, num_features: int = 0, max_k: int = 128, draw_rate: int = 0, **settings: object
+) -> Encoding:
     """The product's codec, rank table learned from the rows themselves."""
 
     def encode(captured: Captured) -> list[Encoded]:
-        config = CodecConfig(num_features=num_features, **settings)  # type: ignore[arg-type]
-        rows, features = captured.with_features(num_features)
+        config = CodecConfig(num_features=num_features, draw_rate=draw_rate, **settings)  # type: ignore[arg-type]
+        rows, features = captured.with_features(num_features, draw_rate)
         heads = [row.prune(min_prob, max_k, features) for row in rows]
         ranked = rank_by_frequency(np.concatenate([head.token_ids for head in heads]), heads[0].vocab_size)
         codec = Codec(config, heads[0].vocab_size, max_k, ranked if config.rank_ids else None)
@@ -203,6 +228,14 @@ ENCODINGS: dict[str, Encoding] = {
     "p >= 2.5e-3, 16 features": ours(2.5e-3, 16),
     "p >= 3e-3, 16 features": ours(3e-3, 16),
     "p >= 5e-3, 16 features": ours(5e-3, 16),
+    "p >= 5e-3, 16 features, draws at 4": ours(5e-3, 16, draw_rate=4),
+    "p >= 5e-3, 16 features, draws at 8": ours(5e-3, 16, draw_rate=8),
+    "p >= 5e-3, 16 features, draws at 12": ours(5e-3, 16, draw_rate=12),
+    "p >= 5e-3, 16 features, draws at 16": ours(5e-3, 16, draw_rate=16),
+    "p >= 5e-3, draws at 12": ours(5e-3, draw_rate=12),
+    "p >= 2.5e-3, 16 features, draws at 8": ours(2.5e-3, 16, draw_rate=8),
+    "p >= 1e-2, 16 features, draws at 16": ours(1e-2, 16, draw_rate=16),
+    "p >= 5e-3, 16 features, draws at 12, 16 draw steps": ours(5e-3, 16, draw_rate=12, draw_steps=16),
     "p >= 2.5e-3, 8 features": ours(2.5e-3, 8),
     "p >= 2.5e-3, 32 features": ours(2.5e-3, 32),
     "p >= 2.5e-3, 64 features": ours(2.5e-3, 64),
@@ -262,10 +295,24 @@ def gradient(
     student_covered = segment_sum(student_head, head.offsets)
     scale = (covered - student_covered) / np.maximum(1 - student_covered, 1e-12)
     result = beta * student * scale[:, None]
-    if encoded.features is not None:
-        tail_mass = np.exp(head.log_tail(temperature) - log_z)
-        result -= beta * tail_mass[:, None] * tail_shape(encoded, head, log_student, beta)
+    tilted = (
+        np.zeros_like(student) if encoded.features is None else tail_shape(encoded, head, log_student, beta)
+    )
+    tail_mass = np.exp(head.log_tail(temperature) - log_z)
+    result -= beta * tail_mass[:, None] * tilted
     result[rows, columns] = beta * (student_head - prob)
+    if head.draws.rate:
+        draws = head.draws
+        at, token = np.repeat(np.arange(len(head)), draws.counts), draws.token_ids
+        probability = np.exp(beta * draws.logprobs.astype(np.float64) - log_z[at])
+        student_tail = student[at, token] / (1 - student_covered[at])
+        ratio = tail_mass[at] * (student_tail + tilted[at, token]) / probability
+        pull = beta * draws.weights * probability * (ratio.clip(-LARGEST_RATIO, LARGEST_RATIO) - 1)
+        spread = np.bincount(at, pull, minlength=len(head)) / (1 - student_covered)
+        outside = student * spread[:, None]
+        outside[rows, columns] = 0.0
+        result -= outside
+        np.add.at(result, (at, token), pull)
     return result
 
 
@@ -303,14 +350,28 @@ def exact_name(name: str) -> str:
     return ", ".join([*kept, "float32"])
 
 
-def errors(pair: Pair, encodings: dict[str, list[Encoded]]) -> dict[str, dict[float, float]]:
-    """Relative error per encoding and temperature; `X (quantisation)` compares with `X, float32`."""
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of one encoding by temperature."""
+
+    tokens: dict[float, float]
+    """Over all tokens."""
+    step: dict[float, float]
+    """Of the sum over all tokens, at `STEP_TEMPERATURES`; empty for comparisons between encodings."""
+
+
+def errors(pair: Pair, encodings: dict[str, list[Encoded]]) -> dict[str, Errors]:
+    """Per encoding; `X (quantisation)` compares with `X, float32`."""
+    vocab_size = pair.teacher_VD.shape[0]
+    sums = {name: {t: np.zeros(vocab_size) for t in STEP_TEMPERATURES} for name in encodings}
+    whole = {t: np.zeros(vocab_size) for t in STEP_TEMPERATURES}
     square = {name: dict.fromkeys(TEMPERATURES, 0.0) for name in encodings}
     against = {
         f"{name} (quantisation)": (name, exact)
         for name in encodings
         if (exact := exact_name(name)) in encodings
         and not name.endswith(("float32", "order", "zstd 3", "zstd 19"))
+        and "draws at" not in name
     }
     square |= {name: dict.fromkeys(TEMPERATURES, 0.0) for name in against}
     norm = dict.fromkeys(TEMPERATURES, 0.0)
@@ -320,16 +381,26 @@ def errors(pair: Pair, encodings: dict[str, list[Encoded]]) -> dict[str, dict[fl
             student = at_temperature(log_student, beta)
             exact = beta * (student - at_temperature(log_teacher, beta))
             norm[temperature] += float((exact**2).sum())
+            if temperature in whole:
+                whole[temperature] += exact.sum(0)
             kept = {}
             for name, rows in encodings.items():
                 head = rows[row].topk.slice(position, position + CHUNK)
                 found = gradient(rows[row], head, student, log_student, temperature)
                 square[name][temperature] += float(((found - exact) ** 2).sum())
+                if temperature in whole:
+                    sums[name][temperature] += (found - exact).sum(0)
                 if any(name in pair_names for pair_names in against.values()):
                     kept[name] = found
             for name, (a, b) in against.items():
                 square[name][temperature] += float(((kept[a] - kept[b]) ** 2).sum())
-    return {name: {t: (v[t] / norm[t]) ** 0.5 for t in TEMPERATURES} for name, v in square.items()}
+    return {
+        name: Errors(
+            {t: (v[t] / norm[t]) ** 0.5 for t in TEMPERATURES},
+            {t: float(np.linalg.norm(e) / np.linalg.norm(whole[t])) for t, e in sums.get(name, {}).items()},
+        )
+        for name, v in square.items()
+    }
 
 
 # --- entropy ----------------------------------------------------------------------------------------------
@@ -392,9 +463,11 @@ def main() -> None:
         print(
             f"{'encoding':44} {'B/token':>8} {'entries':>8}"
             + "".join(f"{f'T={t:g}':>9}" for t in TEMPERATURES)
+            + "".join(f"{f'step T={t:g}':>10}" for t in STEP_TEMPERATURES)
         )
-        for name, by_temperature in table.items():
-            columns = "".join(f"{100 * by_temperature[t]:>8.2f}%" for t in TEMPERATURES)
+        for name, found in table.items():
+            columns = "".join(f"{100 * found.tokens[t]:>8.2f}%" for t in TEMPERATURES)
+            columns += "".join(f"{100 * error:>9.2f}%" for error in found.step.values())
             size = f"{sizes[name]:8.1f} {entries[name]:8.1f}" if name in sizes else " " * 17
             print(f"{name:44} {size}{columns}")
         heads = [row.prune(2e-3, 128) for row in rows]
@@ -412,7 +485,8 @@ def main() -> None:
         report[domain] = {
             "bytes_per_token": sizes,
             "entries_per_token": entries,
-            "error": {name: {f"{t:g}": v for t, v in e.items()} for name, e in table.items()},
+            "error": {name: {f"{t:g}": v for t, v in e.tokens.items()} for name, e in table.items()},
+            "step_error": {name: {f"{t:g}": v for t, v in e.step.items()} for name, e in table.items()},
             "sections": {name: size / tokens for name, size in parts.items()},
             "entropy": streams,
         }

@@ -146,9 +146,9 @@ def rough_bytes(
     """A guess at the size of a cache from settings alone, within a factor of about two.
 
     From caches of small models at p >= 1e-3, 3e-3 and 1e-2 (about 70, 35 and 16 bytes per position), which
-    follow a power law; a sharper model takes less. Tail moments take about half a byte each, tail draws 2.2
-    bytes each, of which there are about 1.6 times the rate; ids and mask five bytes per token.
+    follow a power law; a sharper model takes less. Tail moments take about half a byte each, tail draws 2.5
+    bytes each, of which there are about 1.5 times the rate; ids and mask five bytes per token.
     """
     per_position = 70.0 * (1e-3 / max(min_prob, 1e-6)) ** 0.64 + 0.5 * num_features
-    per_position = min(per_position, 3.0 * max_k + num_features + 8) + 3.5 * draw_rate
+    per_position = min(per_position, 3.0 * max_k + num_features + 8) + 3.75 * draw_rate
     return round(num_tokens * 5 + num_positions * per_position)

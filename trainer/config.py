@@ -4,12 +4,13 @@ Everything that `transformers.TrainingArguments` already names stays under that 
 here are what label annealing adds. `trainer.config_file` reads them from YAML and from the command line.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from formats.errors import ConfigError
+from trainer.checks import check_at_least, check_flag, check_number, check_one_of, check_path
+from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 KL_DIRECTIONS = ("forward", "reverse")
 ROW_LOSSES = ("both", "ce", "kl")
@@ -17,34 +18,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 SAVE_DTYPES = ("same", *DTYPES)
 SMALLEST_TEMPERATURE = 0.5
 """The coldest temperature at which caches hold the exact tail mass (formats.tail)."""
-
-
-def _number(name: str, value: Any, *, integer: bool = False) -> None:
-    kinds: tuple[type, ...] = (int,) if integer else (int, float)
-    valid = isinstance(value, kinds) and not isinstance(value, bool)
-    if not valid or not math.isfinite(value):
-        raise ConfigError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
-
-
-def _at_least(name: str, value: Any, low: float, advice: str, *, integer: bool = False) -> None:
-    _number(name, value, integer=integer)
-    if value < low:
-        raise ConfigError(f"{name} must be at least {low:g}, got {value:g}; {advice}")
-
-
-def _one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, got {value!r}")
-
-
-def _path(name: str, value: Any, what: str) -> None:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} must name {what}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +36,11 @@ class MixedCache:
     """`both` learns and retains its text, `ce` is plain replay, `kl` retains without learning the text."""
 
     def __post_init__(self) -> None:
-        _path("caches.path", self.path, "a cache directory")
-        _at_least(
+        check_path("caches.path", self.path, "a cache directory")
+        check_at_least(
             "caches.weight", self.weight, 0.0, "a weight of 0.1 adds one row to ten of the target cache"
         )
-        _one_of("caches.loss", self.loss, ROW_LOSSES)
+        check_one_of("caches.loss", self.loss, ROW_LOSSES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +64,12 @@ class LoraSettings:
     False saves the adapter alone."""
 
     def __post_init__(self) -> None:
-        _at_least("lora.r", self.r, 1, "16 is a usual rank", integer=True)
-        _number("lora.alpha", self.alpha)
-        _at_least("lora.dropout", self.dropout, 0.0, "0 turns dropout off")
+        check_at_least("lora.r", self.r, 1, "16 is a usual rank", integer=True)
+        check_number("lora.alpha", self.alpha)
+        check_at_least("lora.dropout", self.dropout, 0.0, "0 turns dropout off")
         if self.dropout >= 1:
             raise ConfigError(f"lora.dropout must be below 1, got {self.dropout:g}")
-        _flag("lora.merge", self.merge)
+        check_flag("lora.merge", self.merge)
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
@@ -155,6 +128,12 @@ class TrainConfig:
     """Name -> cache directory: evaluated after training, and whenever `training.eval_strategy` says so."""
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
+    l2: L2Settings | None = None
+    """Pull every weight towards its initial value."""
+    ewc: EwcSettings | None = None
+    """Pull weights towards their initial values, each as strongly as the initial model depends on it."""
+    sfa: SfaSettings | None = None
+    """Average with the initial weights every so often, and at the end."""
     dtype: str = "float32"
     """Dtype of the weights while training. At fine-tuning rates bfloat16 weights swallow most updates: keep
     float32 and let `training.bf16` compute in bfloat16."""
@@ -168,21 +147,21 @@ class TrainConfig:
     """`transformers.TrainingArguments`, names unchanged; what is absent takes `trainer.recipe.DEFAULTS`."""
 
     def __post_init__(self) -> None:
-        _path("cache", self.cache, "a cache directory, such as one made by `anneal cache build`")
-        _path("model", self.model, "the initial model, the one that built the cache (--model)")
-        _path("out", self.out, "the directory for the result (--out)")
-        _at_least("kl_coef", self.kl_coef, 0.0, "0 is direct fine-tuning, 1 is the usual start")
-        _number("temperature", self.temperature)
+        check_path("cache", self.cache, "a cache directory, such as one made by `anneal cache build`")
+        check_path("model", self.model, "the initial model, the one that built the cache (--model)")
+        check_path("out", self.out, "the directory for the result (--out)")
+        check_at_least("kl_coef", self.kl_coef, 0.0, "0 is direct fine-tuning, 1 is the usual start")
+        check_number("temperature", self.temperature)
         if self.temperature < SMALLEST_TEMPERATURE:
             raise ConfigError(
                 f"temperature must be at least {SMALLEST_TEMPERATURE:g}, the coldest a cache can serve, "
                 f"got {self.temperature:g}; 1 is the usual choice"
             )
-        _one_of("kl_direction", self.kl_direction, KL_DIRECTIONS)
-        _at_least("step0_threshold", self.step0_threshold, 0.0, "the default is 0.02 nats")
-        _at_least("step0_rows", self.step0_rows, 1, "the default is 32", integer=True)
+        check_one_of("kl_direction", self.kl_direction, KL_DIRECTIONS)
+        check_at_least("step0_threshold", self.step0_threshold, 0.0, "the default is 0.02 nats")
+        check_at_least("step0_rows", self.step0_rows, 1, "the default is 32", integer=True)
         if self.pack_length is not None:
-            _at_least(
+            check_at_least(
                 "pack_length", self.pack_length, 2, "leave it out to take the longest row", integer=True
             )
         for name in (
@@ -193,9 +172,9 @@ class TrainConfig:
             "group_by_length",
             "keep_checkpoints",
         ):
-            _flag(name, getattr(self, name))
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("save_dtype", self.save_dtype, SAVE_DTYPES)
+            check_flag(name, getattr(self, name))
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("save_dtype", self.save_dtype, SAVE_DTYPES)
         object.__setattr__(self, "caches", tuple(self.caches))
         object.__setattr__(self, "eval_caches", dict(self.eval_caches))
         object.__setattr__(self, "training", dict(self.training))
@@ -203,15 +182,26 @@ class TrainConfig:
             if not isinstance(cache, MixedCache):
                 raise ConfigError(f"caches must hold entries of path, weight and loss, got {cache!r}")
         for name, path in self.eval_caches.items():
-            _path(f"eval_caches.{name}", path, "a cache directory")
+            check_path(f"eval_caches.{name}", path, "a cache directory")
         if self.pack_length is not None and not self.packing:
             raise ConfigError("pack_length needs packing, got packing: false; add packing: true")
+        for name in ("l2", "ewc", "sfa"):
+            if self.lora is not None and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} needs full fine-tuning, got lora: the distance of adapters is not that of the "
+                    f"merged weights; remove lora or {name}"
+                )
+        if self.sfa is not None and self.training.get("load_best_model_at_end"):
+            raise ConfigError(
+                "sfa ends with an average, got training.load_best_model_at_end: true, which may replace it "
+                "by a checkpoint that was not averaged; remove one of them"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as written to `anneal.yaml`."""
 
         def plain(value: Any) -> Any:
-            if isinstance(value, MixedCache | LoraSettings):
+            if is_dataclass(value):
                 return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
             if isinstance(value, Mapping):
                 return {str(key): plain(entry) for key, entry in value.items()}

@@ -16,8 +16,11 @@ import yaml
 from formats.commit import atomic_write_bytes
 from formats.errors import ConfigError
 from trainer.config import LoraSettings, MixedCache, TrainConfig
+from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 RESOLVED_NAME = "anneal.yaml"
+SECTIONS: Mapping[str, Any] = {"lora": LoraSettings, "l2": L2Settings, "ewc": EwcSettings, "sfa": SfaSettings}
+"""Nested groups of settings, each None unless it is given."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,6 +123,18 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _section(name: str, kind: Any, value: Any) -> Any:
+    """One nested group of settings, such as `lora`."""
+    given = _mapping(name, value)
+    refuse_unknown(given, [entry.name for entry in fields(kind)], f"{name}.")
+    for entry in fields(kind):
+        if entry.default is MISSING and given.get(entry.name) is None:
+            raise ConfigError(
+                f"{name}.{entry.name} is required, got {name} without it; add {name}.{entry.name}"
+            )
+    return kind(**given)
+
+
 def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     """A TrainConfig from plain dicts, as in YAML.
 
@@ -138,11 +153,9 @@ def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     for name in ("training", "eval_caches"):
         if name in values:
             values[name] = _mapping(name, values[name] or {})
-    lora_names = [entry.name for entry in fields(LoraSettings)]
-    if values.get("lora") is not None:
-        lora = _mapping("lora", values["lora"])
-        refuse_unknown(lora, lora_names, "lora.")
-        values["lora"] = LoraSettings(**lora)
+    for name, kind in SECTIONS.items():
+        if values.get(name) is not None:
+            values[name] = _section(name, kind, values[name])
     caches = values.get("caches") or []
     if not isinstance(caches, list | tuple):
         raise ConfigError(f"caches must be a list of path, weight and loss, got {caches!r}")

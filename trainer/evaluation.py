@@ -137,6 +137,15 @@ def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]
     return batches
 
 
+def recorded_initial(model_dir: Path) -> str | None:
+    """Fingerprint of the weights that a model was made from, by its `anneal.json`; None when it has none."""
+    try:
+        record = json.loads((model_dir / "anneal.json").read_text(encoding="utf-8"))
+        return str(record["identity"]["teacher"]["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> None:
     """Refuse a cache whose numbers mean nothing for this model.
 
@@ -153,12 +162,8 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> Non
             f"{cache.path}: an evaluation cache must use the model's tokenizer, got another vocabulary; "
             "rebuild it with the initial model"
         )
-    try:
-        record = json.loads((model_dir / "anneal.json").read_text(encoding="utf-8"))
-        weights = record["identity"]["teacher"]["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if recorded.teacher.get("weights") not in (None, weights):
+    weights = recorded_initial(model_dir)
+    if weights is not None and recorded.teacher.get("weights") not in (None, weights):
         raise IdentityMismatchError(
             f"{cache.path}: KL to the initial model needs a cache of the initial model, got one built with "
             f"other weights ({str(recorded.teacher['weights'])[:12]}; the model was trained from "

@@ -35,8 +35,11 @@ from trainer.dataset import CachedDataset, UnitDataset, require_one_tail
 from trainer.head import OutputHead
 from trainer.measure import Measurement, measure
 from trainer.packing import best_fit
+from trainer.retention.method import RetentionMethod
+from trainer.retention.retained import Retained
 from trainer.sampler import EpochBatches, Source
 from trainer.signals import StopRequest
+from trainer.step_control import StepControl
 from trainer.window import LogWindow
 
 TRAINER_STATE_NAME = "trainer_state.json"
@@ -53,10 +56,12 @@ class LabelAnnealingTrainer(Trainer):
         mixed: further datasets, each with its weight (units per unit of the training dataset).
         kl_coef, kl_direction: as in `label_annealing_loss`.
         packing, pack_length, group_by_length: as in `TrainConfig`.
+        retention: methods that act on the weights; `model` then has its initial ones.
         processing_class: the tokenizer, saved with the model.
 
-    Logged beside the Trainer's own: ce, kl, head_mass, student_head_mass, tokens_per_second, memory_gib; and
-    {prefix}_ce, _kl, _perplexity, _num_tokens from evaluation.
+    Logged beside the Trainer's own: ce, kl, head_mass, student_head_mass, tokens_per_second, memory_gib, the
+    penalties of `retention` under their names (they are part of `loss`); and {prefix}_ce, _kl, _perplexity,
+    _num_tokens from evaluation.
 
     Raises:
         ConfigError: the model's head, the datasets or the arguments do not fit label annealing.
@@ -77,6 +82,7 @@ class LabelAnnealingTrainer(Trainer):
         packing: bool = False,
         pack_length: int | None = None,
         group_by_length: bool = False,
+        retention: Sequence[RetentionMethod] = (),
         processing_class: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
@@ -93,6 +99,8 @@ class LabelAnnealingTrainer(Trainer):
             )
         if train_dataset is not None:
             require_one_tail([train_dataset, *(dataset for dataset, _ in mixed)])
+        self.retained = Retained(self, model, retention)
+        self.retained.check_optimiser(args)
         self.head = OutputHead.of(model).install()
         self.kl_coef, self.kl_direction = kl_coef, kl_direction
         self.packing, self.pack_length, self.group_by_length = packing, pack_length, group_by_length
@@ -110,7 +118,7 @@ class LabelAnnealingTrainer(Trainer):
             eval_dataset=eval_dataset,  # type: ignore[arg-type]
             data_collator=self._collators[packing],
             processing_class=processing_class,
-            callbacks=[_StepControl(self), *callbacks],
+            callbacks=[StepControl(self), self.retained, *callbacks],
             **kwargs,
         )
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
@@ -232,6 +240,14 @@ class LabelAnnealingTrainer(Trainer):
             self.log_window.add(output)
         return (output.loss, {"loss": output.loss}) if return_outputs else output.loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the base class; behind the last backward pass of a step the penalties add theirs, once."""
+        loss = super().training_step(*args, **kwargs)
+        if self.retained.methods and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            loss = loss + self.retained.add_gradients(1.0 if scaler is None else scaler.get_scale())
+        return loss
+
     # --- evaluation -------------------------------------------------------------------------------------
 
     def measure_rows(
@@ -315,7 +331,7 @@ class LabelAnnealingTrainer(Trainer):
             def mean(sums: torch.Tensor) -> torch.Tensor:
                 return sums if self.args.world_size == 1 else self.accelerator.reduce(sums, reduction="mean")
 
-            logs |= self.log_window.drain(mean)
+            logs |= self.log_window.drain(mean) | self.retained.drain(mean)
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -364,30 +380,3 @@ class LabelAnnealingTrainer(Trainer):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
         single = {name: found[0] if len(found) == 1 else found for name, found in states.items()}
         self.state.stateful_callbacks = single  # type: ignore[assignment]
-
-
-class _StepControl(TrainerCallback):
-    """Keeps the sampler's epoch in step, and turns a signal into a checkpoint and a clean end."""
-
-    def __init__(self, trainer: LabelAnnealingTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        batches = self.trainer.epoch_batches
-        if batches is not None:
-            updates = -(-len(batches) // args.gradient_accumulation_steps)
-            batches.set_epoch(state.global_step // max(updates, 1))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Time spent before the first step (loading, compiling, the check) is no training time.
-        self.trainer.log_window = LogWindow(args.device)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop = self.trainer.stop_request.requested
-        if args.world_size > 1:  # a signal may reach the ranks at different steps
-            flag = torch.tensor(int(stop), device=args.device)
-            stop = bool(self.trainer.accelerator.reduce(flag, reduction="sum"))
-        if stop:
-            control.should_training_stop = control.should_save = True
-        if stop or state.global_step >= state.max_steps:
-            control.should_log = True  # a run always ends with a line of its own

@@ -6,6 +6,41 @@ from typing import Any
 from trainer.config import TrainConfig
 
 
+def method_name(config: TrainConfig) -> str:
+    """How the model was held to its initial weights, such as `label annealing with L2`."""
+    used = [
+        *(["L2 towards the initial weights"] if config.l2 else []),
+        *(["elastic weight consolidation"] if config.ewc else []),
+        *(["averaging with the initial weights (SFA)"] if config.sfa else []),
+        *(["replay"] if any(cache.loss == "ce" and cache.weight for cache in config.caches) else []),
+    ]
+    base = "direct fine-tuning" if config.kl_coef == 0 else "label annealing"
+    return base + (" with " + " and ".join(used) if used else "")
+
+
+def retention_lines(config: TrainConfig) -> dict[str, str]:
+    """Setting -> one sentence of the card, for the methods that act on weights."""
+    lines = {}
+    if config.l2:
+        lines["l2"] = (
+            f"The loss also holds `{config.l2.coef:g} / 2 * ||theta - theta0||^2` (L2 towards the initial "
+            "weights)."
+        )
+    if config.ewc:
+        lines["ewc"] = (
+            f"The loss also holds `{config.ewc.coef:g} / 2 * sum_i F_i (theta_i - theta0_i)^2` (elastic "
+            f"weight consolidation), F being the diagonal Fisher information per token over "
+            f"{config.ewc.num_rows} rows with {config.ewc.labels} labels."
+        )
+    if config.sfa:
+        lines["sfa"] = (
+            f"After every {config.sfa.period:g} of all steps, and at the end, the weights became "
+            f"`{1 - config.sfa.beta:g} * theta + {config.sfa.beta:g} * theta0` (sequential fine-tuning with "
+            "averaging)."
+        )
+    return lines
+
+
 def model_card(
     config: TrainConfig,
     *,
@@ -20,7 +55,7 @@ def model_card(
     """The card as Markdown with the front matter that model hubs read."""
     teacher, corpus = identity.get("teacher", {}), identity.get("corpus", {})
     base = str(teacher.get("name") or config.model)
-    method = "direct fine-tuning" if config.kl_coef == 0 else "label annealing"
+    method = method_name(config)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if "/" in base and not base.startswith(("/", ".")) and base.count("/") == 1:
         lines.append(f"base_model: {base}")
@@ -29,6 +64,7 @@ def model_card(
     lines += [
         f"Fine-tuned from `{base}` with `loss = CE + {config.kl_coef:g} * KL` on every training token, "
         "where KL compares the model with its own initial weights, read from a cache of teacher logprobs.",
+        *[line for name, line in retention_lines(config).items()],
         "",
         "| setting | value |",
         "|---|---|",
@@ -51,6 +87,9 @@ def model_card(
         settings["KL before the first update"] = f"{step0['kl']:.2e} nats (threshold {step0['threshold']:g})"
     if "ce" in last:
         settings["last logged CE"] = f"{last['ce']:.4f}"
+    for name in retention_lines(config):
+        if name in last:
+            settings[f"last logged {name} penalty"] = f"{last[name]:.3g}"
     if "kl" in last:
         settings["last logged KL"] = f"{last['kl']:.5f}"
     lines += [f"| {name} | {value} |" for name, value in settings.items()]

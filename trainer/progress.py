@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 SHOWN = (
     ("ce", "CE", "{:.4f}"),
     ("kl", "KL", "{:.5f}"),
+    ("l2", "L2", "{:.3g}"),
+    ("ewc", "EWC", "{:.3g}"),
     ("head_mass", "head mass", "{:.3f}"),
     ("grad_norm", "grad", "{:.2f}"),
     ("learning_rate", "lr", "{:.2e}"),

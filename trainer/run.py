@@ -81,7 +81,9 @@ def train(config: TrainConfig) -> TrainReport:
     started = time.perf_counter()
     resolved = resolve_training(config)
     quiet_transformers()
-    for path in (config.cache, *(cache.path for cache in config.caches), *config.eval_caches.values()):
+    fisher_paths = [config.ewc.cache] if config.ewc is not None else []
+    others = (*(cache.path for cache in config.caches), *config.eval_caches.values(), *fisher_paths)
+    for path in (config.cache, *others):
         TeacherCache(path)  # the cheapest mistakes first
     model_dir = resolve_model(config.model, config.revision)
     tokenizer = load_tokenizer(model_dir)
@@ -92,6 +94,7 @@ def train(config: TrainConfig) -> TrainReport:
         name: open_cache(path, model_dir, tokenizer, check_identity=check)
         for name, path in config.eval_caches.items()
     }
+    known_text = [open_cache(path, model_dir, tokenizer, check_identity=check) for path in fisher_paths]
 
     from trainer.dataset import CachedDataset
 
@@ -109,16 +112,24 @@ def train(config: TrainConfig) -> TrainReport:
     ]
     first_check = CachedDataset(cache, config.temperature, "both", *tail)
     eval_datasets = {name: CachedDataset(opened) for name, opened in held_out.items()}
+    fisher_rows = CachedDataset(known_text[0], loss="ce") if known_text else None
 
     model = load_model(model_dir, dtype=config.dtype, attn_implementation=config.attn_implementation)
     num_outputs = int(model.get_output_embeddings().weight.shape[0]) if model.get_output_embeddings() else 0
     vocab_size = None
-    for opened in (cache, *mixed, *held_out.values()):
+    for opened in (cache, *mixed, *held_out.values(), *known_text):
         vocab_size = require_vocabulary(opened, num_outputs, allow_padding=config.allow_different_student)
     if config.lora is not None:
         from trainer.lora import attach_adapters
 
         model = attach_adapters(model, config.lora)
+
+    from trainer.retention.methods import methods_of
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    retention = methods_of(config, fisher_rows, int(resolved["seed"]), say)
 
     out = Path(config.out)
     args = training_arguments(resolved, out)
@@ -127,13 +138,15 @@ def train(config: TrainConfig) -> TrainReport:
     with args.main_process_first():
         directory = RunDirectory.open(out, settings, identity)
 
-    trainer = _make_trainer(config, model, args, tokenizer, train_dataset, mixed_datasets, eval_datasets)
+    trainer = _make_trainer(
+        config, model, args, tokenizer, train_dataset, mixed_datasets, eval_datasets, retention
+    )
     trainer.head.vocab_size = vocab_size
     from trainer.step0 import Step0Check
 
     def on_report(report: "Step0Report") -> None:
         if args.process_index == 0:
-            print(report.line(), file=sys.stderr, flush=True)
+            say(report.line())
             directory.write_record(step0=report.to_dict())
         directory.record["step0"] = report.to_dict()
 
@@ -148,7 +161,7 @@ def train(config: TrainConfig) -> TrainReport:
         )
     )
     if directory.checkpoint is not None and args.process_index == 0:
-        print(f"continuing from {directory.checkpoint.name}", file=sys.stderr, flush=True)
+        say(f"continuing from {directory.checkpoint.name}")
     with trainer.stop_request:
         trainer.train(resume_from_checkpoint=str(directory.checkpoint) if directory.checkpoint else None)
     state = trainer.state
@@ -179,6 +192,7 @@ def _make_trainer(
     train_dataset: Any,
     mixed: list[tuple[Any, float]],
     eval_datasets: dict[str, Any],
+    retention: list[Any],
 ) -> "LabelAnnealingTrainer":
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -196,6 +210,7 @@ def _make_trainer(
         packing=config.packing,
         pack_length=config.pack_length,
         group_by_length=config.group_by_length,
+        retention=retention,
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)
@@ -239,6 +254,7 @@ def _publish(
     import shutil
 
     from trainer.model_card import model_card
+    from trainer.retention.fisher_file import remove_fisher
     from trainer.saving import save_result
 
     first = trainer.args.process_index == 0
@@ -266,6 +282,7 @@ def _publish(
             last=report.last,
             evaluation=report.evaluation,
         )
+        remove_fisher(directory.path)
         if not config.keep_checkpoints:
             for checkpoint in directory.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)

@@ -35,6 +35,8 @@ def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in settings.get("training", {}).items():
         if not key.startswith(RUNTIME_ARGUMENTS):
             flat[f"training.{key}"] = value
+    if flat.get("ewc"):  # its cache may have moved: the Fisher information remembers its identity
+        flat["ewc"] = {k: v for k, v in flat["ewc"].items() if k != "cache"}
     flat["caches"] = [{k: v for k, v in cache.items() if k != "path"} for cache in settings.get("caches", [])]
     return flat
 

@@ -38,6 +38,7 @@ def plot_tradeoff(
     initial: str = "initial",
     families: Mapping[str, Sequence[str]] | None = None,
     title: str | None = None,
+    size: tuple[float, float] = (7.2, 5.0),
     source_label: str = "perplexity on the source text (what it knew)",
     target_label: str = "perplexity on the target text (what it learns)",
 ) -> Path:
@@ -49,6 +50,7 @@ def plot_tradeoff(
             "initial model" is recognised as well.
         families: name -> labels that are joined by a line, in order; a label in none stands alone.
         title: above the picture.
+        size: width and height in inches, at 160 dots each.
 
     Raises:
         ConfigError: no results, a label without both numbers, or matplotlib is missing.
@@ -63,7 +65,7 @@ def plot_tradeoff(
         raise ConfigError(
             "plots need matplotlib, which is not installed; pip install 'anneal[plot]'"
         ) from None
-    figure = Figure(figsize=(7.2, 5.0), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)  # no display, no global state
     axes: Any = figure.add_subplot()
     groups = {name: list(labels) for name, labels in (families or {}).items()}
@@ -71,7 +73,8 @@ def plot_tradeoff(
     groups |= {label: [label] for label in results if label not in joined and label != initial}
     _draw_front(axes, {label: results[label] for label in results if label != initial})
     for number, (name, labels) in enumerate(groups.items()):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        # From the eighth family on colours come again, with another marker.
+        colour, marker = COLOURS[number % 7], MARKERS[(number + number // 7) % 7]
         xs, ys = (
             [results[label]["target"] for label in labels],
             [results[label]["source"] for label in labels],

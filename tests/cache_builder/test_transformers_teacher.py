@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from teacher_agreement import (
+    assert_draws_are_right,
     assert_head_is_right,
     assert_moments_are_right,
     assert_tail_is_right,
@@ -35,7 +36,8 @@ def test_equals_the_dense_computation(name, positions, request, tmp_path):
     model_dir = request.getfixturevalue(name)
     rows = random_rows([2, 37, 1, 150], VOCAB_SIZE)
     path = save_features(model_dir, tmp_path, VOCAB_SIZE)
-    teacher = make_teacher("transformers", config(model_dir, positions=positions, features=str(path)))
+    settings = config(model_dir, positions=positions, features=str(path), draw_rate=8)
+    teacher = make_teacher("transformers", settings)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     assert teacher.vocab_size == VOCAB_SIZE
     for row, topk in zip(rows, teacher.prefill(rows), strict=True):
@@ -45,6 +47,7 @@ def test_equals_the_dense_computation(name, positions, request, tmp_path):
         assert_head_is_right(topk, dense, min_prob=1e-3, max_k=128, atol=5e-5)
         assert_tail_is_right(topk, dense, atol=5e-5)
         assert_moments_are_right(topk, dense, load_features(path, VOCAB_SIZE), atol=1e-5)
+        assert_draws_are_right(topk, dense, atol=5e-5)
 
 
 def test_moments_cost_nothing_else_and_are_none_without_features(tiny_llama_dir, tmp_path):
@@ -58,6 +61,26 @@ def test_moments_cost_nothing_else_and_are_none_without_features(tiny_llama_dir,
         assert one.token_ids.tobytes() == other.token_ids.tobytes()
         assert one.logprobs.tobytes() == other.logprobs.tobytes()
         assert one.log_tail_nodes.tobytes() == other.log_tail_nodes.tobytes()
+
+
+def test_draws_cost_nothing_else_and_follow_the_row_and_the_position(tiny_llama_dir):
+    rows = random_rows([40, 1, 60], VOCAB_SIZE)
+    plain = list(TransformersTeacher(config(tiny_llama_dir)).prefill(rows))
+    every = list(TransformersTeacher(config(tiny_llama_dir, draw_rate=8)).prefill(rows))
+    loss = TransformersTeacher(config(tiny_llama_dir, draw_rate=8, positions="loss")).prefill(rows)
+    assert [topk.draws.rate for topk in plain] == [0] * 3
+    assert [topk.draws.rate for topk in every] == [8] * 3, "also where there is no position"
+    for row, one, other, selected in zip(rows, plain, every, loss, strict=True):
+        assert one.token_ids.tobytes() == other.token_ids.tobytes()
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+        assert one.log_tail_nodes.tobytes() == other.log_tail_nodes.tobytes()
+        expected = other.take(row.positions("loss")).draws if len(other) else other.draws
+        assert selected.draws.counts.tolist() == expected.counts.tolist()
+        assert selected.draws.token_ids.tolist() == expected.token_ids.tolist()
+    # The same tokens with another mask, hence another content key.
+    masked = TokenRow(rows[2].input_ids, np.roll(rows[2].loss_mask, 1) & (np.arange(60) > 0))
+    (again,) = TransformersTeacher(config(tiny_llama_dir, draw_rate=8)).prefill([masked])
+    assert again.draws.token_ids.tolist() != every[2].draws.token_ids.tolist()
 
 
 def test_features_of_another_vocabulary_are_refused(tiny_llama_dir, tmp_path):

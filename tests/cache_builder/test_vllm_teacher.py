@@ -4,7 +4,9 @@ Chunked prefill is exercised throughout: 200 tokens per step, rows of up to 801.
 its attention softcap, which vLLM's CPU kernel applies in bf16 only.  Noise floors, in nats:
   fp32   2e-4 on every logprob and every tail node, 5e-5 on every tail moment;
   bf16   the mean deviation from fp32 is at most 1.3 times that of transformers' own bf16.
-Every engine takes tail moments; their floor is lower because probabilities bring their own size.
+Every engine takes tail moments; their floor is lower because probabilities bring their own size.  Every
+engine draws from the tails; two of them draw nearly the same tokens in fp32, as far as noise leaves the
+points of a position on the same tokens.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from teacher_agreement import (
+    assert_draws_are_right,
     assert_head_is_right,
     assert_moments_are_right,
     assert_tail_is_right,
@@ -26,7 +29,9 @@ from teacher_agreement import (
 from tiny_models import MAX_LENGTH, VOCAB_SIZE
 
 from cache_builder import TeacherConfig, TransformersTeacher, VLLMTeacher
+from cache_builder.compare import compare
 from cache_builder.teacher import TeacherError
+from formats.draws import starts
 from formats.errors import ConfigError
 from formats.rows import TokenRow
 from formats.topk import TopKLogprobs
@@ -40,11 +45,12 @@ BATCH = {"max_num_batched_tokens": "200", "max_num_seqs": "8"}
 FP32_ATOL = 2e-4
 MOMENT_ATOL = 5e-5
 NUM_FEATURES = 5
+DRAW_RATE = 8
 
 
 def config(model, dtype: str = "float32", **changes) -> TeacherConfig:
     settings = {"model": str(model), "dtype": dtype, "positions": "all", "max_length": MAX_LENGTH}
-    return TeacherConfig(**{**settings, "min_prob": 1e-3, **changes})
+    return TeacherConfig(**{**settings, "min_prob": 1e-3, "draw_rate": DRAW_RATE, **changes})
 
 
 def reference_capture(model, dtype: str, rows: list[TokenRow], features=None) -> list[TopKLogprobs]:
@@ -74,6 +80,7 @@ def test_fp32_equals_the_dense_computation(fp32):
         assert_head_is_right(topk.validate(), dense, min_prob=1e-3, max_k=128, atol=FP32_ATOL)
         assert_tail_is_right(topk, dense, atol=FP32_ATOL)
         assert_moments_are_right(topk, dense, features, atol=MOMENT_ATOL)
+        assert_draws_are_right(topk, dense, atol=FP32_ATOL)
 
 
 def test_fp32_equals_transformers(fp32):
@@ -94,6 +101,24 @@ def test_fp32_equals_transformers(fp32):
         assert len(same) > 0.9 * len(mine)
 
 
+def test_fp32_draws_are_those_of_transformers(fp32):
+    teacher, model_dir, rows, captured = fp32
+    reference = reference_capture(model_dir, "float32", rows, teacher.config.features)
+    found = compare(TopKLogprobs.concatenate(captured), TopKLogprobs.concatenate(reference))
+    assert found.num_draws > 1000 and found.draws.max() < FP32_ATOL
+    assert len(found.draws) > 0.9 * found.num_draws, len(found.draws) / found.num_draws
+
+
+def test_as_many_draws_as_key_and_position_say(fp32):
+    """Starts are of the row and the position in it, whatever step of a chunked prefill a position was in."""
+    _, _, rows, captured = fp32
+    for row, topk in zip(rows, captured, strict=True):
+        lengths = DRAW_RATE * np.exp(topk.log_tail(4 / 3).astype(np.float64))
+        points = np.maximum(np.ceil(lengths - starts(row.key, row.positions("all"))), 0)
+        sure = np.abs(lengths - starts(row.key, row.positions("all")) - np.rint(lengths)) > 1e-3
+        assert (topk.draws.counts == points)[sure].all() and (len(row) < 9 or sure.mean() > 0.9)
+
+
 def ids_of(topk: TopKLogprobs, p: int) -> set[int]:
     return set(topk.token_ids[topk.offsets[p] : topk.offsets[p + 1]].tolist())
 
@@ -105,6 +130,18 @@ def test_the_same_rows_give_the_same_bits_again(fp32):
         assert one.logprobs.tobytes() == other.logprobs.tobytes()
         assert one.log_tail_nodes.tobytes() == other.log_tail_nodes.tobytes()
         assert one.tail_moments.tobytes() == other.tail_moments.tobytes()
+        assert one.draws.offsets.tobytes() == other.draws.offsets.tobytes()
+        assert one.draws.token_ids.tobytes() == other.draws.token_ids.tobytes()
+        assert one.draws.logprobs.tobytes() == other.draws.logprobs.tobytes()
+
+
+def test_a_prefill_in_chunks_draws_what_a_whole_one_draws(fp32, monkeypatch):
+    """Rows of 300, 801 and 201 tokens take two to five steps of 200 alone, and are cut elsewhere together."""
+    teacher, _, rows, captured = fp32
+    alone = [topk for row in rows for topk in teacher.prefill([row])]
+    found = compare(TopKLogprobs.concatenate(captured), TopKLogprobs.concatenate(alone))
+    assert len(found.draws) > 0.98 * found.num_draws > 1000
+    assert found.draws.max() < FP32_ATOL
 
 
 def test_waves_change_nothing_but_rounding(fp32, monkeypatch):
@@ -129,6 +166,9 @@ def test_loss_positions_are_those_of_all_that_the_mask_selects(fp32, monkeypatch
         np.testing.assert_allclose(selected.logprobs, expected.logprobs, atol=FP32_ATOL)
         np.testing.assert_allclose(selected.log_tail_nodes, expected.log_tail_nodes, atol=FP32_ATOL)
         np.testing.assert_allclose(selected.tail_moments, expected.tail_moments, atol=MOMENT_ATOL)
+        if len(expected):
+            found = compare(selected, expected)
+            assert len(found.draws) >= 0.9 * found.num_draws - 1 and (found.draws < FP32_ATOL).all()
 
 
 def test_rows_the_model_cannot_take_are_refused_and_the_engine_lives_on(fp32):
@@ -159,6 +199,7 @@ def test_nothing_to_do(fp32):
     assert list(teacher.prefill([])) == []
     nothing = list(teacher.prefill(random_rows([1, 1], VOCAB_SIZE)))
     assert [one.tail_moments.shape for one in nothing] == [(0, NUM_FEATURES)] * 2
+    assert [(len(one.draws), one.draws.rate) for one in nothing] == [(0, DRAW_RATE)] * 2
 
 
 def test_describe_is_what_the_engine_runs(fp32):
@@ -187,6 +228,7 @@ def test_two_tensor_parallel_workers_agree_with_the_dense_computation(tiny_llama
         assert_head_is_right(topk.validate(), dense, min_prob=1e-3, max_k=128, atol=FP32_ATOL)
         assert_tail_is_right(topk, dense, atol=FP32_ATOL)
         assert_moments_are_right(topk, dense, load_features(path, VOCAB_SIZE), atol=MOMENT_ATOL)
+        assert_draws_are_right(topk, dense, atol=FP32_ATOL)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -212,6 +254,9 @@ def test_bf16_is_within_the_noise_of_bf16(name, request, tmp_path):
     moments = np.abs(captured.tail_moments - exact.tail_moments).mean()
     assert moments < 1.3 * np.abs(reference.tail_moments - exact.tail_moments).mean() + 1e-4
     assert moments < 0.2 * np.abs(exact.tail_moments).mean(), "noise must not drown them"
+    drawn, reference_drawn = compare(captured, exact).draws, compare(reference, exact).draws
+    assert drawn.mean() < 1.3 * reference_drawn.mean() + 1e-3
+    assert len(drawn) > 0.7 * len(reference_drawn) > 70
 
 
 def test_an_attention_softcap_that_would_be_left_out_is_refused(tiny_gemma2_dir):

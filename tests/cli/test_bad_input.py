@@ -175,15 +175,21 @@ def test_another_number_of_tail_features(
     assert "--tail-features: 16 there, 4 now" in error and "--overwrite" in error
 
 
+def test_another_rate_of_tail_draws(anneal: Run, corpus: Path, cache: Path, tiny_llama_dir: Path) -> None:
+    error = build(anneal, corpus, tiny_llama_dir, cache, "--tail-draws", "4")
+    assert "--tail-draws: 8 there, 4 now" in error and "--overwrite" in error
+
+
 def test_wrong_usage_exits_with_two(anneal: Run, corpus: Path) -> None:
     code, _, err = anneal("cache", "build", corpus)
     assert code == 2 and "--model" in err
     assert anneal("cache", "dig")[0] == 2
     assert anneal("cache", "inspect", corpus, "--row", "first")[0] == 2
-    for number in ("-1", "65", "many"):
-        command = ("cache", "build", corpus, "--model", corpus, "--out", corpus, "--tail-features", number)
-        code, _, err = anneal(*command)
-        assert code == 2 and "--tail-features" in err
+    for option in ("--tail-features", "--tail-draws"):
+        for number in ("-1", "65", "many"):
+            command = ("cache", "build", corpus, "--model", corpus, "--out", corpus, option, number)
+            code, _, err = anneal(*command)
+            assert code == 2 and option in err
 
 
 def test_inspect_of_what_is_no_cache(anneal: Run, tmp_path: Path) -> None:
@@ -292,3 +298,48 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cli", "--debug", "cache", "inspect", str(tmp_path / "nowhere")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--method", "soup"), "wise-ft, task-arithmetic, ties"),
+        (("--method", "wise-ft", "--alpha", "2"), "--alpha must lie in [0, 1]"),
+        (("--method", "ties", "--density", "0"), "--density must be above 0"),
+        (("--method", "wise-ft", "--scale", "1"), "wise-ft has no --scale"),
+    ],
+)
+def test_merge_settings(
+    anneal: Run, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
+    code, printed, err = anneal(
+        "merge", tiny_llama_dir, "--initial", tiny_llama_dir, "--out", tmp_path / "out", *words
+    )
+    assert (code, printed) == (1, "") and expected in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_of_unrelated_models(
+    anneal: Run, tiny_llama_dir: Path, tiny_qwen3_dir: Path, tmp_path: Path
+) -> None:
+    words = ("--initial", tiny_llama_dir, "--out", tmp_path / "out", "--method", "wise-ft")
+    for tuned in (tiny_qwen3_dir, tmp_path / "nowhere"):
+        code, printed, err = anneal("merge", tuned, *words)
+        assert (code, printed) == (1, "") and str(tuned) in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--set", "l2.coeff=1"), "l2.coef"),
+        (("--set", "ewc.coef=1"), "ewc.cache is required"),
+        (("--set", "ewc.coef=1", "--set", "ewc.cache=nowhere"), "nowhere"),
+        (("--set", "sfa.beta=0.1", "--set", "lora.r=2"), "sfa needs full fine-tuning"),
+    ],
+)
+def test_train_retention_settings(
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
+    assert expected in train(anneal, cache, tiny_llama_dir, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()

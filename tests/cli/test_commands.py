@@ -76,6 +76,24 @@ def test_tail_features_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Pa
         assert (out / "token_features.bin").exists() == (number > 0)
 
 
+def test_tail_draws_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
+    """Rate 8 by default, in the cache that the other tests train on."""
+    assert json.loads((cache / "manifest.json").read_text())["codec"]["draw_rate"] == 8
+    assert "tail draws at rate 8" in anneal("cache", "inspect", cache).stdout
+    command = ("cache", "build", workspace / "chat.jsonl", "--model", tiny_llama_dir)
+    for rate, version in ((0, 2), (3, 3)):
+        out = workspace / f"draws-{rate}"
+        anneal(*command, "--out", out, "--engine", "transformers", "--tail-draws", str(rate))
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert (manifest["version"], manifest["codec"].get("draw_rate", 0)) == (version, rate)
+    estimate = ("cache", "estimate", *command[2:], "--engine", "transformers", "--rows", "4", "--json")
+    sizes = [
+        json.loads(anneal(*estimate, "--tail-draws", rate).stdout)["estimates"][-1]["total_bytes"]
+        for rate in ("0", "8")
+    ]
+    assert sizes[1] > 1.1 * sizes[0]
+
+
 def test_train_then_eval(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
     out = workspace / "tuned"
     trained = anneal(
@@ -93,6 +111,13 @@ def test_train_then_eval(cache: Path, workspace: Path, tiny_llama_dir: Path) -> 
     assert after["caches"]["chat"]["kl"] > 10 * before["caches"]["chat"]["kl"]
     assert after["caches"]["chat"]["perplexity"] < before["caches"]["chat"]["perplexity"]
     assert "perplexity" in anneal("eval", cache, "--model", out).stdout
+    half = workspace / "half"
+    merged = anneal(
+        "merge", out, "--initial", tiny_llama_dir, "--out", half, "--method", "wise-ft", "--alpha", "0.5"
+    )
+    assert "merged 1 model" in merged.stdout
+    between = json.loads(anneal("eval", f"chat={cache}", "--model", half, "--json").stdout)
+    assert before["caches"]["chat"]["kl"] < between["caches"]["chat"]["kl"] < after["caches"]["chat"]["kl"]
 
 
 def commands() -> list[tuple[str, typer.core.TyperCommand]]:

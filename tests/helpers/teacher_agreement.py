@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from formats.draws import POWER
 from formats.features import TokenFeatures
 from formats.rows import TokenRow
+from formats.segments import segment_of
 from formats.topk import TAIL_BETAS, TopKLogprobs
 
 
@@ -92,6 +94,18 @@ def assert_moments_are_right(
     expected = dense_moments(topk, dense, features)
     np.testing.assert_allclose(topk.tail_moments, expected, atol=atol, rtol=0)
     assert len(dense) < 10 or np.abs(expected).max() > 100 * atol, "too small to be told from nothing"
+
+
+def assert_draws_are_right(topk: TopKLogprobs, dense: np.ndarray, *, atol: float) -> None:
+    """Draws are of the tail, have the dense values, and number what the tail's probabilities say, up to one
+    for where the points of a position begin."""
+    topk.validate()
+    at = segment_of(topk.draws.offsets)
+    np.testing.assert_allclose(topk.draws.logprobs, dense[at, topk.draws.token_ids], atol=atol)
+    expected = topk.draws.rate * np.exp(POWER * dense)
+    expected[segment_of(topk.offsets), topk.token_ids] = 0.0
+    assert (np.abs(topk.draws.counts - expected.sum(1)) < 1.01).all()
+    assert len(dense) < 10 or topk.draws.counts.mean() > 1, "too few to be told from none"
 
 
 def shared_deviation(one: TopKLogprobs, other: TopKLogprobs) -> tuple[float, float, float]:

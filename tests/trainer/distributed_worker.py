@@ -5,6 +5,7 @@ Weights are float64 unless a spec says otherwise: what remains between two ways 
 """
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -13,6 +14,11 @@ from trainer.config import LoraSettings
 from trainer.dataset import CachedDataset
 from trainer.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.lora import attach_adapters
+from trainer.retention.ewc import Ewc
+from trainer.retention.fisher_file import load_fisher, remove_fisher
+from trainer.retention.l2 import L2
+from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
+from trainer.retention.sfa import Sfa
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,6 +42,15 @@ class Record(TrainerCallback):
         self.gradients.append(grads)
 
 
+def retention_of(spec: dict) -> list:
+    """The methods that a spec names; `ewc` with its cache."""
+    methods: list = [L2(L2Settings(**spec["l2"]))] if "l2" in spec else []
+    if "ewc" in spec:
+        settings = EwcSettings(**spec["ewc"])
+        methods.append(Ewc(settings, CachedDataset(settings.cache, loss="ce"), seed=3))
+    return methods + ([Sfa(SfaSettings(**spec["sfa"]))] if "sfa" in spec else [])
+
+
 def run(spec: dict) -> dict:
     """Train as `spec` says; returns the gradients of every step, the final weights and the log."""
     torch.manual_seed(0)
@@ -46,24 +61,24 @@ def run(spec: dict) -> dict:
     )
     if spec.get("lora"):
         model = attach_adapters(model, LoraSettings(**spec["lora"]))
-    args = TrainingArguments(
-        output_dir=spec["out"],
-        use_cpu=True,
-        max_steps=spec.get("steps", 1),
-        per_device_train_batch_size=spec["batch"],
-        gradient_accumulation_steps=spec["accumulation"],
-        per_device_eval_batch_size=spec.get("eval_batch", 3),
-        learning_rate=spec.get("learning_rate", 1e-3),
-        max_grad_norm=0.0,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=3,
-        **spec.get("arguments", {}),
-    )
+    arguments = {
+        "output_dir": spec["out"],
+        "use_cpu": True,
+        "max_steps": spec.get("steps", 1),
+        "per_device_train_batch_size": spec["batch"],
+        "gradient_accumulation_steps": spec["accumulation"],
+        "per_device_eval_batch_size": spec.get("eval_batch", 3),
+        "learning_rate": spec.get("learning_rate", 1e-3),
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    args = TrainingArguments(**(arguments | spec.get("arguments", {})))
     record = Record()
     trainer = LabelAnnealingTrainer(
         model,
@@ -73,12 +88,20 @@ def run(spec: dict) -> dict:
         kl_coef=spec.get("kl_coef", 0.7),
         packing=spec.get("packing", False),
         group_by_length=spec.get("group_by_length", False),
+        retention=retention_of(spec),
         callbacks=[record],
     )
+    if "loss_scale" in spec:  # what fp16 does on a GPU, which a CPU can do as well
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=spec["loss_scale"])
     trainer.train()
     metrics = trainer.evaluate() if spec.get("eval_cache") else {}
     weights = {plain_name(n): whole(p) for n, p in trainer.model.named_parameters()}
+    kept = None
+    if "ewc" in spec and int(os.environ.get("RANK", 0)) == 0:
+        kept = load_fisher(Path(spec["out"]), {})
+        remove_fisher(Path(spec["out"]))
     return {
+        "fisher": kept,
         "gradients": record.gradients,
         "weights": weights,
         "log": trainer.state.log_history,

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from trainer import checkpoint, load_config, run_directory, train
-from trainer.label_annealing_trainer import LabelAnnealingTrainer, _StepControl
+from trainer.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.step_control import StepControl
 
 
 def die() -> None:
@@ -38,14 +39,14 @@ def arrange(stage: str, step: int) -> None:
         return trainer.state.global_step == step
 
     if stage == "step":
-        original = _StepControl.on_step_end
+        original = StepControl.on_step_end
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
                 die()
             return original(self, args, state, control, **kwargs)
 
-        _StepControl.on_step_end = on_step_end
+        StepControl.on_step_end = on_step_end
     elif stage == "weights":  # half a checkpoint: weights are written, the optimizer is not
         before(LabelAnnealingTrainer, "_save_optimizer_and_scheduler", now)
     elif stage == "optimizer":
@@ -91,14 +92,14 @@ def run(model: str, cache: str, out: str, overrides: list[str]) -> None:
 
 def run_and_stop(step: int, model: str, cache: str, out: str, overrides: list[str]) -> None:
     """As `run`, with a SIGTERM to rank 1 alone after a step: all ranks must agree to stop."""
-    original = _StepControl.on_step_end
+    original = StepControl.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step and args.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, args, state, control, **kwargs)
 
-    _StepControl.on_step_end = on_step_end
+    StepControl.on_step_end = on_step_end
     report = train(settings(model, cache, out, overrides))
     assert report.interrupted_by is not None
     print(f"stopped by SIGTERM after step {report.num_steps}")

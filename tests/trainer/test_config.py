@@ -154,3 +154,16 @@ def test_the_papers_recipe_is_valid():
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 128
     assert (training["num_train_epochs"], training["learning_rate"]) == (5, 5e-6)
     assert (training["lr_scheduler_type"], training["warmup_steps"]) == ("cosine", 0.05)
+
+
+def test_the_example_of_retention_methods_is_valid(tmp_path):
+    path = Path(__file__).parents[2] / "examples" / "retention.yaml"
+    config = load_config(path, flags=BASE, overrides=["ewc.num_rows=8"])
+    assert (config.l2.coef, config.ewc.num_rows, config.ewc.labels, config.sfa.period) == (
+        0.1,
+        8,
+        "sampled",
+        0.25,
+    )
+    save_config(config.to_dict(), tmp_path / "anneal.yaml")
+    assert load_config(tmp_path / "anneal.yaml") == config

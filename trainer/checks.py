@@ -1,0 +1,50 @@
+"""Checks that settings make when they are constructed: rule, what was got, what to do, in one line.
+
+All raise ConfigError. `name` is the setting as a person writes it, such as `lora.r`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from formats.errors import ConfigError
+
+
+def check_number(name: str, value: Any, *, integer: bool = False) -> None:
+    """Refuse what is not a finite number (an integer, if asked for); true and false are none."""
+    kinds: tuple[type, ...] = (int,) if integer else (int, float)
+    valid = isinstance(value, kinds) and not isinstance(value, bool)
+    if not valid or not math.isfinite(value):
+        raise ConfigError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
+
+
+def check_at_least(name: str, value: Any, low: float, advice: str, *, integer: bool = False) -> None:
+    """Refuse a number below `low`."""
+    check_number(name, value, integer=integer)
+    if value < low:
+        raise ConfigError(f"{name} must be at least {low:g}, got {value:g}; {advice}")
+
+
+def check_one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse what is not among the choices."""
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is not true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}")
+
+
+def check_path(name: str, value: Any, what: str) -> None:
+    """Refuse what cannot name a file or directory."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must name {what}, got {value!r}")
+
+
+def check_fraction(name: str, value: Any, advice: str) -> None:
+    """Refuse what is not in (0, 1]."""
+    check_number(name, value)
+    if not 0 < value <= 1:
+        raise ConfigError(f"{name} must be above 0 and at most 1, got {value:g}; {advice}")

@@ -1,0 +1,12 @@
+"""Methods that hold a model to its initial weights while it trains, beside or instead of the KL term.
+
+settings.py   what a person writes: `l2`, `ewc`, `sfa`
+anchor.py     theta0: the initial weights, placed like the parameters
+method.py     the interface: before the first step, with the gradients, after a step
+l2.py         L2 towards the initial weights
+ewc.py        elastic weight consolidation; fisher.py estimates, fisher_file.py keeps its Fisher information
+sfa.py        sequential fine-tuning with averaging
+retained.py   all methods of one run, as the Trainer calls them
+
+Importing this package loads nothing heavy.
+"""
