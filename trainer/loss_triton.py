@@ -1,36 +1,35 @@
-"""The work on whole rows of logits in two Triton kernels, for CUDA: `TorchPasses` with less memory traffic.
+"""The work on whole rows of logits by two Triton kernels, for CUDA: `TorchPasses` with less memory traffic.
 
-    row sums   reads the projection once: per row the maximum and the sums of exp(z) and exp(beta z), online
-    row map    reads it again and writes the gradient over it:
-               g_j = ce exp(z_j) + exp(beta z_j) (tail + slope . u_j), times the softcap's derivative
+The kernels (loss_triton_kernels.py) read the projection in its own dtype and write the gradient over it,
 
-Both compute in fp32 from the projection in the compute dtype; bias, scale and softcap are applied on the way
-in, so no fp32 tensor of size [C, V] exists. With tail moments the row map also writes the normalised
-exponentials of the tail, the operand of a matrix product, into a second buffer.
+    g_j = (ce exp(z_j) + exp(beta z_j) (tail + slope . u_j)) dz/dx,
+
+so no fp32 tensor of size [C, V] exists. With tail moments they also write the normalised exponentials of the
+tail, the operand of a matrix product, into a second buffer.
 
 The head's tokens are set to -inf in the projection before the first kernel, and remembered: the tail's sum is
 then a sum of positive terms over exactly the tail, and the row's maximum starts at the largest head entry.
 What single tokens have (label, head, draws) is computed in fp32 by PyTorch and written over the result, so
 that a bf16 gradient is rounded once, also where it is 0.999 - 1.
 
-Cost per logit in bytes, for two-byte dtypes: 2 + 4, with moments 4 + 2 more (twice that at T != 1). No atomics
-and no tuning at run time: the same inputs give the same bits.
+Cost per logit of two bytes: 6 bytes of traffic, with moments 4 and the product's 2 more, twice those at
+T != 1. No atomics and no tuning at run time: the same inputs give the same bits.
 
-C: rows of the chunk, V: vocabulary, B: tokens of a block, R: rows of a block, F: token features.
+C: rows of the chunk, V: vocabulary, E: head entries, S: tail draws, F: token features, X: any single tokens.
 """
 
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton import knobs
 
 from trainer.loss_passes import Head, Passes, Readings, RowGradient, Work, flat_entries
 from trainer.loss_rows import TeacherTargets, segment_sum
 from trainer.loss_tail import FeatureTables
+from trainer.loss_triton_kernels import row_map, row_sums
 
-INTERPRETED = knobs.runtime.interpret
+INTERPRETED: bool = knobs.runtime.interpret
 """TRITON_INTERPRET=1: the kernels run on a CPU, for tests."""
 SUM_BLOCK = 4096
 """Tokens a row-sum program holds at a time; one program per row."""
@@ -39,92 +38,6 @@ MAP_BLOCK = (1, 2048)
 SLOPE_BLOCK = (16, 128)
 """The same with moments: several rows share the features they read; 16 is the least a product takes."""
 NUM_WARPS = 8
-
-
-@triton.jit
-def _logits(raw, bias_ptr, columns_B, inside_B, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):
-    """(z, dz/dx) of a block; x is the projection plus bias, times scale. -inf stays -inf."""
-    x = raw.to(tl.float32)
-    hidden = x == -float("inf")
-    if BIAS:
-        x += tl.load(bias_ptr + columns_B, mask=inside_B, other=0.0)[None, :]
-    x *= scale
-    slope = tl.full(x.shape, 1.0, tl.float32)
-    if CAP:
-        decay = tl.exp(-2.0 * tl.abs(x / cap))  # at most 1: tanh without overflow
-        tanh = (1.0 - decay) / (1.0 + decay)
-        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
-        x = tl.where(x < 0, -tanh, tanh) * cap
-    return tl.where(hidden, -float("inf"), x), slope
-
-
-@triton.jit
-def row_sums(
-    raw_ptr, bias_ptr, max_ptr, one_ptr, tempered_ptr, num_tokens, stride, scale, cap, beta,
-    BIAS: tl.constexpr, CAP: tl.constexpr, TEMPERED: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Maximum of a row (`max_ptr` holds what it starts from), sums of exp(z - max) and exp(beta (z - max))."""
-    row = tl.program_id(0)
-    row_ptr = raw_ptr + row.to(tl.int64) * stride  # C V may exceed 32 bits
-    largest = tl.load(max_ptr + row)
-    one = 0.0
-    tempered = 0.0
-    for start in range(0, num_tokens, B):
-        columns_B = start + tl.arange(0, B)
-        inside_B = columns_B < num_tokens
-        raw = tl.load(row_ptr + columns_B, mask=inside_B, other=-float("inf"))[None, :]
-        z, _ = _logits(raw, bias_ptr, columns_B, inside_B, scale, cap, BIAS, CAP)
-        new = tl.maximum(largest, tl.max(z))
-        one = one * tl.exp(largest - new) + tl.sum(tl.exp(z - new))
-        if TEMPERED:
-            tempered = tempered * tl.exp(beta * (largest - new)) + tl.sum(tl.exp(beta * (z - new)))
-        largest = new
-    tl.store(max_ptr + row, largest)
-    tl.store(one_ptr + row, one)
-    if TEMPERED:
-        tl.store(tempered_ptr + row, tempered)
-
-
-@triton.jit
-def row_map(
-    raw_ptr, bias_ptr, max_ptr, one_ptr, tempered_ptr, slope_ptr, features_ptr, out_ptr,
-    num_rows, num_tokens, num_features, stride, scale, cap, beta,
-    BIAS: tl.constexpr, CAP: tl.constexpr, DERIVATIVE: tl.constexpr, ONE: tl.constexpr,
-    SLOPES: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """out = one exp(z - max) [if ONE] + exp(beta (z - max)) (tempered + slope . u [if SLOPES]), times dz/dx."""
-    rows_R = tl.program_id(0) * R + tl.arange(0, R)
-    columns_B = tl.program_id(1) * B + tl.arange(0, B)
-    row_inside_R, inside_B = rows_R < num_rows, columns_B < num_tokens
-    inside = row_inside_R[:, None] & inside_B[None, :]
-    offsets = rows_R.to(tl.int64)[:, None] * stride + columns_B[None, :]
-    raw = tl.load(raw_ptr + offsets, mask=inside, other=-float("inf"))
-    z, derivative = _logits(raw, bias_ptr, columns_B, inside_B, scale, cap, BIAS, CAP)
-    z -= tl.load(max_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
-    factor = tl.load(tempered_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
-    if SLOPES:
-        dot = tl.zeros((R, B), tl.float32)
-        for start in range(0, num_features, 16):  # 64 features at once would not fit the registers
-            features_F = start + tl.arange(0, 16)
-            known_F = features_F < num_features
-            slope_RF = tl.load(
-                slope_ptr + rows_R[:, None] * num_features + features_F[None, :],
-                mask=row_inside_R[:, None] & known_F[None, :],
-                other=0.0,
-            )
-            u_FB = tl.load(
-                features_ptr + features_F[:, None] * num_tokens + columns_B[None, :],
-                mask=known_F[:, None] & inside_B[None, :],
-                other=0.0,
-            )
-            dot = tl.dot(slope_RF, u_FB, dot, input_precision="ieee")
-        factor += dot
-    out = tl.exp(beta * z) * factor
-    if ONE:
-        out += tl.exp(z) * tl.load(one_ptr + rows_R, mask=row_inside_R, other=0.0)[:, None]
-    if DERIVATIVE:
-        out *= derivative
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 class TritonPasses(Passes):
@@ -168,10 +81,11 @@ class TritonPasses(Passes):
         tempered = targets is not None and self.beta != 1.0
         self.one_C = torch.empty_like(self.max_C)
         self.tempered_C = torch.empty_like(self.max_C) if tempered else self.one_C
-        row_sums[(num_rows,)](
-            self.projection_CV, self.head.bias_V, self.max_C, self.one_C, self.tempered_C,
-            num_tokens, num_tokens, beta=self.beta, TEMPERED=tempered, B=SUM_BLOCK, **self._transform,
-        )  # fmt: skip
+        with torch.cuda.device_of(self.projection_CV):
+            row_sums[(num_rows,)](
+                self.projection_CV, self.head.bias_V, self.max_C, self.one_C, self.tempered_C,
+                num_tokens, num_tokens, beta=self.beta, TEMPERED=tempered, B=SUM_BLOCK, **self._transform,
+            )  # fmt: skip
         # Unlike the readings, these stay at T = 1.
         self.shifted_label_C = label_C - self.max_C
         if targets is None or self.head_E is None or head_E is None:
@@ -208,12 +122,15 @@ class TritonPasses(Passes):
         num_rows, num_tokens = out_CV.shape
         num_features = 0 if slope_CF is None else slope_CF.shape[1]
         block_R, block_B = SLOPE_BLOCK if num_features else MAP_BLOCK
-        row_map[(triton.cdiv(num_rows, block_R), triton.cdiv(num_tokens, block_B))](
-            self.projection_CV, self.head.bias_V, self.max_C, one_C, tempered_C, slope_CF,
-            None if tables is None else tables.values_FV, out_CV, num_rows, num_tokens, num_features, num_tokens,
-            beta=beta, DERIVATIVE=derivative and self.head.logit_softcap is not None, ONE=one_C is not None,
-            SLOPES=num_features > 0, R=block_R, B=block_B, **self._transform,
-        )  # fmt: skip
+        grid = (triton.cdiv(num_rows, block_R), triton.cdiv(num_tokens, block_B))
+        derivative = derivative and self.head.logit_softcap is not None
+        features_FV = None if tables is None else tables.values_FV
+        with torch.cuda.device_of(out_CV):
+            row_map[grid](
+                self.projection_CV, self.head.bias_V, self.max_C, one_C, tempered_C, slope_CF, features_FV,
+                out_CV, num_rows, num_tokens, num_features, num_tokens, beta=beta, DERIVATIVE=derivative,
+                ONE=one_C is not None, SLOPES=num_features > 0, R=block_R, B=block_B, **self._transform,
+            )  # fmt: skip
 
     def tail_statistics(self, tables: FeatureTables, at_one: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The tail's exponentials, normalised and in the compute dtype, times the features."""
@@ -226,15 +143,13 @@ class TritonPasses(Passes):
 
     def write(self, gradient: RowGradient, tables: FeatureTables | None) -> torch.Tensor:
         """The whole chunk by the kernel, as if all were tail, then single tokens over it."""
-        share = self.tempered_C is self.one_C
-        one_C, tail_C = gradient.ce_C, gradient.tail_C
+        share = self.tempered_C is self.one_C  # at T = 1, or without targets: one exponential serves both
+        one_C = None if share else gradient.ce_C
+        tail_C = gradient.tail_C
         if tail_C is None or share:
-            one_C, tail_C = None, one_C if tail_C is None else one_C + tail_C
-        flat = self.projection_CV.view(-1)
-        self._map(
-            self.projection_CV, self.beta if not share else 1.0, tail_C, one_C, gradient.slope_CF, tables,
-            derivative=True,
-        )  # fmt: skip
+            tail_C = gradient.ce_C if tail_C is None else gradient.ce_C + tail_C
+        flat, beta = self.projection_CV.view(-1), 1.0 if share else self.beta
+        self._map(self.projection_CV, beta, tail_C, one_C, gradient.slope_CF, tables, derivative=True)
         # Later ones win: a label may be drawn, or be in the head; a draw is never in the head.
         single_C = self._tail_at(self.label_C, self.shifted_label_C, tail_C, one_C, gradient, tables)
         self._put(flat, self.label_C, self.shifted_label_C, single_C, gradient)
@@ -289,7 +204,7 @@ class TritonPasses(Passes):
 
 
 def summed_by_token(flat_S: torch.Tensor, value_S: torch.Tensor) -> torch.Tensor:
-    """For each draw the sum over all draws of the same token, in a fixed order, without waiting for the device."""
+    """For each draw the sum over all draws of its token, in a fixed order, without waiting for the device."""
     flat, order = flat_S.sort(stable=True)
     first, last = torch.searchsorted(flat, flat), torch.searchsorted(flat, flat, right=True)
     # Segment i runs to where the next draw's token begins: all of a token's draws are in its last segment.
