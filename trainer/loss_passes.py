@@ -119,18 +119,18 @@ def passes_of(kernel: str, compute: torch.dtype, device: torch.device | str) -> 
     if kernel == "torch":
         return TorchPasses
     try:
-        from trainer import loss_triton
+        from trainer.loss_triton import INTERPRETED, TritonPasses
     except ImportError as error:
         raise ConfigError(
             f"the loss kernel triton needs the package triton, got: {error}; "
             "install it or use the loss kernel torch"
         ) from error
     device = torch.device(device)
-    if device.type != "cuda" and not loss_triton.INTERPRETED:
+    if device.type != "cuda" and not INTERPRETED:
         raise ConfigError(
             f"the loss kernel triton needs a CUDA device, got {device.type}; use the loss kernel torch"
         )
-    return TorchPasses if compute == torch.float64 else loss_triton.TritonPasses
+    return TorchPasses if compute == torch.float64 else TritonPasses
 
 
 def arithmetic_dtype(compute_dtype: torch.dtype) -> torch.dtype:

@@ -46,7 +46,8 @@ class TritonPasses(Passes):
     def __init__(self, head: Head, num_rows: int, work: Work) -> None:
         self.head, self.beta = head, work.beta
         weight_VD = head.weight_VD
-        self._projection = weight_VD.new_empty(num_rows, len(weight_VD))
+        shape = num_rows, len(weight_VD)
+        self._projection = torch.empty(shape, dtype=weight_VD.dtype, device=weight_VD.device)
         self._weights = torch.empty_like(self._projection) if work.moments else None
 
     @staticmethod
@@ -58,9 +59,9 @@ class TritonPasses(Passes):
     def _transform(self) -> dict[str, Any]:
         """Arguments of both kernels."""
         head = self.head
-        cap = head.logit_softcap or 0.0
+        cap = float(head.logit_softcap or 0.0)
         flags = {"BIAS": head.bias_V is not None, "CAP": head.logit_softcap is not None}
-        return {"scale": head.logit_scale, "cap": cap, "num_warps": NUM_WARPS, **flags}
+        return {"scale": float(head.logit_scale), "cap": cap, "num_warps": NUM_WARPS, **flags}
 
     def read(
         self, hidden_CD: torch.Tensor, labels_C: torch.Tensor, targets: TeacherTargets | None
