@@ -13,7 +13,8 @@ What single tokens have (label, head, draws) is computed in fp32 by PyTorch and 
 that a bf16 gradient is rounded once, also where it is 0.999 - 1.
 
 Cost per logit of two bytes: 6 bytes of traffic, with moments 4 and the product's 2 more, twice those at
-T != 1. No atomics and no tuning at run time: the same inputs give the same bits.
+T != 1. Threads move 16 bytes at a time where 16 divides V, 2 elsewhere. No atomics and no tuning at run time:
+the same inputs give the same bits.
 
 C: rows of the chunk, V: vocabulary, E: head entries, S: tail draws, F: token features, X: any single tokens.
 """

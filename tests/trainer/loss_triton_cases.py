@@ -99,7 +99,7 @@ def compare(case: Case, dtype: torch.dtype, chunk_size: int | None = None, **arg
         assert relative_error(gradient, torch_gradients[name]) < near, name
 
 
-@pytest.mark.parametrize(("head", "dtype", "draw_rate", "num_features", "temperature"), COMBINATIONS)
+@pytest.mark.parametrize(("head", "dtype", "draw_rate", "num_features", "temperature"), COMBINATIONS, ids=str)
 def test_gradients_equal_the_dense_reference(head, dtype, draw_rate, num_features, temperature):
     options = {"drift": 0.3, "draw_rate": draw_rate, **HEADS[head]}
     case = make_case(temperature=temperature, num_features=num_features, noise=1e-3, **options)
