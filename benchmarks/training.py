@@ -3,6 +3,7 @@
     python benchmarks/training.py                      # 2 cores: 58M parameters, vocabulary 32,000
     python benchmarks/training.py --only loss          # loss and gradients alone, vocabulary 128,256
     python benchmarks/training.py --device cuda --dtype bf16 --preset 1b --loss-hidden 2048 --dense-rows 8192
+    ... --loss-kernel triton                           # the same with Triton kernels, and beside PyTorch's
 
 Every variant runs in a process of its own; rounds alternate between the variants, so that a busy machine
 disturbs all of them alike. Ratios compare medians over all timed steps of one run of this script; a shared
@@ -79,6 +80,7 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
     }
     options |= {"temperature": args.temperature, "checkpointing": args.checkpointing}
+    options["loss-kernel"] = args.loss_kernel
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in STEP_VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
@@ -132,11 +134,18 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
         "head-size": args.head_size,
         "device": args.device,
         "dtype": args.dtype,
+        "loss-kernel": args.loss_kernel,
     }
     fused = run_variant("loss-fused", {**common, "rows": args.loss_rows, "steps": 1})
     fused_small = run_variant("loss-fused", {**common, "rows": args.dense_rows, "steps": args.rounds})
     bucket = run_variant("loss-bucket", {**common, "rows": args.dense_rows, "steps": args.rounds})
     dense = run_variant("loss-dense", {**common, "rows": args.dense_rows, "steps": args.rounds})
+    found = {"fused": fused, "fused_small": fused_small, "bucket": bucket, "dense": dense}
+    if args.loss_kernel != "torch":
+        options = {**common, "loss-kernel": "torch", "rows": args.dense_rows, "steps": args.rounds}
+        found["fused_torch"] = run_variant("loss-fused", options)
+        if abs(found["fused_torch"]["loss"] - fused_small["loss"]) > 1e-2 * abs(fused_small["loss"]):
+            sys.exit(f"the kernels differ: {fused_small['loss']} and {found['fused_torch']['loss']}")
     if abs(bucket["loss"] - dense["loss"]) > 1e-2 * abs(dense["loss"]):
         sys.exit(f"fused and dense loss differ: {bucket['loss']} and {dense['loss']}")
     # Everything dense but the gradients themselves grows with the rows.
@@ -151,9 +160,12 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
         f"fused without tail moments, {args.dense_rows:,} rows": (bucket, bucket["peak_bytes"]),
         f"dense, {args.dense_rows:,} rows": (dense, dense["peak_bytes"]),
     }
+    if "fused_torch" in found:
+        other = found["fused_torch"]
+        rows[f"fused, {args.dense_rows:,} rows, kernel torch"] = (other, other["peak_bytes"])
     print(
         f"\n## Loss and gradients alone: vocabulary {args.loss_vocab:,}, hidden {args.loss_hidden}, "
-        f"{args.device} {args.dtype}\n"
+        f"{args.device} {args.dtype}, kernel {args.loss_kernel}\n"
     )
     print("| variant | s | CPU s | peak GiB | of which gradients |\n|---|---:|---:|---:|---:|")
     for name, (result, peak) in rows.items():
@@ -171,7 +183,10 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
         f"CPU time at {args.dense_rows:,} rows, fused / dense: {time_ratio:.3f}; without tail moments, "
         f"which the dense side has not: {alike:.3f}"
     )
-    return {"fused": fused, "fused_small": fused_small, "bucket": bucket, "dense": dense, "ratio": ratio}
+    if "fused_torch" in found:
+        faster = min(fused_small["seconds"]) / min(found["fused_torch"]["seconds"])
+        print(f"Time at {args.dense_rows:,} rows, kernel {args.loss_kernel} / torch: {faster:.3f}")
+    return {**found, "ratio": ratio}
 
 
 def main() -> None:
@@ -184,6 +199,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all variants")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--loss-kernel", choices=("torch", "triton"), default="torch", help="of our loss")
     parser.add_argument("--head-size", type=int, default=64, help="stored entries per position")
     parser.add_argument("--rounds", type=int, default=2, help="processes per variant")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process")

@@ -123,7 +123,7 @@ def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
         )
         if sizes.variant in ("anneal", "direct"):
             trainer: Trainer = LabelAnnealingTrainer(
-                model, arguments, train_dataset=cached, callbacks=[Clock()]
+                model, arguments, train_dataset=cached, loss_kernel=sizes.loss_kernel, callbacks=[Clock()]
             )
         else:
             kind = Online if sizes.variant == "online" else Trainer
@@ -177,7 +177,7 @@ def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
         hidden.grad = weight.grad = None
         start = time.perf_counter(), time.process_time()
         if sizes.variant != "loss-dense":
-            loss = label_annealing_loss(hidden, weight, labels, teacher).loss
+            loss = label_annealing_loss(hidden, weight, labels, teacher, kernel=sizes.loss_kernel).loss
         else:
             loss = dense_loss(hidden, weight, labels, teacher)
         loss.backward()
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--loss-kernel", choices=("torch", "triton"), default="torch")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--cache", type=Path)

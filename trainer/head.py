@@ -16,7 +16,7 @@ B: sequences, S: positions, D: hidden width, V: vocabulary.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -74,12 +74,14 @@ class OutputHead:
     """The output head of a causal language model: its weight, bias, softcap and scale.
 
     Use `OutputHead.of(model)`, then `install()`, then `with head.requested(request): model(**inputs)`.
+    `kernel` may be set to what `label_annealing_loss` takes under that name.
     """
 
     def __init__(self, model: nn.Module, module: Any, softcap: float | None, scale: float) -> None:
         self.model, self.module = model, module
         self.softcap, self.scale = softcap, scale
         self.vocab_size: int | None = None
+        self.kernel: Literal["torch", "triton"] = "torch"
         self._request: HeadRequest | None = None
         self._capture: list[torch.Tensor] | None = None
         self._original: Any = None
@@ -208,6 +210,7 @@ class OutputHead:
             logit_softcap=self.softcap,
             logit_scale=self.scale,
             vocab_size=self.vocab_size,
+            kernel=self.kernel,
         )
         request.output = output
         # Three dimensions, because the model goes on to treat this as logits. The same tensor is handed out

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from trainer import checkpoint
 from trainer.collator import LabelAnnealingCollator, count_targets
 from trainer.dataset import CachedDataset, UnitDataset, require_one_tail
 from trainer.head import OutputHead
+from trainer.loss_passes import passes_of
 from trainer.measure import Measurement, measure
 from trainer.packing import best_fit
 from trainer.retention.method import RetentionMethod
@@ -55,6 +56,7 @@ class LabelAnnealingTrainer(Trainer):
         eval_dataset: a `CachedDataset` or a dict of them.
         mixed: further datasets, each with its weight (units per unit of the training dataset).
         kl_coef, kl_direction: as in `label_annealing_loss`.
+        loss_kernel: its `kernel`, in training and evaluation.
         packing, pack_length, group_by_length: as in `TrainConfig`.
         retention: methods that act on the weights; `model` then has its initial ones.
         processing_class: the tokenizer, saved with the model.
@@ -79,6 +81,7 @@ class LabelAnnealingTrainer(Trainer):
         mixed: Sequence[tuple[CachedDataset, float]] = (),
         kl_coef: float = 1.0,
         kl_direction: str = "forward",
+        loss_kernel: Literal["torch", "triton"] = "torch",
         packing: bool = False,
         pack_length: int | None = None,
         group_by_length: bool = False,
@@ -101,7 +104,9 @@ class LabelAnnealingTrainer(Trainer):
             require_one_tail([train_dataset, *(dataset for dataset, _ in mixed)])
         self.retained = Retained(self, model, retention)
         self.retained.check_optimiser(args)
+        passes_of(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
         self.head = OutputHead.of(model).install()
+        self.head.kernel = loss_kernel
         self.kl_coef, self.kl_direction = kl_coef, kl_direction
         self.packing, self.pack_length, self.group_by_length = packing, pack_length, group_by_length
         self.mixed = list(mixed)

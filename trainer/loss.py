@@ -17,7 +17,8 @@ import torch
 from formats.errors import ConfigError
 from trainer.loss_autograd import FusedLabelAnnealing
 from trainer.loss_chunk import RowWeights
-from trainer.loss_fused import Head, arithmetic_dtype, default_chunk_size
+from trainer.loss_fused import default_chunk_size
+from trainer.loss_passes import Head, Work, arithmetic_dtype, passes_of
 from trainer.loss_rows import IGNORE_INDEX, plan_rows
 from trainer.loss_tail import FeatureTables
 from trainer.teacher_batch import TeacherBatch
@@ -71,6 +72,7 @@ def label_annealing_loss(
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    kernel: Literal["torch", "triton"] = "torch",
 ) -> LabelAnnealingOutput:
     """Cross-entropy plus KL to the cached teacher. For a teacher that keeps the whole vocabulary this equals
 
@@ -102,9 +104,11 @@ def label_annealing_loss(
         logit_scale: multiplies the logits before the softcap (Cohere; the reciprocal for Granite).
         vocab_size: so many rows of the head are tokens; the rest is padding and never projected.
         chunk_size: rows projected at a time; default from the vocabulary size.
+        kernel: who does the work on whole rows of logits: `torch` on any device; `triton` (loss_triton.py) on
+            CUDA, never timed yet, with less memory traffic. fp64 is `torch` either way.
 
     Raises:
-        ConfigError: an argument is out of range or the shapes do not fit.
+        ConfigError: an argument is out of range, the shapes do not fit, or the kernel cannot run here.
         FormatError: the teacher's rows or token ids do not fit the batch.
     """
     vocab_size = weight_VD.shape[0] if vocab_size is None else vocab_size
@@ -121,6 +125,7 @@ def label_annealing_loss(
             f"hidden states and head must have one dtype outside autocast, got {hidden_ND.dtype} and "
             f"{weight_VD.dtype}; cast one of them"
         )
+    passes_type = passes_of(kernel, compute, hidden_ND.device)
     arithmetic = arithmetic_dtype(compute)
     beta = 1.0 if teacher is None else 1.0 / teacher.temperature
     if teacher is not None and kl_direction == "reverse":
@@ -132,8 +137,10 @@ def label_annealing_loss(
             logit_scale,
             logit_softcap,
         )
+        moments = teacher is not None and teacher.features is not None and kl_direction == "forward"
         if chunk_size is None:
-            chunk_size = default_chunk_size(vocab_size, head.num_buffers(beta != 1.0), device_type)
+            num_buffers = passes_type.num_buffers(head, Work(beta, moments))
+            chunk_size = default_chunk_size(vocab_size, num_buffers, device_type)
         plan = plan_rows(labels_N, teacher, vocab_size=vocab_size, chunk_size=chunk_size, dtype=arithmetic)
         local_ce = plan.num_labelled
         local_kl = local_ce.new_tensor(0 if teacher is None else len(teacher))
@@ -145,7 +152,7 @@ def label_annealing_loss(
             unit = torch.where(largest > 0, 1.0 / largest, unit)
         weights = RowWeights(per_ce * unit, per_kl * unit * kl_coef)
         tables = None
-        if teacher is not None and teacher.features is not None and kl_direction == "forward":
+        if moments and teacher is not None and teacher.features is not None:
             tables = FeatureTables.of(teacher.features, compute, arithmetic)
     settings = {
         "head": head,
@@ -155,6 +162,7 @@ def label_annealing_loss(
         "reverse": kl_direction == "reverse",
         "num_weight_rows": weight_VD.shape[0],
         "tables": tables,
+        "passes_type": passes_type,
     }
     loss, sum_ce, sum_kl, sum_q = FusedLabelAnnealing.apply(
         hidden_ND, weight_VD, bias_V, settings, unit, torch.is_grad_enabled(), (per_ce, per_kl, kl_coef)

@@ -14,8 +14,8 @@ With tail moments a forward KL has one more term on R, whose multiplier differs 
 
 So the chunk is exponentiated once (twice when T != 1), its head entries are set to zero, and the row sum of
 what is left *is* the student's tail mass: a sum of positive terms, never 1 - Q. Then one multiplication per
-row turns the exponentials into the gradient, and the head entries are written over. Five passes over [C, V]
-at T = 1, as many as the cross-entropy alone needs. docs/method.md derives all this.
+row turns the exponentials into the gradient, and the head entries are written over. docs/method.md derives
+all this. Here it is bookkeeping of rows and single tokens; what touches all of [C, V] is in loss_passes.py.
 
 C: rows of the chunk, V: vocabulary, K: rows of the chunk with teacher targets, E: their head entries.
 """
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.loss_draws import drawn_tail
+from trainer.loss_passes import Passes, RowGradient
 from trainer.loss_rows import IGNORE_INDEX, LOG_FLOOR, TeacherTargets, segment_sum
 from trainer.loss_tail import FeatureTables, damping, tilt
 
@@ -39,11 +40,13 @@ class RowWeights:
 
 @dataclass(frozen=True)
 class ChunkSums:
-    """Sums over the chunk's rows; the logits tensor holds the gradient afterwards, if it was asked for."""
+    """Sums over the chunk's rows, and the gradient with respect to W h + b before the logit scale."""
 
     ce: torch.Tensor
     kl: torch.Tensor
     student_head_mass: torch.Tensor
+    gradient_CV: torch.Tensor | None
+    """In the compute dtype; None unless asked for. A buffer that the next chunk overwrites."""
 
 
 @dataclass(frozen=True)
@@ -115,28 +118,15 @@ class TailShape:
         return ((features_SF - self.mean_KF[row_S]) * self.tilt_KF[row_S]).sum(1)
 
 
-def _tail_shape(
-    shifted_CV: torch.Tensor,
-    tempered_CV: torch.Tensor,
-    tail_sum_C: torch.Tensor,
-    flat_E: torch.Tensor,
-    targets: TeacherTargets,
-    tables: FeatureTables,
-    weights_CV: torch.Tensor | None,
-    beta: float,
-) -> TailShape:
+def _tail_shape(passes: Passes, targets: TeacherTargets, tables: FeatureTables, beta: float) -> TailShape:
     """What reweighting the student's tail adds, from its exponentials at T = 1 and at the temperature."""
     assert targets.tail_mean_KF is not None and targets.tail_noise_K is not None
     rows_K = targets.position_K
-    mean_CF, covariance_CFF = tables.statistics(tempered_CV, tail_sum_C, weights_CV)
+    mean_CF, covariance_CFF = passes.tail_statistics(tables, at_one=False)
     mean_KF, covariance_KFF = mean_CF[rows_K], covariance_CFF[rows_K]
     mean_one_KF, covariance_one_KFF = mean_KF, covariance_KFF
     if beta != 1.0:
-        flat = shifted_CV.view(-1)
-        heads_E = flat[flat_E]
-        flat.index_fill_(0, flat_E, 0.0)  # for the tail alone; put back below
-        mean_CF, covariance_CFF = tables.statistics(shifted_CV, shifted_CV.sum(dim=1), weights_CV)
-        flat.index_copy_(0, flat_E, heads_E)
+        mean_CF, covariance_CFF = passes.tail_statistics(tables, at_one=True)
         mean_one_KF, covariance_one_KFF = mean_CF[rows_K], covariance_CFF[rows_K]
     a_KF, distance_K = tilt(mean_one_KF, covariance_one_KFF, targets.tail_mean_KF, targets.tail_noise_K)
     damping_K = damping(a_KF, covariance_KFF, beta)
@@ -153,108 +143,78 @@ def _tail_shape(
 
 
 def process_chunk(
-    logits_CV: torch.Tensor,
+    passes: Passes,
+    hidden_CD: torch.Tensor,
     labels_C: torch.Tensor,
     targets: TeacherTargets | None,
     *,
     weights: RowWeights,
     beta: float,
     reverse: bool,
-    scratch_CV: torch.Tensor | None,
     want_gradient: bool,
     tables: FeatureTables | None = None,
-    weights_CV: torch.Tensor | None = None,
 ) -> ChunkSums:
-    """Overwrite `logits_CV` (contiguous, the arithmetic's dtype) with the gradient; return the chunk's sums.
-
-    `scratch_CV` is a second tensor of the same shape, needed only for teacher targets at T != 1. With
-    `tables` (forward KL only) the tail's shape is matched as well; `weights_CV` is then a buffer of the
-    compute dtype, needed only where that is not the arithmetic's.
-    """
+    """Project a chunk; return its sums and gradient. With `tables` the tail's shape is matched as well."""
     labelled_C = labels_C != IGNORE_INDEX
-    safe_labels_C1 = labels_C.clamp_min(0)[:, None]
-    shifted_CV = logits_CV.sub_(logits_CV.amax(dim=1, keepdim=True))
-    shifted_label_C = shifted_CV.gather(1, safe_labels_C1).squeeze(1)
     ce_weight_C = labelled_C * weights.ce
+    read = passes.read(hidden_CD, labels_C.clamp_min(0), targets)
 
     if targets is None:
-        sum_C = shifted_CV.exp_().sum(dim=1)
-        zero = sum_C.new_zeros(())
-        sums = ChunkSums(((sum_C.log() - shifted_label_C) * labelled_C).sum(), zero, zero)
+        assert read.sum_C is not None
+        zero = read.sum_C.new_zeros(())
+        sum_ce = ((read.sum_C.log() - read.label_C) * labelled_C).sum()
+        written = None
         if want_gradient:
-            logits_CV.mul_((ce_weight_C / sum_C)[:, None])
-            logits_CV.scatter_add_(1, safe_labels_C1, -ce_weight_C[:, None])
-        return sums
+            written = passes.write(RowGradient(ce_weight_C / read.sum_C, ce_weight_C), None)
+        return ChunkSums(sum_ce, zero, zero, written)
 
-    flat_E = targets.position_K[targets.row_E] * logits_CV.shape[1] + targets.token_ids_E
-    share = beta == 1.0
-    if share:
-        tempered_CV = shifted_CV
-    else:
-        assert scratch_CV is not None
-        tempered_CV = torch.mul(shifted_CV, beta, out=scratch_CV)
-    tempered = tempered_CV.view(-1)
-    shifted_E = tempered[flat_E]
-    if targets.draws is not None:
-        flat_S = targets.position_K[targets.draws.row_S] * logits_CV.shape[1] + targets.draws.token_ids_S
-        shifted_S = tempered[flat_S]
-    tempered_CV.exp_()
-    tempered.index_fill_(0, flat_E, 0.0)
-    tail_sum_C = tempered_CV.sum(dim=1)
-    tail_sum_K = tail_sum_C[targets.position_K]
-    sum_K = tail_sum_K + segment_sum(shifted_E.exp(), targets.offsets_K1)
-    kl = bucketed_kl(shifted_E, sum_K, tail_sum_K, targets, beta=beta, reverse=reverse)
+    assert read.head_E is not None
+    tail_sum_K = read.tail_sum_C[targets.position_K]
+    sum_K = tail_sum_K + segment_sum(read.head_E.exp(), targets.offsets_K1)
+    kl = bucketed_kl(read.head_E, sum_K, tail_sum_K, targets, beta=beta, reverse=reverse)
+    sum_C = read.sum_C
+    if sum_C is None:
+        sum_C = read.tail_sum_C.index_copy(0, targets.position_K, sum_K)
 
-    # The softmax at T = 1, for the cross-entropy: the one just computed, or a second one.
-    sum_C = tail_sum_C.index_copy(0, targets.position_K, sum_K) if share else shifted_CV.exp_().sum(dim=1)
     shape = None
     if tables is not None:
-        shape = _tail_shape(shifted_CV, tempered_CV, tail_sum_C, flat_E, targets, tables, weights_CV, beta)
+        shape = _tail_shape(passes, targets, tables, beta)
     inside_K = None if shape is None else shape.kl_K
     drawn = None
     if targets.draws is not None:
+        assert read.draw_S is not None
         tilt_S = None
         if shape is not None and tables is not None:
             features_SF = tables.values_FV[:, targets.draws.token_ids_S].t()
             tilt_S = shape.tilt_of(targets.draws.row_S, features_SF)
-        drawn = drawn_tail(shifted_S, tail_sum_K, targets, tilt_S, beta)
+        drawn = drawn_tail(read.draw_S, tail_sum_K, targets, tilt_S, beta)
         inside_K = drawn.kl_K  # an estimate of all of it: the moments are its control variate
-    sums = ChunkSums(
-        ce=((sum_C.log() - shifted_label_C) * labelled_C).sum(),
+    written = None
+    if want_gradient:
+        tail_C = torch.zeros_like(sum_C).index_copy_(
+            0, targets.position_K, weights.kl * kl.tail_coefficient_K / sum_K
+        )
+        scale_K = weights.kl / tail_sum_K.clamp_min(torch.finfo(tail_sum_K.dtype).tiny)
+        slope_CF = None
+        if drawn is not None:
+            tail_C.index_add_(0, targets.position_K, scale_K * drawn.tail_K)
+        if shape is not None:
+            slope_CF = shape.slope_KF.new_zeros(len(sum_C), shape.slope_KF.shape[1])
+            slope_CF.index_copy_(0, targets.position_K, scale_K[:, None] * shape.slope_KF)
+            tail_C.index_add_(0, targets.position_K, scale_K * shape.offset_K)
+        gradient = RowGradient(
+            ce_C=ce_weight_C / sum_C,
+            ce_weight_C=ce_weight_C,
+            tail_C=tail_C,
+            slope_CF=slope_CF,
+            probs_E=kl.probs_E,
+            head_E=weights.kl * kl.head_gradient_E,
+            draw_S=None if drawn is None else weights.kl * drawn.gradient_S,
+        )
+        written = passes.write(gradient, tables)
+    return ChunkSums(
+        ce=((sum_C.log() - read.label_C) * labelled_C).sum(),
         kl=kl.kl_K.sum() if inside_K is None else (kl.kl_K + inside_K).sum(),
         student_head_mass=(1.0 - kl.tail_K).sum(),
+        gradient_CV=written,
     )
-    if not want_gradient:
-        return sums
-
-    tail_coefficient_C = torch.zeros_like(sum_C).index_copy_(
-        0, targets.position_K, weights.kl * kl.tail_coefficient_K / sum_K
-    )
-    ce_coefficient_C = ce_weight_C / sum_C
-    scale_K = weights.kl / tail_sum_K.clamp_min(torch.finfo(tail_sum_K.dtype).tiny)
-    if drawn is not None:
-        tail_coefficient_C.index_add_(0, targets.position_K, scale_K * drawn.tail_K)
-    if shape is not None and tables is not None:
-        slope_CF = shape.slope_KF.new_zeros(len(sum_C), shape.slope_KF.shape[1])
-        slope_CF.index_copy_(0, targets.position_K, scale_K[:, None] * shape.slope_KF)
-        tail_coefficient_C.index_add_(0, targets.position_K, scale_K * shape.offset_K)
-        if share:
-            tables.reweight(tempered_CV, slope_CF, ce_coefficient_C + tail_coefficient_C)
-        else:
-            tables.reweight(tempered_CV, slope_CF, tail_coefficient_C)
-            logits_CV.mul_(ce_coefficient_C[:, None]).add_(tempered_CV)
-    elif share:
-        logits_CV.mul_((ce_coefficient_C + tail_coefficient_C)[:, None])
-    else:
-        logits_CV.mul_(ce_coefficient_C[:, None])
-        logits_CV.addcmul_(tempered_CV, tail_coefficient_C[:, None])
-    if share:
-        ce_weight_E = ce_weight_C[targets.position_K][targets.row_E]
-        head_E = ce_weight_E * kl.probs_E + weights.kl * kl.head_gradient_E
-        logits_CV.view(-1).index_copy_(0, flat_E, head_E)
-    else:
-        logits_CV.view(-1).index_add_(0, flat_E, weights.kl * kl.head_gradient_E)
-    if drawn is not None:
-        logits_CV.view(-1).index_add_(0, flat_S, weights.kl * drawn.gradient_S)
-    logits_CV.scatter_add_(1, safe_labels_C1, -ce_weight_C[:, None])
-    return sums

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.loss_chunk import RowWeights, process_chunk
+from trainer.loss_passes import Head, Passes, TorchPasses, Work, arithmetic_dtype
 from trainer.loss_rows import RowPlan
 from trainer.loss_tail import FeatureTables
 
@@ -27,23 +28,6 @@ DEFAULT_CHUNK_BYTES = 256 << 20
 MIN_CHUNK_ROWS = 256
 # Rows of the head updated at once when a half-precision product is added to the fp32 accumulator.
 ACCUMULATE_ROWS = 16_384
-
-
-@dataclass(frozen=True)
-class Head:
-    """The map from hidden state to logits: z = softcap(logit_scale * (W h + b))."""
-
-    weight_VD: torch.Tensor
-    """Compute dtype, padding cut off."""
-    bias_V: torch.Tensor | None
-    """The arithmetic's dtype."""
-    logit_scale: float
-    logit_softcap: float | None
-
-    def num_buffers(self, tempered: bool) -> int:
-        """Chunk-sized tensors the loop keeps."""
-        half = self.weight_VD.dtype.itemsize < 4
-        return 1 + half + tempered + (self.logit_softcap is not None)
 
 
 @dataclass(frozen=True)
@@ -71,15 +55,10 @@ class FusedResult:
     grad_bias_V: torch.Tensor | None = None
 
 
-def arithmetic_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """fp32 for everything but fp64."""
-    return torch.float64 if compute_dtype == torch.float64 else torch.float32
-
-
-def default_chunk_size(vocab_size: int, num_buffers: int, device_type: str) -> int:
+def default_chunk_size(vocab_size: int, num_buffers: float, device_type: str) -> int:
     """Rows per chunk: as many as a fixed number of bytes holds, and at least `MIN_CHUNK_ROWS`."""
     budget = CHUNK_BYTES.get(device_type, DEFAULT_CHUNK_BYTES)
-    return max(MIN_CHUNK_ROWS, budget // (4 * vocab_size * num_buffers))
+    return max(MIN_CHUNK_ROWS, int(budget // (4 * vocab_size * num_buffers)))
 
 
 def fused_loss(
@@ -93,6 +72,7 @@ def fused_loss(
     num_weight_rows: int,
     wanted: Wanted,
     tables: FeatureTables | None = None,
+    passes_type: type[Passes] = TorchPasses,
 ) -> FusedResult:
     """Walk the chunks of `plan`. The head's gradient has `num_weight_rows` rows, zero in the padding."""
     weight_VD = head.weight_VD
@@ -112,70 +92,37 @@ def fused_loss(
 
     longest = max(chunk.stop - chunk.start for chunk in plan.chunks)
 
-    def buffer(dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(longest, vocab_size, dtype=dtype, device=device)
-
-    logits_buffer = buffer(arithmetic)
-    projection_buffer = logits_buffer if compute == arithmetic else buffer(compute)
-    tanh_buffer = buffer(arithmetic) if head.logit_softcap is not None else None
-    scratch_buffer = buffer(arithmetic) if plan.targets is not None and beta != 1.0 else None
-
+    passes = passes_type(head, longest, Work(beta if plan.targets is not None else 1.0, tables is not None))
     for chunk in plan.chunks:
-        num_rows = chunk.stop - chunk.start
         hidden_CD = hidden_ND.index_select(0, plan.rows_M[chunk.start : chunk.stop]).to(compute)
-        projection_CV, logits_CV = projection_buffer[:num_rows], logits_buffer[:num_rows]
-        torch.mm(hidden_CD, weight_VD.t(), out=projection_CV)
-        if compute != arithmetic:
-            logits_CV.copy_(projection_CV)
-        if head.bias_V is not None:
-            logits_CV.add_(head.bias_V)
-        tanh_CV = None if tanh_buffer is None else tanh_buffer[:num_rows]
-        _transform_logits(logits_CV, head, tanh_CV)
-
         has_teacher = plan.targets is not None and chunk.teacher_rows[0] < chunk.teacher_rows[1]
         sums = process_chunk(
-            logits_CV,
+            passes,
+            hidden_CD,
             plan.labels_M[chunk.start : chunk.stop],
             plan.targets.slice(chunk) if has_teacher and plan.targets is not None else None,
             weights=weights,
             beta=beta,
             reverse=reverse,
-            scratch_CV=None if scratch_buffer is None else scratch_buffer[:num_rows],
             want_gradient=wanted.any,
             tables=tables,
-            weights_CV=projection_CV,
         )
         result.sum_ce += sums.ce
         result.sum_kl += sums.kl
         result.sum_student_head_mass += sums.student_head_mass
-        if not wanted.any:
+        gradient_CV = sums.gradient_CV
+        if gradient_CV is None:
             continue
-
-        if tanh_CV is not None:  # d cap tanh(x / cap) / dx = 1 - tanh^2
-            logits_CV.addcmul_(logits_CV, tanh_CV.square_(), value=-1.0)
-        if compute != arithmetic:
-            projection_CV.copy_(logits_CV)
         if result.grad_hidden_MD is not None:
             out_CD = result.grad_hidden_MD[chunk.start : chunk.stop]
-            torch.mm(projection_CV, weight_VD, out=out_CD)
+            torch.mm(gradient_CV, weight_VD, out=out_CD)
             if head.logit_scale != 1.0:
                 out_CD.mul_(head.logit_scale)
         if result.grad_weight_VD is not None:
-            _accumulate(result.grad_weight_VD[:vocab_size], projection_CV, hidden_CD, head.logit_scale)
+            _accumulate(result.grad_weight_VD[:vocab_size], gradient_CV, hidden_CD, head.logit_scale)
         if result.grad_bias_V is not None:
-            result.grad_bias_V[:vocab_size].add_(logits_CV.sum(dim=0), alpha=head.logit_scale)
+            result.grad_bias_V[:vocab_size].add_(passes.bias_gradient(), alpha=head.logit_scale)
     return result
-
-
-def _transform_logits(logits_CV: torch.Tensor, head: Head, tanh_CV: torch.Tensor | None) -> None:
-    """Apply scale and softcap in place; leave tanh(scale x / cap) in `tanh_CV` for the chain rule."""
-    if tanh_CV is None:
-        if head.logit_scale != 1.0:
-            logits_CV.mul_(head.logit_scale)
-        return
-    assert head.logit_softcap is not None
-    torch.mul(logits_CV, head.logit_scale / head.logit_softcap, out=tanh_CV).tanh_()
-    torch.mul(tanh_CV, head.logit_softcap, out=logits_CV)
 
 
 def _accumulate(

@@ -79,6 +79,13 @@ class FeatureTables:
             assert buffer_CV is not None
             torch.mul(weights_CV, scale_C1, out=buffer_CV)
             moments_CG = (buffer_CV @ self.products_VG).to(arithmetic)
+        return self._central(moments_CG)
+
+    def normalised_statistics(self, weights_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same under weights that sum to one, given in the compute dtype."""
+        return self._central((weights_CV @ self.products_VG).to(self.values_FV.dtype))
+
+    def _central(self, moments_CG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_features = len(self.values_FV)
         mean_CF = moments_CG[:, :num_features]
         second_CFF = moments_CG[:, num_features:][:, self.pair_FF]

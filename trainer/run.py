@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from formats.cache import TeacherCache
 from formats.fingerprint import resolve_model
 from trainer.config import TrainConfig
@@ -23,6 +25,7 @@ from trainer.loading import (
     require_vocabulary,
     stored_dtype,
 )
+from trainer.loss_passes import passes_of
 from trainer.recipe import resolve_training, training_arguments
 from trainer.run_directory import RunDirectory
 
@@ -80,6 +83,8 @@ def train(config: TrainConfig) -> TrainReport:
     """
     started = time.perf_counter()
     resolved = resolve_training(config)
+    on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
+    passes_of(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
     quiet_transformers()
     fisher_paths = [config.ewc.cache] if config.ewc is not None else []
     others = (*(cache.path for cache in config.caches), *config.eval_caches.values(), *fisher_paths)
@@ -207,6 +212,7 @@ def _make_trainer(
         mixed=mixed,
         kl_coef=config.kl_coef,
         kl_direction=config.kl_direction,
+        loss_kernel=config.loss_kernel,  # type: ignore[arg-type]
         packing=config.packing,
         pack_length=config.pack_length,
         group_by_length=config.group_by_length,

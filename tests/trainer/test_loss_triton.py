@@ -1,0 +1,169 @@
+"""The Triton passes: the same gradients in Triton's interpreter, machine code for real GPUs, and refusals."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from formats.errors import ConfigError
+from trainer.loss import label_annealing_loss
+from trainer.loss_passes import KERNELS, TorchPasses, passes_of
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = Path(__file__).with_name("loss_triton_cases.py")
+ON_CUDA = torch.cuda.is_available()
+
+
+def run_cases(interpret: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.slow
+def test_gradients_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_cases("1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
+def test_gradients_on_the_gpu():
+    run_cases("0")
+
+
+def compiled(kernel, capability: int, dtype: str, flags: dict) -> tuple[dict[str, int], str]:
+    """(what ptxas says of the kernel's resources, its PTX), compiled ahead of time: no GPU is needed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fixed = dict(flags)
+    types = {"raw_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    for name in kernel.arg_names:
+        if name.endswith("_ptr"):
+            types.setdefault(name, "*fp32")
+        elif name.startswith("num_") or name == "stride":
+            types[name] = "i32"
+        elif name in ("scale", "cap", "beta"):
+            types[name] = "fp32"
+    absent = {"bias_ptr": "BIAS", "one_ptr": "ONE", "slope_ptr": "SLOPES", "features_ptr": "SLOPES"}
+    for name, flag in absent.items():
+        if name in kernel.arg_names and not flags.get(flag, True):
+            fixed[name] = None
+    signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
+    aligned = {  # as the launcher finds pointers, and vocabularies that 16 divides
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in ("num_tokens", "stride")
+    }
+    from trainer.loss_triton import NUM_WARPS
+
+    found = triton.compile(
+        ASTSource(kernel, signature, fixed, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": NUM_WARPS},
+    )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    fields = [field.split(":") for field in usage.split() if field.count(":") == 1]
+    used = {name: int(value) for name, value in fields if value.isdigit()}
+    return {**used, "SHARED": found.metadata.shared}, found.asm["ptx"]
+
+
+@pytest.mark.parametrize("dtype", ("bf16", "fp16", "fp32"))
+@pytest.mark.parametrize("capability", (80, 90))
+def test_kernels_compile_for_hardware(capability, dtype, monkeypatch, tmp_path):
+    """sm_80 (A100) and sm_90 (H100): no register is spilled, a thread moves 16 bytes at a time."""
+    pytest.importorskip("triton")
+    from trainer import loss_triton
+
+    if loss_triton.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set: there is nothing to compile")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for plain in (True, False):  # the least and the most a kernel does
+        transform = {"BIAS": not plain, "CAP": not plain}
+        rows, tokens = loss_triton.MAP_BLOCK
+        few, many = loss_triton.SLOPE_BLOCK
+        last = {"DERIVATIVE": not plain, "ONE": not plain}
+        variants = (
+            (loss_triton.row_sums, {"TEMPERED": not plain, "B": loss_triton.SUM_BLOCK}),
+            (loss_triton.row_map, {**last, "SLOPES": False, "R": rows, "B": tokens}),
+            (loss_triton.row_map, {**last, "SLOPES": True, "R": few, "B": many}),
+        )
+        for kernel, flags in variants:
+            used, ptx = compiled(kernel, capability, dtype, {**transform, **flags})
+            print(capability, dtype, kernel.__name__, flags, used)  # shown by pytest -s
+            assert 0 < used["REG"] <= 128 and used["STACK"] == used["LOCAL"] == 0
+            assert used["SHARED"] <= 48 << 10
+            assert "ld.global.v4.b32" in ptx
+            assert kernel is loss_triton.row_sums or "st.global.v4.b32" in ptx
+
+
+def tiny_loss(kernel: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 2).to(dtype), torch.randn(5, 2).to(dtype)
+    return label_annealing_loss(hidden, weight, torch.tensor([0, 1, 2]), kernel=kernel).loss  # type: ignore[arg-type]
+
+
+def one_line(error: ConfigError) -> str:
+    assert "must" in str(error) or "needs" in str(error)
+    assert "got" in str(error) and "\n" not in str(error)
+    return str(error)
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(ConfigError, match="must be one of torch, triton, got 'cuda'") as error:
+        tiny_loss("cuda")
+    one_line(error.value)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter accepts a CPU")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_a_cpu_is_refused(dtype):
+    pytest.importorskip("triton")
+    with pytest.raises(ConfigError, match="needs a CUDA device, got cpu; use the loss kernel torch") as error:
+        tiny_loss("triton", dtype)
+    one_line(error.value)
+
+
+def test_a_machine_without_triton_is_refused(monkeypatch):
+    import trainer
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("loss_triton", "loss_triton_kernels"):
+        monkeypatch.delitem(sys.modules, f"trainer.{name}", raising=False)
+        monkeypatch.delattr(trainer, name, raising=False)
+    with pytest.raises(ConfigError, match="needs the package triton, got: import of triton halted") as error:
+        passes_of("triton", torch.float32, "cuda")
+    one_line(error.value)
+    assert passes_of("torch", torch.float32, "cuda") is TorchPasses
+
+
+@pytest.mark.skipif(ON_CUDA or "TRITON_INTERPRET" in os.environ, reason="needs a machine that is refused")
+def test_a_run_is_refused_before_anything_is_read(tmp_path):
+    from trainer import TrainConfig, train
+    from trainer.config import LOSS_KERNELS
+
+    assert LOSS_KERNELS == KERNELS
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="the loss kernel triton needs"):
+        train(TrainConfig(cache=missing, model=missing, out=missing, loss_kernel="triton"))
+
+
+def test_nothing_imports_triton_unless_asked():
+    probe = "import sys, trainer.loss, trainer.head; print('trainer.loss_triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+    source = (ROOT / "trainer" / "loss_passes.py").read_text()
+    assert "\nimport triton" not in source and "\nfrom trainer.loss_triton" not in source
