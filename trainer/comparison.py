@@ -5,7 +5,6 @@ weights before they were rounded to the saved dtype, and on rows that the record
 wrong is looked for in all models before the first of them is evaluated.
 """
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -204,7 +203,6 @@ def compare(
 
         with _called("--initial" if label in known else "MODEL"):
             results = evaluate(directory, paths, dtype=dtype, device=device, limit=limit, progress=report)
-        gc.collect()  # the next model shall not meet this one in memory
         for text, result in results.items():
             if result["perplexity"] is None:
                 raise ConfigError(f"--{text} needs tokens that carry loss, got none in {paths[text]}")
