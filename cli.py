@@ -89,6 +89,10 @@ SeedOption = Annotated[
     int | None,
     typer.Option(show_default=False, help="With --limit: draw the records at random with this seed."),
 ]
+EvalDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")]
+EvalLimitOption = Annotated[
+    int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each cache.")
+]
 EngineArgOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -550,39 +554,88 @@ def eval_command(
     ],
     model: ModelOption,
     as_json: JsonOption = False,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")
-    ] = "float32",
-    limit: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each cache.")
-    ] = None,
+    dtype: EvalDtypeOption = "float32",
+    limit: EvalLimitOption = None,
 ) -> None:
     """Print perplexity and KL to the initial model on the texts of CACHE..."""
     from trainer import evaluate
     from trainer.evaluation import format_evaluation
 
-    results = evaluate(model, named_caches(caches), dtype=dtype, limit=limit, progress=eval_progress())
+    results = evaluate(model, named(caches), dtype=dtype, limit=limit, progress=eval_progress())
     if as_json:
         show_json({"model": model, "caches": results})
     else:
         show(format_evaluation(results))
 
 
-def named_caches(words: list[str]) -> dict[str, str]:
-    """`NAME=CACHE` or `CACHE`, whose last path component is then its name, as a mapping.
+@app.command("compare")
+def compare_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Models to compare; LABEL=DIR gives one a label of its own."),
+    ],
+    source: Annotated[
+        str, typer.Option(metavar="CACHE", help="Cache of held-out text that the initial model knew.")
+    ],
+    target: Annotated[
+        str, typer.Option(metavar="CACHE", help="Cache of held-out text that the models learn.")
+    ],
+    initial: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default=False,
+            help="The initial model: its line comes first, and changes are relative to it.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="Also draw the trade-off to a .png, .svg or .pdf file."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    dtype: EvalDtypeOption = "float32",
+    limit: EvalLimitOption = None,
+) -> None:
+    """Print what MODEL... learnt and what they kept: perplexity and KL on two texts, a line per model."""
+    from trainer import compare
+    from trainer.tradeoff import require_plottable
+
+    if plot is not None:
+        require_plottable(plot)
+    comparison = compare(
+        named(models, "models", "LABEL=DIR"),
+        source=source,
+        target=target,
+        initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
+        dtype=dtype,
+        limit=limit,
+        progress=eval_progress(),
+    )
+    if as_json:
+        show_json(comparison.to_dict())
+    else:
+        show(comparison.text())
+    if plot is not None:
+        note(f"picture in {comparison.plot(plot)}")
+
+
+def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> dict[str, str]:
+    """`NAME=PATH` or `PATH`, whose last component is then its name, as a mapping.
 
     Raises:
-        ConfigError: two caches have the same name.
+        ConfigError: two have the same name.
     """
-    named: dict[str, str] = {}
+    found: dict[str, str] = {}
     for word in words:
         name, separator, path = word.partition("=")
-        if not separator or "/" in name:
+        if not separator or not name or "/" in name:
             name, path = word.rstrip("/").rsplit("/", 1)[-1], word
-        if name in named:
-            raise ConfigError(f"caches must have different names, got {name!r} twice; write NAME=CACHE")
-        named[name] = path
-    return named
+        if name in found:
+            raise ConfigError(f"{what} must have different names, got {name!r} twice; write {form}")
+        found[name] = path
+    return found
 
 
 def eval_progress() -> Callable[[str, int, int], None]:

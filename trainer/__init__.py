@@ -8,6 +8,7 @@ from typing import Any
 
 _HOME = {
     "CachedDataset": "dataset",
+    "Comparison": "comparison",
     "Ewc": "retention.ewc",
     "EwcSettings": "retention.settings",
     "L2": "retention.l2",
@@ -20,6 +21,7 @@ _HOME = {
     "MergeReport": "merging.run",
     "MixedCache": "config",
     "OutputHead": "head",
+    "compare": "comparison",
     "count_targets": "collator",
     "Sfa": "retention.sfa",
     "SfaSettings": "retention.settings",

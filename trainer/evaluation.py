@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from formats.cache import TeacherCache
-from formats.errors import ConfigError, IdentityMismatchError
-from formats.fingerprint import TokenizerFingerprint, resolve_model
+from formats.errors import AnnealError, ConfigError, IdentityMismatchError
+from formats.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from trainer.checks import check_one_of
+from trainer.config import DTYPES
 from trainer.loading import load_model, load_tokenizer, quiet_transformers, require_vocabulary
 
 Result = dict[str, float | int | None]
@@ -46,7 +48,7 @@ def evaluate(
         head_mass are None for a cache without teacher positions, ce and perplexity for one without labels.
 
     Raises:
-        ConfigError: not a model, no tokenizer, two caches of one name.
+        ConfigError: not a model, no tokenizer, two caches of one name, an unknown dtype.
         FormatError: a cache is missing, unfinished or broken.
         IdentityMismatchError: another vocabulary or tokenizer, or another initial model than the one this
             model was trained from.
@@ -58,6 +60,7 @@ def evaluate(
     from trainer.head import OutputHead
     from trainer.measure import measure
 
+    check_one_of("dtype", dtype, DTYPES)
     named = name_caches(caches)
     quiet_transformers()
     directory = resolve_model(model_dir)
@@ -150,7 +153,7 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> Non
     """Refuse a cache whose numbers mean nothing for this model.
 
     The vocabulary must agree; and a model that records which initial model it comes from (`anneal.json`) is
-    only compared with caches of that one.
+    only compared with caches of that one, or of itself: it is the initial model of whatever comes next.
 
     Raises:
         IdentityMismatchError: naming the part that differs.
@@ -162,14 +165,21 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> Non
             f"{cache.path}: an evaluation cache must use the model's tokenizer, got another vocabulary; "
             "rebuild it with the initial model"
         )
-    weights = recorded_initial(model_dir)
-    if weights is not None and recorded.teacher.get("weights") not in (None, weights):
+    weights, teacher = recorded_initial(model_dir), recorded.teacher.get("weights")
+    if weights is not None and teacher not in (None, weights) and teacher != _own_weights(model_dir):
         raise IdentityMismatchError(
             f"{cache.path}: KL to the initial model needs a cache of the initial model, got one built with "
-            f"other weights ({str(recorded.teacher['weights'])[:12]}; the model was trained from "
+            f"other weights ({str(teacher)[:12]}; the model was trained from "
             f"{str(weights)[:12]}); "
             "rebuild the cache with the initial model"
         )
+
+
+def _own_weights(model_dir: Path) -> str | None:
+    try:
+        return ModelFingerprint.of(model_dir).weights
+    except AnnealError:  # adapters alone
+        return None
 
 
 def format_evaluation(results: Mapping[str, Result]) -> str:

@@ -5,10 +5,12 @@ family (the same method at several strengths) are joined in the given order; the
 front: what no other point beats on both axes. matplotlib is imported when a picture is drawn.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from formats.commit import atomic_write_bytes
 from formats.errors import ConfigError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -17,6 +19,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#5f6368"
 WIDE = 2.0
 """Ratio between the largest and the smallest perplexity from which an axis is logarithmic."""
+FORMATS = (".png", ".svg", ".pdf")
 Point = Mapping[str, float]
 
 
@@ -53,25 +56,22 @@ def plot_tradeoff(
         size: width and height in inches, at 160 dots each.
 
     Raises:
-        ConfigError: no results, a label without both numbers, or matplotlib is missing.
+        ConfigError: no results, a label without both numbers, or as `require_plottable`.
     """
     check_points(results, families or {})
+    path = require_plottable(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
     initial = f"{initial} model" if initial not in results else initial  # either way to call it
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
-    except ImportError:
-        raise ConfigError(
-            "plots need matplotlib, which is not installed; pip install 'anneal[plot]'"
-        ) from None
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)  # no display, no global state
     axes: Any = figure.add_subplot()
     groups = {name: list(labels) for name, labels in (families or {}).items()}
     joined = {label for labels in groups.values() for label in labels}
     groups |= {label: [label] for label in results if label not in joined and label != initial}
-    _draw_front(axes, {label: results[label] for label in results if label != initial})
+    _draw_front(axes, results, initial)
     for number, (name, labels) in enumerate(groups.items()):
         # From the eighth family on colours come again, with another marker.
         colour, marker = COLOURS[number % 7], MARKERS[(number + number // 7) % 7]
@@ -123,14 +123,39 @@ def plot_tradeoff(
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    path = Path(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=160)
     try:
-        figure.savefig(path, dpi=160)
-    except (OSError, ValueError) as error:
+        atomic_write_bytes(path, drawn.getvalue())
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from None
+    return path
+
+
+def require_plottable(path: str | Path) -> Path:
+    """Find out before the work whether a plot can be drawn and written to `path`; nothing is written.
+
+    Raises:
+        ConfigError: another ending, no such directory, or matplotlib is missing.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise _unwritable(path, "another ending")
+    if path.is_dir():
+        raise _unwritable(path, "a directory")
+    if not path.parent.is_dir():
+        raise _unwritable(path, f"no directory {path.parent}")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
         raise ConfigError(
-            f"the plot must go to a writable .png, .svg or .pdf file, got {path}: {error}"
+            "plots need matplotlib, which is not installed; pip install 'anneal[plot]'"
         ) from None
     return path
+
+
+def _unwritable(path: Path, reason: str) -> ConfigError:
+    return ConfigError(f"the plot must go to a writable .png, .svg or .pdf file, got {path}: {reason}")
 
 
 def check_points(results: Mapping[str, Point], families: Mapping[str, Sequence[str]]) -> None:
@@ -148,8 +173,9 @@ def check_points(results: Mapping[str, Point], families: Mapping[str, Sequence[s
         raise ConfigError(f"families may only name given models, got {unknown[0]!r}")
 
 
-def _draw_front(axes: Any, points: Mapping[str, Point]) -> None:
-    front = pareto_front(points)
+def _draw_front(axes: Any, points: Mapping[str, Point], initial: str) -> None:
+    """The line ends before the initial model, but does not pass through what that one beats."""
+    front = [label for label in pareto_front(points) if label != initial]
     if len(front) > 1:
         xs, ys = [points[label]["target"] for label in front], [points[label]["source"] for label in front]
         axes.plot(xs, ys, "--", color=GREY, linewidth=1.0, zorder=2, label="Pareto front")

@@ -177,7 +177,7 @@ def test_another_number_of_tail_features(
 
 def test_another_rate_of_tail_draws(anneal: Run, corpus: Path, cache: Path, tiny_llama_dir: Path) -> None:
     error = build(anneal, corpus, tiny_llama_dir, cache, "--tail-draws", "4")
-    assert "--tail-draws: 8 there, 4 now" in error and "--overwrite" in error
+    assert "--tail-draws: 16 there, 4 now" in error and "--overwrite" in error
 
 
 def test_wrong_usage_exits_with_two(anneal: Run, corpus: Path) -> None:
@@ -292,6 +292,59 @@ def test_train_settings(
 def test_eval_names_must_differ(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:
     code, _, err = anneal("eval", cache, cache, "--model", tiny_llama_dir)
     assert code == 1 and "NAME=CACHE" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("a=MODEL", "a=MODEL"), "got 'a' twice; write LABEL=DIR"),
+        (("a=MODEL", "--initial", "a=MODEL"), "'a' for --initial and MODEL"),
+        (("MODEL", "./nowhere"), "MODEL must be a model directory"),
+        (("a=MODEL", "--initial", "OTHER"), "model weights"),
+        (("MODEL", "--plot", "picture.gif"), ".png, .svg or .pdf"),
+        (("MODEL", "--plot", "nowhere/picture.png"), "no directory nowhere"),
+        (("MODEL", "--dtype", "int4"), "float32, bfloat16, float16"),
+        (("MODEL", "--source", "gone"), "gone"),
+    ],
+)
+def test_compare(
+    anneal: Run,
+    cache: Path,
+    tiny_llama_dir: Path,
+    tiny_qwen3_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [
+        word.replace("MODEL", str(tiny_llama_dir)).replace("OTHER", str(tiny_qwen3_dir)) for word in words
+    ]
+    code, printed, err = anneal("compare", "--source", cache, "--target", cache, *given)
+    assert (code, printed) == (1, "") and expected in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_without_matplotlib(
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = ("--source", cache, "--target", cache, "--plot", tmp_path / "p.png")
+    code, printed, err = anneal("compare", tiny_llama_dir, *words)
+    assert (code, printed) == (1, "") and "pip install 'anneal[plot]'" in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_needs_both_texts(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:
+    code, _, err = anneal("compare", tiny_llama_dir, "--source", cache)
+    assert code == 2 and "--target" in err
+    assert anneal("compare", "--source", cache, "--target", cache)[0] == 2
+
+
+def test_eval_in_an_unknown_dtype(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:
+    code, printed, err = anneal("eval", cache, "--model", tiny_llama_dir, "--dtype", "int4")
+    assert (code, printed) == (1, "") and "bfloat16" in one_line(err)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The main path typed as a user types it: build, inspect, train, eval; the docs know every option."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,29 @@ def test_train_then_eval(cache: Path, workspace: Path, tiny_llama_dir: Path) -> 
     assert "merged 1 model" in merged.stdout
     between = json.loads(anneal("eval", f"chat={cache}", "--model", half, "--json").stdout)
     assert before["caches"]["chat"]["kl"] < between["caches"]["chat"]["kl"] < after["caches"]["chat"]["kl"]
+
+
+def test_compare_prints_a_table_json_and_a_picture(
+    cache: Path, workspace: Path, tiny_llama_dir: Path
+) -> None:
+    """One process per form; the words of the table, and the numbers of `evaluate` in the JSON."""
+    from trainer import evaluate
+
+    half = shutil.copytree(tiny_llama_dir, workspace / "compared-half")
+    (half / "anneal.json").write_text('{"merge": {"method": "wise-ft", "alpha": 0.5, "tuned": []}}')
+    words = ("compare", f"half={half}", "--source", cache, "--target", cache, "--initial", tiny_llama_dir)
+    picture = workspace / "compared.png"
+    shown = anneal(*words, "--plot", picture)
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert lines[0][:4] == ["model", "method", "source", "ppl"]
+    assert lines[1][:2] == ["*", tiny_llama_dir.name] and "initial model" in shown.stdout
+    assert lines[2][:4] == ["half", "WiSE-FT", "alpha", "0.5"] and "+0.0%" in lines[2]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert shown.stderr.splitlines()[-1] == f"picture in {picture}"
+    found = json.loads(anneal(*words, "--json").stdout)
+    expected = evaluate(half, {"text": cache})["text"]
+    assert found["models"][1]["source"] == found["models"][1]["target"] == expected
+    assert found["initial"] == tiny_llama_dir.name and found["models"][1]["strengths"] == {"alpha": 0.5}
 
 
 def commands() -> list[tuple[str, typer.core.TyperCommand]]:

@@ -1,9 +1,11 @@
 """The trade-off picture: the front by hand, and a file that is a picture."""
 
+import sys
+
 import pytest
 
 from formats.errors import ConfigError
-from trainer.tradeoff import pareto_front, plot_tradeoff
+from trainer.tradeoff import pareto_front, plot_tradeoff, require_plottable
 
 POINTS = {
     "initial": {"source": 9.6, "target": 30.0},
@@ -40,3 +42,32 @@ def test_incomplete_results_are_refused(tmp_path):
         plot_tradeoff(POINTS, tmp_path / "p.png", families={"x": ["nobody"]})
     with pytest.raises(ConfigError, match="writable"):
         plot_tradeoff(POINTS, tmp_path / "missing" / "p.png")
+
+
+def test_what_cannot_be_plotted_is_known_before_the_work(tmp_path, monkeypatch):
+    assert require_plottable(tmp_path / "p.SVG") == tmp_path / "p.SVG"
+    for path in ("p", "p.txt", "missing/p.png"):
+        with pytest.raises(ConfigError, match="writable"):
+            require_plottable(tmp_path / path)
+    (tmp_path / "d.png").mkdir()
+    with pytest.raises(ConfigError, match="a directory"):
+        require_plottable(tmp_path / "d.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install 'anneal\[plot\]'"):
+        require_plottable(tmp_path / "p.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.png"]
+
+
+def test_the_dashed_line_leaves_out_what_the_initial_model_beats(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = {}, Axes.plot
+
+    def recording(axes, xs, ys, *args, **options):
+        drawn[options.get("label")] = list(xs)
+        return plot(axes, xs, ys, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", recording)
+    spoilt = {"source": 9.7, "target": 31.0}  # better on the source than every model but the initial one
+    plot_tradeoff({**POINTS, "spoilt": spoilt}, tmp_path / "p.png")
+    assert drawn["Pareto front"] == [12.0, 12.1, 12.6]
