@@ -20,6 +20,7 @@ from cache_builder.progress import Progress
 from cache_builder.scratch import stored_and_read
 from cache_builder.teacher import TeacherConfig, make_teacher
 from formats.cache import CacheRow, TeacherCache
+from formats.draws import POWER
 from formats.errors import ConfigError, FormatError
 from formats.fingerprint import resolve_model
 from formats.identity import require_same_teacher
@@ -29,10 +30,10 @@ OTHER_ENGINE = {"vllm": "transformers", "transformers": "vllm"}
 ENGINE_NOISE = {"float32": 5e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Mean |difference| of logprobs, in nats, that two engines may have. Measured on small models: 2e-4 in fp32
 and 0.003 to 0.02 in bf16; a wrong model, a shifted row or another template gives whole nats."""
-LEAST_DRAW_SHARE, FEWEST_DRAWS = 0.1, 100
-"""Of so many tail draws at least this share must be drawn again, if the cache is one of float32. Noise moves
-tokens along the line on which the points of a position lie: two engines share 0.8 to 0.96 of the draws in
-fp32, 0.4 to 0.1 in bf16, the fewer the more tokens there are."""
+DRAW_DEVIATIONS, DRAW_SHARE = 5.0, 0.02
+"""All draws together may differ from their expected number by so many standard deviations of independent
+draws, and by this share of it. Which tokens are drawn is no matter: two engines share 0.8 to 0.96 of the
+draws in fp32 and 0.4 to 0.1 in bf16, whose noise moves tokens along the line that the points pick from."""
 ROW_FACTOR = 5.0
 """A single row may deviate by this many times the allowance for the mean."""
 
@@ -245,11 +246,12 @@ def _judge(
                 f"logprobs of tail draws must deviate by at most {figures['draw_allowed']:.6f} nats on "
                 f"average, got {figures['draw_mean']:.6f}; draws and logprobs do not belong together"
             )
-        enough = dtype == "float32" and found.num_draws >= FEWEST_DRAWS
-        if enough and figures["draw_share"] < LEAST_DRAW_SHARE:
+        number, expected = _numbers_of_draws(stored, again)
+        figures["draw_number"], figures["draw_expected"] = number, expected
+        if abs(number - expected) > DRAW_DEVIATIONS * expected**0.5 + DRAW_SHARE * expected + 1:
             problems.append(
-                f"at least {LEAST_DRAW_SHARE:.0%} of the tail draws must be drawn again, got "
-                f"{figures['draw_share']:.1%} of {found.num_draws}; they were drawn in another way"
+                f"tail draws must be about as many as their rate says, {expected:.0f}, got {number:.0f}; "
+                "estimates from them are biased"
             )
     if not figures["logprob_mean"] <= allowed:
         problems.append(
@@ -287,8 +289,16 @@ def _draw_lines(figures: Mapping[str, float]) -> list[str]:
         return []
     return [
         f"  tail draws      {figures['draw_mean']:10.6f}     {figures['draw_max']:10.6f}   "
-        f"(allowed mean {figures['draw_allowed']:.6f}; {figures['draw_share']:.0%} drawn again)"
+        f"(allowed mean {figures['draw_allowed']:.6f}; {figures['draw_share']:.0%} drawn again)",
+        f"  {figures['draw_number']:.0f} tail draws, {figures['draw_expected']:.0f} expected",
     ]
+
+
+def _numbers_of_draws(stored: list[CacheRow], again: list[TopKLogprobs]) -> tuple[float, float]:
+    """(draws of the stored rows, what their rate makes of the recomputed tails)."""
+    number = sum(len(row.teacher.draws.token_ids) for row in stored)
+    sums = [np.exp(topk.log_tail(1 / POWER).astype(np.float64)).sum() for topk in again]
+    return float(number), float(stored[0].teacher.draws.rate * sum(sums)) if stored else 0.0
 
 
 def _mean(values: np.ndarray) -> float:
