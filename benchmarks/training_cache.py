@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_builder.config import DEFAULT_TAIL_FEATURES
+from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
+from formats.codec import CodecConfig
+from formats.draws import POWER, TailDraws
 from formats.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
 from formats.rows import TokenRow
 from formats.topk import TAIL_BETAS, TopKLogprobs
@@ -18,7 +20,8 @@ def random_features(vocab_size: int) -> TokenFeatures:
 
 
 def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: int) -> TopKLogprobs:
-    """`head_size` distinct tokens per position, probabilities falling like 1/rank, 6 % left to the tail."""
+    """`head_size` distinct tokens per position, probabilities falling like 1/rank, 6 % left to the tail; as
+    many draws from it as the default rate makes."""
     generator = np.random.default_rng(seed)
     stride = vocab_size // head_size
     lattice = np.arange(head_size) * stride
@@ -27,6 +30,12 @@ def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: i
     logprobs = np.log(0.94 * weights / weights.sum()).astype(np.float32)
     # The tail as if its tokens were equally likely: A(beta) = log(n) + beta log(0.06 / n).
     num_tail = vocab_size - head_size
+    log_each = np.log(0.06 / num_tail)
+    num_draws = round(DEFAULT_TAIL_DRAWS * num_tail * np.exp(POWER * log_each))
+    # Beside a token of the head, in its own part of the lattice: surely no other one of the head.
+    cell = generator.integers(0, head_size, (num_positions, num_draws))
+    beside = np.take_along_axis(ids, cell, 1)
+    drawn = np.where(beside % stride < stride - 1, beside + 1, beside - 1)
     nodes = [np.log(num_tail) + beta * np.log(0.06 / num_tail) for beta in TAIL_BETAS]
     return TopKLogprobs(
         offsets=np.arange(num_positions + 1) * head_size,
@@ -35,6 +44,12 @@ def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: i
         log_tail_nodes=np.tile(np.array(nodes, dtype=np.float32), (num_positions, 1)),
         vocab_size=vocab_size,
         tail_moments=0.06 * generator.normal(0.0, 0.3, (num_positions, DEFAULT_TAIL_FEATURES)),
+        tail_draws=TailDraws(
+            np.arange(num_positions + 1) * num_draws,
+            drawn.reshape(-1),
+            np.full(drawn.size, log_each),
+            DEFAULT_TAIL_DRAWS,
+        ),
     )
 
 
@@ -42,7 +57,9 @@ def write_cache(path: Path, *, num_rows: int, length: int, vocab_size: int, head
     """Rows of `length` random tokens, all of which carry loss."""
     generator = np.random.default_rng(1)
     features = random_features(vocab_size)
-    with CacheWriter(path, identity={}, vocab_size=vocab_size, max_k=head_size, features=features) as writer:
+    codec = CodecConfig(draw_rate=DEFAULT_TAIL_DRAWS)
+    options = {"vocab_size": vocab_size, "max_k": head_size, "codec": codec, "features": features}
+    with CacheWriter(path, identity={}, **options) as writer:  # type: ignore[arg-type]
         for row in range(num_rows):
             mask = np.ones(length, dtype=bool)
             mask[0] = False
