@@ -50,7 +50,7 @@ class BuildConfig:
     output embedding in safetensors to take features from."""
     tail_draws: int | None = None
     """Tail tokens drawn per position: this rate times the sum of p^(3/4) over the tail (docs/method.md), 0
-    for none; None is 8."""
+    for none; None is 16."""
     positions: str = "loss"
     """`loss` captures positions whose next token carries loss, `all` every position that has a next token."""
     limit: int | None = None

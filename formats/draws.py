@@ -101,8 +101,7 @@ class TailDraws:
 
     def take(self, chosen_P: np.ndarray) -> "TailDraws":
         """The positions with these indices, in that order, copied."""
-        offsets = segments.offsets_of(self.counts[chosen_P])
-        source = np.repeat(self.offsets[:-1][chosen_P], np.diff(offsets)) + segments.rank_in_segment(offsets)
+        offsets, source = segments.taken(self.offsets, chosen_P)
         return TailDraws(offsets, self.token_ids[source], self.logprobs[source], self.rate)
 
     @staticmethod

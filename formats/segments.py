@@ -24,6 +24,12 @@ def offsets_of(counts: np.ndarray) -> np.ndarray:
     return offsets
 
 
+def taken(offsets: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets of the segments with these indices, in that order; indices of their entries)."""
+    found = offsets_of(np.diff(offsets)[chosen])
+    return found, np.repeat(offsets[:-1][chosen], np.diff(found)) + rank_in_segment(found)
+
+
 def _reduce(ufunc: np.ufunc, values: np.ndarray, offsets: np.ndarray, neutral: float) -> np.ndarray:
     out = np.full(len(offsets) - 1, neutral, dtype=values.dtype)
     filled = offsets[1:] > offsets[:-1]

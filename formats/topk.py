@@ -169,8 +169,7 @@ class TopKLogprobs:
     def take(self, positions: np.ndarray) -> "TopKLogprobs":
         """The given positions (indices or boolean mask), in that order, copied."""
         chosen = np.arange(len(self))[np.asarray(positions)]
-        offsets = segments.offsets_of(self.counts[chosen])
-        source = np.repeat(self.offsets[:-1][chosen], np.diff(offsets)) + segments.rank_in_segment(offsets)
+        offsets, source = segments.taken(self.offsets, chosen)
         return TopKLogprobs(
             offsets,
             self.token_ids[source],

@@ -13,10 +13,10 @@ from typing import Any
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
+from trainer.merging.card import FORMULAS
 from trainer.run_directory import RECORD_NAME, comparable
 
 DIRECT = "direct fine-tuning"
-MERGES = {"wise-ft": "WiSE-FT", "task-arithmetic": "task arithmetic", "ties": "TIES"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
     method, tuned = str(merge.pop("method")), merge.pop("tuned")
     strengths = {str(key): float(value) for key, value in merge.items()}
     weights = sorted(str(entry["weights"]) for entry in tuned)
-    return AppliedMethod(((MERGES.get(method, method), strengths),), json.dumps(weights))
+    name, _ = FORMULAS.get(method, (method, ""))
+    return AppliedMethod(((name, strengths),), json.dumps(weights))
 
 
 def _of_run(config: TrainConfig, cache_id: Any) -> AppliedMethod:

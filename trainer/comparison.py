@@ -6,8 +6,7 @@ wrong is looked for in all models before the first of them is evaluated.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from formats.errors import ConfigError, IdentityMismatchError
 from formats.fingerprint import resolve_model
 from trainer.applied_method import AppliedMethod, families_of, method_of
 from trainer.evaluation import Result, evaluate, require_related
-from trainer.loading import load_tokenizer, open_cache, quiet_transformers
+from trainer.loading import given_as, load_tokenizer, open_cache, quiet_transformers
 from trainer.tradeoff import pareto_front, plot_tradeoff
 
 TEXTS = ("source", "target")
@@ -184,7 +183,7 @@ def compare(
     found: dict[str, Path] = {}
     for label, name in {**known, **models}.items():
         what = "--initial" if label in known else "MODEL"
-        with _called(what):
+        with given_as(what):
             found[label] = directory = resolve_model(name)
             if not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):
                 raise ConfigError(f"{what} must be a finished model, got no config.json in {directory}")
@@ -201,7 +200,7 @@ def compare(
             if progress is not None:
                 progress(f"{label}: {text}", done, total)
 
-        with _called("--initial" if label in known else "MODEL"):
+        with given_as("--initial" if label in known else "MODEL"):
             results = evaluate(directory, paths, dtype=dtype, device=device, limit=limit, progress=report)
         for text, result in results.items():
             if result["perplexity"] is None:
@@ -219,15 +218,6 @@ def _require_one_teacher(caches: Mapping[str, TeacherCache]) -> None:
             + " and ".join(f"{caches[text].path} ({str(weights[text])[:12]})" for text in TEXTS)
             + "; build both with the initial model"
         )
-
-
-@contextmanager
-def _called(what: str) -> Iterator[None]:
-    """Errors of a model name it by the argument that it was given as."""
-    try:
-        yield
-    except ConfigError as error:
-        raise type(error)(str(error).replace("--model", what, 1)) from None
 
 
 def _finite(value: Any) -> Any:

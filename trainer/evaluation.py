@@ -18,6 +18,7 @@ from formats.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
 from trainer.loading import load_model, load_tokenizer, quiet_transformers, require_vocabulary
+from trainer.run_directory import RECORD_NAME
 
 Result = dict[str, float | int | None]
 
@@ -143,7 +144,7 @@ def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]
 def recorded_initial(model_dir: Path) -> str | None:
     """Fingerprint of the weights that a model was made from, by its `anneal.json`; None when it has none."""
     try:
-        record = json.loads((model_dir / "anneal.json").read_text(encoding="utf-8"))
+        record = json.loads((model_dir / RECORD_NAME).read_text(encoding="utf-8"))
         return str(record["identity"]["teacher"]["weights"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

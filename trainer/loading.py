@@ -1,6 +1,7 @@
 """Loading models, tokenizers and caches: quietly, with one-line errors and with the identity check."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def given_as(what: str) -> Iterator[None]:
+    """Errors of a model that was not given as `--model` name the argument that it was given as."""
+    try:
+        yield
+    except ConfigError as error:
+        raise type(error)(str(error).replace("--model", what, 1)) from None
 
 
 def load_model(model_dir: Path, *, dtype: str, attn_implementation: str | None = None) -> Any:

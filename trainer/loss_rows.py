@@ -127,12 +127,16 @@ def segment_sum(values_E: torch.Tensor, offsets_K1: torch.Tensor) -> torch.Tenso
     return torch.segment_reduce(values_E, "sum", offsets=offsets_K1, unsafe=True)
 
 
+def segment_rows(offsets_K1: torch.Tensor, num_entries: int) -> torch.Tensor:
+    """int64 [num_entries]: the run that each entry belongs to."""
+    counts_K = offsets_K1[1:] - offsets_K1[:-1]
+    rows_K = torch.arange(len(counts_K), device=counts_K.device)
+    return torch.repeat_interleave(rows_K, counts_K, output_size=num_entries)
+
+
 def teacher_targets(teacher: TeacherBatch, position_K: torch.Tensor, dtype: torch.dtype) -> TeacherTargets:
     """Normalise a batch at its temperature: Z = sum over the head of exp(l / T) + exp(A(1/T)), in `dtype`."""
-    counts_K = teacher.counts
-    row_E = torch.repeat_interleave(
-        torch.arange(len(teacher), device=counts_K.device), counts_K, output_size=teacher.token_ids.numel()
-    )
+    row_E = segment_rows(teacher.offsets, teacher.token_ids.numel())
     scaled_E = teacher.logprobs.to(dtype) / teacher.temperature
     log_tail_K = teacher.log_tail.to(dtype)
     log_z_K = torch.logaddexp(segment_sum(scaled_E.exp(), teacher.offsets).log(), log_tail_K)
@@ -159,11 +163,7 @@ def _draw_targets(teacher: TeacherBatch, log_z_K: torch.Tensor, dtype: torch.dty
     assert teacher.draw_ids is not None
     assert teacher.draw_logprobs is not None and teacher.draw_weights is not None
     offsets_K1 = teacher.draw_offsets
-    row_S = torch.repeat_interleave(
-        torch.arange(len(teacher), device=offsets_K1.device),
-        offsets_K1[1:] - offsets_K1[:-1],
-        output_size=teacher.draw_ids.numel(),
-    )
+    row_S = segment_rows(offsets_K1, teacher.draw_ids.numel())
     log_probs_S = teacher.draw_logprobs.to(dtype) / teacher.temperature - log_z_K[row_S]
     scale_S = teacher.draw_weights.to(dtype) * log_probs_S.exp()
     return DrawTargets(offsets_K1, row_S, teacher.draw_ids.long(), log_probs_S, scale_S)

@@ -7,10 +7,9 @@ under the student's tail q~, the first-order reweighting that gives the student'
     p^_j = q~_j (1 + a . (u_j - m)),    a = (C + r I)^-1 (m_t - m)
 
 which stands in for the teacher's unknown p~ (docs/method.md, "The shape of the tail"). It is q~ itself where
-m_t = m, so nothing is added at the initial weights. What the rounding of m_t alone would explain is taken off
-a. r regularises: a share of the mean variance, and the
+m_t = m, so nothing is added at the initial weights. r regularises: a share of the mean variance, and the
 noise of the stored mean over the variance that drift is expected to cause, so that a mean read from a tail of
-little mass, hence coarsely stored, counts for little.
+little mass, hence coarsely stored, counts for little. What rounding alone would explain is taken off a.
 
 a is found at T = 1, where the moments were taken. A change of a . u_j in the logits is beta a . u_j at
 another temperature; there the reweighting is divided by sqrt(1 + its variance), because a hot tail spreads

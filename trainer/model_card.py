@@ -41,6 +41,15 @@ def retention_lines(config: TrainConfig) -> dict[str, str]:
     return lines
 
 
+def card_head(base: str, tag: str, made: str) -> list[str]:
+    """The front matter that model hubs read, and the title: `base`, and how it was `made` into this."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if "/" in base and not base.startswith(("/", ".")) and base.count("/") == 1:
+        lines.append(f"base_model: {base}")
+    lines += ["tags:", "- anneal", f"- {tag}", "---", ""]
+    return [*lines, f"# {base.rstrip('/').rsplit('/', 1)[-1]}, {made}", ""]
+
+
 def model_card(
     config: TrainConfig,
     *,
@@ -55,16 +64,11 @@ def model_card(
     """The card as Markdown with the front matter that model hubs read."""
     teacher, corpus = identity.get("teacher", {}), identity.get("corpus", {})
     base = str(teacher.get("name") or config.model)
-    method = method_name(config)
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "/" in base and not base.startswith(("/", ".")) and base.count("/") == 1:
-        lines.append(f"base_model: {base}")
-    lines += ["tags:", "- anneal", "- label-annealing", "---", ""]
-    lines += [f"# {base.rstrip('/').rsplit('/', 1)[-1]}, fine-tuned by {method}", ""]
+    lines = card_head(base, "label-annealing", f"fine-tuned by {method_name(config)}")
     lines += [
         f"Fine-tuned from `{base}` with `loss = CE + {config.kl_coef:g} * KL` on every training token, "
         "where KL compares the model with its own initial weights, read from a cache of teacher logprobs.",
-        *[line for name, line in retention_lines(config).items()],
+        *retention_lines(config).values(),
         "",
         "| setting | value |",
         "|---|---|",

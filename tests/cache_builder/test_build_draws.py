@@ -17,25 +17,13 @@ from formats.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def config(tiny_llama_dir: Path, tmp_path_factory) -> BuildConfig:
-    from tiny_models import write_corpus
-
-    directory = tmp_path_factory.mktemp("draws")
-    return BuildConfig(
-        corpus=str(write_corpus(directory / "text.jsonl")),
-        model=str(tiny_llama_dir),
-        out=str(directory / "cache"),
-        engine="transformers",
-        max_length=64,
-        rows_per_shard=4,
-    )
+def config(default_config: BuildConfig) -> BuildConfig:
+    return default_config
 
 
 @pytest.fixture(scope="module")
-def cache(config: BuildConfig) -> TeacherCache:
-    """Built with the defaults."""
-    assert build_cache(config).complete
-    return TeacherCache(config.out)
+def cache(default_cache: TeacherCache) -> TeacherCache:
+    return default_cache
 
 
 def manifest_of(cache: TeacherCache) -> dict:

@@ -23,29 +23,13 @@ from formats.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    from tiny_models import write_corpus
-
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text.jsonl")
+def config(default_config: BuildConfig) -> BuildConfig:
+    return default_config
 
 
 @pytest.fixture(scope="module")
-def config(corpus: Path, tiny_llama_dir: Path, tmp_path_factory) -> BuildConfig:
-    return BuildConfig(
-        corpus=str(corpus),
-        model=str(tiny_llama_dir),
-        out=str(tmp_path_factory.mktemp("built") / "cache"),
-        engine="transformers",
-        max_length=64,
-        rows_per_shard=4,
-    )
-
-
-@pytest.fixture(scope="module")
-def cache(config: BuildConfig) -> TeacherCache:
-    """Built with the defaults."""
-    assert build_cache(config).complete
-    return TeacherCache(config.out)
+def cache(default_cache: TeacherCache) -> TeacherCache:
+    return default_cache
 
 
 def manifest_of(cache: TeacherCache) -> dict:

@@ -19,7 +19,7 @@ from formats.topk import TopKLogprobs
 from formats.writer import CacheWriter
 
 
-def corpus(path: Path, num_records: int = 12) -> Path:
+def corpus(path: Path, num_records: int) -> Path:
     from tiny_models import stdlib_sources
 
     text = next(iter(stdlib_sources(1)))
@@ -29,21 +29,26 @@ def corpus(path: Path, num_records: int = 12) -> Path:
     return path
 
 
+def build_in(directory: Path, model: Path, num_records: int = 12, **settings) -> None:
+    """A cache of real numbers, built by transformers, in `directory / "cache"`."""
+    build_cache(
+        BuildConfig(
+            corpus=str(corpus(directory / "corpus.jsonl", num_records)),
+            model=str(model),
+            out=str(directory / "cache"),
+            engine="transformers",
+            max_length=128,
+            **settings,
+        )
+    )
+
+
 @pytest.fixture(scope="module")
 def cache(tiny_llama_dir: Path, tmp_path_factory) -> Path:
     """A cache of real numbers, built by transformers; with tail moments and draws, as every cache by
     default."""
     directory = tmp_path_factory.mktemp("verify")
-    build_cache(
-        BuildConfig(
-            corpus=str(corpus(directory / "corpus.jsonl")),
-            model=str(tiny_llama_dir),
-            out=str(directory / "cache"),
-            engine="transformers",
-            max_length=128,
-            rows_per_shard=5,
-        )
-    )
+    build_in(directory, tiny_llama_dir, rows_per_shard=5)
     return directory / "cache"
 
 
@@ -118,17 +123,7 @@ def test_damaged_features_are_found(cache: Path, tmp_path: Path, tiny_llama_dir:
 
 
 def test_a_cache_without_moments_and_draws_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    build_cache(
-        BuildConfig(
-            corpus=str(corpus(tmp_path / "corpus.jsonl", 3)),
-            model=str(tiny_llama_dir),
-            out=str(tmp_path / "cache"),
-            engine="transformers",
-            max_length=128,
-            tail_features=0,
-            tail_draws=0,
-        )
-    )
+    build_in(tmp_path, tiny_llama_dir, num_records=3, tail_features=0, tail_draws=0)
     assert TeacherCache(tmp_path / "cache").features is None
     assert verify_cache(tmp_path / "cache", tiny_llama_dir, rows=2, engine="transformers").ok
 
@@ -198,15 +193,7 @@ def test_other_draws_of_the_right_number_are_sound(tiny_llama_dir: Path, tmp_pat
         return (starts(key, positions) + 0.5) % 1.0
 
     monkeypatch.setattr(transformers_teacher, "starts", shifted)
-    build_cache(
-        BuildConfig(
-            corpus=str(corpus(tmp_path / "corpus.jsonl", 3)),
-            model=str(tiny_llama_dir),
-            out=str(tmp_path / "cache"),
-            engine="transformers",
-            max_length=128,
-        )
-    )
+    build_in(tmp_path, tiny_llama_dir, num_records=3)
     monkeypatch.undo()
     report = verify_cache(tmp_path / "cache", tiny_llama_dir, engine="transformers")
     assert report.ok, report.text()

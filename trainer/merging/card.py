@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.merging.settings import MergeConfig
+from trainer.model_card import card_head
 
 FORMULAS: Mapping[str, tuple[str, str]] = {
     "wise-ft": ("WiSE-FT", "(1 - alpha) * theta0 + alpha * theta1"),
@@ -17,11 +18,7 @@ def merge_card(config: MergeConfig, identity: Mapping[str, Any]) -> str:
     """The card as Markdown with the front matter that model hubs read."""
     base = str(identity["teacher"]["name"])
     title, formula = FORMULAS[config.method]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "/" in base and not base.startswith(("/", ".")) and base.count("/") == 1:
-        lines.append(f"base_model: {base}")
-    lines += ["tags:", "- anneal", "- merge", "---", ""]
-    lines += [f"# {base.rstrip('/').rsplit('/', 1)[-1]}, merged by {title}", ""]
+    lines = card_head(base, "merge", f"merged by {title}")
     lines += [f"The weights are `{formula}`, theta0 being those of `{base}`.", "", "| setting | value |"]
     lines += ["|---|---|", f"| initial model | `{base}` |"]
     lines += [f"| tuned model | `{name}` |" for name in config.tuned]

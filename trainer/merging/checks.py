@@ -7,7 +7,7 @@ from typing import Any
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from trainer.evaluation import recorded_initial
-from trainer.loading import load_tokenizer
+from trainer.loading import given_as, load_tokenizer
 
 
 def find_model(name: str, what: str) -> Path:
@@ -16,10 +16,8 @@ def find_model(name: str, what: str) -> Path:
     Raises:
         ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
     """
-    try:
+    with given_as(what):
         path = resolve_model(name)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--model", what, 1)) from None
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise ConfigError(

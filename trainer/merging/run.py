@@ -1,7 +1,8 @@
 """`merge`: from an initial model and tuned ones to a model directory that transformers and vLLM load.
 
 Everything is checked before anything is written. The result grows in a hidden directory beside its place and
-gets its name in one rename, so there is a whole model or none. Time: one read of every model, one write.
+gets its name in one rename, so there is a whole model or none. Time: two reads of every model, the
+first for its fingerprint, and one write.
 """
 
 import contextlib
