@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from formats.errors import AnnealError, ConfigError
+from formats.progress import ConsoleProgress
 
 app = typer.Typer(
     help="Fine-tune open-weight language models without forgetting.",
@@ -223,7 +224,7 @@ def cache_build(
     ] = None,
 ) -> None:
     """Run the initial model over CORPUS once and store its compressed top-k logprobs."""
-    from cache_builder import BuildConfig, ConsoleProgress, build_cache, plan_build
+    from cache_builder import BuildConfig, build_cache, plan_build
 
     config = BuildConfig(
         corpus=corpus,
@@ -282,7 +283,7 @@ def cache_inspect(
     ] = False,
 ) -> None:
     """Print what a cache holds: identity, sizes, head sizes, covered mass, entropy."""
-    from formats.inspection import inspect_cache
+    from formats.inspect.inspect_cache import inspect_cache
 
     show(inspect_cache(cache, row=row, as_json=as_json, plot=plot, model=model, full=full))
 
@@ -308,7 +309,7 @@ def cache_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check every checksum of a cache and, with --model, its numbers against the other engine."""
-    from cache_builder import ConsoleProgress, verify_cache
+    from cache_builder import verify_cache
 
     report = verify_cache(
         cache,
@@ -350,7 +351,7 @@ def cache_estimate(
     as_json: JsonOption = False,
 ) -> None:
     """Capture a sample of CORPUS and print, for several --min-prob, what a cache would cost and miss."""
-    from cache_builder import BuildConfig, ConsoleProgress, estimate_cache
+    from cache_builder import BuildConfig, estimate_cache
 
     config = BuildConfig(
         corpus=corpus,
@@ -384,7 +385,7 @@ def cache_merge(
     out: Annotated[str, typer.Option(help="Directory of the joined cache; new or empty.")],
 ) -> None:
     """Join caches that differ in nothing but their corpus; repeated rows are kept once."""
-    from cache_builder import ConsoleProgress, merge_caches
+    from cache_builder import merge_caches
 
     show(merge_caches(caches, out, progress=ConsoleProgress()).text())
 
@@ -396,7 +397,7 @@ def cache_export(
     limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Export only N rows.")] = None,
 ) -> None:
     """Write the decoded values, one line per position, for DuckDB, Polars and friends."""
-    from cache_builder import ConsoleProgress, export_parquet
+    from cache_builder import export_parquet
 
     show(export_parquet(cache, parquet, limit=limit, progress=ConsoleProgress()).text())
 
@@ -411,7 +412,7 @@ def cache_push(
     revision: Annotated[str | None, typer.Option(show_default=False, help="Branch to commit to.")] = None,
 ) -> None:
     """Check a cache and upload it to the Hugging Face Hub as a data set."""
-    from cache_builder import ConsoleProgress, push_cache
+    from cache_builder import push_cache
 
     show(push_cache(cache, repository, private=not public, revision=revision, progress=ConsoleProgress()))
 
@@ -425,7 +426,7 @@ def cache_pull(
     revision: Annotated[str | None, typer.Option(show_default=False, help="Branch, tag or commit.")] = None,
 ) -> None:
     """Download a cache from the Hugging Face Hub and check all of it."""
-    from cache_builder import ConsoleProgress, pull_cache
+    from cache_builder import pull_cache
 
     show(str(pull_cache(repository, out, revision=revision, progress=ConsoleProgress())))
 
@@ -484,7 +485,7 @@ def train_command(
 ) -> None:
     """Fine-tune one model with label annealing from CACHE."""
     from trainer import load_config, train
-    from trainer.evaluation import format_evaluation
+    from trainer.evaluation.evaluate import format_evaluation
 
     flags = {
         "cache": cache,
@@ -559,7 +560,7 @@ def eval_command(
 ) -> None:
     """Print perplexity and KL to the initial model on the texts of CACHE..."""
     from trainer import evaluate
-    from trainer.evaluation import format_evaluation
+    from trainer.evaluation.evaluate import format_evaluation
 
     results = evaluate(model, named(caches), dtype=dtype, limit=limit, progress=eval_progress())
     if as_json:
@@ -600,7 +601,7 @@ def compare_command(
 ) -> None:
     """Print what MODEL... learnt and what they kept: perplexity and KL on two texts, a line per model."""
     from trainer import compare
-    from trainer.tradeoff import require_plottable
+    from trainer.evaluation.tradeoff_picture import require_plottable
 
     if plot is not None:
         require_plottable(plot)

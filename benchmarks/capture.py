@@ -38,10 +38,10 @@ import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
 from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
-from cache_builder.features import find_embedding, token_features
-from cache_builder.vllm_settings import child_environment, quiet_environment
-from formats.features import FEATURES_FILE
-from formats.rows import TokenRow
+from cache_builder.reduction.features import find_embedding, token_features
+from cache_builder.teachers.vllm_settings import child_environment, quiet_environment
+from formats.disk.token_row import TokenRow
+from formats.logprobs.features import FEATURES_FILE
 
 PRESETS = {
     "smoke": {"vocab_size": 4003, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},

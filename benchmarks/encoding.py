@@ -27,17 +27,17 @@ from safetensors.numpy import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from small_model import DOMAINS, ROW_TOKENS, Pair, load
 
-from cache_builder.features import find_embedding, token_features
+from cache_builder.reduction.features import find_embedding, token_features
 from formats import TopKLogprobs
-from formats.codec import Codec, CodecConfig, section_bytes
-from formats.draws import TailDraws, draw, starts
-from formats.features import TokenFeatures
-from formats.quantise import quantise_probabilities
-from formats.segments import rank_in_segment, segment_order, segment_sum
-from formats.tail import TAIL_BETAS
-from formats.vocabulary import permutations, rank_by_frequency
-from trainer.loss_draws import LARGEST_RATIO
-from trainer.loss_tail import DRIFT_VARIANCE, LARGEST_DEVIATION, LEAST_RIDGE, VARIANCE_SHARE
+from formats.codec.payload import Codec, CodecConfig, section_bytes
+from formats.codec.quantise import quantise_probabilities
+from formats.codec.rank_table import permutations, rank_by_frequency
+from formats.logprobs.features import TokenFeatures
+from formats.logprobs.ragged import rank_in_segment, segment_order, segment_sum
+from formats.logprobs.tail_draws import TailDraws, draw, starts
+from formats.logprobs.tail_function import TAIL_BETAS
+from trainer.loss.loss_draws import LARGEST_RATIO
+from trainer.loss.loss_tail import DRIFT_VARIANCE, LARGEST_DEVIATION, LEAST_RIDGE, VARIANCE_SHARE
 
 TEMPERATURES = (0.5, 0.75, 1.0, 2.0, 4.0)
 CHUNK = 128

@@ -38,16 +38,16 @@ import torch
 from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, topk_targets
 
 from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
-from cache_builder.features import find_embedding, token_features
+from cache_builder.reduction.features import find_embedding, token_features
 from formats.cache import TeacherCache
-from formats.codec import CodecConfig
-from formats.draws import starts
-from formats.features import TokenFeatures
-from formats.rows import TokenRow
-from formats.topk import TopKLogprobs
+from formats.codec.payload import CodecConfig
+from formats.disk.token_row import TokenRow
+from formats.logprobs.features import TokenFeatures
+from formats.logprobs.tail_draws import starts
+from formats.logprobs.topk import TopKLogprobs
 from formats.writer import CacheWriter
-from trainer.loss import label_annealing_loss
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss.label_annealing_loss import label_annealing_loss
 
 METHODS = ("cache", "without draws", "bucket only", "renormalised", "zero-filled", "sampled")
 NUM_DRAWS = 50

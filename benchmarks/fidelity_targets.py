@@ -6,9 +6,9 @@ N: positions, V: vocabulary, K: kept entries of a position.
 import numpy as np
 import torch
 
-from formats.draws import draw
-from formats.features import TokenFeatures
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from formats.logprobs.features import TokenFeatures
+from formats.logprobs.tail_draws import draw
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 MIN_PROB = 5e-3
 MAX_K = 128

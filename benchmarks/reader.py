@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "formats"
 from independent_reader import read_payload, unseal
 
 from formats import CacheWriter, Manifest, ShardInfo, TailDraws, TeacherCache, TokenRow, TopKLogprobs
-from formats.codec import Codec
-from formats.features import FEATURE_UNIT, FEATURES_FILE, MAX_CODE, TokenFeatures
-from formats.segments import offsets_of
-from formats.tail import TAIL_BETAS
-from formats.vocabulary import from_text
+from formats.codec.payload import Codec
+from formats.codec.rank_table import from_text
+from formats.logprobs.features import FEATURE_UNIT, FEATURES_FILE, MAX_CODE, TokenFeatures
+from formats.logprobs.ragged import offsets_of
+from formats.logprobs.tail_function import TAIL_BETAS
 
 VOCAB_SIZE = 128_256
 ENTRIES = 20

@@ -26,8 +26,8 @@ from retention_methods import DIRECT, MERGES, RECIPE, RUNS, SOURCE, Merged, Run,
 
 from trainer import MergeConfig, evaluate, merge, train
 from trainer.config_file import config_from_dict
-from trainer.label_annealing_trainer import LabelAnnealingTrainer
-from trainer.tradeoff import pareto_front, plot_tradeoff
+from trainer.evaluation.tradeoff_picture import pareto_front, plot_tradeoff
+from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "examples" / "tiny-base"

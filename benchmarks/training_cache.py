@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
-from formats.codec import CodecConfig
-from formats.draws import POWER, TailDraws
-from formats.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
-from formats.rows import TokenRow
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from formats.codec.payload import CodecConfig
+from formats.disk.token_row import TokenRow
+from formats.logprobs.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
+from formats.logprobs.tail_draws import POWER, TailDraws
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 from formats.writer import CacheWriter
 
 

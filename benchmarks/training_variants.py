@@ -75,8 +75,8 @@ def make_model(sizes: argparse.Namespace) -> Any:
 def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from trainer.dataset import CachedDataset
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.data.dataset import CachedDataset
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 
     marks: list[tuple[float, float]] = []
 
@@ -153,9 +153,9 @@ def dense_loss(hidden: Any, weight: Any, labels: Any, teacher: Any) -> torch.Ten
 def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
     from training_cache import random_features, random_heads
 
-    from formats.codec import CodecConfig
-    from trainer.loss import label_annealing_loss
-    from trainer.teacher_batch import TeacherBatch
+    from formats.codec.payload import CodecConfig
+    from trainer.data.teacher_batch import TeacherBatch
+    from trainer.loss.label_annealing_loss import label_annealing_loss
 
     torch.manual_seed(0)
     dtype = torch.bfloat16 if sizes.dtype == "bf16" else torch.float32
@@ -199,8 +199,8 @@ def run_loader(sizes: argparse.Namespace) -> dict[str, Any]:
     """Batches per second of one worker process, decoding from the cache, after the first batch came."""
     from torch.utils.data import DataLoader
 
-    from trainer.collator import LabelAnnealingCollator
-    from trainer.dataset import CachedDataset
+    from trainer.data.collator import LabelAnnealingCollator
+    from trainer.data.dataset import CachedDataset
 
     cached = CachedDataset(sizes.cache, sizes.temperature)
     order = [i % len(cached) for i in range(sizes.batch * 200)]

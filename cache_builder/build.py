@@ -16,12 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache_builder.capture import Capture, missing_shards
-from cache_builder.claims import Claims, live_local_owner
-from cache_builder.committer import Step, no_step
-from cache_builder.config import BuildConfig
-from cache_builder.finish import finish
-from cache_builder.layout import (
+from cache_builder.commit.build_directory import (
     State,
     build_directory,
     discard,
@@ -30,19 +25,24 @@ from cache_builder.layout import (
     remove_build,
     state_of,
 )
-from cache_builder.plan import Plan, Settings, read_plan, settle_settings, write_plan
-from cache_builder.progress import Progress
+from cache_builder.commit.capture import Capture, missing_shards
+from cache_builder.commit.claims import Claims, live_local_owner
+from cache_builder.commit.finish import finish
+from cache_builder.commit.plan import Plan, Settings, read_plan, settle_settings, write_plan
+from cache_builder.commit.shard_committer import Step, no_step
+from cache_builder.commit.signals import BuildInterrupted, interruptible
+from cache_builder.commit.staging import StagedShard
+from cache_builder.config import BuildConfig
 from cache_builder.report import BuildReport
-from cache_builder.signals import BuildInterrupted, interruptible
 from cache_builder.source import BuildSource, open_source
-from cache_builder.staging import StagedShard
-from formats.commit import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes
+from formats.disk.manifest import Manifest
 from formats.errors import AnnealError, ConfigError
-from formats.identity import TeacherIdentity
-from formats.manifest import Manifest
+from formats.identity.teacher_identity import TeacherIdentity
+from formats.progress import Progress
 
 if TYPE_CHECKING:
-    from cache_builder.teacher import Teacher
+    from cache_builder.teachers.protocol import Teacher
 
 PLAN_CLAIM, FINISH_CLAIM = "plan", "finish"
 POLL_SECONDS = 1.0
@@ -55,7 +55,7 @@ class BuildError(AnnealError):
 
 def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
     """The engine that the settings name."""
-    from cache_builder.teacher import TeacherConfig, make_teacher
+    from cache_builder.teachers.protocol import TeacherConfig, make_teacher
 
     return make_teacher(
         config.engine,

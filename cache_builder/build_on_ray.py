@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache_builder.build import MakeTeacher, build_cache, start_engine
-from cache_builder.capture import Capture, missing_shards
+from cache_builder.commit.capture import Capture, missing_shards
+from cache_builder.commit.plan import Plan, read_plan
 from cache_builder.config import BuildConfig
-from cache_builder.plan import Plan, read_plan
-from cache_builder.progress import Progress
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
 from formats.errors import AnnealError, ConfigError
+from formats.progress import Progress
 
 MAX_FAILURES = 3
 

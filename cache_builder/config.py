@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from formats.codec import CodecConfig
-from formats.draws import MAX_RATE
+from formats.codec.payload import CodecConfig
+from formats.disk.token_row import POSITION_MODES
 from formats.errors import ConfigError
-from formats.features import MAX_FEATURES
-from formats.rows import POSITION_MODES
+from formats.logprobs.features import MAX_FEATURES
+from formats.logprobs.tail_draws import MAX_RATE
 
 ENGINES = ("vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cache_builder.progress import format_bytes, format_seconds
-from formats.identity import TeacherIdentity, short
+from formats.identity.teacher_identity import TeacherIdentity, short
+from formats.progress import format_bytes, format_seconds
 
 
 @dataclass(frozen=True, kw_only=True)

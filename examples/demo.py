@@ -165,7 +165,7 @@ def main() -> None:
         results[name] = json.loads(printed)["caches"]
     (args.out / "results.json").write_text(json.dumps(results, indent=2))
 
-    from trainer.tradeoff import plot_tradeoff
+    from trainer.evaluation.tradeoff_picture import plot_tradeoff
 
     picture = args.out / "tradeoff.png"
     plot_tradeoff(

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from formats.disk.byte_source import open_store
+from formats.disk.manifest import Manifest, ShardInfo, read_manifest_bytes
+from formats.disk.shard import ShardReader
+from formats.disk.token_row import TokenRow
 from formats.errors import CorruptShardError, FormatError
-from formats.features import FEATURES_FILE, TokenFeatures
-from formats.manifest import Manifest, ShardInfo, read_manifest_bytes
-from formats.rows import TokenRow
-from formats.shard import ShardReader
-from formats.store import open_store
-from formats.tail import TAIL_BETAS
-from formats.topk import TopKLogprobs
+from formats.logprobs.features import FEATURES_FILE, TokenFeatures
+from formats.logprobs.tail_function import TAIL_BETAS
+from formats.logprobs.topk import TopKLogprobs
 
 if TYPE_CHECKING:
-    from formats.identity import TeacherIdentity
+    from formats.identity.teacher_identity import TeacherIdentity
 
 MAX_OPEN_SHARDS = 64
 
@@ -187,7 +187,7 @@ class TeacherCache:
     @cached_property
     def identity(self) -> "TeacherIdentity":
         """Which teacher, tokenizer, corpus and settings made this cache."""
-        from formats.identity import TeacherIdentity
+        from formats.identity.teacher_identity import TeacherIdentity
 
         return TeacherIdentity.from_dict(self.manifest.identity)
 
@@ -225,8 +225,8 @@ class TeacherCache:
         return TokenFeatures.from_bytes(data, vocab_size, num_features)
 
     def summary(self, **options: Any) -> dict[str, Any]:
-        """Everything `anneal cache inspect` prints; see `formats.summary.summarise`."""
-        from formats.summary import summarise
+        """Everything `anneal cache inspect` prints; see `formats.inspect.summary.summarise`."""
+        from formats.inspect.summary import summarise
 
         return summarise(self, **options)
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from formats.codec_config import CodecConfig
-from formats.commit import atomic_write_bytes, commit_exclusive, temporary_name
+from formats.codec.config import CodecConfig
+from formats.disk.durable import atomic_write_bytes, commit_exclusive, temporary_name
+from formats.disk.manifest import Manifest, ShardInfo, check_name
+from formats.disk.shard import ROWS_PER_BATCH, ShardWriter
+from formats.disk.token_row import TokenRow
 from formats.errors import FormatError
-from formats.features import FEATURES_FILE, TokenFeatures
-from formats.manifest import Manifest, ShardInfo, check_name
-from formats.rows import TokenRow
-from formats.shard import ROWS_PER_BATCH, ShardWriter
-from formats.topk import TopKLogprobs
+from formats.logprobs.features import FEATURES_FILE, TokenFeatures
+from formats.logprobs.topk import TopKLogprobs
 
 ROWS_PER_SHARD = 4096
 

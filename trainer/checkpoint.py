@@ -15,7 +15,7 @@ import re
 import shutil
 from pathlib import Path
 
-from formats.commit import atomic_write_bytes, fsync_directory, fsync_file
+from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
 
 MARKER = "complete.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")

@@ -18,7 +18,7 @@ ROW_LOSSES = ("both", "ce", "kl")
 DTYPES = ("float32", "bfloat16", "float16")
 SAVE_DTYPES = ("same", *DTYPES)
 SMALLEST_TEMPERATURE = 0.5
-"""The coldest temperature at which caches hold the exact tail mass (formats.tail)."""
+"""The coldest temperature at which caches hold the exact tail mass (formats.logprobs.tail_function)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from formats.commit import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
 from trainer.config import LoraSettings, MixedCache, TrainConfig
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings

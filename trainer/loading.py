@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.identity import require_same_teacher
+from formats.identity.teacher_identity import require_same_teacher
 
 
 def quiet_transformers() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from formats.cache import TeacherCache
-from formats.fingerprint import resolve_model
+from formats.identity.fingerprint import resolve_model
 from trainer.config import TrainConfig
 from trainer.loading import (
     load_model,
@@ -25,13 +25,13 @@ from trainer.loading import (
     require_vocabulary,
     stored_dtype,
 )
-from trainer.loss_passes import passes_of
+from trainer.loss.logits import passes_of
 from trainer.recipe import resolve_training, training_arguments
-from trainer.run_directory import RunDirectory
+from trainer.result.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
-    from trainer.step0 import Step0Report
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.loop.step0 import Step0Report
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> TrainReport:
     }
     known_text = [open_cache(path, model_dir, tokenizer, check_identity=check) for path in fisher_paths]
 
-    from trainer.dataset import CachedDataset
+    from trainer.data.dataset import CachedDataset
 
     # Without a KL term nobody reads the teacher's payloads, so they are not decoded either.
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
@@ -125,7 +125,7 @@ def train(config: TrainConfig) -> TrainReport:
     for opened in (cache, *mixed, *held_out.values(), *known_text):
         vocab_size = require_vocabulary(opened, num_outputs, allow_padding=config.allow_different_student)
     if config.lora is not None:
-        from trainer.lora import attach_adapters
+        from trainer.result.lora import attach_adapters
 
         model = attach_adapters(model, config.lora)
 
@@ -147,7 +147,7 @@ def train(config: TrainConfig) -> TrainReport:
         config, model, args, tokenizer, train_dataset, mixed_datasets, eval_datasets, retention
     )
     trainer.head.vocab_size = vocab_size
-    from trainer.step0 import Step0Check
+    from trainer.loop.step0 import Step0Check
 
     def on_report(report: "Step0Report") -> None:
         if args.process_index == 0:
@@ -201,8 +201,8 @@ def _make_trainer(
 ) -> "LabelAnnealingTrainer":
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
-    from trainer.progress import AnnealProgress
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.loop.progress import AnnealProgress
 
     trainer = LabelAnnealingTrainer(
         model,
@@ -259,9 +259,9 @@ def _publish(
     """Save model, tokenizer and card to the staging directory, then give them their place. Collective."""
     import shutil
 
-    from trainer.model_card import model_card
+    from trainer.result.model_card import model_card
+    from trainer.result.saving import save_result
     from trainer.retention.fisher_file import remove_fisher
-    from trainer.saving import save_result
 
     first = trainer.args.process_index == 0
     if first:

@@ -18,10 +18,10 @@ import time
 from enum import Enum
 from pathlib import Path
 
-from formats.commit import TEMPORARY_SUFFIX, atomic_write_bytes, fsync_directory
+from formats.disk.durable import TEMPORARY_SUFFIX, atomic_write_bytes, fsync_directory
+from formats.disk.manifest import MANIFEST_NAME, Manifest
+from formats.disk.unfinished_build import BUILD_DIRECTORY
 from formats.errors import AnnealError, ConfigError
-from formats.manifest import MANIFEST_NAME, Manifest
-from formats.progress import BUILD_DIRECTORY
 
 TOKENIZER_NAME = "tokenizer.json"
 DISCARD_NAME = "discard"

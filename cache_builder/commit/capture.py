@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache_builder.claims import Claims
-from cache_builder.committer import ShardCommitter, Step, claim_name, no_step, sweep_partials
-from cache_builder.engine_record import settle_engine
-from cache_builder.layout import build_directory, shard_name
-from cache_builder.plan import Plan, Settings
-from cache_builder.progress import Progress
-from cache_builder.staging import read_staged
+from cache_builder.commit.build_directory import build_directory, shard_name
+from cache_builder.commit.claims import Claims
+from cache_builder.commit.engine_record import settle_engine
+from cache_builder.commit.plan import Plan, Settings
+from cache_builder.commit.shard_committer import ShardCommitter, Step, claim_name, no_step, sweep_partials
+from cache_builder.commit.staging import read_staged
+from formats.disk.manifest import ShardInfo
 from formats.errors import AnnealError
-from formats.manifest import ShardInfo
+from formats.progress import Progress
 
 if TYPE_CHECKING:
-    from cache_builder.teacher import Teacher
+    from cache_builder.teachers.protocol import Teacher
 
 MAX_POLL_SECONDS = 1.0
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from formats.commit import TEMPORARY_SUFFIX
+from formats.disk.durable import TEMPORARY_SUFFIX
 
 STALE_HEARTBEATS = 12
 """Heartbeats that may be missed: network file systems show a file up to a minute late."""

@@ -9,13 +9,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_builder.layout import build_directory
-from formats.commit import commit_exclusive, temporary_name
+from cache_builder.commit.build_directory import build_directory
+from formats.disk.durable import commit_exclusive, temporary_name
 from formats.errors import IdentityMismatchError
-from formats.identity import TeacherIdentity, short
+from formats.identity.teacher_identity import TeacherIdentity, short
 
 if TYPE_CHECKING:
-    from cache_builder.teacher import Teacher
+    from cache_builder.teachers.protocol import Teacher
 
 ENGINE_NAME = "engine.json"
 

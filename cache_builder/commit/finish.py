@@ -11,15 +11,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cache_builder.committer import Step, no_step, note_path
-from cache_builder.engine_record import identity_with_engine, read_engine
-from cache_builder.layout import TOKENIZER_NAME, build_directory, remove_build, shard_name
-from cache_builder.plan import Plan, Settings
-from formats.codec import CodecConfig
-from formats.commit import atomic_write_bytes, fsync_directory
+from cache_builder.commit.build_directory import TOKENIZER_NAME, build_directory, remove_build, shard_name
+from cache_builder.commit.engine_record import identity_with_engine, read_engine
+from cache_builder.commit.plan import Plan, Settings
+from cache_builder.commit.shard_committer import Step, no_step, note_path
+from formats.codec.payload import CodecConfig
+from formats.disk.durable import atomic_write_bytes, fsync_directory
+from formats.disk.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from formats.errors import FormatError
-from formats.features import FEATURES_FILE
-from formats.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from formats.logprobs.features import FEATURES_FILE
 
 
 def file_sha256(path: Path) -> str:

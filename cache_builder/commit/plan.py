@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_builder.layout import build_directory
-from cache_builder.staging import StagedShard, cut, stage
-from formats.commit import atomic_write_bytes, commit_exclusive, temporary_name
+from cache_builder.commit.build_directory import build_directory
+from cache_builder.commit.staging import StagedShard, cut, stage
+from formats.disk.durable import atomic_write_bytes, commit_exclusive, temporary_name
+from formats.disk.token_row import TokenRow
+from formats.disk.unfinished_build import PLAN_NAME
 from formats.errors import ConfigError, CorpusError, FormatError
-from formats.identity import Difference, TeacherIdentity, short
-from formats.progress import PLAN_NAME
-from formats.rows import TokenRow
+from formats.identity.teacher_identity import Difference, TeacherIdentity, short
 
 SETTINGS_NAME = "settings.json"
 FORMAT = "anneal-build"

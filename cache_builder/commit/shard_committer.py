@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.claims import Claims, died_here, this_process
-from cache_builder.layout import build_directory, shard_name
-from cache_builder.plan import Settings
-from formats.codec import CodecConfig
-from formats.commit import atomic_write_bytes, commit_exclusive
+from cache_builder.commit.build_directory import build_directory, shard_name
+from cache_builder.commit.claims import Claims, died_here, this_process
+from cache_builder.commit.plan import Settings
+from formats.codec.payload import CodecConfig
+from formats.disk.durable import atomic_write_bytes, commit_exclusive
+from formats.disk.manifest import ShardInfo
+from formats.disk.shard import ShardWriter
+from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError
-from formats.manifest import ShardInfo
-from formats.rows import TokenRow
-from formats.shard import ShardWriter
-from formats.topk import TopKLogprobs
+from formats.logprobs.topk import TopKLogprobs
 
 QUEUE_BYTES = 256 << 20
 """What may wait for the writer: about ten thousand rows of the default settings."""

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from formats.commit import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes
+from formats.disk.token_row import TokenRow
 from formats.errors import CorruptShardError
-from formats.rows import TokenRow
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))])
 

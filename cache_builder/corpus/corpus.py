@@ -15,10 +15,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from cache_builder.files import DEFAULT_SPLIT, find_files
-from cache_builder.hub import HubSource, parse_hub_name
-from cache_builder.readers import Columns, Record, read_records
-from cache_builder.recognise import Layout, recognise
+from cache_builder.corpus.files import DEFAULT_SPLIT, find_files
+from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
+from cache_builder.corpus.layouts import Layout, recognise
+from cache_builder.corpus.readers import Columns, Record, read_records
 from formats.errors import ConfigError, CorpusError
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.readers import Record
-from cache_builder.recognise import Layout
+from cache_builder.corpus.layouts import Layout
+from cache_builder.corpus.readers import Record
 from formats.errors import CorpusError
 
 ROLES = {

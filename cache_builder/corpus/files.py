@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from cache_builder.readers import FAMILIES, family_of
+from cache_builder.corpus.readers import FAMILIES, family_of
 from formats.errors import ConfigError, CorpusError
 
 DEFAULT_SPLIT = "train"

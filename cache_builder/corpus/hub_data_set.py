@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cache_builder.readers import Record
+from cache_builder.corpus.readers import Record
 from formats.errors import CorpusError
 
 _NAME = re.compile(

@@ -1,7 +1,7 @@
 """Tail draws of many rows at once, out of the block sums that the reduction has anyway.
 
-formats/draws.py says what a draw is. The expected numbers of a row's tail tokens are laid end to end, block
-after block, and a block's share of that line is its sum at beta = 3/4: the line is known without another
+formats/logprobs/tail_draws.py says what a draw is. The expected numbers of a row's tail tokens are laid end to
+end, block after block, and a block's share of that line is its sum at beta = 3/4: the line is known without another
 look at the vocabulary. Each point is looked up among the blocks; only the few blocks that are hit are read,
 and the point is looked up among their entries.
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from cache_builder.block_sums import BLOCK, num_blocks
-from formats.draws import POWER, most_draws
+from cache_builder.reduction.block_sums import BLOCK, num_blocks
+from formats.logprobs.tail_draws import POWER, most_draws
 
 
 class BlockedTail(NamedTuple):
@@ -68,8 +68,8 @@ def draw_from_tails(
     Args:
         tail: what is not in the heads.
         max_N, log_z_N: float32, the largest logit of each row and the logarithm of its partition function.
-        rate: as in `formats.draws.TailDraws`.
-        starts_N: float64 in [0, 1), see `formats.draws.starts`.
+        rate: as in `formats.logprobs.tail_draws.TailDraws`.
+        starts_N: float64 in [0, 1), see `formats.logprobs.tail_draws.starts`.
 
     Returns:
         `Draws` on the device of the logits; a row with NaN has none.

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from formats.errors import ConfigError
-from formats.features import FEATURE_UNIT, FEATURES_FILE, MAX_CODE, TokenFeatures
-from formats.fingerprint import weight_files
-from formats.safetensors_hash import read_header
+from formats.identity.fingerprint import weight_files
+from formats.identity.tensor_hash import read_header
+from formats.logprobs.features import FEATURE_UNIT, FEATURES_FILE, MAX_CODE, TokenFeatures
 
 SLICE_ROWS = 8192
 PASSES = 8

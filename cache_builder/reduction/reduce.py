@@ -5,8 +5,8 @@ For every row of logits l, with p = softmax(l):
     head        the entries with p >= min_prob, at most max_k of them, always the likeliest one
     log p       of the head, natural log, normalised over the whole vocabulary
     A(beta)     log sum over the rest of exp(beta * log p), for every beta in `betas`
-    moments     sum over the rest of p * u, with u the features of a token (formats/features.py), if there are
-    draws       a few tokens of the rest with their log p (formats/draws.py), if there is a rate
+    moments     sum over the rest of p * u, with u the features of a token (formats/logprobs/features.py), if there are
+    draws       a few tokens of the rest with their log p (formats/logprobs/tail_draws.py), if there is a rate
 
 Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of
 the mass, `total - head` in fp32 would be noise.
@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import torch
 
-from cache_builder.block_sums import (
+from cache_builder.reduction.block_sums import (
     BLOCK,
     block_statistics,
     block_sums,
@@ -47,8 +47,8 @@ from cache_builder.block_sums import (
     rows_per_pass,
     scratch,
 )
-from cache_builder.draws import BlockedTail, block_entries, draw_from_tails, no_draws
-from formats.draws import POWER
+from cache_builder.reduction.draw_from_tails import BlockedTail, block_entries, draw_from_tails, no_draws
+from formats.logprobs.tail_draws import POWER
 
 CPU_CHUNK_BYTES = 1 << 26
 """fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
@@ -114,8 +114,8 @@ def reduce_logits(
         max_k: largest number of entries kept, at least 1.  Equal logits are ordered by ascending id.
         betas: increasing positive inverse temperatures of the tail nodes, 3/4 and 1 among them.
         features_VF: float32, on the device of the logits; None takes no moments.
-        draw_rate: as in `formats.draws.TailDraws`; 0 draws nothing.
-        starts_N: float64 in [0, 1), where the points of each row begin (`formats.draws.starts`); only
+        draw_rate: as in `formats.logprobs.tail_draws.TailDraws`; 0 draws nothing.
+        starts_N: float64 in [0, 1), where the points of each row begin (`formats.logprobs.tail_draws.starts`); only
             needed to draw.
 
     Returns:

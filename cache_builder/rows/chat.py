@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache_builder.convert import Conversation, Message
-from cache_builder.encoding import Encoded, encode_spans
+from cache_builder.corpus.examples import Conversation, Message
+from cache_builder.rows.encoding import Encoded, encode_spans
 from formats.errors import ConfigError, CorpusError
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

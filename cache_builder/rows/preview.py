@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.corpus import Corpus, CorpusConfig
-from cache_builder.tokenise import tokenise
-from formats.rows import TokenRow
+from cache_builder.corpus.corpus import Corpus, CorpusConfig
+from cache_builder.rows.tokenise import tokenise
+from formats.disk.token_row import TokenRow
 
 OPEN, CLOSE = "⟦", "⟧"
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"

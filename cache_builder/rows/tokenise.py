@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.chat import ChatEncoder
-from cache_builder.convert import Conversation, Example, PromptCompletion, Text, Tokens, convert
-from cache_builder.corpus import Corpus, CorpusConfig
-from cache_builder.encoding import Encoded, SpecialTokens, encode_documents, encode_spans
-from cache_builder.readers import Record
+from cache_builder.corpus.corpus import Corpus, CorpusConfig
+from cache_builder.corpus.examples import Conversation, Example, PromptCompletion, Text, Tokens, convert
+from cache_builder.corpus.readers import Record
+from cache_builder.rows.chat import ChatEncoder
+from cache_builder.rows.encoding import Encoded, SpecialTokens, encode_documents, encode_spans
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError, CorpusError
-from formats.rows import TokenRow
 
 MAX_BATCH_CHARS = 1 << 22
 

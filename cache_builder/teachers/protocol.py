@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from formats.draws import MAX_RATE
+from formats.disk.token_row import POSITION_MODES, TokenRow
 from formats.errors import AnnealError, ConfigError
-from formats.features import TokenFeatures
-from formats.rows import POSITION_MODES, TokenRow
-from formats.topk import TopKLogprobs
+from formats.logprobs.features import TokenFeatures
+from formats.logprobs.tail_draws import MAX_RATE
+from formats.logprobs.topk import TopKLogprobs
 
 Engine = Literal["vllm", "transformers"]
 ENGINES: tuple[Engine, ...] = ("vllm", "transformers")
@@ -49,9 +49,9 @@ class TeacherConfig:
     max_k: int = 128
     """At most this many entries are kept at a position."""
     features: str | None = None
-    """File of the token features of the cache (`formats/features.py`); None takes no tail moments."""
+    """File of the token features of the cache (`formats/logprobs/features.py`); None takes no tail moments."""
     draw_rate: int = 0
-    """Expected draws of a tail token over the power 3/4 of its probability (`formats/draws.py`); 0 draws
+    """Expected draws of a tail token over the power 3/4 of its probability (`formats/logprobs/tail_draws.py`); 0 draws
     none."""
     positions: str = "loss"
     """`loss`: positions whose next token carries loss; `all`: every position that has a next token."""
@@ -123,11 +123,11 @@ def make_teacher(engine: str, config: TeacherConfig) -> Teacher:
         ConfigError: unknown engine, an engine that is not installed, or settings it does not accept.
     """
     if engine == "vllm":
-        from cache_builder.vllm_teacher import VLLMTeacher
+        from cache_builder.teachers.vllm_teacher import VLLMTeacher
 
         return VLLMTeacher(config)
     if engine == "transformers":
-        from cache_builder.transformers_teacher import TransformersTeacher
+        from cache_builder.teachers.transformers_teacher import TransformersTeacher
 
         return TransformersTeacher(config)
     raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_builder.reduce import reduce_logits
-from cache_builder.teacher import (
+from cache_builder.reduction.reduce import reduce_logits
+from cache_builder.teachers.protocol import (
     TeacherConfig,
     attention_softcap,
     check_numbers,
@@ -22,11 +22,11 @@ from cache_builder.teacher import (
     read_features,
     read_model_config,
 )
-from cache_builder.wire import pack, unpack
-from formats.draws import starts
+from cache_builder.teachers.wire import pack, unpack
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
-from formats.rows import TokenRow
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from formats.logprobs.tail_draws import starts
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 LOADING_ARGS = ("attn_implementation", "device", "revision", "trust_remote_code")
 

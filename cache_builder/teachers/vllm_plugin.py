@@ -14,7 +14,7 @@ import threading
 import time
 
 PREFIX = "Anneal"
-MODULE = "cache_builder.vllm_pooler"
+MODULE = "cache_builder.teachers.vllm_pooler"
 PARENT_VARIABLE = "ANNEAL_ENGINE_PARENT"
 """Set while an engine starts to the process id of its owner; inherited by the engine's processes."""
 POLL_SECONDS = 1.0

@@ -19,11 +19,12 @@ from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from cache_builder import reduce, wire
-from cache_builder.teacher import read_features
-from cache_builder.vllm_plugin import PREFIX
-from formats.draws import starts
-from formats.topk import TAIL_BETAS
+from cache_builder.reduction import reduce
+from cache_builder.teachers import wire
+from cache_builder.teachers.protocol import read_features
+from cache_builder.teachers.vllm_plugin import PREFIX
+from formats.logprobs.tail_draws import starts
+from formats.logprobs.topk import TAIL_BETAS
 
 TASK: PoolingTask = "token_embed"
 CONFIG_KEY = "anneal"

@@ -10,8 +10,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cache_builder.teacher import TeacherConfig, attention_softcap
-from cache_builder.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
+from cache_builder.teachers.protocol import TeacherConfig, attention_softcap
+from cache_builder.teachers.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
 from formats.errors import ConfigError
 
 CPU_KV_CACHE_BYTES = 1 << 30

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.block_sums import compiles_on
-from cache_builder.engine_log import EngineLog
-from cache_builder.teacher import (
+from cache_builder.reduction.block_sums import compiles_on
+from cache_builder.teachers.engine_log import EngineLog
+from cache_builder.teachers.protocol import (
     TeacherConfig,
     TeacherError,
     check_numbers,
@@ -31,7 +31,7 @@ from cache_builder.teacher import (
     read_features,
     read_model_config,
 )
-from cache_builder.vllm_settings import (
+from cache_builder.teachers.vllm_settings import (
     child_environment,
     engine_arguments,
     import_vllm,
@@ -40,9 +40,9 @@ from cache_builder.vllm_settings import (
     refuse_ignored_softcap,
     teacher_architectures,
 )
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
-from formats.rows import TokenRow
-from formats.topk import TopKLogprobs
+from formats.logprobs.topk import TopKLogprobs
 
 STEPS_PER_WAVE = 16
 """Scheduler steps' worth of tokens in a wave: the pause between two waves is small beside it."""
@@ -143,7 +143,7 @@ class VLLMTeacher:
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
-        from cache_builder.vllm_pooler import POSITIONS_KEY, ROW_KEY, TASK, encode_positions
+        from cache_builder.teachers.vllm_pooler import POSITIONS_KEY, ROW_KEY, TASK, encode_positions
 
         running: dict[str, _Member] = {}
         self._engine.sleep(level=0)
@@ -168,7 +168,7 @@ class VLLMTeacher:
 
     def _finish(self, running: dict[str, _Member]) -> None:
         """Drive the engine until every request of the wave is answered."""
-        from cache_builder.wire import unpack
+        from cache_builder.teachers.wire import unpack
 
         while running:
             try:

@@ -13,10 +13,10 @@ P: positions, M: head entries, B: tail nodes, F: token features, D: tail draws.
 import numpy as np
 import torch
 
-from cache_builder.reduce import ReducedRows
-from formats.draws import TailDraws
-from formats.segments import offsets_of
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from cache_builder.reduction.reduce import ReducedRows
+from formats.logprobs.ragged import offsets_of
+from formats.logprobs.tail_draws import TailDraws
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 HEADER = 4
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from formats.draws import TailDraws
-from formats.segments import rank_in_segment, segment_of, segment_sum
-from formats.tail import TAIL_BETAS
-from formats.topk import TopKLogprobs
+from formats.logprobs.ragged import rank_in_segment, segment_of, segment_sum
+from formats.logprobs.tail_draws import TailDraws
+from formats.logprobs.tail_function import TAIL_BETAS
+from formats.logprobs.topk import TopKLogprobs
 
 
 @dataclass(frozen=True, eq=False)

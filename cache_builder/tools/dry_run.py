@@ -1,12 +1,12 @@
 """`anneal cache build --dry-run`: the whole corpus through the tokenizer, and nothing else."""
 
+from cache_builder.commit.build_directory import state_of
+from cache_builder.commit.plan import require_work
+from cache_builder.commit.staging import cut
 from cache_builder.config import BuildConfig
-from cache_builder.layout import state_of
-from cache_builder.plan import require_work
-from cache_builder.progress import Progress
 from cache_builder.report import PlanReport, rough_bytes
 from cache_builder.source import BuildSource, open_source
-from cache_builder.staging import cut
+from formats.progress import Progress
 
 
 def plan_build(

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 
 from cache_builder.build import MakeTeacher, start_engine
-from cache_builder.capture import EngineStartError
-from cache_builder.compare import compare
+from cache_builder.commit.capture import EngineStartError
+from cache_builder.commit.plan import require_work
 from cache_builder.config import BuildConfig
-from cache_builder.features import temporary_file
-from cache_builder.plan import require_work
-from cache_builder.progress import Progress, format_bytes
-from cache_builder.scratch import stored_and_read
+from cache_builder.reduction.features import temporary_file
 from cache_builder.source import BuildSource, open_source
+from cache_builder.tools.deviation import compare
+from cache_builder.tools.round_trip import stored_and_read
+from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError, ConfigError
-from formats.features import TokenFeatures
-from formats.rows import TokenRow
-from formats.topk import TopKLogprobs
+from formats.logprobs.features import TokenFeatures
+from formats.logprobs.topk import TopKLogprobs
+from formats.progress import Progress, format_bytes
 
 GENEROUS_MIN_PROB = 1e-4
 GENEROUS_MAX_K = 1024

@@ -32,12 +32,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cache_builder.progress import Progress, format_bytes
 from formats.cache import CacheRow, TeacherCache
-from formats.commit import fsync_directory, fsync_file, temporary_name
+from formats.disk.durable import fsync_directory, fsync_file, temporary_name
 from formats.errors import ConfigError
-from formats.segments import segment_of
-from formats.tail import TAIL_BETAS
+from formats.logprobs.ragged import segment_of
+from formats.logprobs.tail_function import TAIL_BETAS
+from formats.progress import Progress, format_bytes
 
 POSITIONS_PER_GROUP = 1 << 16
 SCHEMA = pa.schema(

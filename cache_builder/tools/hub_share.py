@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cache_builder.layout import State, state_of
-from cache_builder.progress import Progress, format_bytes
+from cache_builder.commit.build_directory import State, state_of
 from formats.cache import TeacherCache
-from formats.commit import fsync_directory
+from formats.disk.durable import fsync_directory
+from formats.disk.manifest import MANIFEST_NAME
 from formats.errors import AnnealError, ConfigError
-from formats.identity import short
-from formats.manifest import MANIFEST_NAME
+from formats.identity.teacher_identity import short
+from formats.progress import Progress, format_bytes
 
 CARD_NAME = "README.md"
 

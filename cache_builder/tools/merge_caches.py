@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.layout import (
+from cache_builder.commit.build_directory import (
     State,
     build_directory,
     discard,
@@ -25,16 +25,16 @@ from cache_builder.layout import (
     shard_name,
     state_of,
 )
-from cache_builder.progress import Progress, format_bytes
 from formats.cache import TeacherCache
-from formats.commit import atomic_write_bytes, commit_exclusive
+from formats.disk.durable import atomic_write_bytes, commit_exclusive
+from formats.disk.manifest import Manifest, ShardInfo
+from formats.disk.shard import ShardReader, ShardWriter
+from formats.disk.token_row import KEY_BYTES
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
-from formats.features import FEATURES_FILE
-from formats.fingerprint import sha256_json
-from formats.identity import Difference, TeacherIdentity
-from formats.manifest import Manifest, ShardInfo
-from formats.rows import KEY_BYTES
-from formats.shard import ShardReader, ShardWriter
+from formats.identity.fingerprint import sha256_json
+from formats.identity.teacher_identity import Difference, TeacherIdentity
+from formats.logprobs.features import FEATURES_FILE
+from formats.progress import Progress, format_bytes
 
 MERGE_NAME = "merge"
 CORPUS_LIKE = frozenset({("preprocessing", "format"), ("preprocessing", "text_column")})

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.codec import CodecConfig
-from formats.manifest import ShardInfo
-from formats.rows import TokenRow
-from formats.shard import ShardReader, ShardWriter
-from formats.store import open_store
-from formats.topk import TopKLogprobs
+from formats.codec.payload import CodecConfig
+from formats.disk.byte_source import open_store
+from formats.disk.manifest import ShardInfo
+from formats.disk.shard import ShardReader, ShardWriter
+from formats.disk.token_row import TokenRow
+from formats.logprobs.topk import TopKLogprobs
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.compare import compare
-from cache_builder.features import temporary_file
-from cache_builder.model_files import load_tokenizer
-from cache_builder.progress import Progress
-from cache_builder.scratch import stored_and_read
-from cache_builder.teacher import TeacherConfig, make_teacher
+from cache_builder.reduction.features import temporary_file
+from cache_builder.rows.tokenizer_files import load_tokenizer
+from cache_builder.teachers.protocol import TeacherConfig, make_teacher
+from cache_builder.tools.deviation import compare
+from cache_builder.tools.round_trip import stored_and_read
 from formats.cache import CacheRow, TeacherCache
-from formats.draws import POWER
 from formats.errors import ConfigError, FormatError
-from formats.fingerprint import resolve_model
-from formats.identity import require_same_teacher
-from formats.topk import TopKLogprobs
+from formats.identity.fingerprint import resolve_model
+from formats.identity.teacher_identity import require_same_teacher
+from formats.logprobs.tail_draws import POWER
+from formats.logprobs.topk import TopKLogprobs
+from formats.progress import Progress
 
 OTHER_ENGINE = {"vllm": "transformers", "transformers": "vllm"}
 ENGINE_NOISE = {"float32": 5e-4, "float16": 1e-2, "bfloat16": 5e-2}

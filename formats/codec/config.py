@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from formats.draws import MAX_RATE
 from formats.errors import ConfigError, UnsupportedVersionError
-from formats.features import MAX_FEATURES
+from formats.logprobs.features import MAX_FEATURES
+from formats.logprobs.tail_draws import MAX_RATE
 
 PROBABILITY_KINDS = ("companded", "float32")
 _SINCE_VERSION_2 = ("num_features", "moment_steps")

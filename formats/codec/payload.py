@@ -12,12 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import zstandard
 
-from formats import segments
-from formats.codec_config import CodecConfig
-from formats.draws import TailDraws, most_draws
-from formats.errors import CorruptShardError
-from formats.features import LARGEST_FEATURE
-from formats.quantise import (
+from formats.codec.config import CodecConfig
+from formats.codec.quantise import (
     dequantise_draws,
     dequantise_moments,
     dequantise_tails,
@@ -27,9 +23,13 @@ from formats.quantise import (
     quantise_probabilities,
     quantise_tails,
 )
-from formats.tail import TAIL_BETAS
-from formats.topk import TopKLogprobs
-from formats.vocabulary import permutations
+from formats.codec.rank_table import permutations
+from formats.errors import CorruptShardError
+from formats.logprobs import ragged
+from formats.logprobs.features import LARGEST_FEATURE
+from formats.logprobs.tail_draws import TailDraws, most_draws
+from formats.logprobs.tail_function import TAIL_BETAS
+from formats.logprobs.topk import TopKLogprobs
 
 MAX_BODY_BYTES = (1 << 31) - 1
 MAX_ROW_POSITIONS = 1 << 22
@@ -155,7 +155,7 @@ class Codec:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(ranks int64, logprobs), by ascending rank within each position."""
         ranks = self._rank_of_id[token_ids] if self._id_of_rank is not None else token_ids
-        order = segments.segment_order(ranks, offsets)
+        order = ragged.segment_order(ranks, offsets)
         return ranks[order].astype(np.int64), logprobs[order]
 
     def _check(self, topk: TopKLogprobs) -> None:
@@ -222,7 +222,7 @@ class Codec:
         if int(counts.max()) > self.max_k or len(body) < self.body_bytes(num_positions, n):
             raise CorruptShardError("head sizes do not match the payload")
         drawn = self._decode_draws(body, num_positions, n)
-        offsets = segments.offsets_of(counts)
+        offsets = ragged.offsets_of(counts)
         token_ids = self._decode_ids(from_planes(body, at, n, self._id_width), offsets, counts)
         at += n * self._id_width
         codes = from_planes(body, at, n, self._number_width)
@@ -267,7 +267,7 @@ class Codec:
             raise CorruptShardError("head sizes or numbers of draws do not match the payload")
         if not config.draw_rate:
             return TailDraws.none(num_positions)
-        offsets = segments.offsets_of(counts)
+        offsets = ragged.offsets_of(counts)
         running = np.zeros(num_draws + 1, np.int64)
         np.cumsum(from_planes(body, at, num_draws, self._id_width), out=running[1:])
         ranks = running[1:] - np.repeat(running[offsets[:-1]], counts)

@@ -27,8 +27,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from formats import segments
-from formats.tail import TAIL_BETAS
+from formats.logprobs import ragged
+from formats.logprobs.tail_function import TAIL_BETAS
 
 MASS_UNIT = 1 << 40
 """Head masses are summed as integers in these units."""
@@ -81,7 +81,7 @@ def _predict_one(
     codes_N: np.ndarray, offsets: np.ndarray, mass_table: np.ndarray, tail_steps: int
 ) -> np.ndarray:
     """int64 [P]: the predicted code of A(1), from the mass that the quantised head leaves."""
-    left = MASS_UNIT - segments.segment_sum(mass_table[codes_N], offsets)
+    left = MASS_UNIT - ragged.segment_sum(mass_table[codes_N], offsets)
     left = np.clip(left, LEAST_TAIL_MASS, MASS_UNIT)
     return np.floor(tail_steps * np.log(left / MASS_UNIT) + 0.5).astype(np.int64)
 

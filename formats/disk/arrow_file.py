@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from formats.disk.byte_source import Source
 from formats.errors import CorruptShardError, FormatError
-from formats.store import Source
 
 MAGIC = b"ARROW1"
 MAX_METADATA_BYTES = 1 << 26

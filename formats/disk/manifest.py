@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from formats.codec_config import CodecConfig
-from formats.commit import atomic_write_bytes
+from formats.codec.config import CodecConfig
+from formats.disk.durable import atomic_write_bytes
+from formats.disk.sealed_json import seal, unseal
+from formats.disk.token_row import POSITION_MODES
+from formats.disk.unfinished_build import build_progress
 from formats.errors import FormatError, IncompleteCacheError, UnsupportedVersionError
-from formats.features import FEATURES_FILE
-from formats.progress import build_progress
-from formats.rows import POSITION_MODES
-from formats.sealed import seal, unseal
-from formats.tail import TAIL_BETAS
-from formats.topk import MAX_VOCAB_SIZE
+from formats.logprobs.features import FEATURES_FILE
+from formats.logprobs.tail_function import TAIL_BETAS
+from formats.logprobs.topk import MAX_VOCAB_SIZE
 
 FORMAT = "anneal-teacher-cache"
 VERSIONS = (1, 2, 3)
@@ -195,7 +195,7 @@ class Manifest:
             FormatError: no such directory, no cache, or not readable as one.
             IncompleteCacheError: shards but no manifest.
         """
-        from formats.store import open_store
+        from formats.disk.byte_source import open_store
 
         return cls.from_bytes(read_manifest_bytes(open_store(directory)))
 

@@ -17,18 +17,18 @@ from typing import Any, Self
 
 import numpy as np
 
-from formats.arrow_file import ArrowFile, Batch
-from formats.codec import Codec
-from formats.codec_config import CodecConfig
+from formats.codec.config import CodecConfig
+from formats.codec.payload import Codec
+from formats.codec.rank_table import from_text, rank_by_frequency, to_text
+from formats.disk.arrow_file import ArrowFile, Batch
+from formats.disk.byte_source import Source
+from formats.disk.manifest import FORMAT, ShardInfo, check_version
+from formats.disk.sealed_json import seal, unseal
+from formats.disk.token_row import KEY_BYTES, POSITION_MODES, TokenRow, content_key
 from formats.errors import CorruptShardError, FormatError
-from formats.manifest import FORMAT, ShardInfo, check_version
-from formats.rows import KEY_BYTES, POSITION_MODES, TokenRow, content_key
-from formats.sealed import seal, unseal
-from formats.segments import offsets_of
-from formats.store import Source
-from formats.tail import TAIL_BETAS
-from formats.topk import MAX_VOCAB_SIZE, TopKLogprobs
-from formats.vocabulary import from_text, rank_by_frequency, to_text
+from formats.logprobs.ragged import offsets_of
+from formats.logprobs.tail_function import TAIL_BETAS
+from formats.logprobs.topk import MAX_VOCAB_SIZE, TopKLogprobs
 
 ROWS_PER_BATCH = 32
 SAMPLE_ENTRIES = 1 << 20

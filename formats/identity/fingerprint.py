@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError
-from formats.fingerprint_memo import remembered
-from formats.safetensors_hash import hash_span, hash_tensors
+from formats.identity.hash_memo import remembered
+from formats.identity.tensor_hash import hash_span, hash_tensors
 
 VOLATILE_CONFIG_KEYS = frozenset(
     {"transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype", "use_cache"}

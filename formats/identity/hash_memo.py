@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from formats.commit import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes
 
 SETTLED_SECONDS = 2.0
 MEMO_FROM_BYTES = 256 << 20

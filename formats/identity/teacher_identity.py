@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.fingerprint import (
+from formats.identity.fingerprint import (
     ModelFingerprint,
     TokenizerFingerprint,
     resolve_model,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
-from formats.inspect_text import row_text, summary_text
-from formats.row_view import view_row
-from formats.summary import summarise
+from formats.inspect.row_view import view_row
+from formats.inspect.summary import summarise
+from formats.inspect.text import row_text, summary_text
 
 
 def inspect_cache(
@@ -38,7 +38,7 @@ def inspect_cache(
     opened = TeacherCache(cache)
     agreed: list[str] = []
     if model is not None:
-        from formats.identity import require_same_teacher
+        from formats.identity.teacher_identity import require_same_teacher
 
         agreed = require_same_teacher(opened.identity, Path(model))
     if row is not None:
@@ -50,7 +50,7 @@ def inspect_cache(
             return text
     summary = summarise(opened, full=full)
     if plot is not None:
-        from formats.plot import plot_cache
+        from formats.inspect.picture import plot_cache
 
         plot_cache(opened, summary, plot, full=full)
         if row is not None:

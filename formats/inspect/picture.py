@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from formats.errors import ConfigError
-from formats.statistics import entropy
-from formats.summary import sampled_rows
+from formats.inspect.statistics import entropy
+from formats.inspect.summary import sampled_rows
 
 if TYPE_CHECKING:
     from formats.cache import TeacherCache

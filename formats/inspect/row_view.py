@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from formats.statistics import entropy
+from formats.inspect.statistics import entropy
 
 if TYPE_CHECKING:
     from formats.cache import TeacherCache

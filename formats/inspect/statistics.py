@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from formats import segments
-from formats.tail import TAIL_BETAS
-from formats.topk import TopKLogprobs
+from formats.logprobs import ragged
+from formats.logprobs.tail_function import TAIL_BETAS
+from formats.logprobs.topk import TopKLogprobs
 
 PERCENTILES = (5, 25, 50, 75, 95)
 _ONE = TAIL_BETAS.index(1.0)
@@ -29,7 +29,7 @@ def entropy(topk: TopKLogprobs) -> np.ndarray:
     """float64 [P]: entropy in nats of each full-vocabulary distribution at T = 1."""
     logprobs = topk.logprobs.astype(np.float64)
     finite = np.where(np.isneginf(logprobs), 0.0, logprobs)
-    head = segments.segment_sum(-np.exp(logprobs) * finite, topk.offsets)
+    head = ragged.segment_sum(-np.exp(logprobs) * finite, topk.offsets)
     log_mass = topk.log_tail_nodes[:, _ONE].astype(np.float64)
     some = np.isfinite(topk.log_tail_nodes).all(axis=1)
     nodes = np.where(some[:, None], topk.log_tail_nodes, 0.0)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from formats.codec import section_bytes
-from formats.rows import KEY_BYTES
-from formats.statistics import distribution, entropy, head_size_histogram
-from formats.topk import TopKLogprobs
+from formats.codec.payload import section_bytes
+from formats.disk.token_row import KEY_BYTES
+from formats.inspect.statistics import distribution, entropy, head_size_histogram
+from formats.logprobs.topk import TopKLogprobs
 
 if TYPE_CHECKING:
     from formats.cache import TeacherCache

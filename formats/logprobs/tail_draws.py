@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from formats import segments
+from formats.logprobs import ragged
 
 POWER = 0.75
 MAX_RATE = 64
@@ -101,7 +101,7 @@ class TailDraws:
 
     def take(self, chosen_P: np.ndarray) -> "TailDraws":
         """The positions with these indices, in that order, copied."""
-        offsets, source = segments.taken(self.offsets, chosen_P)
+        offsets, source = ragged.taken(self.offsets, chosen_P)
         return TailDraws(offsets, self.token_ids[source], self.logprobs[source], self.rate)
 
     @staticmethod
@@ -115,7 +115,7 @@ class TailDraws:
         if len(rates) != 1:
             raise ValueError(f"all parts must share one rate of draws, got {rates}")
         return TailDraws(
-            segments.offsets_of(np.concatenate([part.counts for part in parts])),
+            ragged.offsets_of(np.concatenate([part.counts for part in parts])),
             np.concatenate([part.token_ids for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
             rates[0],
@@ -130,7 +130,7 @@ class TailDraws:
         if len(self) != len(other):
             raise ValueError(f"draws must be of {len(self)} positions, got {len(other)}")
         both = TailDraws.concatenate([self, other])
-        position = np.concatenate([segments.segment_of(self.offsets), segments.segment_of(other.offsets)])
+        position = np.concatenate([ragged.segment_of(self.offsets), ragged.segment_of(other.offsets)])
         order = np.argsort(position, kind="stable")
         offsets = self.offsets + other.offsets
         return TailDraws(offsets, both.token_ids[order], both.logprobs[order], self.rate)
@@ -153,6 +153,6 @@ def draw(
     ends -= np.repeat(starts_P, np.diff(offsets))  # above -1, whatever the rounding
     points = np.ceil(ends).astype(np.int64)  # so many points lie below the end of each token
     before = np.concatenate([[0], points[:-1]])[: len(points)]
-    hits = np.where(segments.rank_in_segment(offsets) == 0, points, points - before)
-    counts = segments.segment_sum(hits, offsets)
-    return TailDraws(segments.offsets_of(counts), np.repeat(token_ids, hits), np.repeat(logprobs, hits), rate)
+    hits = np.where(ragged.rank_in_segment(offsets) == 0, points, points - before)
+    counts = ragged.segment_sum(hits, offsets)
+    return TailDraws(ragged.offsets_of(counts), np.repeat(token_ids, hits), np.repeat(logprobs, hits), rate)

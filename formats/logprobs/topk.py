@@ -21,10 +21,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from formats import draws, segments, tail
-from formats.draws import TailDraws
-from formats.features import LARGEST_FEATURE, TokenFeatures
-from formats.tail import TAIL_BETAS
+from formats.logprobs import ragged, tail_draws, tail_function
+from formats.logprobs.features import LARGEST_FEATURE, TokenFeatures
+from formats.logprobs.tail_draws import TailDraws
+from formats.logprobs.tail_function import TAIL_BETAS
 
 MAX_VOCAB_SIZE = 1 << 20
 _FIELDS = (("offsets", np.int64), ("token_ids", np.int32), ("logprobs", np.float32))
@@ -129,16 +129,16 @@ class TopKLogprobs:
         Raises:
             ValueError: the temperature is not finite or below 0.5.
         """
-        return tail.interpolate(self.log_tail_nodes, self.vocab_size - self.counts, temperature)
+        return tail_function.interpolate(self.log_tail_nodes, self.vocab_size - self.counts, temperature)
 
     def log_tail_bounds(self, temperature: float) -> tuple[np.ndarray, np.ndarray]:
         """float64 (lower [P], upper [P]) that A(1/temperature) cannot leave, by convexity."""
-        return tail.bracket(self.log_tail_nodes, self.vocab_size - self.counts, temperature)
+        return tail_function.bracket(self.log_tail_nodes, self.vocab_size - self.counts, temperature)
 
     def log_head(self, temperature: float) -> np.ndarray:
         """float32 [P]: log sum_head exp(l_j / temperature), unnormalised."""
-        beta = np.float32(tail.check_temperature(temperature))
-        return segments.segment_logsumexp(beta * self.logprobs, self.offsets)
+        beta = np.float32(tail_function.check_temperature(temperature))
+        return ragged.segment_logsumexp(beta * self.logprobs, self.offsets)
 
     def log_partition(self, temperature: float) -> np.ndarray:
         """float32 [P]: log Z_T; 0 up to rounding at temperature 1."""
@@ -169,7 +169,7 @@ class TopKLogprobs:
     def take(self, positions: np.ndarray) -> "TopKLogprobs":
         """The given positions (indices or boolean mask), in that order, copied."""
         chosen = np.arange(len(self))[np.asarray(positions)]
-        offsets, source = segments.taken(self.offsets, chosen)
+        offsets, source = ragged.taken(self.offsets, chosen)
         return TopKLogprobs(
             offsets,
             self.token_ids[source],
@@ -197,7 +197,7 @@ class TopKLogprobs:
         if len(features) > 1:
             raise ValueError(f"all parts must share one number of features, got {features}")
         return TopKLogprobs(
-            segments.offsets_of(np.concatenate([part.counts for part in parts])),
+            ragged.offsets_of(np.concatenate([part.counts for part in parts])),
             np.concatenate([part.token_ids for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
             np.concatenate([part.log_tail_nodes for part in parts]),
@@ -208,8 +208,8 @@ class TopKLogprobs:
 
     def sorted(self) -> "TopKLogprobs":
         """Entries by descending logprob, ties by ascending id: the order in which people read a head."""
-        by_id = segments.segment_order(self.token_ids, self.offsets)
-        order = by_id[segments.segment_order(-self.logprobs[by_id], self.offsets)]
+        by_id = ragged.segment_order(self.token_ids, self.offsets)
+        order = by_id[ragged.segment_order(-self.logprobs[by_id], self.offsets)]
         return TopKLogprobs(
             self.offsets,
             self.token_ids[order],
@@ -249,27 +249,27 @@ class TopKLogprobs:
         if not 0 <= min_prob <= 1 or max_k < 1:
             raise ValueError(f"min_prob must be from 0 to 1 and max_k at least 1, got {min_prob} and {max_k}")
         head = self.sorted()
-        rank = segments.rank_in_segment(head.offsets)
+        rank = ragged.rank_in_segment(head.offsets)
         with np.errstate(divide="ignore"):
             keep = (rank == 0) | ((head.logprobs >= np.float32(np.log(min_prob))) & (rank < max_k))
-        gone = segments.offsets_of(segments.segment_sum((~keep).astype(np.int64), head.offsets))
+        gone = ragged.offsets_of(ragged.segment_sum((~keep).astype(np.int64), head.offsets))
         lost = head.logprobs[~keep]
         nodes = head.log_tail_nodes.astype(np.float64)
         for k, beta in enumerate(TAIL_BETAS):
             nodes[:, k] = np.logaddexp(
-                nodes[:, k], segments.segment_logsumexp(beta * lost.astype(np.float64), gone)
+                nodes[:, k], ragged.segment_logsumexp(beta * lost.astype(np.float64), gone)
             )
         moments = head.tail_moments.astype(np.float64)
         if features is not None:
             moved = np.exp(lost.astype(np.float64))[:, None] * features.of(head.token_ids[~keep])
-            np.add.at(moments, segments.segment_of(gone), moved)
+            np.add.at(moments, ragged.segment_of(gone), moved)
         drawn = self.draws
         if drawn.rate:
             ids = head.token_ids[~keep]
             # Even over what can be pruned, and the same for the same tokens: there is no row's key here.
             seed = hashlib.blake2b(ids.tobytes() + lost.tobytes(), digest_size=8).digest()
-            begin = draws.starts(seed, np.arange(len(self)))
-            drawn = drawn.joined(draws.draw(gone, ids, lost, drawn.rate, begin))
+            begin = tail_draws.starts(seed, np.arange(len(self)))
+            drawn = drawn.joined(tail_draws.draw(gone, ids, lost, drawn.rate, begin))
         return TopKLogprobs(
             head.offsets - gone,
             head.token_ids[keep],
@@ -298,7 +298,7 @@ class TopKLogprobs:
             low, high = int(self.token_ids.min()), int(self.token_ids.max())
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"token ids must be from 0 to {self.vocab_size - 1}, got {low}..{high}")
-            keyed = segments.segment_of(self.offsets) * self.vocab_size + self.token_ids
+            keyed = ragged.segment_of(self.offsets) * self.vocab_size + self.token_ids
             if len(np.unique(keyed)) != len(keyed):
                 raise ValueError("token ids must be distinct within a position, got a repeated one")
             if not (self.logprobs <= 1e-3).all():
@@ -320,7 +320,7 @@ class TopKLogprobs:
         if not len(self):
             return
         low, high = int(drawn.counts.min()), int(drawn.counts.max())
-        most = draws.most_draws(self.vocab_size, drawn.rate) if drawn.rate else 0
+        most = tail_draws.most_draws(self.vocab_size, drawn.rate) if drawn.rate else 0
         if low < 0 or high > most:
             raise ValueError(f"a position must have 0 to {most} draws, got {low}..{high}")
         if not len(drawn.token_ids):
@@ -329,6 +329,6 @@ class TopKLogprobs:
             raise ValueError(f"drawn token ids must be from 0 to {self.vocab_size - 1}")
         if not ((drawn.logprobs <= 1e-3) & np.isfinite(drawn.logprobs)).all():
             raise ValueError("logprobs of draws must be finite and not above 0")
-        head = segments.segment_of(self.offsets) * self.vocab_size + self.token_ids
-        if np.isin(segments.segment_of(drawn.offsets) * self.vocab_size + drawn.token_ids, head).any():
+        head = ragged.segment_of(self.offsets) * self.vocab_size + self.token_ids
+        if np.isin(ragged.segment_of(drawn.offsets) * self.vocab_size + drawn.token_ids, head).any():
             raise ValueError("draws must be tokens of the tail, got one of the head")

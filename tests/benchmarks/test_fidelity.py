@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from fidelity import METHODS, measure
 from fidelity_targets import capture, sampled_targets, topk_targets
 
-from cache_builder.features import find_embedding, token_features
+from cache_builder.reduction.features import find_embedding, token_features
 
 VOCAB_SIZE = 400
 

@@ -22,8 +22,7 @@ from deterministic_build import (
 
 from cache_builder.build import BuildError, build_cache
 from cache_builder.config import BuildConfig
-from cache_builder.dry_run import plan_build
-from cache_builder.progress import Progress
+from cache_builder.tools.dry_run import plan_build
 from formats.cache import TeacherCache
 from formats.errors import (
     AnnealError,
@@ -33,7 +32,8 @@ from formats.errors import (
     IdentityMismatchError,
     IncompleteCacheError,
 )
-from formats.segments import segment_of
+from formats.logprobs.ragged import segment_of
+from formats.progress import Progress
 
 
 def build(
@@ -169,7 +169,7 @@ def test_overwrite_discards_the_cache_and_spares_the_rest(tmp_path: Path, finish
 
 
 def test_an_interrupted_discard_is_completed_by_any_command(tmp_path: Path, monkeypatch) -> None:
-    from cache_builder import layout
+    from cache_builder.commit import build_directory
 
     build(tmp_path / "c")
     real, calls = os.unlink, []
@@ -180,7 +180,7 @@ def test_an_interrupted_discard_is_completed_by_any_command(tmp_path: Path, monk
             raise KeyboardInterrupt
         real(path, *args, **kwargs)
 
-    monkeypatch.setattr(layout.os, "unlink", fail)
+    monkeypatch.setattr(build_directory.os, "unlink", fail)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "c", source=make_source(30, seed=5), overwrite=True)
     monkeypatch.undo()

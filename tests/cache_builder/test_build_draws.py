@@ -9,9 +9,9 @@ import pytest
 from deterministic_build import SeededTeacher, Stop, contents, make_config, make_source, stop_at
 
 from cache_builder import BuildConfig, build_cache, estimate_cache, plan_build
-from cache_builder.compare import compare
 from cache_builder.config import DEFAULT_TAIL_DRAWS
-from cache_builder.teacher import TeacherConfig, make_teacher
+from cache_builder.teachers.protocol import TeacherConfig, make_teacher
+from cache_builder.tools.deviation import compare
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
 

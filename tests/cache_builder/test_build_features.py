@@ -15,9 +15,9 @@ from tiny_models import VOCAB_SIZE
 
 from cache_builder import BuildConfig, build_cache, estimate_cache, plan_build
 from cache_builder.config import DEFAULT_TAIL_FEATURES
-from cache_builder.features import find_embedding, token_features
+from cache_builder.reduction.features import find_embedding, token_features
 from cache_builder.source import _tail_features
-from cache_builder.teacher import TeacherConfig, TeacherError, make_teacher
+from cache_builder.teachers.protocol import TeacherConfig, TeacherError, make_teacher
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
 

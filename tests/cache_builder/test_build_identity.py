@@ -11,7 +11,7 @@ from cache_builder.build import start_engine
 from cache_builder.source import engine_version, open_source, tokenizer_file
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError, CorpusError
-from formats.identity import require_same_teacher
+from formats.identity.teacher_identity import require_same_teacher
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from deterministic_build import SeededTeacher, contents, make_config, make_source
 
-from cache_builder import ray_pool
+from cache_builder import build_on_ray
 from cache_builder.build import build_cache
-from cache_builder.progress import Progress
-from cache_builder.ray_pool import PoolSize, WorkerDied, build_cache_with_ray
+from cache_builder.build_on_ray import PoolSize, WorkerDied, build_cache_with_ray
 from formats.errors import ConfigError
+from formats.progress import Progress
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -102,7 +102,7 @@ def test_a_shard_that_kills_every_worker_ends_the_build_and_the_rest_stays(
         (lives / str(number)).touch()
     directory, key = str(lives), first_key(3)
     teacher = DeadlyTeacher
-    monkeypatch.setattr(ray_pool, "MAX_FAILURES", 2)
+    monkeypatch.setattr(build_on_ray, "MAX_FAILURES", 2)
     with pytest.raises(WorkerDied, match="2 dead workers on shard 3"):
         build_cache_with_ray(
             make_config(tmp_path / "c"),

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cache_builder import features as features_module
-from cache_builder.features import INPUT_NAMES, OUTPUT_NAMES, find_embedding, token_features
+from cache_builder.reduction import features as features_module
+from cache_builder.reduction.features import INPUT_NAMES, OUTPUT_NAMES, find_embedding, token_features
 from formats.errors import ConfigError, FormatError
-from formats.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
+from formats.logprobs.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
 
 VOCAB_SIZE, WIDTH, NUM_FEATURES = 2003, 24, 6
 
@@ -186,7 +186,7 @@ def test_fewer_tokens_than_features(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from cache_builder.features import find_embedding, token_features
+from cache_builder.reduction.features import find_embedding, token_features
 embedding = find_embedding(Path(sys.argv[1]), int(sys.argv[2]))
 sys.stdout.buffer.write(token_features(embedding, int(sys.argv[2]), int(sys.argv[3])).to_bytes())
 """

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from formats import CacheWriter, CodecConfig, TailDraws, TeacherCache, TokenRow, TopKLogprobs
-from formats.draws import starts
-from formats.features import MAX_CODE, TokenFeatures
-from formats.tail import TAIL_BETAS
+from formats.logprobs.features import MAX_CODE, TokenFeatures
+from formats.logprobs.tail_draws import starts
+from formats.logprobs.tail_function import TAIL_BETAS
 
 
 def log_softmax(logits_PV: np.ndarray) -> np.ndarray:

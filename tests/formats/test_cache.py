@@ -30,7 +30,7 @@ from formats import (
     TopKLogprobs,
 )
 from formats.errors import CorruptShardError, FormatError, IncompleteCacheError
-from formats.features import FEATURES_FILE
+from formats.logprobs.features import FEATURES_FILE
 
 LENGTHS = [7, 0, 1, 2, 30, 12, 5, 9, 16, 3, 4, 40, 1, 1, 22, 8, 11, 6, 2]
 
@@ -201,7 +201,7 @@ def test_pyarrow_and_datasets_open_the_shards(written, tmp_path: Path):
 
 
 def test_large_shards_learn_ranks_from_their_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("formats.shard.SAMPLE_ENTRIES", 500)
+    monkeypatch.setattr("formats.disk.shard.SAMPLE_ENTRIES", 500)
     rng = np.random.default_rng(5)
     with ShardWriter(tmp_path / "s.arrow", vocab_size=97, codec=CodecConfig.lossless(), max_k=64) as writer:
         for _ in range(30):
@@ -438,7 +438,7 @@ def test_a_remote_row_costs_a_range_and_not_a_shard(tmp_path: Path):
 def test_formats_needs_no_torch():
     code = """
 import sys
-import formats.inspection, formats.writer, formats.shard, formats.plot
+import formats.inspect.inspect_cache, formats.writer, formats.disk.shard, formats.inspect.picture
 heavy = {"torch", "transformers", "vllm", "matplotlib", "datasets"} & set(sys.modules)
 assert not heavy, heavy
 """

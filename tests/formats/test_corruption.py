@@ -23,9 +23,9 @@ from formats import (
     TokenRow,
     TopKLogprobs,
 )
+from formats.disk.sealed_json import seal, unseal
 from formats.errors import CorruptShardError, FormatError, UnsupportedVersionError
-from formats.features import FEATURES_FILE
-from formats.sealed import seal, unseal
+from formats.logprobs.features import FEATURES_FILE
 
 LENGTHS = [6, 0, 11, 3, 1, 8]
 OPTIONS = {"lengths": LENGTHS, "rows_per_shard": 4, "rows_per_batch": 2}
@@ -143,8 +143,8 @@ def test_truncations_at_both_ends(cache_dir: Path):
             TeacherCache(cache_dir)[0]
         with pytest.raises(FormatError):
             # The same without the manifest's size check in front.
-            from formats.arrow_file import ArrowFile
-            from formats.store import open_store
+            from formats.disk.arrow_file import ArrowFile
+            from formats.disk.byte_source import open_store
 
             ArrowFile(open_store(cache_dir).open(path.name), path.name)
 
@@ -605,8 +605,8 @@ def write_arrow(path: Path, table: pa.Table, **options: object) -> None:
 
 
 def reader_of(path: Path):
-    from formats.shard import ShardReader
-    from formats.store import open_store
+    from formats.disk.byte_source import open_store
+    from formats.disk.shard import ShardReader
 
     reader = ShardReader(open_store(path.parent).open(path.name), path.name)
     return [reader.teacher(index) for index in range(len(reader))]

@@ -5,7 +5,7 @@ import pytest
 from make_teachers import plain_features
 
 from formats.errors import CorruptShardError
-from formats.features import LARGEST_FEATURE, MAX_FEATURES, TokenFeatures
+from formats.logprobs.features import LARGEST_FEATURE, MAX_FEATURES, TokenFeatures
 
 
 def test_features_by_hand():

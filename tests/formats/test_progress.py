@@ -4,9 +4,9 @@ import io
 
 import pytest
 
-from cache_builder import progress as progress_module
-from cache_builder.progress import ConsoleProgress, Progress, format_bytes, format_seconds
 from cache_builder.report import rough_bytes
+from formats import progress as progress_module
+from formats.progress import ConsoleProgress, Progress, format_bytes, format_seconds
 
 
 class Clock:

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from cache_builder.commit.build_directory import build_directory
+from cache_builder.commit.plan import Settings
 from cache_builder.config import BuildConfig
-from cache_builder.layout import build_directory
-from cache_builder.plan import Settings
 from cache_builder.source import BuildSource
-from formats import draws
-from formats.codec import CodecConfig
-from formats.features import FEATURES_FILE, TokenFeatures
-from formats.identity import TeacherIdentity
-from formats.rows import TokenRow
-from formats.segments import offsets_of
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from formats.codec.payload import CodecConfig
+from formats.disk.token_row import TokenRow
+from formats.identity.teacher_identity import TeacherIdentity
+from formats.logprobs import tail_draws
+from formats.logprobs.features import FEATURES_FILE, TokenFeatures
+from formats.logprobs.ragged import offsets_of
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 VOCAB_SIZE = 53
 
@@ -77,7 +77,7 @@ def reduce_exactly(
         assert starts is not None
         rest_offsets = offsets_of(np.array([tail.shape[1] for tail in tails]))
         rest_ids, rest_values = np.concatenate(tails, 1)
-        drawn = draws.draw(rest_offsets, rest_ids.astype(np.int32), rest_values, draw_rate, starts)
+        drawn = tail_draws.draw(rest_offsets, rest_ids.astype(np.int32), rest_values, draw_rate, starts)
     return TopKLogprobs(
         np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE, moments, drawn
     )
@@ -113,7 +113,7 @@ class SeededTeacher:
             if self._seconds:
                 time.sleep(self._seconds)
             at = row.positions(self._positions)
-            begin = draws.starts(row.key, at)
+            begin = tail_draws.starts(row.key, at)
             yield reduce_exactly(
                 logits_of(row.input_ids)[at],
                 self._min_prob,

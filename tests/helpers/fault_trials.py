@@ -40,7 +40,7 @@ from deterministic_build import (
 )
 
 from cache_builder.build import build_cache
-from cache_builder.signals import BuildInterrupted
+from cache_builder.commit.signals import BuildInterrupted
 from formats.cache import TeacherCache
 from formats.errors import AnnealError
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.draws import POWER
-from formats.features import TokenFeatures
-from formats.rows import TokenRow
-from formats.segments import segment_of
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from formats.disk.token_row import TokenRow
+from formats.logprobs.features import TokenFeatures
+from formats.logprobs.ragged import segment_of
+from formats.logprobs.tail_draws import POWER
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 
 def random_rows(
@@ -64,7 +64,7 @@ def assert_tail_is_right(topk: TopKLogprobs, dense: np.ndarray, *, atol: float):
 
 def save_features(model_dir: Path, directory: Path, vocab_size: int, num_features: int = 5) -> Path:
     """A file of the model's token features, as a build hands it to an engine."""
-    from cache_builder.features import find_embedding, token_features
+    from cache_builder.reduction.features import find_embedding, token_features
 
     embedding = find_embedding(Path(model_dir), vocab_size)
     assert embedding is not None

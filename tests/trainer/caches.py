@@ -7,7 +7,7 @@ import numpy as np
 
 def random_rows(num_rows: int, vocab_size: int, seed: int = 0, longest: int = 40) -> list:
     """Token rows of uneven length whose masks are prefixes, suffixes, holes, or everything."""
-    from formats.rows import TokenRow
+    from formats.disk.token_row import TokenRow
 
     generator = np.random.default_rng(seed)
     rows = []
@@ -29,7 +29,7 @@ def random_rows(num_rows: int, vocab_size: int, seed: int = 0, longest: int = 40
 
 def random_features(vocab_size: int, num_features: int = 5):
     """Token features: any numbers serve."""
-    from formats.features import TokenFeatures
+    from formats.logprobs.features import TokenFeatures
 
     codes = np.random.default_rng(5).normal(0, 32, (vocab_size, num_features)).clip(-127, 127)
     return TokenFeatures(codes.astype(np.int8))
@@ -47,8 +47,8 @@ def topk_of(
     Each tail token is drawn floor(x) times and once more with the probability that is left of its expected
     number x: the same tokens for the same logprobs.
     """
-    from formats.draws import TailDraws
-    from formats.topk import TAIL_BETAS, TopKLogprobs
+    from formats.logprobs.tail_draws import TailDraws
+    from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
     num_features = 0 if features is None else features.num_features
     if not len(logprobs_PV):
@@ -93,7 +93,7 @@ def identity_of(model_dir: Path) -> dict:
     """The identity that a build would record for this model and tokenizer."""
     from transformers import AutoTokenizer
 
-    from formats.fingerprint import ModelFingerprint, TokenizerFingerprint
+    from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint
 
     model = ModelFingerprint.of(model_dir)
     tokenizer = TokenizerFingerprint.of(AutoTokenizer.from_pretrained(model_dir))
@@ -134,7 +134,7 @@ def write_cache(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from formats.codec import CodecConfig
+    from formats.codec.payload import CodecConfig
     from formats.writer import CacheWriter
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from trainer.config import LoraSettings
-from trainer.dataset import CachedDataset
-from trainer.label_annealing_trainer import LabelAnnealingTrainer
-from trainer.lora import attach_adapters
+from trainer.data.dataset import CachedDataset
+from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.result.lora import attach_adapters
 from trainer.retention.ewc import Ewc
 from trainer.retention.fisher_file import load_fisher, remove_fisher
 from trainer.retention.l2 import L2

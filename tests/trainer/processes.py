@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["torch", "transformers", "transformers.trainer", "accelerate", "peft", "safetensors.torch"]
-PRELOADED += ["transformers.models.llama.modeling_llama", "trainer.run", "trainer.label_annealing_trainer"]
+PRELOADED += [
+    "transformers.models.llama.modeling_llama",
+    "trainer.run",
+    "trainer.loop.label_annealing_trainer",
+]
 HOUSE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -11,9 +11,10 @@ import signal
 import time
 from pathlib import Path
 
-from trainer import checkpoint, load_config, run_directory, train
-from trainer.label_annealing_trainer import LabelAnnealingTrainer
-from trainer.step_control import StepControl
+from trainer import checkpoint, load_config, train
+from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.loop.step_control import StepControl
+from trainer.result import run_directory
 
 
 def die() -> None:

@@ -116,7 +116,7 @@ def test_a_finished_run_is_never_overwritten(trained, tiny_llama_dir, pruned_cac
 
 
 def test_evaluating_the_saved_model_gives_the_reported_numbers(trained, tiny_llama_dir, llama_eval_cache):
-    from trainer.evaluation import format_evaluation
+    from trainer.evaluation.evaluate import format_evaluation
 
     out, report = trained
     seen = []
@@ -306,7 +306,7 @@ def test_attention_across_packed_rows_is_refused_by_numbers(
     tiny_llama_dir, pruned_cache, tmp_path, monkeypatch
 ):
     """Without the restarting positions rows see each other: the check runs on packed batches and notices."""
-    from trainer import collator
+    from trainer.data import collator
 
     monkeypatch.setattr(collator, "MODEL_COLUMNS", ("input_ids", "attention_mask"))
     config = settings(pruned_cache, tiny_llama_dir, tmp_path / "run", "packing=true")
@@ -350,7 +350,7 @@ def test_missing_and_unfinished_caches_are_refused(tiny_llama_dir, pruned_cache,
 
 
 def test_a_cache_without_teacher_positions_is_refused(tiny_llama_dir, tmp_path):
-    from formats.rows import TokenRow
+    from formats.disk.token_row import TokenRow
 
     rows = [TokenRow(row.input_ids, np.zeros(len(row), bool)) for row in random_rows(4, 1003)]
     cache = write_cache(tmp_path / "c", tiny_llama_dir, rows=rows)
@@ -382,7 +382,7 @@ def test_unusable_output_directories_are_refused(pruned_cache, tiny_llama_dir, t
 
 def test_an_interrupted_run_of_other_settings_is_refused(pruned_cache, tiny_llama_dir, llama_cache, tmp_path):
     from trainer.recipe import resolve_training
-    from trainer.run_directory import RunDirectory
+    from trainer.result.run_directory import RunDirectory
 
     config = settings(pruned_cache, tiny_llama_dir, tmp_path / "run")
     plain = config.to_dict() | {"training": resolve_training(config)}

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from formats.errors import ConfigError
-from trainer.dataset import IGNORED, Item
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.dataset import IGNORED, Item
+from trainer.data.teacher_batch import TeacherBatch
 
 MODEL_COLUMNS = ("input_ids", "attention_mask", "position_ids")
 

@@ -15,9 +15,9 @@ import torch.utils.data
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, FormatError
-from formats.features import TokenFeatures
+from formats.logprobs.features import TokenFeatures
 from trainer.config import ROW_LOSSES
-from trainer.teacher_batch import tail_means
+from trainer.data.teacher_batch import tail_means
 
 IGNORED = -100
 """The label of a token that carries no cross-entropy."""

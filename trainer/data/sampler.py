@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch.utils.data
 
-from trainer.dataset import Filler, Unit
+from trainer.data.dataset import Filler, Unit
 
 GROUPING_WINDOW = 32
 """Optimizer steps over which units are sorted by length; wider pads less and shuffles less."""

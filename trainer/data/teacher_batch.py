@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from formats.errors import FormatError
-from formats.features import LARGEST_FEATURE, TokenFeatures
-from formats.topk import TopKLogprobs
+from formats.logprobs.features import LARGEST_FEATURE, TokenFeatures
+from formats.logprobs.topk import TopKLogprobs
 
 LARGEST_NOISE = 1e6
 """Stands for "nothing is known": a tail without mass has no mean."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.fingerprint import resolve_model
-from trainer.applied_method import AppliedMethod, families_of, method_of
-from trainer.evaluation import Result, evaluate, require_related
+from formats.identity.fingerprint import resolve_model
+from trainer.evaluation.evaluate import Result, evaluate, require_related
+from trainer.evaluation.recorded_method import AppliedMethod, families_of, method_of
+from trainer.evaluation.tradeoff_picture import pareto_front, plot_tradeoff
 from trainer.loading import given_as, load_tokenizer, open_cache, quiet_transformers
-from trainer.tradeoff import pareto_front, plot_tradeoff
 
 TEXTS = ("source", "target")
 

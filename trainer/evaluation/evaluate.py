@@ -14,11 +14,11 @@ import numpy as np
 
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
-from formats.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
 from trainer.loading import load_model, load_tokenizer, quiet_transformers, require_vocabulary
-from trainer.run_directory import RECORD_NAME
+from trainer.result.run_directory import RECORD_NAME
 
 Result = dict[str, float | int | None]
 
@@ -56,10 +56,10 @@ def evaluate(
     """
     import torch
 
-    from trainer.collator import LabelAnnealingCollator
-    from trainer.dataset import CachedDataset
-    from trainer.head import OutputHead
-    from trainer.measure import measure
+    from trainer.data.collator import LabelAnnealingCollator
+    from trainer.data.dataset import CachedDataset
+    from trainer.loop.measure import measure
+    from trainer.loop.output_head import OutputHead
 
     check_one_of("dtype", dtype, DTYPES)
     named = name_caches(caches)

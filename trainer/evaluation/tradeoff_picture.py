@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from formats.commit import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.

@@ -1,12 +1,12 @@
 """`transformers.Trainer` with the label annealing loss, and the traps of that class closed.
 
-- The loss is taken inside the wrapped forward (trainer/head.py); `compute_loss_func` would only see logits.
+- The loss is taken inside the wrapped forward (trainer/loop/output_head.py); `compute_loss_func` would only see logits.
 - Denominators count the shifted labels and the teacher positions of all micro-batches and all ranks of a
   step, and the mean that DDP and FSDP take over ranks is undone, so the gradient does not depend on how a
   batch is split.
 - The base class must not divide by the accumulation steps again (`loss_is_scaled_for_ga`).
 - Its loaders would drop the teacher's columns and repeat rows to even out the ranks: batches come from
-  trainer/sampler.py instead.
+  trainer/data/sampler.py instead.
 - Checkpoints are staged, marked and renamed (trainer/checkpoint.py); no pickled arguments are written.
 
 Cost over plain fine-tuning: the teacher's entries in the batch, a few operations on them in the loss.
@@ -30,18 +30,18 @@ from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
 from formats.errors import ConfigError
 from trainer import checkpoint
-from trainer.collator import LabelAnnealingCollator, count_targets
-from trainer.dataset import CachedDataset, UnitDataset, require_one_tail
-from trainer.head import OutputHead
-from trainer.loss_passes import passes_of
-from trainer.measure import Measurement, measure
-from trainer.packing import best_fit
+from trainer.data.collator import LabelAnnealingCollator, count_targets
+from trainer.data.dataset import CachedDataset, UnitDataset, require_one_tail
+from trainer.data.packing import best_fit
+from trainer.data.sampler import EpochBatches, Source
+from trainer.loop.log_window import LogWindow
+from trainer.loop.measure import Measurement, measure
+from trainer.loop.output_head import OutputHead
+from trainer.loop.signals import StopRequest
+from trainer.loop.step_control import StepControl
+from trainer.loss.logits import passes_of
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
-from trainer.sampler import EpochBatches, Source
-from trainer.signals import StopRequest
-from trainer.step_control import StepControl
-from trainer.window import LogWindow
 
 TRAINER_STATE_NAME = "trainer_state.json"
 

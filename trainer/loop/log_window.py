@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.loss import LabelAnnealingOutput
+from trainer.loss.label_annealing_loss import LabelAnnealingOutput
 
 
 class LogWindow:

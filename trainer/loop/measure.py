@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.head import OutputHead
+from trainer.loop.output_head import OutputHead
 
 FIELDS = 6
 

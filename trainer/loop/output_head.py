@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from formats.errors import ConfigError
-from trainer.collator import split_batch
-from trainer.loss import LabelAnnealingOutput, label_annealing_loss
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.collator import split_batch
+from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss.label_annealing_loss import LabelAnnealingOutput, label_annealing_loss
 
 SCALES = (("logit_scale", False), ("logits_scaling", True), ("lm_head_multiplier", False))
 """Names of a factor on the logits in transformers' configurations, and whether it divides (Granite) or

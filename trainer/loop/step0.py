@@ -15,9 +15,9 @@ import numpy as np
 from transformers import TrainerCallback
 
 from formats.errors import AnnealError, IdentityMismatchError
-from trainer.dataset import CachedDataset
-from trainer.label_annealing_trainer import LabelAnnealingTrainer
-from trainer.window import LogWindow
+from trainer.data.dataset import CachedDataset
+from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.loop.log_window import LogWindow
 
 VERIFY_TOKENS = 16
 """Tokens on which the model's own logits are compared with those of the loss."""

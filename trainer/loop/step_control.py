@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from trainer.window import LogWindow
+from trainer.loop.log_window import LogWindow
 
 if TYPE_CHECKING:
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 
 
 class StepControl(TrainerCallback):

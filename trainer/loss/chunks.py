@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.loss_chunk import RowWeights, process_chunk
-from trainer.loss_passes import Head, Passes, TorchPasses, Work, arithmetic_dtype
-from trainer.loss_rows import RowPlan
-from trainer.loss_tail import FeatureTables
+from trainer.loss.kl import RowWeights, process_chunk
+from trainer.loss.logits import Head, Passes, TorchPasses, Work, arithmetic_dtype
+from trainer.loss.loss_tail import FeatureTables
+from trainer.loss.targets import RowPlan
 
 # Bytes of vocabulary-sized buffers per chunk. The head's gradient is read and written once per chunk, which
 # costs little next to the multiplications from about 256 rows on; a chunk never has fewer (docs/method.md).

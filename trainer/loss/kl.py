@@ -24,10 +24,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.loss_draws import drawn_tail
-from trainer.loss_passes import Passes, RowGradient
-from trainer.loss_rows import IGNORE_INDEX, LOG_FLOOR, TeacherTargets, segment_sum
-from trainer.loss_tail import FeatureTables, damping, tilt
+from trainer.loss.logits import Passes, RowGradient
+from trainer.loss.loss_draws import drawn_tail
+from trainer.loss.loss_tail import FeatureTables, damping, tilt
+from trainer.loss.targets import IGNORE_INDEX, LOG_FLOOR, TeacherTargets, segment_sum
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     loss = sum_ce / num_ce + kl_coef * sum_kl / num_kl
 
-Loss and gradients come out of a single walk over the rows that count (trainer/loss_fused.py); the tensor
+Loss and gradients come out of a single walk over the rows that count (trainer/loss/chunks.py); the tensor
 [rows, vocabulary] is never built. There is no T^2 factor, as there is none in the paper (Yang et al., "Memory
 Retaining Finetuning via Distillation", 2024). docs/method.md has the mathematics.
 
@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 
 from formats.errors import ConfigError
-from trainer.loss_autograd import FusedLabelAnnealing
-from trainer.loss_chunk import RowWeights
-from trainer.loss_fused import default_chunk_size
-from trainer.loss_passes import Head, Work, arithmetic_dtype, passes_of
-from trainer.loss_rows import IGNORE_INDEX, plan_rows
-from trainer.loss_tail import FeatureTables
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss.chunks import default_chunk_size
+from trainer.loss.kl import RowWeights
+from trainer.loss.logits import Head, Work, arithmetic_dtype, passes_of
+from trainer.loss.loss_autograd import FusedLabelAnnealing
+from trainer.loss.loss_tail import FeatureTables
+from trainer.loss.targets import IGNORE_INDEX, plan_rows
 
 KL_DIRECTIONS = ("forward", "reverse")
 

@@ -1,6 +1,6 @@
 """The work on whole rows of logits, and PyTorch's way of doing it.
 
-trainer/loss_chunk.py knows what a row's gradient is made of; everything of size [C, V] that it takes happens
+trainer/loss/kl.py knows what a row's gradient is made of; everything of size [C, V] that it takes happens
 behind three steps, in this order:
 
     read             logits from the projection; sums of their exponentials, values of single tokens
@@ -8,7 +8,7 @@ behind three steps, in this order:
     write            the exponentials become the gradient
 
 `TorchPasses` does them with some ten elementwise operations on fp32 (fp64) buffers, on any device;
-trainer/loss_triton.py with two kernels on the projection itself.
+trainer/loss/triton_passes.py with two kernels on the projection itself.
 
 C: rows of the chunk, V: vocabulary without padding, E: head entries, S: tail draws, F: token features.
 """
@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 
 from formats.errors import ConfigError
-from trainer.loss_rows import TeacherTargets
-from trainer.loss_tail import FeatureTables
+from trainer.loss.loss_tail import FeatureTables
+from trainer.loss.targets import TeacherTargets
 
 KERNELS = ("torch", "triton")
 
@@ -119,7 +119,7 @@ def passes_of(kernel: str, compute: torch.dtype, device: torch.device | str) -> 
     if kernel == "torch":
         return TorchPasses
     try:
-        from trainer.loss_triton import INTERPRETED, TritonPasses
+        from trainer.loss.triton_passes import INTERPRETED, TritonPasses
     except ImportError as error:
         raise ConfigError(
             f"the loss kernel triton needs the package triton, got: {error}; "

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from trainer.loss_fused import Wanted, fused_loss
-from trainer.loss_rows import RowPlan
+from trainer.loss.chunks import Wanted, fused_loss
+from trainer.loss.targets import RowPlan
 
 
 class FusedLabelAnnealing(torch.autograd.Function):

@@ -6,8 +6,8 @@ a sum over the tail of terms that are zero where both agree,
     (1 - P) KL(p~ || q~) = sum_R p_j (r_j - 1 - log r_j),    r_j = (1 - P) q~_j / p_j
 
 it has an unbiased estimate from drawn tokens: each draw's term over its expected number of draws (Horvitz
-and Thompson; formats/draws.py). So has its gradient, and at the initial weights every single term of both is
-zero: no draw pulls the model anywhere.
+and Thompson; formats/logprobs/tail_draws.py). So has its gradient, and at the initial weights every single term
+of both is zero: no draw pulls the model anywhere.
 
 With tail moments the reweighted tail q~_j (1 + x_j) of loss_tail.py stands in for p~ and takes part of the
 gradient without noise. The draws then carry the rest, with (1 + x_j) r_j in place of the first r_j and x held
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.loss_rows import TeacherTargets, segment_sum
+from trainer.loss.targets import TeacherTargets, segment_sum
 
 LARGEST_RATIO = 10.0
 

@@ -1,6 +1,6 @@
 """The shape of the tail: the student's own tail, reweighted until it has the teacher's moments.
 
-A bucket alone leaves the shape of the tail to the student. With token features u (formats/features.py) the
+A bucket alone leaves the shape of the tail to the student. With token features u (formats/logprobs/features.py) the
 cache says what the teacher's tail has as its mean feature, m_t. With m and C the mean and covariance of u
 under the student's tail q~, the first-order reweighting that gives the student's tail that mean is
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from formats.features import FEATURE_UNIT
+from formats.logprobs.features import FEATURE_UNIT
 
 VARIANCE_SHARE = 0.02
 """Part of r: this share of the mean variance of the features under the student's tail."""

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 
 from formats.errors import AnnealError, ConfigError, FormatError
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
 
 IGNORE_INDEX = -100
 # Logarithms of masses are floored here: a mass that underflows gives finite numbers times zero, not NaN.

@@ -25,10 +25,10 @@ import torch
 import triton
 from triton import knobs
 
-from trainer.loss_passes import Head, Passes, Readings, RowGradient, Work, flat_entries
-from trainer.loss_rows import TeacherTargets, segment_sum
-from trainer.loss_tail import FeatureTables
-from trainer.loss_triton_kernels import row_map, row_sums
+from trainer.loss.logits import Head, Passes, Readings, RowGradient, Work, flat_entries
+from trainer.loss.loss_tail import FeatureTables
+from trainer.loss.loss_triton_kernels import row_map, row_sums
+from trainer.loss.targets import TeacherTargets, segment_sum
 
 INTERPRETED: bool = knobs.runtime.interpret
 """TRITON_INTERPRET=1: the kernels run on a CPU, for tests."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.merging.settings import MergeConfig
-from trainer.model_card import card_head
+from trainer.result.model_card import card_head
 
 FORMULAS: Mapping[str, tuple[str, str]] = {
     "wise-ft": ("WiSE-FT", "(1 - alpha) * theta0 + alpha * theta1"),

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
-from trainer.evaluation import recorded_initial
+from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from trainer.evaluation.evaluate import recorded_initial
 from trainer.loading import given_as, load_tokenizer
 
 

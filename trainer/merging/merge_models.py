@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 
-from formats.commit import atomic_write_bytes, fsync_directory, fsync_file
+from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
 from formats.errors import ConfigError
-from formats.fingerprint import ModelFingerprint
+from formats.identity.fingerprint import ModelFingerprint
 from trainer.loading import load_tokenizer, quiet_transformers
 from trainer.merging.card import merge_card
 from trainer.merging.checks import find_model, identity_of, require_descendant
 from trainer.merging.methods import Merge, merge_of
 from trainer.merging.settings import MergeConfig
 from trainer.merging.weights import StoredWeights, tied_names, write_like
-from trainer.run_directory import RECORD_NAME
-from trainer.saving import copy_companions
+from trainer.result.run_directory import RECORD_NAME
+from trainer.result.saving import copy_companions
 
 Progress = Callable[[int, int], None]
 

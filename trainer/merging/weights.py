@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from formats.errors import ConfigError
-from formats.fingerprint import weight_files
-from formats.safetensors_hash import read_header
+from formats.identity.fingerprint import weight_files
+from formats.identity.tensor_hash import read_header
 
 
 class StoredWeights:

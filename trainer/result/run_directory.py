@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.commit import atomic_write_bytes, fsync_directory, fsync_file
+from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
 from formats.errors import ConfigError
 from trainer.checkpoint import newest_checkpoint, sweep
 from trainer.config_file import RESOLVED_NAME, parse_yaml, save_config

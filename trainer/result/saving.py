@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import LoraSettings
-from trainer.head import unwrapped
-from trainer.lora import ADAPTER_DIRECTORY, merge_adapters
+from trainer.loop.output_head import unwrapped
+from trainer.result.lora import ADAPTER_DIRECTORY, merge_adapters
 
 if TYPE_CHECKING:
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 
 COMPANIONS = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"),

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from formats.errors import ConfigError
-from trainer.dataset import IGNORED, CachedDataset
+from trainer.data.dataset import IGNORED, CachedDataset
+from trainer.loop.step0 import sample_rows
 from trainer.retention.anchor import Anchor, local, placed_like
 from trainer.retention.fisher import Fisher, estimate_fisher
 from trainer.retention.fisher_file import load_fisher, save_fisher
 from trainer.retention.method import RetentionMethod, add_quadratic
 from trainer.retention.settings import EwcSettings
-from trainer.step0 import sample_rows
 
 if TYPE_CHECKING:
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 
 
 class Ewc(RetentionMethod):

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.dataset import IGNORED, CachedDataset
-from trainer.head import unwrapped
+from trainer.data.dataset import IGNORED, CachedDataset
+from trainer.loop.output_head import unwrapped
 from trainer.retention.anchor import Held, local
 
 if TYPE_CHECKING:
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 
 SEED = 0xF15
 """Keeps the drawn labels apart from everything else that `training.seed` decides."""

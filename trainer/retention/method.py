@@ -13,7 +13,7 @@ import torch
 from trainer.retention.anchor import Anchor
 
 if TYPE_CHECKING:
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 
 
 class RetentionMethod:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from trainer.config import TrainConfig
-from trainer.dataset import CachedDataset
+from trainer.data.dataset import CachedDataset
 from trainer.retention.ewc import Ewc
 from trainer.retention.l2 import L2
 from trainer.retention.method import RetentionMethod

@@ -13,7 +13,7 @@ from trainer.retention.anchor import Anchor
 from trainer.retention.method import RetentionMethod
 
 if TYPE_CHECKING:
-    from trainer.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 
 FUSED_OPTIMISERS = ("lomo", "layerwise")
 """Parts of names of optimisers that update during the backward pass, before a penalty could add to it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_builder.claims import (
+from cache_builder.commit.claims import (
     STALE_HEARTBEATS,
     Claims,
     died_here,
@@ -124,11 +124,11 @@ def test_a_torn_claim_goes_stale_like_any_other(directory: Path, junk: bytes) ->
 def test_a_dead_process_of_this_machine_is_overtaken_at_once(directory: Path) -> None:
     script = (
         "import sys, os; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from cache_builder.claims import Claims\n"
+        "from cache_builder.commit.claims import Claims\n"
         "claims = Claims(Path(sys.argv[2])); claims.__enter__(); assert claims.acquire('a')\n"
         "print('held', flush=True); os.kill(os.getpid(), 9)"
     )
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     result = subprocess.run(
         [sys.executable, "-c", script, root, str(directory)], capture_output=True, text=True
     )

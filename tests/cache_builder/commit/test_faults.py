@@ -64,14 +64,14 @@ def test_full_disk() -> None:
     require_clean(run_apart("full disk"), at_least=3)
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests/helpers"]
 from pathlib import Path
 from deterministic_build import SeededTeacher, make_config, make_source
 from cache_builder.build import build_cache
-from cache_builder.signals import BuildInterrupted
+from cache_builder.commit.signals import BuildInterrupted
 try:
     build_cache(
         make_config(Path({out!r})), source=make_source(60),
@@ -124,10 +124,10 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests/helpers"]
 from pathlib import Path
 from deterministic_build import SeededTeacher, make_config, make_source
-from cache_builder import committer
+from cache_builder.commit import shard_committer
 from cache_builder.build import build_cache
 
-committer.QUEUE_BYTES = 1 << 20  # this teacher outruns any writer
+shard_committer.QUEUE_BYTES = 1 << 20  # this teacher outruns any writer
 
 class Flat(SeededTeacher):
     def prefill(self, rows):

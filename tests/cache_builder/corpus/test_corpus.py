@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from cache_builder.corpus import CorpusConfig, open_corpus
+from cache_builder.corpus.corpus import CorpusConfig, open_corpus
 from formats.errors import ConfigError, CorpusError
 
 RECORDS = [{"text": f"document {index}\nwith 漢字", "id": index} for index in range(7)]
@@ -119,7 +119,7 @@ def test_csv_keeps_numbers_and_blanks_as_text(tmp_path: Path) -> None:
 def test_chat_in_a_csv_cell(tmp_path: Path) -> None:
     from corpus_tokenizers import CHATML, byte_tokenizer, targets_of
 
-    from cache_builder.tokenise import tokenise
+    from cache_builder.rows.tokenise import tokenise
 
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     path = write(tmp_path / "data.csv", [{"messages": json.dumps(turns)}])

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from corpus_tokenizers import CHATML, byte_tokenizer, targets_of
 
-from cache_builder.corpus import CorpusConfig, open_corpus
-from cache_builder.readers import FAMILIES
-from cache_builder.recognise import LAYOUTS
-from cache_builder.tokenise import tokenise
+from cache_builder.corpus.corpus import CorpusConfig, open_corpus
+from cache_builder.corpus.layouts import LAYOUTS
+from cache_builder.corpus.readers import FAMILIES
+from cache_builder.rows.tokenise import tokenise
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "corpora.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^### ([^\n]+)\n\n```json\n(.+?)```", PAGE, flags=re.MULTILINE | re.DOTALL)
 

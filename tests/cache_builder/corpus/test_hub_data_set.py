@@ -7,9 +7,9 @@ import datasets
 import pytest
 from corpus_tokenizers import byte_tokenizer, text_of
 
-from cache_builder.corpus import Corpus, CorpusConfig, open_corpus
-from cache_builder.hub import HubName, HubSource, parse_hub_name
-from cache_builder.tokenise import tokenise
+from cache_builder.corpus.corpus import Corpus, CorpusConfig, open_corpus
+from cache_builder.corpus.hub_data_set import HubName, HubSource, parse_hub_name
+from cache_builder.rows.tokenise import tokenise
 from formats.errors import CorpusError
 
 

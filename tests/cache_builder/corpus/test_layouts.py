@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cache_builder.recognise import recognise
+from cache_builder.corpus.layouts import recognise
 from formats.errors import CorpusError
 
 TURN = {"role": "user", "content": "Hi"}

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from cache_builder import block_sums, reduce
-from cache_builder.block_sums import BLOCK
-from cache_builder.reduce import ReducedRows, reduce_logits
-from cache_builder.wire import pack, unpack
-from formats import draws
-from formats.segments import offsets_of, segment_of
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from cache_builder.reduction import block_sums, reduce
+from cache_builder.reduction.block_sums import BLOCK
+from cache_builder.reduction.reduce import ReducedRows, reduce_logits
+from cache_builder.teachers.wire import pack, unpack
+from formats.logprobs import tail_draws
+from formats.logprobs.ragged import offsets_of, segment_of
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 RATE = 8
 VOCAB_SIZES = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 1003, 4099]
@@ -108,14 +108,14 @@ def test_by_hand():
 @pytest.mark.parametrize("rate", [1, 8, 64])
 @pytest.mark.parametrize(("vocab_size", "spread"), [(1003, 0.0), (1003, 2.0), (4099, 6.0), (32000, 4.0)])
 def test_as_many_and_as_likely_as_the_plain_drawing(vocab_size, spread, rate):
-    """`formats.draws.draw` takes the tokens of a tail in another order: equally many, other tokens."""
+    """`formats.logprobs.tail_draws.draw` takes the tokens of a tail in another order: equally many, other tokens."""
     logits, starts = some_logits(12, vocab_size, spread), some_starts(12)
     topk = captured(logits, starts, rate=rate)
     expected = expected_hits(logits, topk, rate)
     rows, ids = expected.nonzero()
     logprobs = torch.log_softmax(logits.double(), -1).numpy()[rows, ids]
     offsets = offsets_of(np.bincount(rows, minlength=12))
-    plain = draws.draw(offsets, ids.astype(np.int32), logprobs, rate, starts.numpy())
+    plain = tail_draws.draw(offsets, ids.astype(np.int32), logprobs, rate, starts.numpy())
     assert topk.draws.counts.tolist() == plain.counts.tolist()
     assert topk.draws.counts.sum() == pytest.approx(expected.sum(), abs=6)
     # Estimates of the tail's mass, which nothing but draws goes into.

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cache_builder import block_sums, reduce
-from cache_builder.block_sums import BLOCK, power_plan
-from cache_builder.reduce import ReducedRows, concatenate_rows, reduce_logits
-from formats.topk import TAIL_BETAS
+from cache_builder.reduction import block_sums, reduce
+from cache_builder.reduction.block_sums import BLOCK, power_plan
+from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
+from formats.logprobs.topk import TAIL_BETAS
 
 
 def reference(logits: np.ndarray, min_prob: float, max_k: int):

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from corpus_tokenizers import CHATML, CHATML_MARKED, INST, OPENED_THOUGHT, THINKING, UNSTABLE, byte_tokenizer
 
-from cache_builder.chat import ChatEncoder
-from cache_builder.convert import Conversation
+from cache_builder.corpus.examples import Conversation
+from cache_builder.rows.chat import ChatEncoder
 from formats.errors import ConfigError, CorpusError
 
 TURNS = [

@@ -6,9 +6,9 @@ from typing import Any
 
 from corpus_tokenizers import CHATML, byte_tokenizer, merging_tokenizer
 
-from cache_builder.corpus import Corpus, CorpusConfig, open_corpus
-from cache_builder.preview import preview, render_row
-from formats.rows import TokenRow
+from cache_builder.corpus.corpus import Corpus, CorpusConfig, open_corpus
+from cache_builder.rows.preview import preview, render_row
+from formats.disk.token_row import TokenRow
 
 
 def corpus_of(tmp_path: Path, records: list[dict[str, Any]], **options: Any) -> Corpus:

@@ -10,13 +10,13 @@ from corpus_tokenizers import CHATML, byte_tokenizer, merging_tokenizer, targets
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cache_builder.encoding
-import cache_builder.tokenise
-from cache_builder.corpus import CorpusConfig, open_corpus
-from cache_builder.readers import Record
-from cache_builder.tokenise import TokenisedRows, batches, split_document, tokenise
+import cache_builder.rows.encoding
+import cache_builder.rows.tokenise
+from cache_builder.corpus.corpus import CorpusConfig, open_corpus
+from cache_builder.corpus.readers import Record
+from cache_builder.rows.tokenise import TokenisedRows, batches, split_document, tokenise
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError, CorpusError
-from formats.rows import TokenRow
 
 
 def rows_of(
@@ -113,7 +113,7 @@ def test_splitting_makes_every_target_a_target_exactly_once(
 
 
 def test_a_very_long_document_is_tokenised_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_builder.encoding, "PIECE_CHARS", 10)
+    monkeypatch.setattr(cache_builder.rows.encoding, "PIECE_CHARS", 10)
     tokenizer = byte_tokenizer(adds_bos=True)
     text = "one two\nthree\nfour\n" + "x" * 25 + "\nend"
     rows, _ = rows_of(tmp_path, [{"text": "short"}, {"text": text}, {"text": "last"}], tokenizer)
@@ -283,7 +283,7 @@ def test_batch_size_never_changes_the_rows(tmp_path: Path, tiny_tokenizer: Any) 
 
 
 def test_long_records_make_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_builder.tokenise, "MAX_BATCH_CHARS", 10)
+    monkeypatch.setattr(cache_builder.rows.tokenise, "MAX_BATCH_CHARS", 10)
     lengths = [1, 1, 1, 1, 9, 3, 30, 2, 2]
     records = [Record({"text": "x" * length, "id": 1}, "data", 1) for length in lengths]
     batched = [[len(record.values["text"]) for record in batch] for batch in batches(records, 3)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cache_builder.model_files import load_tokenizer, model_context, resolve_max_length
+from cache_builder.rows.tokenizer_files import load_tokenizer, model_context, resolve_max_length
 from formats.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from cache_builder.teacher import (
+from cache_builder.teachers.protocol import (
     TeacherConfig,
     TeacherError,
     check_numbers,
@@ -17,10 +17,10 @@ from cache_builder.teacher import (
     read_features,
     read_model_config,
 )
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError, CorruptShardError
-from formats.features import FEATURE_UNIT, TokenFeatures
-from formats.rows import TokenRow
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from formats.logprobs.features import FEATURE_UNIT, TokenFeatures
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from tiny_models import MAX_LENGTH, VOCAB_SIZE, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from cache_builder import TeacherConfig, TransformersTeacher, make_teacher
-from cache_builder.teacher import TeacherError
+from cache_builder.teachers.protocol import TeacherError
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
-from formats.rows import TokenRow
-from formats.topk import TopKLogprobs
+from formats.logprobs.topk import TopKLogprobs
 
 
 def config(model, **changes) -> TeacherConfig:

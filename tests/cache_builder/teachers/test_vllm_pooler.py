@@ -6,11 +6,11 @@ import pytest
 import torch
 from teacher_agreement import assert_draws_are_right, random_rows
 
-from cache_builder.reduce import reduce_logits
-from cache_builder.wire import pack, unpack
-from formats.draws import starts
-from formats.rows import TokenRow
-from formats.topk import TAIL_BETAS, TopKLogprobs
+from cache_builder.reduction.reduce import reduce_logits
+from cache_builder.teachers.wire import pack, unpack
+from formats.disk.token_row import TokenRow
+from formats.logprobs.tail_draws import starts
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 pytestmark = pytest.mark.vllm
 VOCAB_SIZE, RATE = 1003, 8
@@ -38,7 +38,13 @@ def answers(table: Table, rows: list[TokenRow], positions: str, steps: list[list
     from vllm import PoolingParams
     from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates
 
-    from cache_builder.vllm_pooler import POSITIONS_KEY, ROW_KEY, TASK, TeacherPooler, encode_positions
+    from cache_builder.teachers.vllm_pooler import (
+        POSITIONS_KEY,
+        ROW_KEY,
+        TASK,
+        TeacherPooler,
+        encode_positions,
+    )
 
     settings = {"min_prob": 2.5e-3, "max_k": 64, "features": None, "draw_rate": RATE}
     pooler = TeacherPooler(table, settings, VOCAB_SIZE)
@@ -125,7 +131,7 @@ def test_a_request_of_vllms_own_warm_up_has_no_key(table):
     from vllm import PoolingParams
     from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates
 
-    from cache_builder.vllm_pooler import TASK, TeacherPooler
+    from cache_builder.teachers.vllm_pooler import TASK, TeacherPooler
 
     settings = {"min_prob": 2.5e-3, "max_k": 64, "features": None, "draw_rate": RATE}
     metadata = PoolingMetadata(torch.tensor([5]), None, None, [PoolingParams(task=TASK)], [PoolingStates()])

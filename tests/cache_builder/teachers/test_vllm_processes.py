@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache_builder import TeacherConfig, VLLMTeacher
-from cache_builder.teacher import TeacherError
+from cache_builder.teachers.protocol import TeacherError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

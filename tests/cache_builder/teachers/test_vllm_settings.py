@@ -8,8 +8,8 @@ import pytest
 from tiny_models import save_tiny_model
 
 from cache_builder import TeacherConfig, VLLMTeacher
-from cache_builder.vllm_plugin import teacher_architecture, text_architectures
-from cache_builder.vllm_settings import (
+from cache_builder.teachers.vllm_plugin import teacher_architecture, text_architectures
+from cache_builder.teachers.vllm_settings import (
     broken_import_message,
     engine_arguments,
     import_vllm,
@@ -102,7 +102,7 @@ def test_every_text_architecture_has_a_teacher():
 def test_a_teacher_class_is_a_real_subclass_and_built_once():
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
-    from cache_builder import vllm_pooler
+    from cache_builder.teachers import vllm_pooler
 
     built = vllm_pooler.AnnealLlamaForCausalLM
     assert issubclass(built, LlamaForCausalLM) and built is not LlamaForCausalLM

@@ -29,12 +29,12 @@ from teacher_agreement import (
 from tiny_models import MAX_LENGTH, VOCAB_SIZE
 
 from cache_builder import TeacherConfig, TransformersTeacher, VLLMTeacher
-from cache_builder.compare import compare
-from cache_builder.teacher import TeacherError
-from formats.draws import starts
+from cache_builder.teachers.protocol import TeacherError
+from cache_builder.tools.deviation import compare
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
-from formats.rows import TokenRow
-from formats.topk import TopKLogprobs
+from formats.logprobs.tail_draws import starts
+from formats.logprobs.topk import TopKLogprobs
 
 pytestmark = pytest.mark.vllm
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cache_builder.reduce import ReducedRows, concatenate_rows, reduce_logits
-from cache_builder.wire import pack, unpack
-from formats.topk import TAIL_BETAS
+from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
+from cache_builder.teachers.wire import pack, unpack
+from formats.logprobs.topk import TAIL_BETAS
 
 
 def some_rows(num_rows: int, num_features: int = 3, draw_rate: int = 8) -> ReducedRows:

@@ -16,7 +16,7 @@ from deterministic_build import (
 )
 
 from cache_builder.build import build_cache
-from cache_builder.estimate import MAX_MISSED_MASS, estimate_cache
+from cache_builder.tools.estimate import MAX_MISSED_MASS, estimate_cache
 from formats.errors import ConfigError, CorpusError
 
 

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from deterministic_build import SeededTeacher, make_config, make_source, seeded_features
 
-from cache_builder import export as export_module
 from cache_builder.build import build_cache
-from cache_builder.export import export_parquet
+from cache_builder.tools import export_parquet as export_module
+from cache_builder.tools.export_parquet import export_parquet
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
-from formats.tail import TAIL_BETAS
+from formats.logprobs.tail_function import TAIL_BETAS
 
 
 @pytest.fixture(scope="module", params=[("loss", 3, 8), ("all", 0, 0)], ids=["loss with tails", "all"])

@@ -14,14 +14,14 @@ from deterministic_build import SeededTeacher, contents, make_config, make_sourc
 from hub_stand_in import HubStandIn
 
 from cache_builder.build import build_cache
-from cache_builder.share import card_of, files_of, pull_cache, push_cache
+from cache_builder.tools.hub_share import card_of, files_of, pull_cache, push_cache
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError
 
-ROOT = str(Path(__file__).resolve().parents[2])
+ROOT = str(Path(__file__).resolve().parents[3])
 CALL = """
 import json, sys
-from cache_builder.share import pull_cache, push_cache
+from cache_builder.tools.hub_share import pull_cache, push_cache
 from formats.errors import AnnealError
 name, arguments = sys.argv[1], json.loads(sys.argv[2])
 try:

@@ -13,13 +13,13 @@ from deterministic_build import (
     seeded_features,
 )
 
-from cache_builder import merge as merge_module
 from cache_builder.build import build_cache
-from cache_builder.merge import merge_caches
+from cache_builder.tools import merge_caches as merge_module
+from cache_builder.tools.merge_caches import merge_caches
 from formats.cache import TeacherCache
-from formats.codec import CodecConfig
+from formats.codec.payload import CodecConfig
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
-from formats.segments import segment_of
+from formats.logprobs.ragged import segment_of
 
 
 def build(

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from deterministic_build import VOCAB_SIZE, logits_of, make_rows, reduce_exactly
 
-from cache_builder import build_cache, transformers_teacher, verify_cache
-from cache_builder.compare import compare
+from cache_builder import build_cache, verify_cache
 from cache_builder.config import BuildConfig
+from cache_builder.teachers import transformers_teacher
+from cache_builder.tools.deviation import compare
 from formats.cache import TeacherCache
-from formats.draws import TailDraws, starts
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
-from formats.topk import TopKLogprobs
+from formats.logprobs.tail_draws import TailDraws, starts
+from formats.logprobs.topk import TopKLogprobs
 from formats.writer import CacheWriter
 
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from make_teachers import by_id, capture, plain_features, random_row, random_teacher
 
 from formats import TAIL_BETAS, CodecConfig, TailDraws, TopKLogprobs
-from formats.codec import SECTIONS, Codec, bytes_for, from_planes, section_bytes, to_planes
-from formats.draws import MAX_RATE
+from formats.codec.payload import SECTIONS, Codec, bytes_for, from_planes, section_bytes, to_planes
+from formats.codec.quantise import probability_tables, quantise_probabilities
+from formats.codec.rank_table import from_text, permutations, rank_by_frequency, to_text
 from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
-from formats.features import LARGEST_FEATURE, MAX_FEATURES
-from formats.quantise import probability_tables, quantise_probabilities
-from formats.vocabulary import from_text, permutations, rank_by_frequency, to_text
+from formats.logprobs.features import LARGEST_FEATURE, MAX_FEATURES
+from formats.logprobs.tail_draws import MAX_RATE
 
 LOSSLESS = CodecConfig.lossless()
 DEFAULT = CodecConfig()

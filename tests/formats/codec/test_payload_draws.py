@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from formats import TAIL_BETAS, CodecConfig, TailDraws, TopKLogprobs
-from formats.codec import Codec
+from formats.codec.payload import Codec
 from formats.errors import CorruptShardError
 
 CONFIGS = {

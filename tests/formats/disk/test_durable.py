@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from formats.commit import TEMPORARY_SUFFIX, atomic_write_bytes, commit_exclusive, temporary_name
+from formats.disk.durable import TEMPORARY_SUFFIX, atomic_write_bytes, commit_exclusive, temporary_name
 
 
 def leftovers(directory: Path) -> list[str]:

@@ -57,7 +57,7 @@ def main() -> None:
     from make_teachers import by_id, plain_features, write_cache
 
     from formats import CodecConfig
-    from formats.vocabulary import LEAST_OCCURRENCES
+    from formats.codec.rank_table import LEAST_OCCURRENCES
 
     assert LEAST_OCCURRENCES == 16
     for name, case in CASES.items():

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from formats import fingerprint_memo
 from formats.errors import ConfigError, FormatError
-from formats.fingerprint import (
+from formats.identity import hash_memo
+from formats.identity.fingerprint import (
     ModelFingerprint,
     TokenizerFingerprint,
     resolve_model,
     tokenizer_files_fingerprint,
 )
-from formats.safetensors_hash import hash_tensors
+from formats.identity.tensor_hash import hash_tensors
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 11, "hidden_size": 4, "rope": {"theta": 1e4}}
 
@@ -93,10 +93,10 @@ def test_tensor_digest_is_what_the_docstring_says(tmp_path: Path, tensors: dict[
 
 def test_pieces_cover_a_tensor_larger_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte counts also where a tensor spans many pieces and a piece many blocks."""
-    from formats import safetensors_hash
+    from formats.identity import tensor_hash
 
-    monkeypatch.setattr(safetensors_hash, "PIECE_BYTES", 10)
-    monkeypatch.setattr(safetensors_hash, "BLOCK_BYTES", 3)
+    monkeypatch.setattr(tensor_hash, "PIECE_BYTES", 10)
+    monkeypatch.setattr(tensor_hash, "BLOCK_BYTES", 3)
     data = np.arange(64, dtype=np.uint8)
     seen = set()
     for index in range(-1, 64):
@@ -176,7 +176,7 @@ def memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def settle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at the file from ten seconds later: a change time cannot be set back."""
     now = time.time()
-    monkeypatch.setattr(fingerprint_memo.time, "time", lambda: now + 10)
+    monkeypatch.setattr(hash_memo.time, "time", lambda: now + 10)
 
 
 def test_memo_answers_only_for_unchanged_files(memo: Path, tmp_path: Path, monkeypatch) -> None:
@@ -189,20 +189,20 @@ def test_memo_answers_only_for_unchanged_files(memo: Path, tmp_path: Path, monke
         calls.append(1)
         return {"x": file.read_bytes().hex()}
 
-    first = fingerprint_memo.remembered([file], compute, min_bytes=0)
-    assert fingerprint_memo.remembered([file], compute, min_bytes=0) == first and len(calls) == 1
+    first = hash_memo.remembered([file], compute, min_bytes=0)
+    assert hash_memo.remembered([file], compute, min_bytes=0) == first and len(calls) == 1
     # Same size and the old modification time put back: the change time still tells.
     stat = file.stat()
     time.sleep(0.02)
     file.write_bytes(b"other")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert fingerprint_memo.remembered([file], compute, min_bytes=0) == {"x": b"other".hex()}
+    assert hash_memo.remembered([file], compute, min_bytes=0) == {"x": b"other".hex()}
 
 
 def test_memo_does_not_trust_a_file_that_was_just_written(memo: Path, tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"x")
-    fingerprint_memo.remembered([file], lambda: {"x": "1"}, min_bytes=0)
+    hash_memo.remembered([file], lambda: {"x": "1"}, min_bytes=0)
     assert not memo.exists()
 
 
@@ -215,7 +215,7 @@ def test_memo_does_not_record_a_file_that_changed_meanwhile(memo: Path, tmp_path
         file.write_bytes(b"longer")
         return {"x": "1"}
 
-    fingerprint_memo.remembered([file], compute, min_bytes=0)
+    hash_memo.remembered([file], compute, min_bytes=0)
     assert not memo.exists()
 
 
@@ -224,10 +224,10 @@ def test_a_damaged_memo_is_ignored(memo: Path, tmp_path: Path, monkeypatch, junk
     file = tmp_path / "weights"
     file.write_bytes(b"x")
     settle(file, monkeypatch)
-    fingerprint_memo.remembered([file], lambda: {"x": "1"}, min_bytes=0)
+    hash_memo.remembered([file], lambda: {"x": "1"}, min_bytes=0)
     (entry,) = memo.iterdir()
     entry.write_bytes(junk)
-    assert fingerprint_memo.remembered([file], lambda: {"x": "2"}, min_bytes=0) == {"x": "2"}
+    assert hash_memo.remembered([file], lambda: {"x": "2"}, min_bytes=0) == {"x": "2"}
 
 
 # --- tokenizers --------------------------------------------------------------------------------------------

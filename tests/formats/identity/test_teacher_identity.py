@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.fingerprint import ModelFingerprint, TokenizerFingerprint
-from formats.identity import TeacherIdentity, require_same_teacher
+from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint
+from formats.identity.teacher_identity import TeacherIdentity, require_same_teacher
 
 BASE = TeacherIdentity(
     teacher={

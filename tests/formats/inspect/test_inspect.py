@@ -11,8 +11,8 @@ from make_teachers import capture, log_softmax, plain_features, write_cache
 
 from formats import CacheWriter, CodecConfig, TeacherCache, TokenRow, TopKLogprobs
 from formats.errors import ConfigError
-from formats.inspection import inspect_cache
-from formats.statistics import distribution, entropy, head_size_histogram
+from formats.inspect.inspect_cache import inspect_cache
+from formats.inspect.statistics import distribution, entropy, head_size_histogram
 
 LENGTHS = [9, 0, 1, 30, 14, 5, 22]
 
@@ -83,7 +83,7 @@ def test_tail_moments_are_a_part_of_their_own(cache_dir: Path, tmp_path: Path):
     # The features belong to the cache and not to a column.
     assert summary["num_bytes"] == sum(f.stat().st_size for f in (tmp_path / "c").glob("*.arrow"))
     assert "tail moments" in inspect_cache(tmp_path / "c")
-    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "inspect.md").read_text()
     assert all(f"`{name}`" in page for name in summary["payload_parts"])
 
 
@@ -108,7 +108,7 @@ def test_draws_are_parts_and_a_distribution_of_their_own(cache_dir: Path, tmp_pa
             assert words in text
         assert f"{counts.mean():.1f}" in next(line for line in text.splitlines() if "tail draws  " in line)
         assert ("4 tail moments, tail draws at rate 7" in text) == (features is not None)
-        page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+        page = (Path(__file__).parents[3] / "docs" / "inspect.md").read_text()
         assert all(f"`{part}`" in page for part in summary["payload_parts"])
     with CacheWriter(tmp_path / "none", identity={}, vocab_size=5, codec=CodecConfig(draw_rate=3)) as writer:
         writer.append(TokenRow(np.zeros(0), np.zeros(0, bool)), TopKLogprobs.empty(5, 0, 3))
@@ -117,7 +117,7 @@ def test_draws_are_parts_and_a_distribution_of_their_own(cache_dir: Path, tmp_pa
 
 
 def test_a_large_cache_is_sampled_and_says_so(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("formats.summary.SAMPLE_POSITIONS", 10)
+    monkeypatch.setattr("formats.inspect.summary.SAMPLE_POSITIONS", 10)
     sample = TeacherCache(cache_dir).summary()["sample"]
     assert not sample["complete"] and sample["rows"] < len(LENGTHS)
     assert "--full" in inspect_cache(cache_dir)
@@ -134,7 +134,7 @@ DOCUMENTED = {
 def test_json_has_the_documented_keys(cache_dir: Path):
     summary = json.loads(inspect_cache(cache_dir, as_json=True))
     assert set(summary) == DOCUMENTED
-    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "inspect.md").read_text()
     assert all(f"`{key}`" in page for key in DOCUMENTED)
     assert json.loads(inspect_cache(cache_dir, row=3, as_json=True))["num_tokens"] == 30
 
@@ -181,7 +181,7 @@ def test_picture(cache_dir: Path, tmp_path: Path):
 def test_inspect_loads_nothing_heavy(cache_dir: Path):
     code = f"""
 import sys
-from formats.inspection import inspect_cache
+from formats.inspect.inspect_cache import inspect_cache
 inspect_cache({str(cache_dir)!r})
 assert not {{"torch", "transformers", "vllm", "matplotlib", "pyarrow"}} & set(sys.modules)
 """

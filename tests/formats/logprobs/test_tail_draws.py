@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from make_teachers import by_id, capture, dense_draws, log_softmax
 
-from formats.draws import MAX_RATE, POWER, TailDraws, draw, most_draws, starts
-from formats.segments import offsets_of
+from formats.logprobs.ragged import offsets_of
+from formats.logprobs.tail_draws import MAX_RATE, POWER, TailDraws, draw, most_draws, starts
 
 RNG = np.random.default_rng(0)
 

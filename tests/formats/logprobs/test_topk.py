@@ -8,7 +8,7 @@ import pytest
 from make_teachers import capture, log_softmax, logsumexp, plain_features
 
 from formats import TAIL_BETAS, TailDraws, TopKLogprobs
-from formats.features import TokenFeatures
+from formats.logprobs.features import TokenFeatures
 
 NODES = (8.0, 4.0, 2.0, 1.0, 0.5)
 BETWEEN = (0.75, 1.5)

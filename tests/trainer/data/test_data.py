@@ -11,12 +11,12 @@ from caches import random_rows, topk_of, write_cache
 from torch.utils.data import DataLoader
 
 from formats.cache import TeacherCache
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError, FormatError, IncompleteCacheError
-from formats.rows import TokenRow
 from formats.writer import CacheWriter
-from trainer.collator import LabelAnnealingCollator, count_targets, split_batch
-from trainer.dataset import CachedDataset, Filler, Unit, UnitDataset, require_one_tail
-from trainer.packing import best_fit
+from trainer.data.collator import LabelAnnealingCollator, count_targets, split_batch
+from trainer.data.dataset import CachedDataset, Filler, Unit, UnitDataset, require_one_tail
+from trainer.data.packing import best_fit
 
 INT32 = ("input_ids", "labels", "teacher_positions", "teacher_counts", "teacher_token_ids")
 

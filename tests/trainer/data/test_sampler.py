@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trainer.sampler import EpochBatches, Source
+from trainer.data.sampler import EpochBatches, Source
 
 
 def singles(start: int, stop: int) -> list[list[int]]:

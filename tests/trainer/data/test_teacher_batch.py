@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from formats.errors import FormatError
-from formats.topk import TAIL_BETAS, TopKLogprobs
-from trainer.teacher_batch import TeacherBatch
+from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
+from trainer.data.teacher_batch import TeacherBatch
 
 
 def two_rows(**changes) -> TeacherBatch:

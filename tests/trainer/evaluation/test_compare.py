@@ -13,8 +13,8 @@ from test_merge import copy_model, noise
 
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from trainer import compare, evaluate
-from trainer.applied_method import AppliedMethod, families_of, method_of
-from trainer.comparison import ComparedModel, Comparison
+from trainer.evaluation.compare import ComparedModel, Comparison
+from trainer.evaluation.recorded_method import AppliedMethod, families_of, method_of
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +138,13 @@ def test_the_dict_is_json_and_its_keys_are_stable():
 
 
 def test_the_picture_joins_families_and_leaves_out_what_has_diverged(tmp_path, monkeypatch):
-    from trainer import comparison
+    from trainer.evaluation import compare as compare_module
 
     calls = []
-    draw = comparison.plot_tradeoff
-    monkeypatch.setattr(comparison, "plot_tradeoff", lambda *a, **k: calls.append((a, k)) or draw(*a, **k))
+    draw = compare_module.plot_tradeoff
+    monkeypatch.setattr(
+        compare_module, "plot_tradeoff", lambda *a, **k: calls.append((a, k)) or draw(*a, **k)
+    )
     path = hand_made(*LINES).plot(tmp_path / "p.png")
     assert path.read_bytes().startswith(b"\x89PNG") and [p.name for p in tmp_path.iterdir()] == ["p.png"]
     (points, _), options = calls[0]
@@ -221,7 +223,7 @@ def test_families_differ_in_one_strength_alone(tmp_path):
 def test_bad_input_is_refused_before_anything_is_evaluated(
     sweep, texts, tiny_llama_dir, tiny_qwen3_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("trainer.comparison.evaluate", None)
+    monkeypatch.setattr("trainer.evaluation.compare.evaluate", None)
     good = {"kl-1": sweep["kl-1"]}
     with pytest.raises(ConfigError, match="at least one model"):
         compare({}, **texts)
@@ -268,10 +270,10 @@ def test_the_second_stage_of_two_reads_caches_of_the_first(sweep, tiny_llama_dir
 def test_models_leave_the_memory_one_by_one(sweep, texts, monkeypatch):
     import weakref
 
-    from trainer import evaluation
+    from trainer.evaluation import evaluate as evaluate_module
 
     alive: list = []
-    load = evaluation.load_model
+    load = evaluate_module.load_model
 
     def loading(*args, **options):
         assert not [reference for reference in alive if reference() is not None]
@@ -279,6 +281,6 @@ def test_models_leave_the_memory_one_by_one(sweep, texts, monkeypatch):
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(evaluation, "load_model", loading)
+    monkeypatch.setattr(evaluate_module, "load_model", loading)
     compare(sweep, **texts, limit=1)
     assert len(alive) == 2

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from formats.errors import ConfigError
-from trainer.tradeoff import pareto_front, plot_tradeoff, require_plottable
+from trainer.evaluation.tradeoff_picture import pareto_front, plot_tradeoff, require_plottable
 
 POINTS = {
     "initial": {"source": 9.6, "target": 30.0},

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats.errors import ConfigError
-from trainer.collator import LabelAnnealingCollator, split_batch
-from trainer.head import HeadRequest, OutputHead, unwrapped
+from trainer.data.collator import LabelAnnealingCollator, split_batch
+from trainer.loop.output_head import HeadRequest, OutputHead, unwrapped
 
 V = 97
 COMMON: dict[str, Any] = {

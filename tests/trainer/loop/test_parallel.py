@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_the_definition(base, reference, tiny_llama_dir,
     from transformers import AutoModelForCausalLM
 
     from formats.cache import TeacherCache
-    from trainer.sampler import EpochBatches, Source
+    from trainer.data.sampler import EpochBatches, Source
 
     cache = TeacherCache(llama_cache)
     order = EpochBatches([Source(units=[[i] for i in range(len(cache))])], 16, seed=3)

@@ -16,10 +16,10 @@ from dense_reference import relative_error
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer import loss_triton, loss_triton_kernels
-from trainer.loss import label_annealing_loss
+from trainer.loss import loss_triton_kernels, triton_passes
+from trainer.loss.label_annealing_loss import label_annealing_loss
 
-DEVICE = "cpu" if loss_triton.INTERPRETED else "cuda"
+DEVICE = "cpu" if triton_passes.INTERPRETED else "cuda"
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 # As test_loss_tail.py and test_loss_draws.py have them; fp16 between its neighbours.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -50,15 +50,15 @@ COMBINATIONS = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """So that a vocabulary of 70 has several, and an unfinished one."""
-    monkeypatch.setattr(loss_triton, "SUM_BLOCK", 64)
-    monkeypatch.setattr(loss_triton, "MAP_BLOCK", (16, 64))
-    monkeypatch.setattr(loss_triton, "SLOPE_BLOCK", (16, 64))
+    monkeypatch.setattr(triton_passes, "SUM_BLOCK", 64)
+    monkeypatch.setattr(triton_passes, "MAP_BLOCK", (16, 64))
+    monkeypatch.setattr(triton_passes, "SLOPE_BLOCK", (16, 64))
 
 
 @pytest.fixture(autouse=True)
 def nearest(monkeypatch):
     """Triton's interpreter cuts fp32 to bf16 where the hardware rounds to the nearest (even)."""
-    if not loss_triton.INTERPRETED:
+    if not triton_passes.INTERPRETED:
         return
     from triton.runtime import interpreter
 
@@ -187,9 +187,9 @@ def test_draws_of_one_token_are_added_up():
     flat = torch.tensor([5, 9, 5, 2, 9, 5, 11])
     values = torch.tensor([1.0, 10.0, 2.0, 100.0, 20.0, 4.0, 7.0])
     expected = [7.0, 30.0, 7.0, 100.0, 30.0, 7.0, 7.0]
-    assert loss_triton.summed_by_token(flat.to(DEVICE), values.to(DEVICE)).tolist() == expected
+    assert triton_passes.summed_by_token(flat.to(DEVICE), values.to(DEVICE)).tolist() == expected
     empty = torch.empty(0, device=DEVICE)
-    assert loss_triton.summed_by_token(empty.long(), empty).tolist() == []
+    assert triton_passes.summed_by_token(empty.long(), empty).tolist() == []
 
 
 def test_offsets_beyond_32_bits():
@@ -260,15 +260,15 @@ def test_no_fp32_chunk_exists(temperature):
 
 def test_chunks_have_more_rows():
     """What smaller buffers are worth: the head's gradient is read and written once per chunk."""
-    from trainer.loss_fused import default_chunk_size
-    from trainer.loss_passes import Head, TorchPasses, Work
+    from trainer.loss.chunks import default_chunk_size
+    from trainer.loss.logits import Head, TorchPasses, Work
 
     head = Head(torch.empty(128_256, 1, dtype=torch.bfloat16), None, 1.0, None)
     rows = {
         (kind.__name__, moments): default_chunk_size(
             128_256, kind.num_buffers(head, Work(1.0, moments)), "cuda"
         )
-        for kind in (TorchPasses, loss_triton.TritonPasses)
+        for kind in (TorchPasses, triton_passes.TritonPasses)
         for moments in (False, True)
     }
     assert list(rows.values()) == [261, 261, 1046, 523]
@@ -277,7 +277,7 @@ def test_chunks_have_more_rows():
 def test_through_the_head_of_a_model():
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trainer.head import HeadRequest, OutputHead
+    from trainer.loop.output_head import HeadRequest, OutputHead
 
     case = make_case(num_rows=16, vocab_size=37)
     sizes = dict(vocab_size=37, hidden_size=8, intermediate_size=8, num_hidden_layers=1)

@@ -15,8 +15,8 @@ from dense_reference import (
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
 
 from formats.errors import AnnealError, ConfigError, FormatError
-from trainer.loss import label_annealing_loss, shift_labels
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss.label_annealing_loss import label_annealing_loss, shift_labels
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 DIRECTIONS = ("forward", "reverse")

@@ -8,8 +8,8 @@ from dense_reference import dense_logits, online_two_model_kl, relative_error, t
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
 
 from formats.errors import FormatError
-from trainer import loss_draws
-from trainer.loss import label_annealing_loss
+from trainer.loss import loss_draws
+from trainer.loss.label_annealing_loss import label_annealing_loss
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2}
@@ -86,8 +86,8 @@ def test_the_mean_over_all_draws_is_the_full_kl(num_features, temperature, monke
 
 @pytest.mark.parametrize("num_features", (0, 5))
 def test_systematic_draws_of_the_builder_average_to_the_full_gradient(num_features):
-    """Through `formats.draws`: over an even grid of starts the mean gradient is the two-model gradient."""
-    from formats.draws import draw
+    """Through `draw` of formats: over an even grid of starts the mean gradient is the two-model gradient."""
+    from formats.logprobs.tail_draws import draw
 
     torch.manual_seed(1)
     weight, before = torch.randn(50, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)

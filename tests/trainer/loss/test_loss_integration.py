@@ -9,8 +9,8 @@ from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.loss import label_annealing_loss
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss.label_annealing_loss import label_annealing_loss
 
 
 class TiedModel(nn.Module):

@@ -5,8 +5,8 @@ import torch
 from loss_cases import Case, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.loss import label_annealing_loss
-from trainer.loss_fused import default_chunk_size
+from trainer.loss.chunks import default_chunk_size
+from trainer.loss.label_annealing_loss import label_annealing_loss
 
 VOCAB_SIZE = 512
 HIDDEN_SIZE = 8

@@ -8,9 +8,9 @@ from dense_reference import dense_logits, online_two_model_kl, relative_error, t
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
 
 from formats.errors import FormatError
-from trainer import loss_tail
-from trainer.loss import label_annealing_loss
-from trainer.teacher_batch import TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss import loss_tail
+from trainer.loss.label_annealing_loss import label_annealing_loss
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 # The linear system amplifies rounding by the reciprocal of its ridge, 50 or more.

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from formats.errors import ConfigError
-from trainer.loss import label_annealing_loss
-from trainer.loss_passes import KERNELS, TorchPasses, passes_of
+from trainer.loss.label_annealing_loss import label_annealing_loss
+from trainer.loss.logits import KERNELS, TorchPasses, passes_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CASES = Path(__file__).with_name("loss_triton_cases.py")
 ON_CUDA = torch.cuda.is_available()
 
@@ -63,7 +63,7 @@ def compiled(kernel, capability: int, dtype: str, flags: dict) -> tuple[dict[str
         for i, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or name in ("num_tokens", "stride")
     }
-    from trainer.loss_triton import NUM_WARPS
+    from trainer.loss.triton_passes import NUM_WARPS
 
     found = triton.compile(
         ASTSource(kernel, signature, fixed, aligned),
@@ -86,20 +86,20 @@ def compiled(kernel, capability: int, dtype: str, flags: dict) -> tuple[dict[str
 def test_kernels_compile_for_hardware(capability, dtype, monkeypatch, tmp_path):
     """sm_80 (A100) and sm_90 (H100): no register is spilled, a thread moves 16 bytes at a time."""
     pytest.importorskip("triton")
-    from trainer import loss_triton
+    from trainer.loss import triton_passes
 
-    if loss_triton.INTERPRETED:
+    if triton_passes.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set: there is nothing to compile")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for plain in (True, False):  # the least and the most a kernel does
         transform = {"BIAS": not plain, "CAP": not plain}
-        rows, tokens = loss_triton.MAP_BLOCK
-        few, many = loss_triton.SLOPE_BLOCK
+        rows, tokens = triton_passes.MAP_BLOCK
+        few, many = triton_passes.SLOPE_BLOCK
         last = {"DERIVATIVE": not plain, "ONE": not plain}
         variants = (
-            (loss_triton.row_sums, {"TEMPERED": not plain, "B": loss_triton.SUM_BLOCK}),
-            (loss_triton.row_map, {**last, "SLOPES": False, "R": rows, "B": tokens}),
-            (loss_triton.row_map, {**last, "SLOPES": True, "R": few, "B": many}),
+            (triton_passes.row_sums, {"TEMPERED": not plain, "B": triton_passes.SUM_BLOCK}),
+            (triton_passes.row_map, {**last, "SLOPES": False, "R": rows, "B": tokens}),
+            (triton_passes.row_map, {**last, "SLOPES": True, "R": few, "B": many}),
         )
         for kernel, flags in variants:
             used, ptx = compiled(kernel, capability, dtype, {**transform, **flags})
@@ -107,7 +107,7 @@ def test_kernels_compile_for_hardware(capability, dtype, monkeypatch, tmp_path):
             assert 0 < used["REG"] <= 128 and used["STACK"] == used["LOCAL"] == 0
             assert used["SHARED"] <= 48 << 10
             assert "ld.global.v4.b32" in ptx
-            assert kernel is loss_triton.row_sums or "st.global.v4.b32" in ptx
+            assert kernel is triton_passes.row_sums or "st.global.v4.b32" in ptx
 
 
 def tiny_loss(kernel: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -162,8 +162,9 @@ def test_a_run_is_refused_before_anything_is_read(tmp_path):
 
 
 def test_nothing_imports_triton_unless_asked():
-    probe = "import sys, trainer.loss, trainer.head; print('trainer.loss_triton' in sys.modules)"
+    names = "trainer.loss.label_annealing_loss, trainer.loop.output_head"
+    probe = f"import sys, {names}; print('trainer.loss.triton_passes' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
     source = (ROOT / "trainer" / "loss_passes.py").read_text()
-    assert "\nimport triton" not in source and "\nfrom trainer.loss_triton" not in source
+    assert "\nimport triton" not in source and "\nfrom trainer.loss.triton_passes" not in source

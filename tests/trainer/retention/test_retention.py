@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
-from trainer.dataset import CachedDataset
+from trainer.data.dataset import CachedDataset
+from trainer.data.sampler import EpochBatches, Source
+from trainer.loop.step0 import sample_rows
 from trainer.retention.fisher import draw_labels
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 from trainer.retention.sfa import averaging_steps
-from trainer.sampler import EpochBatches, Source
-from trainer.step0 import sample_rows
 
 STEPS, RATE, SEED, FISHER_ROWS = 3, 0.2, 3, 7
 L2_COEF, EWC_COEF = 0.5, 20.0

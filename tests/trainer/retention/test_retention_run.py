@@ -180,7 +180,7 @@ def test_a_fisher_cache_of_another_model_is_refused(tiny_llama_dir, tiny_qwen3_d
 
 
 def test_a_fisher_cache_without_loss_is_refused(tiny_llama_dir, pruned_cache, tmp_path):
-    from formats.rows import TokenRow
+    from formats.disk.token_row import TokenRow
 
     ids = np.arange(6, 16)
     silent = write_cache(tmp_path / "silent", tiny_llama_dir, rows=[TokenRow(ids, np.zeros(10, bool))])

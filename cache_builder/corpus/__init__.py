@@ -1,0 +1,1 @@
+"""Files or a data set in, checked examples of four kinds out."""

@@ -1,0 +1,1 @@
+"""Logits of a chunk of positions in; kept tokens, tail nodes and tail draws out."""

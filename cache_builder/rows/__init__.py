@@ -1,0 +1,1 @@
+"""Examples in, `TokenRow`s (token ids and loss mask) out."""

@@ -1,0 +1,1 @@
+"""Token rows in, `TopKLogprobs` out, one object for each row, in order."""

@@ -1,0 +1,1 @@
+"""What else one does with caches: estimate, verify, merge, export, share."""

@@ -1,0 +1,1 @@
+"""Numbers to bytes and back: `TopKLogprobs` of one row in, its payload out."""

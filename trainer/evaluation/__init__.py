@@ -1,0 +1,1 @@
+"""Caches and finished models in; perplexities, KL, a table and a picture out."""

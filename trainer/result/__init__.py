@@ -1,0 +1,1 @@
+"""A trained model in, a model directory with card and record out."""
