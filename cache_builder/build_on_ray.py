@@ -161,7 +161,7 @@ def build_cache_with_ray(
     Raises:
         ConfigError: Ray is not installed, not reachable, or has no room.
         WorkerDied: workers keep dying on one shard.
-        As `build_cache` otherwise.
+        AnnealError: whatever `build_cache` raises.
     """
     try:
         import ray
