@@ -5,18 +5,21 @@ wrong usage), without a traceback unless `--debug` is given. Heavy packages are 
 so that `--help` and `cache inspect` start fast on a machine without torch or vLLM.
 """
 
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from formats.errors import AnnealError, ConfigError
-from formats.progress import ConsoleProgress
+if TYPE_CHECKING:
+    from formats.progress import ConsoleProgress
+
+PACKAGES = ("formats", "cache_builder", "trainer")
+"""What `main` requires to lie beside this file, so nothing of them is imported before it has looked."""
 
 app = typer.Typer(
     help="Fine-tune open-weight language models without forgetting.",
@@ -116,6 +119,8 @@ def parse_engine_args(pairs: list[str] | None) -> dict[str, Any]:
     Raises:
         ConfigError: a pair has no `=` or no key.
     """
+    from formats.errors import ConfigError
+
     parsed: dict[str, Any] = {}
     for pair in pairs or []:
         key, separator, value = pair.partition("=")
@@ -137,6 +142,8 @@ def parse_shards(text: str | None) -> tuple[int, int] | None:
     Raises:
         ConfigError: the text is not two whole numbers with a colon between them.
     """
+    from formats.errors import ConfigError
+
     if text is None:
         return None
     first, separator, last = text.partition(":")
@@ -148,7 +155,9 @@ def parse_shards(text: str | None) -> tuple[int, int] | None:
 def print_version(wanted: bool) -> None:
     """Print the version and stop."""
     if wanted:
-        show(f"anneal {version('anneal')}")
+        from formats.install import installed_version
+
+        show(f"anneal {installed_version()}")
         raise typer.Exit
 
 
@@ -235,7 +244,7 @@ def cache_build(
         overwrite=overwrite,
         shards=parse_shards(shards),
     )
-    progress = ConsoleProgress()
+    progress = console_progress()
     if dry_run:
         show(plan_build(config, progress=progress).text())
     elif ray is not None:
@@ -306,7 +315,7 @@ def cache_verify(
         engine=engine,
         seed=seed,
         engine_args=parse_engine_args(engine_arg),
-        progress=ConsoleProgress(),
+        progress=console_progress(),
     )
     if as_json:
         show_json(report.to_dict())
@@ -356,7 +365,7 @@ def cache_estimate(
         dtype=dtype,
         engine_args=parse_engine_args(engine_arg),
     )
-    report = estimate_cache(config, rows=rows, seed=seed, progress=ConsoleProgress())
+    report = estimate_cache(config, rows=rows, seed=seed, progress=console_progress())
     if as_json:
         show_json(report.to_dict())
     else:
@@ -373,7 +382,7 @@ def cache_merge(
     """Join caches that differ in nothing but their corpus; repeated rows are kept once."""
     from cache_builder import merge_caches
 
-    show(merge_caches(caches, out, progress=ConsoleProgress()).text())
+    show(merge_caches(caches, out, progress=console_progress()).text())
 
 
 @cache_app.command("export")
@@ -385,7 +394,7 @@ def cache_export(
     """Write the decoded values, one line per position, for DuckDB, Polars and friends."""
     from cache_builder import export_parquet
 
-    show(export_parquet(cache, parquet, limit=limit, progress=ConsoleProgress()).text())
+    show(export_parquet(cache, parquet, limit=limit, progress=console_progress()).text())
 
 
 @cache_app.command("push")
@@ -400,7 +409,7 @@ def cache_push(
     """Check a cache and upload it to the Hugging Face Hub as a data set."""
     from cache_builder import push_cache
 
-    show(push_cache(cache, repository, private=not public, revision=revision, progress=ConsoleProgress()))
+    show(push_cache(cache, repository, private=not public, revision=revision, progress=console_progress()))
 
 
 @cache_app.command("pull")
@@ -414,7 +423,7 @@ def cache_pull(
     """Download a cache from the Hugging Face Hub and check all of it."""
     from cache_builder import pull_cache
 
-    show(str(pull_cache(repository, out, revision=revision, progress=ConsoleProgress())))
+    show(str(pull_cache(repository, out, revision=revision, progress=console_progress())))
 
 
 @app.command("train")
@@ -614,6 +623,8 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
     Raises:
         ConfigError: two have the same name.
     """
+    from formats.errors import ConfigError
+
     found: dict[str, str] = {}
     for word in words:
         name, separator, path = word.partition("=")
@@ -623,6 +634,13 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
             raise ConfigError(f"{what} must have different names, got {name!r} twice; write {form}")
         found[name] = path
     return found
+
+
+def console_progress() -> "ConsoleProgress":
+    """The progress of a build: a bar on a terminal, plain lines elsewhere."""
+    from formats.progress import ConsoleProgress
+
+    return ConsoleProgress()
 
 
 def eval_progress() -> Callable[[str, int, int], None]:
@@ -656,8 +674,32 @@ def merge_progress() -> Callable[[int, int], None]:
     return update
 
 
+def stranger() -> str | None:
+    """What is wrong if one of our packages is not the one that Python would import under its name, else None.
+
+    The names are plain words, and others use them too (`trainer` is also a text-to-speech library): in an
+    environment shared with such a package, the one that comes first on Python's path wins without a word.
+    """
+    home = Path(__file__).resolve().parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+        if [Path(place).resolve() for place in places if place] != [home / name]:
+            found = ", ".join(map(str, places)) or "no package of that name"
+            return (
+                f"the package {name} must be {home / name}, got {found}; install anneal into an environment of its "
+                "own (uv tool install, pipx, or a new venv) and start it outside directories that hold such a package"
+            )
+    return None
+
+
 def main() -> None:
     """Entry point of the console script: runs the app, turns known errors into one line."""
+    if wrong := stranger():
+        note(f"error: {wrong}")
+        sys.exit(1)
+    from formats.errors import AnnealError
+
     try:
         app()
     except AnnealError as error:

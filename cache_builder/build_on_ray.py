@@ -20,6 +20,7 @@ from cache_builder.config import BuildConfig
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
 from formats.errors import AnnealError, ConfigError
+from formats.install import how_to_install
 from formats.progress import Progress
 
 MAX_FAILURES = 3
@@ -160,13 +161,13 @@ def build_cache_with_ray(
     Raises:
         ConfigError: Ray is not installed, not reachable, or has no room.
         WorkerDied: workers keep dying on one shard.
-        As `build_cache` otherwise.
+        AnnealError: whatever `build_cache` raises.
     """
     try:
         import ray
     except ImportError:
         raise ConfigError(
-            "--ray needs the package ray; install it with `pip install 'anneal[ray]'`"
+            f"--ray needs the package ray, which is not installed; {how_to_install('ray')}"
         ) from None
     source = source or open_source(config)
     started_here = not ray.is_initialized()

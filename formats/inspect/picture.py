@@ -1,4 +1,4 @@
-"""The distributions of a cache as one picture. Needs matplotlib (`pip install anneal[plot]`)."""
+"""The distributions of a cache as one picture. Needs matplotlib (the extra `plot`)."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 from formats.errors import ConfigError
 from formats.inspect.statistics import entropy
 from formats.inspect.summary import sampled_rows
+from formats.install import how_to_install
 
 if TYPE_CHECKING:
     from formats.cache import TeacherCache
@@ -28,7 +29,7 @@ def plot_cache(
         import matplotlib
     except ImportError:
         raise ConfigError(
-            "--plot needs matplotlib, which is not installed; pip install 'anneal[plot]'"
+            f"--plot needs matplotlib, which is not installed; {how_to_install('plot')}"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -12,6 +12,7 @@ from typing import Any
 
 from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
+from formats.install import how_to_install
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -149,7 +150,7 @@ def require_plottable(path: str | Path) -> Path:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "plots need matplotlib, which is not installed; pip install 'anneal[plot]'"
+            f"plots need matplotlib, which is not installed; {how_to_install('plot')}"
         ) from None
     return path
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from formats.errors import ConfigError
+from formats.install import how_to_install
 from trainer.merging.settings import MergeConfig
 
 Merge = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
@@ -64,4 +65,4 @@ def require_peft() -> None:
     try:
         import peft.utils.merge_utils  # noqa: F401
     except ImportError:
-        raise ConfigError("ties needs peft, which is not installed; pip install 'anneal[lora]'") from None
+        raise ConfigError(f"ties needs peft, which is not installed; {how_to_install('lora')}") from None

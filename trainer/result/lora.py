@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError
+from formats.install import how_to_install
 from trainer.config import LoraSettings
 
 ADAPTER_DIRECTORY = "adapter"
@@ -18,7 +19,7 @@ def attach_adapters(model: Any, settings: LoraSettings) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ConfigError("lora needs peft, which is not installed; pip install 'anneal[lora]'") from None
+        raise ConfigError(f"lora needs peft, which is not installed; {how_to_install('lora')}") from None
     targets = settings.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",

