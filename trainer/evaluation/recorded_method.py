@@ -13,7 +13,7 @@ from typing import Any
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
-from trainer.merging.card import FORMULAS
+from trainer.merging.methods import FORMULAS
 from trainer.result.run_directory import RECORD_NAME, comparable
 
 DIRECT = "direct fine-tuning"
