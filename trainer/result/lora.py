@@ -9,6 +9,7 @@ from torch import nn
 
 from formats.errors import ConfigError
 from trainer.config import LoraSettings
+from trainer.loading import one_line
 
 ADAPTER_DIRECTORY = "adapter"
 MERGE_TOLERANCE = 1e-3
@@ -37,14 +38,14 @@ def attach_adapters(model: Any, settings: LoraSettings) -> Any:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigError(f"lora.target_modules: {str(error).splitlines()[0]}") from None
-    if settings.merge:
-        require_exact_merge(adapted)
+        raise ConfigError(f"lora.target_modules: {one_line(error)}") from None
+    require_sound_adapters(adapted, merged=settings.merge)
     return adapted
 
 
-def require_exact_merge(model: nn.Module) -> None:
-    """Refuse adapters that cannot be folded into the weights without changing what the model computes.
+def require_sound_adapters(model: nn.Module, *, merged: bool = True) -> None:
+    """Refuse adapters that do not run, or cannot be folded into the weights without changing what the model
+    computes.
 
     An adapter acts on one module. Where the weight belongs to another module as well, as the embedding of a
     tied model does to the output head, folding it in would change that one too. Tying it apart instead would
@@ -52,39 +53,52 @@ def require_exact_merge(model: nn.Module) -> None:
     one is merged for trial, a copy with random adapters, and compared with itself.
 
     Args:
-        model: a model with adapters of peft.
+        model: a model with fresh adapters of peft.
+        merged: whether they are to be folded in at all.
 
     Raises:
         ConfigError: names the module and the reason.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     tried: set[tuple[type, ...]] = set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or not isinstance(layer, nn.Module):
+    for name, module in model.named_modules():
+        layer: Any = module
+        if isinstance(layer, AuxiliaryTrainingWrapper):  # a trained copy, or trained rows, of a module
+            base = layer.original_module
+        elif isinstance(layer, BaseTunerLayer):
+            base = layer.get_base_layer()
+        else:
             continue
-        base, short = layer.get_base_layer(), plain_name(name)
+        short = plain_name(name)
+        advice = f"leave {short.rsplit('.', 1)[-1]} out, or set lora.merge: false to save the adapter alone"
         for parameter in base.parameters(recurse=False):
-            others = [plain_name(n) for n in owners[id(parameter)] if not n.startswith(f"{name}.")]
-            if others:
+            others = [other for other in owners[id(parameter)] if not other.startswith(f"{name}.")]
+            if others and merged:
                 raise ConfigError(
                     f"lora.target_modules: an adapter on {short} cannot be merged, because its weight is also "
-                    f"{others[0]}, which would change with it; leave {short.rsplit('.', 1)[-1]} out, or set "
-                    "lora.merge: false to save the adapter alone"
+                    f"{plain_name(others[0])}, which would change with it; {advice}"
                 )
         kind = (type(layer), type(base))
-        if kind not in tried:
-            tried.add(kind)
+        if kind in tried or not isinstance(layer, BaseTunerLayer):
+            continue
+        tried.add(kind)
+        try:
             deviation = merge_deviation(layer)
-            if deviation is not None and not deviation <= MERGE_TOLERANCE:
-                raise ConfigError(
-                    f"lora.target_modules: an adapter on {short} ({type(base).__name__}) cannot be merged exactly "
-                    f"(relative deviation {deviation:.2g}); leave it out, or set lora.merge: false to save the "
-                    "adapter alone"
-                )
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ConfigError(
+                f"lora.target_modules: peft cannot put an adapter on {short} ({type(base).__name__}): "
+                f"{one_line(error)}; name the modules that are to have one"
+            ) from None
+        if merged and deviation is not None and not deviation <= MERGE_TOLERANCE:
+            raise ConfigError(
+                f"lora.target_modules: an adapter on {short} ({type(base).__name__}) cannot be merged exactly "
+                f"(relative deviation {deviation:.2g}); {advice}"
+            )
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from formats.errors import ConfigError
 from formats.identity.fingerprint import weight_files
 from formats.identity.tensor_hash import read_header
+from trainer.loading import one_line
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -120,7 +121,7 @@ class StoredWeights:
                 found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:
                 raise ConfigError(
-                    f"weights must be tensors under names, got {file}: {str(error).splitlines()[0]}"
+                    f"weights must be tensors under names, got {file}: {one_line(error)}"
                 ) from None
             self._open[file] = {name: t for name, t in found.items() if isinstance(t, torch.Tensor)}
         return self._open[file]
