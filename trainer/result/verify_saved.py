@@ -23,8 +23,8 @@ NUM_TOKENS = 256
 """Tokens that are compared."""
 ROW_TOKENS = 128
 """Tokens of a row at most."""
-MARGIN = 25.0
-"""KL allowed, in units of the KL that rounding makes: a logit may be off by five times as much."""
+MARGIN = 10.0
+"""KL allowed, in units of the KL that rounding makes: a logit may be off by three times as much."""
 FLOOR = 1e-4
 """Nats allowed in any case: what two exact implementations of attention differ by, and more."""
 
