@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from trainer.data.dataset import CachedDataset
-from trainer.data.sampler import EpochBatches, Source
-from trainer.loop.step0 import sample_rows
+from trainer.data.sampler import EpochBatches, Source, sample_rows
 from trainer.retention.fisher import draw_labels
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 from trainer.retention.sfa import averaging_steps
