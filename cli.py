@@ -699,11 +699,17 @@ def main() -> None:
         note(f"error: {wrong}")
         sys.exit(1)
     from formats.errors import AnnealError
+    from formats.install import how_to_install
 
     try:
         app()
     except AnnealError as error:
         fail(str(error), error)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if not missing or missing in (*PACKAGES, "cli"):
+            raise
+        fail(f"this command needs the package {missing}, which is not installed; {how_to_install()}", error)
     except KeyboardInterrupt as error:
         fail(str(error) or "interrupted", error, code=getattr(error, "exit_code", 130))
     except OSError as error:

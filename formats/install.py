@@ -9,9 +9,10 @@ DISTRIBUTION = "label-annealing"
 def how_to_install(*extras: str) -> str:
     """The command that adds optional parts: `how_to_install("plot")` is `pip install 'label-annealing[plot]'`.
 
-    pip takes the installed distribution where there is one, editable or not, and adds what the extras need to it.
+    Without extras, the command that completes an installation. pip takes the installed distribution where there is
+    one, editable or not, and adds what is missing to it.
     """
-    return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"
+    return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'" if extras else f"pip install {DISTRIBUTION}"
 
 
 def installed_version() -> str:

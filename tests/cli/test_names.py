@@ -63,7 +63,25 @@ def test_a_package_of_ours_that_is_missing(tmp_path: Path) -> None:
     assert "the package formats must be" in result.stderr
 
 
+def test_a_dependency_that_is_missing(tmp_path: Path) -> None:
+    """As after `pip install --no-deps`: one line, and nothing is written."""
+    script = "import sys, cli; sys.modules['yaml'] = None; cli.main()"
+    result = subprocess.run(
+        [sys.executable, "-c", script, "train", "cache", "--model", "model", "--out", "out"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (1, "") and list(tmp_path.iterdir()) == []
+    assert result.stderr == (
+        "error: this command needs the package yaml, which is not installed; pip install label-annealing\n"
+    )
+
+
 def test_how_to_install() -> None:
+    assert how_to_install() == "pip install label-annealing"
     assert how_to_install("vllm") == "pip install 'label-annealing[vllm]'"
     assert how_to_install("plot", "lora") == "pip install 'label-annealing[plot,lora]'"
 

@@ -25,6 +25,7 @@ HOW_TO_INSTALL = (
 )
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -46,6 +47,7 @@ def test_strings_take_the_declared_type(given, expected):
     assert typed_engine_args(given) == expected
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -67,6 +69,7 @@ def test_engine_arguments_that_are_refused(given, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.vllm
 def test_arguments_of_the_engine():
     config = TeacherConfig(
         model="m",
@@ -87,6 +90,7 @@ def test_arguments_of_the_engine():
     assert arguments["enable_prefix_caching"] is False
 
 
+@pytest.mark.vllm
 def test_every_text_architecture_has_a_teacher():
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
@@ -102,6 +106,7 @@ def test_every_text_architecture_has_a_teacher():
     assert not [name for name in names if "Embedding" in name or "MultiModal" in name]
 
 
+@pytest.mark.vllm
 def test_a_teacher_class_is_a_real_subclass_and_built_once():
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
@@ -115,6 +120,7 @@ def test_a_teacher_class_is_a_real_subclass_and_built_once():
         _ = vllm_pooler.SomethingElse
 
 
+@pytest.mark.vllm
 def test_architectures_that_are_taken_or_refused():
     assert teacher_architectures({"architectures": ["LlamaForCausalLM"]}) == [
         "AnnealLlamaForCausalLM",
@@ -200,6 +206,7 @@ def test_a_torchvision_of_another_build():
     assert "--engine transformers" in broken_import_message(OSError("libcudart.so.12: cannot open"))
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -215,6 +222,7 @@ def test_a_model_that_is_refused_starts_nothing(change, message, tmp_path):
         VLLMTeacher(TeacherConfig(model=str(model)))
 
 
+@pytest.mark.vllm
 def test_longer_than_the_context(tiny_llama_dir):
     with pytest.raises(ConfigError) as caught:
         VLLMTeacher(TeacherConfig(model=str(tiny_llama_dir), max_length=5000))
