@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.plan import Settings
+from cache_builder.commit.plan import BuildSettings
 from cache_builder.config import BuildConfig
 from cache_builder.corpus.corpus import CorpusConfig, open_corpus
 from cache_builder.rows.tokenise import TokenisedRows, tokenise
@@ -29,7 +29,7 @@ NEUTRAL_ENGINE_ARGS = frozenset({"gpu_memory_utilization", "disable_log_stats"})
 class BuildSource:
     """What a build works from."""
 
-    settings: Settings
+    settings: BuildSettings
     """Identity, codec and shard sizes."""
     model_dir: Path
     """Where the engine loads the teacher from."""
@@ -124,7 +124,7 @@ def open_source(config: BuildConfig) -> BuildSource:
         },
     )
     return BuildSource(
-        settings=Settings(
+        settings=BuildSettings(
             identity=identity,
             codec=replace(config.codec, draw_rate=config.draw_rate).to_dict(),
             rows_per_shard=config.rows_per_shard,

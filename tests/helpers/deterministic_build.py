@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.commit.plan import Settings
+from cache_builder.commit.plan import BuildSettings
 from cache_builder.config import BuildConfig
 from cache_builder.source import BuildSource
 from formats.codec.payload import CodecConfig
@@ -138,7 +138,7 @@ def make_source(
         preprocessing=settings,
     )
     return BuildSource(
-        settings=Settings(
+        settings=BuildSettings(
             identity=identity,
             codec=CodecConfig(draw_rate=draw_rate).to_dict(),
             rows_per_shard=rows_per_shard,
