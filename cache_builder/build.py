@@ -11,6 +11,7 @@ not.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cache_builder.commit.build_directory import BuildDirectory, State
@@ -21,8 +22,10 @@ from cache_builder.commit.shard_committer import Step, no_step
 from cache_builder.commit.signals import BuildInterrupted, interruptible
 from cache_builder.commit.staging import StagedShard
 from cache_builder.config import BuildConfig
+from cache_builder.pace import WAVES_PER_SHARD
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
+from cache_builder.teachers.fast_dtype import dtype_note
 from formats.disk.manifest import Manifest
 from formats.errors import AnnealError, ConfigError
 from formats.identity.teacher_identity import TeacherIdentity
@@ -55,6 +58,7 @@ def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
             draw_rate=config.draw_rate,
             positions=config.positions,
             max_length=source.max_length,
+            wave_tokens=max(source.settings.tokens_per_shard // WAVES_PER_SHARD, 1),
             engine_args=dict(config.engine_args),
         ),
     )
@@ -131,13 +135,17 @@ def _build(
         # Another worker wrote the manifest and cleared up since we looked; what we just made is not a build.
         directory.remove_working()
         return _complete(directory, was_complete=True)
+    source = replace(
+        source, settings=directory.settle_settings(settings, any_size=config.tokens_per_shard is None)
+    )
+    step("settings")
     plan, planned_here = _plan(directory, source, config, progress, existed=existed, step=step)
     indices = _selected(config, plan)
     capture = make_capture(
         directory,
-        settings,
+        source.settings,
         plan,
-        lambda: make_teacher(config, source),
+        lambda: _started(make_teacher, config, source, progress),
         heartbeat_seconds=config.heartbeat_seconds,
         progress=progress,
         step=step,
@@ -170,6 +178,15 @@ def _build(
         num_tokens_captured=capture.num_tokens,
         seconds=capture.seconds,
     )
+
+
+def _started(
+    make_teacher: MakeTeacher, config: BuildConfig, source: BuildSource, progress: Progress
+) -> "Teacher":
+    teacher = make_teacher(config, source)
+    if note := dtype_note(config.dtype, source.checkpoint_dtype, teacher.describe()):
+        progress.note(note)
+    return teacher
 
 
 def _capture_and_finish(
@@ -212,8 +229,6 @@ def _plan(
     step: Step,
 ) -> tuple[Plan, bool]:
     """The plan in the directory, and whether it was made here and now; awaited while another worker is planning."""
-    directory.settle_settings(source.settings)
-    step("settings")
     if (plan := directory.read_plan()) is not None:
         return plan, False
     with directory.claims(config.heartbeat_seconds) as claims:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cache_builder.build import MakeTeacher, build_cache, start_engine
@@ -69,6 +69,8 @@ class ShardWorker:
                 f"every worker must see the output directory, got no plan in {config.directory} "
                 "on this machine; use a shared file system"
             )
+        any_size = config.tokens_per_shard is None
+        source = replace(source, settings=directory.settle_settings(source.settings, any_size=any_size))
         self._capture = Capture(
             directory,
             source.settings,

@@ -24,7 +24,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -187,14 +187,20 @@ class BuildDirectory:
 
     # --- settings and plan --------------------------------------------------------------------------------
 
-    def settle_settings(self, settings: BuildSettings) -> None:
-        """Make `settings` those of this build, or prove that they already are.
+    def settle_settings(self, settings: BuildSettings, *, any_size: bool = False) -> BuildSettings:
+        """Make `settings` those of this build, or prove that they already are; returns the build's.
+
+        Args:
+            any_size: nobody asked for this `tokens_per_shard`, so that of a build which is here will do.
 
         Raises:
             ConfigError: a build with other settings is here; names them.
         """
-        recorded = self._settle(SETTINGS_NAME, settings.to_bytes())
-        BuildSettings.from_bytes(recorded).require_same(settings, self.out, "an unfinished build")
+        recorded = BuildSettings.from_bytes(self._settle(SETTINGS_NAME, settings.to_bytes()))
+        if any_size:
+            settings = replace(settings, tokens_per_shard=recorded.tokens_per_shard)
+        recorded.require_same(settings, self.out, "an unfinished build")
+        return settings
 
     def read_plan(self) -> Plan | None:
         """The plan of this build; None while it is being made."""

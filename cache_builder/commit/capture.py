@@ -98,6 +98,7 @@ class Capture:
             if index is None:
                 return
             teacher = self.teacher()
+            self._progress.running()
             committer = ShardCommitter(
                 self.directory,
                 self.settings,

@@ -22,9 +22,11 @@ import numpy as np
 
 from cache_builder.reduction.block_sums import compiles_on
 from cache_builder.teachers.engine_log import EngineLog
+from cache_builder.teachers.fast_dtype import resolve_dtype
 from cache_builder.teachers.protocol import (
     TeacherConfig,
     TeacherError,
+    attention_softcap,
     check_numbers,
     check_row,
     checkpoint_dtype,
@@ -84,11 +86,18 @@ class VLLMTeacher:
         self.config = config
         self._engine: Any = None
         model_config = read_model_config(config.model)
-        self._dtype = checkpoint_dtype(model_config) if config.dtype == "auto" else config.dtype
         quiet_environment(config.debug, local=Path(config.model).is_dir())
         self._log = EngineLog(shown=config.debug)
         with self._log.inherited():
             vllm = import_vllm()
+            from vllm.platforms import current_platform
+
+            self._dtype = resolve_dtype(
+                config.dtype,
+                checkpoint_dtype(model_config),
+                on_cpu=current_platform.is_cpu(),
+                softcap=attention_softcap(model_config),
+            )
             architectures = teacher_architectures(model_config)
             refuse_ignored_softcap(model_config, self._dtype)
             arguments = engine_arguments(config, dtype=self._dtype, architectures=architectures)
@@ -96,6 +105,8 @@ class VLLMTeacher:
         settings = self._engine.vllm_config
         self.vocab_size = int(settings.model_config.get_vocab_size())
         self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
+        if config.wave_tokens is not None:
+            self._wave_tokens = min(self._wave_tokens, config.wave_tokens)
         self._head_dtype = str(settings.model_config.head_dtype).removeprefix("torch.")
         self._numeric = _numeric_settings(settings)
         self._num_requests = 0
