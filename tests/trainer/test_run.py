@@ -9,27 +9,11 @@ import numpy as np
 import pytest
 import torch
 from caches import identity_of, random_rows, topk_of, write_cache
+from runs import settings
 
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError, IncompleteCacheError
 from formats.writer import CacheWriter
 from trainer import evaluate, load_config, train
-
-QUICK = [
-    "training.per_device_train_batch_size=8",
-    "training.gradient_accumulation_steps=1",
-    "training.max_steps=2",
-    "training.learning_rate=1e-3",
-    "training.logging_steps=1",
-    "training.warmup_steps=0",
-    "training.save_strategy=no",
-    "step0_rows=4",
-]
-
-
-def settings(cache, model, out, *overrides: str):
-    return load_config(
-        flags={"cache": str(cache), "model": str(model), "out": str(out)}, overrides=[*QUICK, *overrides]
-    )
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from caches import write_cache
-from test_merge import copy_model, noise
+from runs import copy_model, noise
 
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from trainer import compare, evaluate

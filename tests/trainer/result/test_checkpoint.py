@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import resume_worker
-from processes import Started, start
+from runs import begin, finish, same_weights
 
 from trainer import checkpoint
 
@@ -70,20 +69,6 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 # -----------------------------------------------------------------------------------------------
 
 
-def begin(model_dir: Path, cache: Path, out: Path, *overrides: str, **environment: str) -> Started:
-    """Start a run; its output goes beside the run's directory."""
-    arguments = (str(model_dir), str(cache), str(out), list(overrides))
-    return start(out.with_name(f"{out.name}-output"), resume_worker.run, *arguments, **environment)
-
-
-def finish(*arguments, **environment) -> tuple[list[dict], Started]:
-    """Run to the end; (step entries of the log, the process)."""
-    started = begin(*arguments, **environment)
-    assert started.wait() == 0, started.text("stderr")[-3000:]
-    history = json.loads(started.text("stdout").splitlines()[-1])["log_history"]
-    return [entry for entry in history if "ce" in entry], started
-
-
 def numbers(entries: list[dict]) -> list[tuple]:
     """What must be equal to the last bit."""
     return [(e["step"], e["ce"], e["kl"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in entries]
@@ -95,13 +80,6 @@ def uninterrupted(tiny_llama_dir, pruned_cache, tmp_path_factory):
     entries, _ = finish(tiny_llama_dir, pruned_cache, out)
     assert [e["step"] for e in entries] == list(range(1, STEPS + 1))
     return out, entries
-
-
-def same_weights(left: Path, right: Path) -> bool:
-    from safetensors.numpy import load_file
-
-    a, b = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import resume_worker
 import torch
 from caches import write_cache
 from processes import run_ranks
+from runs import settings
 from safetensors.torch import load_file, save_file
-from test_run import settings
 from tiny_models import save_tiny_model, widen
 
 from formats.errors import AnnealError, ConfigError

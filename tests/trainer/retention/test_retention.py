@@ -10,9 +10,8 @@ import pytest
 import torch
 from caches import write_cache
 from dense_retention import dense_fisher, dense_training, distinct_parameters
-from distributed_worker import run, run_all
+from distributed_worker import relative_difference, run, run_all
 from processes import run_ranks
-from test_parallel import relative_difference
 from transformers import AutoModelForCausalLM
 
 from formats.cache import TeacherCache
