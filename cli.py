@@ -683,7 +683,7 @@ def stranger() -> str | None:
     home = Path(__file__).resolve().parent
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
-        places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+        places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
         if [Path(place).resolve() for place in places if place] != [home / name]:
             found = ", ".join(map(str, places)) or "no package of that name"
             return (

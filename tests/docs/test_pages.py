@@ -27,7 +27,6 @@ LONG_LINES = {
 SPEAK_OF_MOMENTS = {
     "benchmarks-encoding.md",
     "benchmarks.md",
-    "cli.md",
     "format.md",
     "inspect.md",
     "method.md",
