@@ -17,7 +17,7 @@ import numpy as np
 from formats.disk.byte_source import open_store
 from formats.disk.manifest import Manifest, ShardInfo, read_manifest_bytes
 from formats.disk.shard import ShardReader
-from formats.disk.token_row import TokenRow
+from formats.disk.token_row import KEY_BYTES, TokenRow
 from formats.errors import CorruptShardError, FormatError
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import TopKLogprobs
@@ -182,7 +182,8 @@ class TeacherCache:
         """
         keys, order = self._keys
         at = int(np.searchsorted(keys, np.bytes_(key)))
-        if at == len(keys) or keys[at] != np.bytes_(key):
+        # numpy drops the zero bytes at the end of what it hands out; all keys have one length.
+        if at == len(keys) or keys[at].ljust(KEY_BYTES, b"\0") != key:
             raise KeyError(f"no row with content key {key.hex()} in {self.path}")
         return int(order[at])
 
