@@ -139,6 +139,7 @@ def _build(
     step: Step,
 ) -> BuildReport:
     state = state_of(out)
+    reopen = (lambda: open_source(config)) if source is None else None
     source = source or open_source(config)
     settings = source.settings
     if state is not State.EMPTY and (config.overwrite or is_discarding(out)):
@@ -156,6 +157,7 @@ def _build(
         # Another worker wrote the manifest and cleared up since we looked; what we just made is not a build.
         remove_build(out)
         return _complete(out, was_complete=True)
+    source = _settle(out, source, reopen)
     plan, planned_here = _plan(out, source, config, progress, existed=existed, step=step)
     indices = _selected(config, plan)
     capture = make_capture(
@@ -225,11 +227,27 @@ def _capture_and_finish(
         indices = result
 
 
+def _settle(out: Path, source: BuildSource, reopen: Callable[[], BuildSource] | None) -> BuildSource:
+    """Make the settings those of the build in `out`. Workers that begin at once have each asked the clock for the
+    template's time; the first one's holds for all.
+
+    Raises:
+        ConfigError: a build with other settings is there; names them.
+    """
+    try:
+        settle_settings(out, source.settings)
+    except ConfigError:
+        if reopen is None or "template_time" not in source.settings.identity.preprocessing:
+            raise
+        source = reopen()
+        settle_settings(out, source.settings)
+    return source
+
+
 def _plan(
     out: Path, source: BuildSource, config: BuildConfig, progress: Progress, *, existed: bool, step: Step
 ) -> tuple[Plan, bool]:
     """The plan in `out`, and whether it was made here and now; awaited while another worker is planning."""
-    settle_settings(out, source.settings)
     step("settings")
     if (plan := read_plan(out)) is not None:
         return plan, False
@@ -285,6 +303,8 @@ def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -
         f"planned {plan.num_rows} rows, {plan.num_tokens} tokens, {plan.num_positions} positions "
         f"in {len(plan.shards)} shards"
     )
+    if plan.notes:
+        progress.note("; ".join(plan.notes))
     return plan
 
 

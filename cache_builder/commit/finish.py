@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cache_builder.commit.build_directory import TOKENIZER_NAME, build_directory, remove_build, shard_name
 from cache_builder.commit.engine_record import identity_with_engine, read_engine
-from cache_builder.commit.plan import Plan, Settings
+from cache_builder.commit.plan import Plan, Settings, identity_with_counts
 from cache_builder.commit.shard_committer import Step, no_step, note_path
 from formats.codec.payload import CodecConfig
 from formats.disk.durable import atomic_write_bytes, fsync_directory
@@ -88,7 +88,7 @@ def finish(
         step("features")
     preprocessing = settings.identity.preprocessing
     manifest = Manifest(
-        identity=identity_with_engine(settings.identity, record).to_dict(),
+        identity=identity_with_counts(identity_with_engine(settings.identity, record), plan).to_dict(),
         codec=codec,
         positions=settings.positions,
         min_prob=float(preprocessing["min_prob"]),

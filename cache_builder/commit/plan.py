@@ -11,6 +11,7 @@ An interrupted planning starts again and overwrites the staged rows with the sam
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 from cache_builder.commit.build_directory import build_directory
 from cache_builder.commit.staging import StagedShard, cut, stage
 from formats.disk.durable import atomic_write_bytes, commit_exclusive, temporary_name
+from formats.disk.manifest import MANIFEST_NAME, Manifest
 from formats.disk.token_row import TokenRow
 from formats.disk.unfinished_build import PLAN_NAME
-from formats.errors import ConfigError, CorpusError, FormatError
+from formats.errors import AnnealError, ConfigError, CorpusError, FormatError
 from formats.identity.teacher_identity import Difference, TeacherIdentity, short
 
 SETTINGS_NAME = "settings.json"
@@ -42,6 +44,8 @@ OPTION_OF = {
     ("preprocessing", "max_k"): "--max-k",
     ("preprocessing", "positions"): "--positions",
     ("preprocessing", "text_column"): "--text-column",
+    ("preprocessing", "chat_template_kwargs"): "--template-arg",
+    ("preprocessing", "template_time"): "--template-time",
     ("codec", "num_features"): "--tail-features",
     ("codec", "draw_rate"): "--tail-draws",
 }
@@ -131,9 +135,14 @@ class Plan:
     shards: tuple[StagedShard, ...]
     """In row order."""
     corpus: Mapping[str, Any]
-    """What the tokeniser counted: records, rows, truncated, skipped, ..."""
+    """What the tokeniser counted (records, rows, truncated, skipped, ...), and `notes`, the sentences about it."""
     features_sha256: str | None = None
     """Of `_build/token_features.bin`; None without tail moments."""
+
+    @property
+    def notes(self) -> list[str]:
+        """One sentence for each thing that was left out or altered."""
+        return list(self.corpus.get("notes", ()))
 
     @property
     def num_rows(self) -> int:
@@ -196,6 +205,24 @@ def settle_settings(out: Path, settings: Settings) -> None:
         temporary.write_bytes(settings.to_bytes())
         commit_exclusive(temporary, path)
     Settings.from_bytes(path.read_bytes()).require_same(settings, out, "an unfinished build")
+
+
+def recorded_identity(out: Path) -> TeacherIdentity | None:
+    """The identity of the cache, or of the unfinished build, in `out`; None if there is neither, or it is damaged."""
+    with suppress(AnnealError, OSError):
+        if (out / MANIFEST_NAME).exists():
+            return TeacherIdentity.from_dict(Manifest.read(out).identity)
+        return Settings.from_bytes((build_directory(out) / SETTINGS_NAME).read_bytes()).identity
+    return None
+
+
+def identity_with_counts(identity: TeacherIdentity, plan: Plan) -> TeacherIdentity:
+    """The identity of the finished cache with what became of the corpus's records, for people to read."""
+    data = identity.to_dict()
+    counts = {name: value for name, value in plan.corpus.items() if name != "notes"}
+    if counts:
+        data["corpus"] = {**data["corpus"], "counts": counts, "notes": plan.notes}
+    return TeacherIdentity.from_dict(data)
 
 
 def read_plan(out: Path) -> Plan | None:
