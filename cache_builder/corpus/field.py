@@ -17,10 +17,17 @@ def is_given(value: Any) -> bool:
 
 
 def is_boolean(value: Any) -> bool:
+    """True or false, but no number."""
     return isinstance(value, bool)
 
 
+def is_false(value: Any) -> bool:
+    """False or 0."""
+    return value is not None and value in (False, 0)
+
+
 def is_not_one(value: Any) -> bool:
+    """Given, and not 1 in any of its spellings (a CSV file has text)."""
     return is_given(value) and str(value).lower() not in ("1", "1.0", "true")
 
 

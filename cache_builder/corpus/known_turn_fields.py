@@ -1,6 +1,6 @@
 """Known fields within a conversation: the second part of the table (`fields.py`)."""
 
-from cache_builder.corpus.field import CALL, CONDITIONAL, HONOURED, PART, REFUSED, TURN, Field
+from cache_builder.corpus.field import CALL, CONDITIONAL, HONOURED, PART, REFUSED, TURN, Field, is_false
 
 TURN_FIELDS: tuple[Field, ...] = (
     # --- turns ----------------------------------------------------------------------------------------------
@@ -41,6 +41,17 @@ TURN_FIELDS: tuple[Field, ...] = (
         rule="a turn is trained as a whole or not at all",
         remedy="write prompt and completion strings",
         refuses=bool,
+    ),
+    Field(
+        key="turn end",
+        place=TURN,
+        names=("eot", "end_turn"),
+        verdict=REFUSED,
+        effect="a turn without its end-of-turn token; true is accepted",
+        known="torchtune, OpenAI",
+        rule="every turn ends as the chat template ends it",
+        remedy="join the turn with the next one of the same role",
+        refuses=is_false,
     ),
     Field(
         key="turn content",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_builder.corpus.field import is_given
 from cache_builder.corpus.readers import Record
 from formats.errors import CorpusError
 
@@ -30,7 +31,7 @@ def string_of(record: Record, column: str) -> str:
 
 def optional_string(record: Record, column: str) -> str:
     """The string in an optional column; a missing or null one is empty."""
-    return "" if record.values.get(column) is None else string_of(record, column)
+    return string_of(record, column) if is_given(record.values.get(column)) else ""
 
 
 def unicode_text(text: str, column: str, where: str) -> str:
