@@ -72,6 +72,15 @@ LimitOption = Annotated[
 TextColumnOption = Annotated[
     str | None, typer.Option(show_default=False, help="Train on this column as plain text.")
 ]
+TemplateArgOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        metavar="KEY=VALUE",
+        show_default=False,
+        help="Variable of the chat template for every conversation, such as enable_thinking=false. May be repeated.",
+    ),
+]
 SplitOption = Annotated[
     str | None, typer.Option(show_default=False, help="Split of a data set.  [default: train]")
 ]
@@ -113,7 +122,26 @@ def show_json(value: Any) -> None:
     show(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
+def parse_template_args(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs for the chat template; names as they are written.
+
+    Raises:
+        ConfigError: a pair has no `=` or no key.
+    """
+    return parse_pairs(pairs, "--template-arg", "enable_thinking=false")
+
+
 def parse_engine_args(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs for an engine; a hyphen in a name is an underscore.
+
+    Raises:
+        ConfigError: a pair has no `=` or no key.
+    """
+    parsed = parse_pairs(pairs, "--engine-arg", "tensor_parallel_size=2")
+    return {key.replace("-", "_"): value for key, value in parsed.items()}
+
+
+def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str, Any]:
     """`KEY=VALUE` pairs as a mapping; values are JSON where they parse as JSON, else text.
 
     Raises:
@@ -124,11 +152,9 @@ def parse_engine_args(pairs: list[str] | None) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for pair in pairs or []:
         key, separator, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
+        key = key.strip()
         if not separator or not key:
-            raise ConfigError(
-                f"--engine-arg takes KEY=VALUE, got {pair!r}; for example tensor_parallel_size=2"
-            )
+            raise ConfigError(f"{option} takes KEY=VALUE, got {pair!r}; for example {example}")
         try:
             parsed[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -192,6 +218,16 @@ def cache_build(
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
+    template_arg: TemplateArgOption = None,
+    template_time: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            show_default=False,
+            help="What a chat template that tells the time (strftime_now) says, such as 2026-11-25T08:00.  "
+            "[default: now, or as the unfinished build in --out has it]",
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     seed: SeedOption = None,
     revision: RevisionOption = None,
@@ -238,6 +274,8 @@ def cache_build(
         limit=limit,
         text_column=text_column,
         split=split,
+        chat_template_kwargs=parse_template_args(template_arg),
+        template_time=template_time,
         dtype=dtype,
         seed=seed,
         engine_args=parse_engine_args(engine_arg),
@@ -340,6 +378,7 @@ def cache_estimate(
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
+    template_arg: TemplateArgOption = None,
     dtype: DtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
     revision: RevisionOption = None,
@@ -362,6 +401,7 @@ def cache_estimate(
         limit=limit,
         text_column=text_column,
         split=split,
+        chat_template_kwargs=parse_template_args(template_arg),
         dtype=dtype,
         engine_args=parse_engine_args(engine_arg),
     )

@@ -118,6 +118,7 @@ def _build(
     step: Step,
 ) -> BuildReport:
     state = directory.state()
+    reopen = (lambda: open_source(config)) if source is None else None
     source = source or open_source(config)
     settings = source.settings
     if state is not State.EMPTY and (config.overwrite or directory.is_discarding()):
@@ -135,9 +136,7 @@ def _build(
         # Another worker wrote the manifest and cleared up since we looked; what we just made is not a build.
         directory.remove_working()
         return _complete(directory, was_complete=True)
-    source = replace(
-        source, settings=directory.settle_settings(settings, any_size=config.tokens_per_shard is None)
-    )
+    source = _settle(directory, source, reopen, any_size=config.tokens_per_shard is None)
     step("settings")
     plan, planned_here = _plan(directory, source, config, progress, existed=existed, step=step)
     indices = _selected(config, plan)
@@ -219,6 +218,29 @@ def _capture_and_finish(
         indices = result
 
 
+def _settle(
+    directory: BuildDirectory,
+    source: BuildSource,
+    reopen: Callable[[], BuildSource] | None,
+    *,
+    any_size: bool,
+) -> BuildSource:
+    """Make the settings those of the build that is here. Workers that begin at once have each asked the clock for
+    the template's time; the first one's holds for all.
+
+    Raises:
+        ConfigError: a build with other settings is here; names them.
+    """
+    try:
+        settings = directory.settle_settings(source.settings, any_size=any_size)
+    except ConfigError:
+        if reopen is None or "template_time" not in source.settings.identity.preprocessing:
+            raise
+        source = reopen()
+        settings = directory.settle_settings(source.settings, any_size=any_size)
+    return replace(source, settings=settings)
+
+
 def _plan(
     directory: BuildDirectory,
     source: BuildSource,
@@ -264,6 +286,8 @@ def _make_plan(directory: BuildDirectory, source: BuildSource, progress: Progres
         f"planned {plan.num_rows} rows, {plan.num_tokens} tokens, {plan.num_positions} positions "
         f"in {len(plan.shards)} shards"
     )
+    if plan.notes:
+        progress.note("; ".join(plan.notes))
     return plan
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class BuildConfig:
     """Split of a data set or directory; None is `train`."""
     seed: int | None = None
     """With `limit`: draw the records at random with this seed instead of taking the first ones."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables that the chat template gets for every conversation, such as `enable_thinking`."""
+    template_time: str | None = None
+    """The instant that a chat template with `strftime_now` tells, in ISO form; None is the one that the build in `out`
+    has recorded, or now."""
     dtype: str = "auto"
     """Numerical type of the engine's weights."""
     head_dtype: str = "float32"
@@ -111,6 +117,18 @@ class BuildConfig:
         if not all(isinstance(key, str) for key in self.engine_args):
             raise ConfigError(f"engine_args must map names to values, got {self.engine_args!r}")
         object.__setattr__(self, "engine_args", dict(self.engine_args))
+        if not all(isinstance(key, str) for key in self.chat_template_kwargs):
+            raise ConfigError(
+                f"chat_template_kwargs must map names to values, got {self.chat_template_kwargs!r}"
+            )
+        object.__setattr__(self, "chat_template_kwargs", dict(self.chat_template_kwargs))
+        if self.template_time is not None:
+            try:
+                datetime.fromisoformat(self.template_time)
+            except (TypeError, ValueError):
+                raise ConfigError(
+                    f"template_time must be a time such as 2026-11-25T08:00, got {self.template_time!r}"
+                ) from None
         if self.shards is not None:
             first, last = self.shards
             if not 0 <= first < last:

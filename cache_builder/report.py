@@ -80,6 +80,7 @@ class BuildReport:
             f"{self.num_positions} positions, {self.num_shards} shards, "
             f"{format_bytes(self.num_bytes)} ({self.bytes_per_token:.1f} bytes/token)"
         )
+        lines += records_line(self.identity.get("corpus", {}))
         return "\n".join(lines)
 
 
@@ -122,6 +123,7 @@ class PlanReport:
         share = 100 * self.num_positions / max(self.num_tokens, 1)
         lines = [
             *([self.sample] if self.sample else self.announcements),
+            *records_line({"counts": self.corpus, "notes": self.corpus.get("notes", [])}),
             f"rows       {self.num_rows}",
             f"tokens     {self.num_tokens}",
             f"positions  {self.num_positions} ({share:.1f} % of the tokens)",
@@ -133,6 +135,14 @@ class PlanReport:
         for section, entries in self.identity.to_dict().items():
             lines += [f"  {section}.{key}: {short(value)}" for key, value in sorted(entries.items())]
         return "\n".join(lines)
+
+
+def records_line(corpus: Mapping[str, Any]) -> list[str]:
+    """What became of the records, as one line; none if nobody counted them."""
+    if "num_records" not in corpus.get("counts", {}):
+        return []
+    told = "; ".join(corpus.get("notes", ())) or "none skipped, none cut"
+    return [f"records    {corpus['counts']['num_records']}: {told}"]
 
 
 def rough_bytes(

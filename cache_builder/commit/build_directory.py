@@ -44,6 +44,7 @@ from formats.disk.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from formats.disk.token_row import TokenRow
 from formats.disk.unfinished_build import BUILD_DIRECTORY, PLAN_NAME
 from formats.errors import AnnealError, ConfigError
+from formats.identity.teacher_identity import TeacherIdentity
 from formats.writer import shard_name
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -201,6 +202,16 @@ class BuildDirectory:
             settings = replace(settings, tokens_per_shard=recorded.tokens_per_shard)
         recorded.require_same(settings, self.out, "an unfinished build")
         return settings
+
+    def recorded_identity(self) -> TeacherIdentity | None:
+        """The identity of the cache or of the unfinished build that is here; None if there is neither, or it is
+        damaged.
+        """
+        with contextlib.suppress(AnnealError, OSError):
+            if (self.out / MANIFEST_NAME).exists():
+                return TeacherIdentity.from_dict(Manifest.read(self.out).identity)
+            return BuildSettings.from_bytes((self.working / SETTINGS_NAME).read_bytes()).identity
+        return None
 
     def read_plan(self) -> Plan | None:
         """The plan of this build; None while it is being made."""

@@ -9,7 +9,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from cache_builder.commit.build_directory import TOKENIZER_NAME, BuildDirectory
-from cache_builder.commit.plan import BuildSettings, Plan
+from cache_builder.commit.plan import BuildSettings, Plan, identity_with_counts
 from cache_builder.commit.shard_committer import Step, no_step
 from formats.codec.config import CodecConfig
 from formats.disk.manifest import MANIFEST_NAME, Manifest
@@ -49,7 +49,7 @@ def finish(
         step("tokenizer")
     preprocessing = settings.identity.preprocessing
     manifest = Manifest(
-        identity=engine.completing(settings.identity).to_dict(),
+        identity=identity_with_counts(engine.completing(settings.identity), plan).to_dict(),
         codec=CodecConfig(**settings.codec),
         positions=settings.positions,
         min_prob=float(preprocessing["min_prob"]),

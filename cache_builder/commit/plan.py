@@ -123,6 +123,11 @@ class Plan:
     """What the tokeniser counted: records, rows, truncated, skipped, ..."""
 
     @property
+    def notes(self) -> list[str]:
+        """One sentence for each thing that was left out or altered."""
+        return list(self.corpus.get("notes", ()))
+
+    @property
     def num_rows(self) -> int:
         """Rows of all shards."""
         return sum(shard.num_rows for shard in self.shards)
@@ -154,6 +159,15 @@ class Plan:
             shards=tuple(StagedShard(**entry) for entry in content["shards"]),
             corpus=content["corpus"],
         )
+
+
+def identity_with_counts(identity: TeacherIdentity, plan: Plan) -> TeacherIdentity:
+    """The identity of the finished cache with what became of the corpus's records, for people to read."""
+    data = identity.to_dict()
+    counts = {name: value for name, value in plan.corpus.items() if name != "notes"}
+    if counts:
+        data["corpus"] = {**data["corpus"], "counts": counts, "notes": plan.notes}
+    return TeacherIdentity.from_dict(data)
 
 
 def _parse(data: bytes, name: str) -> dict[str, Any]:

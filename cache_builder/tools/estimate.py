@@ -11,7 +11,7 @@ Reported at T = 1:
     KL            of the stored head and tail from the unquantised ones: what the codec alone costs
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from cache_builder.build import MakeTeacher, start_engine
 from cache_builder.commit.capture import EngineStartError
 from cache_builder.commit.plan import require_work
 from cache_builder.config import BuildConfig
+from cache_builder.report import records_line
 from cache_builder.source import BuildSource, open_source
 from cache_builder.tools.deviation import compare
 from cache_builder.tools.round_trip import stored_and_read
@@ -68,6 +69,8 @@ class EstimateReport:
     """Tokens of the whole corpus."""
     num_positions: int
     """Positions that a build would capture."""
+    corpus: Mapping[str, Any]
+    """What the tokeniser counted."""
     num_sampled_rows: int
     """Rows that went through the engine."""
     num_sampled_positions: int
@@ -86,6 +89,7 @@ class EstimateReport:
         lines = [
             f"corpus: {self.num_rows} rows, {self.num_tokens} tokens, {self.num_positions} positions; "
             f"sample: {self.num_sampled_rows} rows, {self.num_sampled_positions} positions",
+            *records_line({"counts": self.corpus, "notes": self.corpus.get("notes", [])}),
             "min_prob  max_k  bytes/token       total  entries  missed mass (95 %)  codec KL (nats)",
         ]
         for index, e in enumerate(self.estimates):
@@ -129,7 +133,8 @@ def estimate_cache(
         raise ConfigError(f"rows must be at least 1, got {rows}")
     progress = progress or Progress()
     source = source or open_source(config)
-    sample, num_rows, num_tokens, num_positions = _sample(source, config, rows, seed, progress)
+    everything = source.open_rows()
+    sample, num_rows, num_tokens, num_positions = _sample(everything, config, rows, seed, progress)
     generous = replace(
         config,
         min_prob=min(GENEROUS_MIN_PROB, config.min_prob, *min_probs),
@@ -148,6 +153,7 @@ def estimate_cache(
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_positions=num_positions,
+        corpus=source.describe(everything),
         num_sampled_rows=len(sample),
         num_sampled_positions=sum(len(topk) for topk in captured),
         estimates=estimates,
@@ -156,14 +162,14 @@ def estimate_cache(
 
 
 def _sample(
-    source: BuildSource, config: BuildConfig, size: int, seed: int, progress: Progress
+    rows: Iterable[TokenRow], config: BuildConfig, size: int, seed: int, progress: Progress
 ) -> tuple[list[TokenRow], int, int, int]:
     """Rows drawn uniformly in one pass (reservoir sampling), and the counts of the whole corpus."""
     generator = np.random.default_rng(seed)
     chosen: list[tuple[int, TokenRow]] = []
     num_rows = num_tokens = num_positions = 0
     progress.start("tokenise", None)
-    for row in source.open_rows():
+    for row in rows:
         if len(chosen) < size:
             chosen.append((num_rows, row))
         elif (slot := int(generator.integers(num_rows + 1))) < size:

@@ -24,11 +24,13 @@ from formats.disk.shard import ShardReader, ShardWriter
 from formats.disk.token_row import KEY_BYTES
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import sha256_json
-from formats.identity.teacher_identity import Difference, TeacherIdentity
+from formats.identity.teacher_identity import DESCRIPTIVE, Difference, TeacherIdentity
 from formats.progress import Progress, format_bytes
 
 MERGE_NAME = "merge"
-CORPUS_LIKE = frozenset({("preprocessing", "format"), ("preprocessing", "text_column")})
+CORPUS_LIKE = frozenset(
+    {("preprocessing", key) for key in ("format", "text_column", "chat_template_kwargs", "template_time")}
+)
 """Parts of the preprocessing that follow from the corpus; they may differ."""
 
 
@@ -208,8 +210,18 @@ def _merged_identity(identities: Sequence[TeacherIdentity]) -> TeacherIdentity:
     data["corpus"] = {
         "source": " + ".join(str(corpus.get("source", "unknown")) for corpus in corpora),
         "fingerprint": sha256_json([corpus.get("fingerprint") for corpus in corpora]),
-        "merged": [{key: value for key, value in corpus.items() if key != "source"} for corpus in corpora],
+        "merged": [
+            {key: value for key, value in corpus.items() if ("corpus", key) not in DESCRIPTIVE}
+            for corpus in corpora
+        ],
     }
+    if all("counts" in corpus for corpus in corpora):
+        data["corpus"]["counts"] = {"num_records": sum(corpus["counts"]["num_records"] for corpus in corpora)}
+        data["corpus"]["notes"] = [
+            f"{corpus.get('source', 'unknown')}: {note}"
+            for corpus in corpora
+            for note in corpus.get("notes", ())
+        ]
     for _, key in CORPUS_LIKE:
         values = [identity.preprocessing.get(key) for identity in identities]
         if len({str(value) for value in values}) > 1:

@@ -27,6 +27,7 @@ from formats.identity.fingerprint import (
 SECTIONS = ("teacher", "tokenizer", "corpus", "preprocessing")
 DESCRIPTIVE = frozenset(
     {("teacher", "name"), ("teacher", "revision"), ("corpus", "source"), ("tokenizer", "name")}
+    | {("corpus", "counts"), ("corpus", "notes")}
 )
 """Recorded so that people recognise a cache; not part of the identity."""
 

@@ -5,6 +5,8 @@ from typing import Any
 from formats.codec.quantise import LOWEST_LABEL
 
 BAR = 40
+RECORDS = {("corpus", "counts"), ("corpus", "notes")}
+"""Parts of the identity that have lines of their own."""
 PARTS = {
     "counts": "head sizes",
     "ids": "token ids",
@@ -52,7 +54,11 @@ def _identity(identity: dict[str, Any]) -> list[str]:
     lines = []
     for section, content in identity.items():
         pairs = content.items() if isinstance(content, dict) else [("", content)]
-        shown = [f"{key} {_short(value)}".strip() for key, value in pairs if value not in (None, "", {}, [])]
+        shown = [
+            f"{key} {_short(value)}".strip()
+            for key, value in pairs
+            if value not in (None, "", {}, []) and (section, key) not in RECORDS
+        ]
         line = f"  {section:<14}"
         for item in shown:
             if len(line) + len(item) > 108:
@@ -61,6 +67,15 @@ def _identity(identity: dict[str, Any]) -> list[str]:
             line += item + ", "
         lines.append(line.rstrip(", "))
     return lines
+
+
+def _records(corpus: dict[str, Any]) -> list[str]:
+    """What became of the records of the corpus, a line each; nothing in caches that did not count them."""
+    counts = corpus.get("counts")
+    if not isinstance(counts, dict) or "num_records" not in counts:
+        return []
+    notes = corpus.get("notes") or ["none skipped, none cut"]
+    return ["", f"records of the corpus: {counts['num_records']:,}", *(f"  {note}" for note in notes)]
 
 
 def _spread(name: str, values: dict[str, Any], digits: int) -> tuple[str, ...]:
@@ -82,6 +97,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         "",
         "identity",
         *_identity(s["identity"]),
+        *_records(s["identity"].get("corpus", {})),
         "",
         "bytes per token",
     ]

@@ -94,7 +94,9 @@ def test_rows_are_found_by_content(written):
 def test_a_key_that_ends_in_a_zero_byte_is_found(tmp_path: Path):
     """numpy strips zero bytes from the end of its byte strings: one row in 256 would be lost."""
     rng = np.random.default_rng(0)
-    rows = (TokenRow(np.array([1, number % 97, number // 97 % 97]), np.array([0, 1, 1])) for number in range(9409))
+    rows = (
+        TokenRow(np.array([1, number % 97, number // 97 % 97]), np.array([0, 1, 1])) for number in range(9409)
+    )
     row = next(row for row in rows if row.key.endswith(b"\0"))
     with CacheWriter(tmp_path / "cache", identity={}, vocab_size=97, max_k=97) as writer:
         for each in (random_row(rng, 9, 97), row, random_row(rng, 5, 97)):

@@ -26,8 +26,8 @@ CASES: list[tuple[dict[str, Any], str, str, bool]] = [
     ({"instruction": "x", "output": "y"}, "Alpaca", "output", False),
     ({"instruction": "x", "input": "", "output": "y"}, "Alpaca", "output", False),
     ({"input_ids": [1, 2]}, "input_ids", "every token but the first", True),
-    ({"input_ids": [1, 2], "labels": [1, 2]}, "input_ids", "as labels or loss_mask say", False),
-    ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "input_ids", "as labels or loss_mask say", False),
+    ({"input_ids": [1, 2], "labels": [1, 2]}, "input_ids", "as labels and masks say", False),
+    ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "input_ids", "as labels and masks say", False),
     # several fit: the richest wins
     ({"text": "x", "messages": [TURN]}, "messages", "assistant turns", False),
     ({"text": "x", "instruction": "x", "input": "", "output": "y"}, "Alpaca", "output", False),
