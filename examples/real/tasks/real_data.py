@@ -85,8 +85,9 @@ def split_options(text: str) -> Iterator[tuple[str, str]]:
 
 
 def tidy(text: str) -> str:
-    """Without the quotation marks and spaces that some records have left at an option's end."""
-    return text.strip().strip('"').strip()
+    """Without spaces at the ends, and without the lone quotation mark that some records have left there."""
+    text = text.strip()
+    return text.rstrip('"').strip() if text.endswith('"') and text.count('"') % 2 else text
 
 
 def choices(record: dict[str, Any]) -> dict[str, Any]:
