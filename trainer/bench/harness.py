@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from formats.errors import ConfigError
+from formats.install import how_to_install
 from formats.progress import Progress
 
 
@@ -24,7 +25,7 @@ def import_harness() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"anneal bench needs lm-evaluation-harness, which does not import ({one_line(error)}); run "
-            "pip install 'anneal[bench]'"
+            f"{how_to_install('bench')}"
         ) from error
     return lm_eval
 
