@@ -15,7 +15,6 @@ ENGINES = ("vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEAD_DTYPES = ("float32", "model")
 DEFAULT_ROWS_PER_SHARD = 4096
-DEFAULT_TOKENS_PER_SHARD = 1 << 20
 DEFAULT_TAIL_DRAWS = 16
 
 
@@ -66,8 +65,9 @@ class BuildConfig:
     """How the payloads are encoded."""
     rows_per_shard: int = DEFAULT_ROWS_PER_SHARD
     """A shard ends after so many rows..."""
-    tokens_per_shard: int = DEFAULT_TOKENS_PER_SHARD
-    """... or before it would exceed so many tokens. One shard is what a killed worker costs."""
+    tokens_per_shard: int | None = None
+    """... or before it would exceed so many tokens. One shard is what a killed worker costs; None expects
+    twenty seconds of this machine (`pace.py`), or is what an unfinished build in `out` was begun with."""
     overwrite: bool = False
     """Discard the cache or the unfinished build that `out` holds. Never touches a directory of another
     kind."""
@@ -100,7 +100,7 @@ class BuildConfig:
             ("limit", 1),
         ):
             number = getattr(self, name)
-            if number is None and name in ("limit", "max_length"):
+            if number is None and name in ("limit", "max_length", "tokens_per_shard"):
                 continue
             if type(number) is not int or number < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {number!r}")

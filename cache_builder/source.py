@@ -11,11 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.plan import Settings
+from cache_builder import pace
+from cache_builder.commit.plan import BuildSettings
 from cache_builder.config import BuildConfig
 from cache_builder.corpus.corpus import CorpusConfig, open_corpus
 from cache_builder.rows.tokenise import TokenisedRows, tokenise
 from cache_builder.rows.tokenizer_files import load_tokenizer, model_context, resolve_max_length
+from cache_builder.teachers.protocol import checkpoint_dtype, read_model_config
 from formats.disk.token_row import TokenRow
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from formats.identity.teacher_identity import TeacherIdentity
@@ -29,7 +31,7 @@ NEUTRAL_ENGINE_ARGS = frozenset({"gpu_memory_utilization", "disable_log_stats"})
 class BuildSource:
     """What a build works from."""
 
-    settings: Settings
+    settings: BuildSettings
     """Identity, codec and shard sizes."""
     model_dir: Path
     """Where the engine loads the teacher from."""
@@ -41,6 +43,8 @@ class BuildSource:
     """What was counted by the iterable that `open_rows` returned."""
     tokenizer_json: bytes | None
     """Contents of the cache's tokenizer.json; None for a tokenizer that has no such form."""
+    checkpoint_dtype: str | None = None
+    """Type that the weights are stored in, where it is known."""
     announcements: tuple[str, ...] = ()
     """Sentences for the user before the work starts."""
     sample: Callable[[], str] | None = None
@@ -53,6 +57,18 @@ class BuildSource:
 
 def _nothing(rows: Iterable[TokenRow]) -> Mapping[str, Any]:
     return {}
+
+
+def expected_shard_tokens(config: BuildConfig, model_dir: Path) -> int:
+    """Tokens that this machine's engine should prefill in some twenty seconds."""
+    import torch
+
+    bytes_per_weight = 4 if checkpoint_dtype(read_model_config(str(model_dir))) == "float32" else 2
+    num_gpus = int(config.engine_args.get("tensor_parallel_size", 1)) if torch.cuda.is_available() else 0
+    speed = pace.tokens_per_second(
+        pace.num_weights(model_dir, bytes_per_weight), num_gpus=num_gpus, num_cores=pace.num_cores()
+    )
+    return pace.shard_tokens(speed)
 
 
 def engine_version(engine: str) -> str:
@@ -124,17 +140,18 @@ def open_source(config: BuildConfig) -> BuildSource:
         },
     )
     return BuildSource(
-        settings=Settings(
+        settings=BuildSettings(
             identity=identity,
             codec=replace(config.codec, draw_rate=config.draw_rate).to_dict(),
             rows_per_shard=config.rows_per_shard,
-            tokens_per_shard=config.tokens_per_shard,
+            tokens_per_shard=config.tokens_per_shard or expected_shard_tokens(config, model_dir),
         ),
         model_dir=model_dir,
         max_length=max_length,
         open_rows=lambda: tokenise(corpus, tokenizer),
         describe=lambda used: used.stats.to_dict() if isinstance(used, TokenisedRows) else {},
         tokenizer_json=tokenizer_file(tokenizer),
+        checkpoint_dtype=checkpoint_dtype(read_model_config(str(model_dir))),
         announcements=tuple(rows.describe()),
         sample=lambda: _sample(corpus, tokenizer, corpus_config),
     )

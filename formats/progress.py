@@ -8,6 +8,8 @@ import time
 from typing import Any, TextIO
 
 PLAIN_INTERVAL_SECONDS = 10.0
+FIRST_LINE_SECONDS = 2.0
+"""After the start of the work the first line comes this early, if there is anything to tell."""
 
 
 class Progress:
@@ -18,6 +20,9 @@ class Progress:
 
     def start(self, what: str, total: int | None, done: int = 0) -> None:
         """Begin a phase of `total` rows (None: unknown), of which `done` were finished earlier."""
+
+    def running(self) -> None:
+        """What the phase waited for is there, such as an engine: the clock of its rates starts now."""
 
     def advance(self, num_rows: int, num_tokens: int = 0) -> None:
         """Some rows passed through the engine or the tokeniser."""
@@ -70,11 +75,16 @@ class ConsoleProgress(Progress):
                 leave=False,
             )
 
+    def running(self) -> None:
+        now = time.monotonic()
+        self._first = (now, self._rows, self._tokens)
+        self._printed = now - self._interval + min(FIRST_LINE_SECONDS, self._interval)
+
     def advance(self, num_rows: int, num_tokens: int = 0) -> None:
         self._rows += num_rows
         self._tokens += num_tokens
         if self._first is None:
-            # The clock of the rates starts with the first rows: before them the engine was starting.
+            # Nobody said when the work began: the clock of the rates starts with the first rows.
             self._first = (time.monotonic(), self._rows, self._tokens)
         if self._bar is not None:
             self._bar.update(num_rows)

@@ -137,6 +137,9 @@ class TrainConfig:
     float32 and let `training.bf16` compute in bfloat16."""
     save_dtype: str = "same"
     """Dtype of the saved model; `same` is the dtype in which the initial model is stored."""
+    verify_saved: bool = True
+    """Load the saved model once, on the CPU in float32, and publish it only if it computes what the trained
+    one does. False saves the time, and the memory of one more copy of the model."""
     loss_kernel: str = "torch"
     """`torch`, or `triton` on CUDA: less memory traffic in the loss, the same function. Never timed yet."""
     attn_implementation: str | None = None
@@ -170,6 +173,7 @@ class TrainConfig:
             "packing",
             "group_by_length",
             "keep_checkpoints",
+            "verify_saved",
         ):
             check_flag(name, getattr(self, name))
         check_one_of("loss_kernel", self.loss_kernel, LOSS_KERNELS)

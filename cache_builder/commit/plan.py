@@ -1,28 +1,19 @@
-"""The plan of a build: settings first, then the list of shards; each file is written once, never changed.
+"""The plan of a build as two values: settings first, then the list of shards. Each is settled once.
 
-    _build/settings.json       identity, codec and shard sizes; committed exclusively, so the first command
-                               decides and every other is compared with it
-    _build/plan.json           the shards, with their counts and the hashes of their staged rows; its
-                               presence ends planning
-
-An interrupted planning starts again and overwrites the staged rows with the same bytes.
+`BuildDirectory` keeps them in `_build/settings.json` and `_build/plan.json`.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.build_directory import build_directory
-from cache_builder.commit.staging import StagedShard, cut, stage
-from formats.disk.durable import atomic_write_bytes, commit_exclusive, temporary_name
-from formats.disk.token_row import TokenRow
+from cache_builder.commit.staging import StagedShard
 from formats.disk.unfinished_build import PLAN_NAME
 from formats.errors import ConfigError, CorpusError, FormatError
 from formats.identity.teacher_identity import Difference, TeacherIdentity, short
 
-SETTINGS_NAME = "settings.json"
 FORMAT = "anneal-build"
 VERSION = 1
 
@@ -46,7 +37,7 @@ OPTION_OF = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BuildSettings:
     """What two commands must share to work on one cache."""
 
     identity: TeacherIdentity
@@ -76,13 +67,13 @@ class Settings:
         return json.dumps(content, indent=1).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Settings":
+    def from_bytes(cls, data: bytes) -> "BuildSettings":
         """The inverse of `to_bytes`.
 
         Raises:
             FormatError: written by another version, or damaged.
         """
-        content = _parse(data, SETTINGS_NAME)
+        content = _parse(data, "settings.json")
         return cls(
             identity=TeacherIdentity.from_dict(content["identity"]),
             codec=content["codec"],
@@ -90,7 +81,7 @@ class Settings:
             tokens_per_shard=content["tokens_per_shard"],
         )
 
-    def differences(self, other: "Settings") -> list[str]:
+    def differences(self, other: "BuildSettings") -> list[str]:
         """Each setting in which `other` differs, as a phrase `--max-length: 2048 there, 1024 now`."""
         found: list[Difference] = self.identity.differences(other.identity)
         found += [
@@ -109,7 +100,7 @@ class Settings:
             for d in found
         ]
 
-    def require_same(self, other: "Settings", out: Path, what: str) -> None:
+    def require_same(self, other: "BuildSettings", out: Path, what: str) -> None:
         """Raise unless `other` would build the same cache.
 
         Raises:
@@ -176,58 +167,6 @@ def _parse(data: bytes, name: str) -> dict[str, Any]:
             f"_build/{name} must be of build version {VERSION}, got another one; start over with --overwrite"
         )
     return content
-
-
-def settle_settings(out: Path, settings: Settings) -> None:
-    """Make `settings` those of the build in `out`, or prove that they already are.
-
-    Raises:
-        ConfigError: a build with other settings is there; names them.
-    """
-    path = build_directory(out) / SETTINGS_NAME
-    if not path.exists():
-        temporary = temporary_name(path)
-        temporary.write_bytes(settings.to_bytes())
-        commit_exclusive(temporary, path)
-    Settings.from_bytes(path.read_bytes()).require_same(settings, out, "an unfinished build")
-
-
-def read_plan(out: Path) -> Plan | None:
-    """The plan of the build in `out`; None while it is being made."""
-    try:
-        return Plan.from_bytes((build_directory(out) / PLAN_NAME).read_bytes())
-    except FileNotFoundError:
-        return None
-
-
-def write_plan(
-    out: Path,
-    rows: Iterable[TokenRow],
-    settings: Settings,
-    *,
-    describe: Callable[[], Mapping[str, Any]] = dict,
-    on_shard: Callable[[int, StagedShard], None] = lambda index, shard: None,
-) -> Plan:
-    """Tokenise the corpus into staged rows and commit the plan. Memory: one shard of tokens.
-
-    Args:
-        rows: the corpus, read once.
-        describe: called at the end, what the tokeniser counted.
-        on_shard: called after each staged shard.
-
-    Raises:
-        CorpusError: there is nothing to capture.
-        OSError: the disk is full or fails.
-    """
-    build = build_directory(out)
-    shards: list[StagedShard] = []
-    for group in cut(rows, settings.rows_per_shard, settings.tokens_per_shard):
-        shards.append(stage(build, len(shards), group, settings.positions))
-        on_shard(len(shards) - 1, shards[-1])
-    plan = Plan(shards=tuple(shards), corpus=describe())
-    require_work(plan.num_positions, plan.num_rows)
-    atomic_write_bytes(build / PLAN_NAME, plan.to_bytes())
-    return plan
 
 
 def require_work(num_positions: int, num_rows: int) -> None:

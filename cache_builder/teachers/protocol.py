@@ -36,7 +36,8 @@ class TeacherConfig:
     model: str
     """Directory of the model, or its Hugging Face name."""
     dtype: str = "auto"
-    """Weights and activations: `auto` is the type the checkpoint was saved in."""
+    """Weights and activations: `auto` is the type the checkpoint was saved in, or float32 on a CPU that has no
+    instructions for that type (`fast_dtype.py`)."""
     head_dtype: str = "float32"
     """Type of the output projection: `float32`, or `model` for the type of the weights.  16-bit logits
     between 16 and 32 come in steps of 0.125 (bf16), which would be the largest error of the whole
@@ -52,6 +53,9 @@ class TeacherConfig:
     """`loss`: positions whose next token carries loss; `all`: every position that has a next token."""
     max_length: int = 2048
     """Longest row in tokens."""
+    wave_tokens: int | None = None
+    """At most so many tokens are handed to vLLM at a time, in effect what progress waits for; None is sixteen
+    of its steps. Rows of one wave share steps, so the last bits of their numbers depend on it."""
     seed: int = 0
     """Passed to the engine; prefill draws no random numbers."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)

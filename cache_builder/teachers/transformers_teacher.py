@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cache_builder.reduction.reduce import reduce_logits
+from cache_builder.teachers.fast_dtype import resolve_dtype
 from cache_builder.teachers.protocol import (
     TeacherConfig,
     attention_softcap,
@@ -57,7 +58,9 @@ class TransformersTeacher:
             args["trust_remote_code"] = args["trust_remote_code"].lower() in ("1", "true", "yes")
         self._device = torch.device(args.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
         model_config = read_model_config(config.model)
-        dtype = checkpoint_dtype(model_config) if config.dtype == "auto" else config.dtype
+        dtype = resolve_dtype(
+            config.dtype, checkpoint_dtype(model_config), on_cpu=self._device.type == "cpu", softcap=None
+        )
         if (cap := attention_softcap(model_config)) is not None:
             # transformers' default kernel accepts such a model and leaves the softcap out without a word.
             chosen = args.setdefault("attn_implementation", "eager")
@@ -96,6 +99,7 @@ class TransformersTeacher:
             min_prob=self.config.min_prob,
             max_k=self.config.max_k,
             betas=TAIL_BETAS,
+            labels_N=input_ids_1L[0, keep + 1],
             draw_rate=self.config.draw_rate,
             starts_N=torch.from_numpy(starts(row.key, positions)).to(self._device),
         )

@@ -22,9 +22,11 @@ import numpy as np
 
 from cache_builder.reduction.block_sums import compiles_on
 from cache_builder.teachers.engine_log import EngineLog
+from cache_builder.teachers.fast_dtype import resolve_dtype
 from cache_builder.teachers.protocol import (
     TeacherConfig,
     TeacherError,
+    attention_softcap,
     check_numbers,
     check_row,
     checkpoint_dtype,
@@ -84,11 +86,18 @@ class VLLMTeacher:
         self.config = config
         self._engine: Any = None
         model_config = read_model_config(config.model)
-        self._dtype = checkpoint_dtype(model_config) if config.dtype == "auto" else config.dtype
         quiet_environment(config.debug, local=Path(config.model).is_dir())
         self._log = EngineLog(shown=config.debug)
         with self._log.inherited():
             vllm = import_vllm()
+            from vllm.platforms import current_platform
+
+            self._dtype = resolve_dtype(
+                config.dtype,
+                checkpoint_dtype(model_config),
+                on_cpu=current_platform.is_cpu(),
+                softcap=attention_softcap(model_config),
+            )
             architectures = teacher_architectures(model_config)
             refuse_ignored_softcap(model_config, self._dtype)
             arguments = engine_arguments(config, dtype=self._dtype, architectures=architectures)
@@ -96,6 +105,8 @@ class VLLMTeacher:
         settings = self._engine.vllm_config
         self.vocab_size = int(settings.model_config.get_vocab_size())
         self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
+        if config.wave_tokens is not None:
+            self._wave_tokens = min(self._wave_tokens, config.wave_tokens)
         self._head_dtype = str(settings.model_config.head_dtype).removeprefix("torch.")
         self._numeric = _numeric_settings(settings)
         self._num_requests = 0
@@ -140,7 +151,14 @@ class VLLMTeacher:
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
-        from cache_builder.teachers.vllm_pooler import POSITIONS_KEY, ROW_KEY, TASK, encode_positions
+        from cache_builder.teachers.vllm_pooler import (
+            LABELS_KEY,
+            POSITIONS_KEY,
+            ROW_KEY,
+            TASK,
+            encode_labels,
+            encode_positions,
+        )
 
         running: dict[str, _Member] = {}
         self._engine.sleep(level=0)
@@ -148,7 +166,8 @@ class VLLMTeacher:
             if len(member.positions) == 0:
                 member.result = TopKLogprobs.empty(self.vocab_size, self.config.draw_rate)
                 continue
-            asked = {ROW_KEY: member.row.key}
+            labels = member.row.label_ids(self.config.positions)
+            asked = {ROW_KEY: member.row.key, LABELS_KEY: encode_labels(labels)}
             # No mask means every position that has a next token.
             if len(member.positions) < len(member.row) - 1:
                 asked[POSITIONS_KEY] = encode_positions(member.positions, len(member.row))

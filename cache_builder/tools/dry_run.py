@@ -1,6 +1,6 @@
 """`anneal cache build --dry-run`: the whole corpus through the tokenizer, and nothing else."""
 
-from cache_builder.commit.build_directory import state_of
+from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.plan import require_work
 from cache_builder.commit.staging import cut
 from cache_builder.config import BuildConfig
@@ -18,7 +18,7 @@ def plan_build(
         ConfigError, CorpusError: as `build_cache`.
     """
     progress = progress or Progress()
-    state = state_of(config.directory)
+    state = BuildDirectory(config.directory).state()
     source = source or open_source(config)
     settings = source.settings
     rows = source.open_rows()

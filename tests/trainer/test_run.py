@@ -9,27 +9,11 @@ import numpy as np
 import pytest
 import torch
 from caches import identity_of, random_rows, topk_of, write_cache
+from runs import settings
 
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError, IncompleteCacheError
 from formats.writer import CacheWriter
 from trainer import evaluate, load_config, train
-
-QUICK = [
-    "training.per_device_train_batch_size=8",
-    "training.gradient_accumulation_steps=1",
-    "training.max_steps=2",
-    "training.learning_rate=1e-3",
-    "training.logging_steps=1",
-    "training.warmup_steps=0",
-    "training.save_strategy=no",
-    "step0_rows=4",
-]
-
-
-def settings(cache, model, out, *overrides: str):
-    return load_config(
-        flags={"cache": str(cache), "model": str(model), "out": str(out)}, overrides=[*QUICK, *overrides]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +282,7 @@ def test_rows_shifted_by_one_are_refused_by_numbers(tiny_llama_dir, tmp_path):
     with CacheWriter(tmp_path / "c", identity=identity_of(tiny_llama_dir), vocab_size=1003) as writer:
         for row in random_rows(6, 1003):
             shifted = model_logprobs(model, row.input_ids)[row.positions() + 1]
-            writer.append(row, topk_of(shifted, max_k=128))
+            writer.append(row, topk_of(shifted, max_k=128, label_ids=row.label_ids()))
     refused(settings(tmp_path / "c", tiny_llama_dir, tmp_path / "run"), IdentityMismatchError, "shifted rows")
 
 
@@ -332,7 +316,8 @@ def test_another_vocabulary_is_refused(tiny_llama_dir, tmp_path):
     with CacheWriter(tmp_path / "c", identity=identity_of(tiny_llama_dir), vocab_size=500) as writer:
         for row in random_rows(4, 500):
             count = len(row.positions())
-            writer.append(row, topk_of(np.full((count, 500), np.log(1 / 500)), max_k=4))
+            flat = np.full((count, 500), np.log(1 / 500))
+            writer.append(row, topk_of(flat, max_k=4, label_ids=row.label_ids()))
     refused(
         settings(tmp_path / "c", tiny_llama_dir, tmp_path / "run"),
         IdentityMismatchError, "500 tokens", "1003",

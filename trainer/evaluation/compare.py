@@ -15,7 +15,7 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import resolve_model
 from trainer.evaluation.evaluate import Result, evaluate, require_related
-from trainer.evaluation.recorded_method import AppliedMethod, families_of, method_of
+from trainer.evaluation.recorded_method import AppliedMethod, method_of
 from trainer.evaluation.tradeoff_picture import pareto_front, plot_tradeoff
 from trainer.loading import given_as, load_tokenizer, open_cache, quiet_transformers
 
@@ -56,11 +56,6 @@ class Comparison:
         """Labels that no other model beats on both texts, the initial one included."""
         return pareto_front(self._points())
 
-    @property
-    def families(self) -> dict[str, list[str]]:
-        """Name -> labels of models that differ in one strength of their method alone."""
-        return families_of({model.label: model.method for model in self.models if not self._first(model)})
-
     def change(self, model: ComparedModel, text: str) -> float | None:
         """Perplexity against the initial model's in percent; None without one, or if either is infinite."""
         if self.initial is None:
@@ -86,7 +81,6 @@ class Comparison:
                 }
                 for model in self.models
             ],
-            "families": self.families,
         }
 
     def text(self) -> str:
@@ -116,16 +110,18 @@ class Comparison:
         return "\n".join([*lines, "", "* Pareto front: no other model here is better on both texts"])
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the models that have not diverged; families are joined.
+        """Draw the models that have not diverged; those of one method have one colour and one line.
 
         Raises:
             ConfigError: all have, matplotlib is missing, or the file cannot be written.
         """
         points = self._points()
-        families = {
-            name: [label for label in labels if label in points] for name, labels in self.families.items()
-        }
-        families = {name: labels for name, labels in families.items() if labels}
+        families: dict[str, list[str]] = {}
+        for model in self.models:
+            if model.method is not None and model.label in points and not self._first(model):
+                families.setdefault(model.method.name, []).append(model.label)
+        for labels in families.values():  # from the one that learnt most: a line, not a zigzag
+            labels.sort(key=lambda label: points[label]["target"])
         return plot_tradeoff(points, path, initial=self.initial or "", families=families)
 
     def _first(self, model: ComparedModel) -> bool:

@@ -5,7 +5,6 @@ test gives cross-entropy, perplexity and KL(initial || model) (T = 1, forward) w
 model.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint,
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
 from trainer.loading import load_model, load_tokenizer, quiet_transformers, require_vocabulary
-from trainer.result.run_directory import RECORD_NAME
+from trainer.result.run_directory import recorded_initial
 
 Result = dict[str, float | int | None]
 
@@ -139,15 +138,6 @@ def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]
         else:
             batches.append([row])
     return batches
-
-
-def recorded_initial(model_dir: Path) -> str | None:
-    """Fingerprint of the weights that a model was made from, by its `anneal.json`; None when it has none."""
-    try:
-        record = json.loads((model_dir / RECORD_NAME).read_text(encoding="utf-8"))
-        return str(record["identity"]["teacher"]["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> None:

@@ -1,7 +1,7 @@
 """The picture of a sweep: what was learnt (target text) against what was kept (source text).
 
 One point per model, both axes perplexity, so the lower left corner is the best of both. Models of one
-family (the same method at several strengths) are joined in the given order; the dashed line is the Pareto
+family (such as one method at several strengths) are joined in the given order; the dashed line is the Pareto
 front: what no other point beats on both axes. matplotlib is imported when a picture is drawn.
 """
 

@@ -214,6 +214,10 @@ class LabelAnnealingTrainer(Trainer):
         )
         return self._loader([dataset], batches, packing=packing)
 
+    def device_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows of a dataset as one batch on the model's device, padded or packed as in training."""
+        return self._prepare_inputs(self.data_collator(rows))  # type: ignore[arg-type]
+
     # --- the loss ---------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -223,7 +227,8 @@ class LabelAnnealingTrainer(Trainer):
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         if self.log_window is None:
-            self.log_window = LogWindow(device)
+            self.restart_log_window()
+        assert self.log_window is not None
         self.log_window.step(int(totals[2]))
         return totals
 
@@ -259,7 +264,7 @@ class LabelAnnealingTrainer(Trainer):
         self, dataloader: DataLoader, kl_direction: str = "forward", on_batch: Any = None
     ) -> Measurement:
         """Means over a loader on all ranks. Collective."""
-        model = self._evaluation_model()
+        model = self.evaluation_model()
 
         def reduce(sums: torch.Tensor) -> torch.Tensor:
             if self.args.world_size == 1:
@@ -276,7 +281,7 @@ class LabelAnnealingTrainer(Trainer):
             on_batch=on_batch or (lambda: None),
         )
 
-    def _evaluation_model(self) -> nn.Module:
+    def evaluation_model(self) -> nn.Module:
         """The model to call without gradients: sharded under FSDP, else the one inside DDP."""
         if not self.accelerator._models and self.model_wrapped is self.model:
             if self.is_fsdp_enabled:
@@ -321,13 +326,18 @@ class LabelAnnealingTrainer(Trainer):
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            self._pause(time.perf_counter() - start)
+            self.pause(time.perf_counter() - start)
 
     # --- logs and checkpoints ---------------------------------------------------------------------------
 
-    def _pause(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
+        """Leave time that was no training out of the throughput."""
         if self.log_window is not None:
             self.log_window.pause(seconds)
+
+    def restart_log_window(self) -> None:
+        """Begin to count anew: what was before the first step was no training."""
+        self.log_window = LogWindow(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the interval to the Trainer's own line."""
@@ -375,7 +385,7 @@ class LabelAnnealingTrainer(Trainer):
             best_path = self.state.best_model_checkpoint
             checkpoint.rotate(run_dir, self.args.save_total_limit, Path(best_path) if best_path else None)
         self.accelerator.wait_for_everyone()
-        self._pause(time.perf_counter() - begin)
+        self.pause(time.perf_counter() - begin)
 
     def _collect_callback_states(self) -> None:
         """Refresh what stateful callbacks want saved, as the base class does before it writes the state."""

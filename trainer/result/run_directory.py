@@ -3,6 +3,7 @@
 anneal.yaml          the resolved settings; with them the same run can be made again
 anneal.json          status (`running`, `complete`), the cache's identity, step 0, the evaluation
 checkpoint-N/        while the run goes on
+unpublished/         a result that does not compute what the trained model does
 config.json, model.safetensors, tokenizer.json, README.md ...   the result; config.json comes last, so that
                      nothing takes half a model for a model
 """
@@ -23,7 +24,10 @@ from trainer.recipe import RUNTIME_ARGUMENTS
 
 RECORD_NAME = "anneal.json"
 STAGING_NAME = ".result.staging"
-FREE_SETTINGS = frozenset({"cache", "model", "out", "eval_caches", "keep_checkpoints", "save_dtype"})
+UNPUBLISHED_NAME = "unpublished"
+FREE_SETTINGS = frozenset(
+    {"cache", "model", "out", "eval_caches", "keep_checkpoints", "save_dtype", "verify_saved"}
+)
 """Settings that may change between an interrupted run and its continuation; caches and model are compared by
 identity.
 """
@@ -118,6 +122,13 @@ class RunDirectory:
         """Where the result is written before it takes its place."""
         return self.path / STAGING_NAME
 
+    def set_aside(self) -> Path:
+        """Keep a result that must not be published where its owner finds it; returns the place."""
+        place = self.path / UNPUBLISHED_NAME
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(self.staging, place)
+        return place
+
     def publish(self, **record: Any) -> None:
         """Move the staged result into place, config.json last, and mark the run complete."""
         mask = os.umask(0)
@@ -132,8 +143,18 @@ class RunDirectory:
                 shutil.rmtree(target)
             os.replace(entry, target)
         self.staging.rmdir()
+        shutil.rmtree(self.path / UNPUBLISHED_NAME, ignore_errors=True)  # of an attempt that was refused
         fsync_directory(self.path)
         self.write_record(status="complete", **record)
+
+
+def recorded_initial(model_dir: Path) -> str | None:
+    """Fingerprint of the weights that a model was made from, by its `anneal.json`; None when it has none."""
+    try:
+        record = json.loads((model_dir / RECORD_NAME).read_text(encoding="utf-8"))
+        return str(record["identity"]["teacher"]["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
