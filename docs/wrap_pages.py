@@ -29,7 +29,9 @@ def wrapped(paragraph: list[str]) -> list[str]:
     start = paragraph[0][: first.end()] if first else indent
     words = " ".join([paragraph[0][len(start) :], *paragraph[1:]]).split()
     for at in range(len(words) - 1, 0, -1):
-        if MARK.fullmatch(words[at].split(GLUE)[0]):  # at the start of a line it would begin a list, a quotation, a table
+        if MARK.fullmatch(
+            words[at].split(GLUE)[0]
+        ):  # at the start of a line it would begin a list, a quotation, a table
             words[at - 1 : at + 1] = [words[at - 1] + GLUE + words[at]]
     lines = textwrap.wrap(
         " ".join(words),
