@@ -16,7 +16,7 @@ LONGEST = 120
 
 ITEM = re.compile(r"(?P<indent> *)(?P<mark>[-*]|\d+\.) +")
 
-MARK = re.compile(r"[-+*>=]|#+|\d+[.)]")
+MARK = re.compile(r"[-+*>=]|#+|\d+[.)]|\|.*")
 GLUE = "\0"
 
 
@@ -30,8 +30,8 @@ def wrapped(paragraph: list[str]) -> list[str]:
     words = " ".join([paragraph[0][len(start) :], *paragraph[1:]]).split()
     for at in range(len(words) - 1, 0, -1):
         if MARK.fullmatch(
-            words[at]
-        ):  # at the start of a line it would begin a list, a quotation or a heading
+            words[at].split(GLUE)[0]
+        ):  # at the start of a line it would begin a list, a quotation, a table
             words[at - 1 : at + 1] = [words[at - 1] + GLUE + words[at]]
     lines = textwrap.wrap(
         " ".join(words),
