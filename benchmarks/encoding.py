@@ -36,9 +36,10 @@ from formats.logprobs.features import TokenFeatures
 from formats.logprobs.ragged import rank_in_segment, segment_order, segment_sum
 from formats.logprobs.tail_draws import TailDraws, draw, starts
 from formats.logprobs.tail_function import TAIL_BETAS
-from trainer.loss.loss_draws import LARGEST_RATIO
-from trainer.loss.loss_tail import DRIFT_VARIANCE, LARGEST_DEVIATION, LEAST_RIDGE, VARIANCE_SHARE
+from trainer.loss.kl import LARGEST_RATIO
 
+# The trainer's tail moments, until they leave here as well.
+VARIANCE_SHARE, DRIFT_VARIANCE, LEAST_RIDGE, LARGEST_DEVIATION = 0.02, 0.02, 1e-6, 4.0
 TEMPERATURES = (0.5, 0.75, 1.0, 2.0, 4.0)
 CHUNK = 128
 CAPTURE_K = 256

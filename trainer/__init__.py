@@ -32,7 +32,6 @@ _HOME = {
     "label_annealing_loss": "loss.label_annealing_loss",
     "load_config": "config_file",
     "merge": "merging.merge_models",
-    "shift_labels": "loss.label_annealing_loss",
     "split_batch": "data.collator",
     "train": "run",
 }

@@ -25,7 +25,7 @@ from trainer.loading import (
     require_vocabulary,
     stored_dtype,
 )
-from trainer.loss.logits import passes_of
+from trainer.loss.chunks import logits_type
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.run_directory import RunDirectory
 
@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> TrainReport:
     started = time.perf_counter()
     resolved = resolve_training(config)
     on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
-    passes_of(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
+    logits_type(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
     quiet_transformers()
     fisher_paths = [config.ewc.cache] if config.ewc is not None else []
     others = (*(cache.path for cache in config.caches), *config.eval_caches.values(), *fisher_paths)
@@ -103,19 +103,18 @@ def train(config: TrainConfig) -> TrainReport:
 
     from trainer.data.dataset import CachedDataset
 
+    tail_draws = config.tail_draws and config.kl_direction == "forward"
+
     # Without a KL term nobody reads the teacher's payloads, so they are not decoded either.
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
         loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
-        return CachedDataset(opened, config.temperature, loss, *tail)
-
-    forward = config.kl_direction == "forward"
-    tail = (config.tail_moments and forward, config.tail_draws and forward)
+        return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws)
 
     train_dataset = rows(cache, "both")
     mixed_datasets = [
         (rows(opened, entry.loss), entry.weight) for opened, entry in zip(mixed, config.caches, strict=True)
     ]
-    first_check = CachedDataset(cache, config.temperature, "both", *tail)
+    first_check = CachedDataset(cache, config.temperature, tail_draws=tail_draws)
     eval_datasets = {name: CachedDataset(opened) for name, opened in held_out.items()}
     fisher_rows = CachedDataset(known_text[0], loss="ce") if known_text else None
 

@@ -13,14 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from fidelity import METHODS, measure
 from fidelity_targets import capture, sampled_targets, topk_targets
 
-from cache_builder.reduction.features import find_embedding, token_features
-
 VOCAB_SIZE = 400
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    """Wide random weights: heads of many sizes, and a tail that carries mass."""
+    """Wide random weights: few or many tokens are kept, and the tail carries mass."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -38,10 +36,7 @@ def teacher():
 
 
 @pytest.fixture(scope="module")
-def results(teacher, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("teacher")
-    teacher.save_pretrained(directory)
-    features = token_features(find_embedding(directory, VOCAB_SIZE), VOCAB_SIZE, 8)
+def results(teacher):
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, VOCAB_SIZE, (2, 24), generator=generator) for _ in range(3)]
     return measure(
@@ -51,7 +46,6 @@ def results(teacher, tmp_path_factory):
         stops=[0, 4],
         temperatures=[0.5, 1.0, 2.0],
         learning_rate=1e-3,
-        features=features,
         draw_rate=8,
     )
 
@@ -60,11 +54,13 @@ def results(teacher, tmp_path_factory):
 def test_at_the_initial_weights_only_the_cache_pulls_nowhere(results, temperature):
     """The other targets move a model off itself; the cache leaves what the codec rounds off."""
     norms = {m: min(one.relative_to_ce for one in results[0, temperature, m].batches) for m in METHODS}
-    assert norms["bucket only"] < 5e-3
+    assert max(norms["bucket only"], norms["both sides"]) < 5e-3  # the tail left out is no push, yet
     ours = max(one.relative_to_ce for one in results[0, temperature, "cache"].batches)
     assert ours < 5e-3
     assert norms["sampled"] > 20 * ours
-    if temperature > 0.5:  # at T = 0.5 these heads hold nearly everything: cutting the tail off is harmless
+    if (
+        temperature > 0.5
+    ):  # at T = 0.5 the kept tokens hold nearly everything: cutting the tail off is harmless
         assert min(norms["renormalised"], norms["zero-filled"]) > 10 * ours
 
 
@@ -73,8 +69,7 @@ def test_after_drift_the_cache_is_nearest_to_the_online_gradient(results, temper
     errors = {m: results[4, temperature, m].step.relative_error for m in METHODS}
     assert all(math.isfinite(error) for error in errors.values())
     # With 92 positions the noise of the draws is still of the size of the bias that they take away.
-    assert errors["without draws"] < errors["bucket only"]
-    for method in METHODS[3:]:
+    for method in METHODS[2:]:
         assert errors["cache"] < errors[method], method
     for one in results[4, temperature, "cache"].batches:
         assert one.angle < (5 if temperature <= 1 else 15)

@@ -39,7 +39,7 @@ from trainer.loop.measure import Measurement, measure
 from trainer.loop.output_head import OutputHead
 from trainer.loop.signals import StopRequest
 from trainer.loop.step_control import StepControl
-from trainer.loss.logits import passes_of
+from trainer.loss.chunks import logits_type
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
 
@@ -104,7 +104,7 @@ class LabelAnnealingTrainer(Trainer):
             require_one_tail([train_dataset, *(dataset for dataset, _ in mixed)])
         self.retained = Retained(self, model, retention)
         self.retained.check_optimiser(args)
-        passes_of(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
+        logits_type(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
         self.head = OutputHead.of(model).install()
         self.head.kernel = loss_kernel
         self.kl_coef, self.kl_direction = kl_coef, kl_direction

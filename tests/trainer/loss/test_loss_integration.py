@@ -6,10 +6,10 @@ import pytest
 import torch
 from dense_reference import dense_loss, relative_error, teacher_from_logits
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
+from teacher_batches import empty_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.label_annealing_loss import label_annealing_loss
 
 
@@ -191,8 +191,8 @@ def test_double_backward_is_refused_clearly():
 
 EMPTY = {
     "no label, no teacher": (False, None),
-    "no label, empty teacher": (False, TeacherBatch.empty(2.0)),
-    "labels, empty teacher": (True, TeacherBatch.empty(2.0)),
+    "no label, empty teacher": (False, empty_batch(2.0)),
+    "labels, empty teacher": (True, empty_batch(2.0)),
 }
 
 
