@@ -36,7 +36,7 @@ from formats.logprobs.features import TokenFeatures
 from formats.logprobs.ragged import rank_in_segment, segment_order, segment_sum
 from formats.logprobs.tail_draws import TailDraws, draw, starts
 from formats.logprobs.tail_function import TAIL_BETAS
-from trainer.loss.kl import LARGEST_RATIO
+from trainer.loss.kl import LARGEST_RATIO, LARGEST_SHARE
 
 # The trainer's tail moments, until they leave here as well.
 VARIANCE_SHARE, DRIFT_VARIANCE, LEAST_RIDGE, LARGEST_DEVIATION = 0.02, 0.02, 1e-6, 4.0
@@ -308,7 +308,9 @@ def gradient(
         probability = np.exp(beta * draws.logprobs.astype(np.float64) - log_z[at])
         student_tail = student[at, token] / (1 - student_covered[at])
         ratio = tail_mass[at] * (student_tail + tilted[at, token]) / probability
-        pull = beta * draws.weights * probability * (ratio.clip(-LARGEST_RATIO, LARGEST_RATIO) - 1)
+        scale = draws.weights * probability
+        limited = np.minimum(ratio, np.maximum(LARGEST_SHARE / scale, LARGEST_RATIO))
+        pull = beta * scale * (limited - 1)
         spread = np.bincount(at, pull, minlength=len(head)) / (1 - student_covered)
         outside = student * spread[:, None]
         outside[rows, columns] = 0.0

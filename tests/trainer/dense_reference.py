@@ -49,8 +49,8 @@ def bucketed_kl_row(student_logits, ids, logprobs, log_tail, temperature, revers
 def drawn_tail_row(student_logits, ids, drawn, log_p, weights, temperature, tail_mass):
     """What the draws of one row estimate: sum over the tail of p (r - 1 - log r), r = (1 - P) q~ / p.
 
-    `log_p` are the logarithms of the draws' p at the temperature. Where the first r is above 10 it goes on
-    with the logarithm, so that its slope stays.
+    `log_p` are the logarithms of the draws' p at the temperature. Where the first r is above 10 and its share,
+    r p / pi, above 1 it goes on with the logarithm, so that its slope stays.
     """
     outside = torch.ones(len(student_logits), dtype=torch.bool)
     outside[ids] = False
@@ -59,8 +59,9 @@ def drawn_tail_row(student_logits, ids, drawn, log_p, weights, temperature, tail
     for token, log_probability, weight in zip(drawn.tolist(), log_p, weights, strict=True):
         log_ratio = tail_mass.log() + log_share[token] - log_probability
         first = log_ratio.exp()
-        if first > 10:
-            first = 10 * (1 + (first / 10).log())
+        limit = max(10.0, 1.0 / (weight * log_probability.exp()).item())
+        if first > limit:
+            first = limit * (1 + (first / limit).log())
         total = total + weight * log_probability.exp() * (first - 1 - log_ratio)
     return total
 

@@ -35,9 +35,12 @@ from trainer.data.teacher_batch import IGNORED
 from trainer.loss.logits import ChunkLogits, LogitGradient
 from trainer.loss.targets import LOG_FLOOR, TeacherTargets, segment_sum
 
+LARGEST_SHARE = 1.0
+"""One draw of a rare token that the student has made likely would outweigh all others. Its share of the
+student, r p/pi, stands for a probability, so it counts as at most one in the gradient (its value continues
+with the logarithm, so it stays an integral)."""
 LARGEST_RATIO = 10.0
-"""One draw whose token the student has made many times likelier would outweigh all others: its r counts as at
-most this in the gradient (its value continues with the logarithm, so it stays an integral)."""
+"""Up to here r counts in full whatever its share: the initial weights, r = 1, stay out of the limit's reach."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,9 @@ def drawn_tail(
     log_share_P = targets.log_tail_P - log_tail_sum_P
     log_ratio_S = shifted_S + log_share_P[draws.position_S] - draws.log_probs_S
     ratio_S = log_ratio_S.clamp_max(50.0).exp()
-    limited_S = ratio_S.clamp_max(LARGEST_RATIO)
-    beyond_S = limited_S * (ratio_S / LARGEST_RATIO).clamp_min(1.0).log()
+    limit_S = (LARGEST_SHARE / draws.scale_S).clamp_min(LARGEST_RATIO)
+    limited_S = torch.minimum(ratio_S, limit_S)
+    beyond_S = limited_S * (ratio_S / limit_S).clamp_min(1.0).log()
     gradient_S = beta * draws.scale_S * (limited_S - 1.0)
     return DrawnTail(
         kl_P=segment_sum(draws.scale_S * (limited_S + beyond_S - 1.0 - log_ratio_S), draws.offsets_P1),
