@@ -8,7 +8,6 @@ from dense_reference import dense_logits, online_two_model_kl, relative_error, t
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
 
 from formats.errors import FormatError
-from trainer.loss import kl as loss_kl
 from trainer.loss.label_annealing_loss import label_annealing_loss
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
