@@ -49,7 +49,7 @@ class TrainReport:
     step0: dict[str, Any] | None = None
     """The check before the first update (`Step0Report.to_dict()`)."""
     last: dict[str, float] = field(default_factory=dict)
-    """The last training log line: loss, ce, kl, head_mass, ..."""
+    """The last training log line: loss, ce, kl, kept_mass, ..."""
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Evaluation cache -> ce, perplexity, kl, num_tokens."""
     log_history: list[dict[str, Any]] = field(default_factory=list)

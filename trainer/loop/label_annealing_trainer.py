@@ -61,7 +61,7 @@ class LabelAnnealingTrainer(Trainer):
         retention: methods that act on the weights; `model` then has its initial ones.
         processing_class: the tokenizer, saved with the model.
 
-    Logged beside the Trainer's own: ce, kl, head_mass, student_head_mass, tokens_per_second, memory_gib, the
+    Logged beside the Trainer's own: ce, kl, kept_mass, student_kept_mass, tokens_per_second, memory_gib, the
     penalties of `retention` under their names (they are part of `loss`); and {prefix}_ce, _kl, _perplexity,
     _num_tokens from evaluation.
 
@@ -308,7 +308,7 @@ class LabelAnnealingTrainer(Trainer):
         }
         loss = result.ce
         if result.num_kl:
-            metrics |= {"kl": result.kl, "head_mass": result.head_mass}
+            metrics |= {"kl": result.kl, "kept_mass": result.kept_mass}
             loss += self.kl_coef * result.kl
         metrics["loss"] = loss
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

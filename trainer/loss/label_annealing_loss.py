@@ -46,9 +46,9 @@ class LabelAnnealingOutput:
     """Sum of the cross-entropies over `num_ce` as passed, or over the local count."""
     kl: torch.Tensor
     """Sum of the KLs over `num_kl` as passed, or over the local count."""
-    head_mass: torch.Tensor
+    kept_mass: torch.Tensor
     """Mean teacher mass of the kept tokens at the loss temperature, over the local positions; 0 without."""
-    student_head_mass: torch.Tensor
+    student_kept_mass: torch.Tensor
     """Mean student mass of the same tokens."""
     num_ce: torch.Tensor
     """Rows with a label in this call, whatever denominator was passed."""
@@ -167,8 +167,8 @@ def label_annealing_loss(
         loss=loss,
         ce=sum_ce * per_ce,
         kl=sum_kl * per_kl,
-        head_mass=sum_p / max(num_positions, 1),
-        student_head_mass=sum_q / max(num_positions, 1),
+        kept_mass=sum_p / max(num_positions, 1),
+        student_kept_mass=sum_q / max(num_positions, 1),
         num_ce=local_ce,
         num_kl=local_kl,
     )

@@ -89,7 +89,7 @@ def compare(case: Case, dtype: torch.dtype, chunk_size: int | None = None, **arg
         value = getattr(output, name).item()
         assert value == pytest.approx(getattr(expected, name).item(), rel=tolerance, abs=tolerance)
         assert value == pytest.approx(getattr(torch_output, name).item(), rel=near, abs=near)
-    assert output.student_head_mass.item() == pytest.approx(torch_output.student_head_mass.item(), abs=1e-5)
+    assert output.student_kept_mass.item() == pytest.approx(torch_output.student_kept_mass.item(), abs=1e-5)
     for name, gradient in gradients.items():
         assert gradient.dtype == dtype
         assert relative_error(gradient, expected_gradients[name]) < tolerance, name

@@ -147,8 +147,8 @@ def test_three_tokens_by_hand():
     out.loss.backward()
     assert out.ce.item() == pytest.approx(-math.log(0.3))
     assert out.kl.item() == pytest.approx(0.6 * math.log(0.6 / 0.5) + 0.4 * math.log(0.4 / 0.5))
-    assert out.head_mass.item() == pytest.approx(0.6)
-    assert out.student_head_mass.item() == pytest.approx(0.5)
+    assert out.kept_mass.item() == pytest.approx(0.6)
+    assert out.student_kept_mass.item() == pytest.approx(0.5)
     # CE: q - [label]. KL: head 0.5 - 0.6; tail q_j (P - Q) / (1 - Q) = q_j * 0.2. Twice the KL.
     by_hand = [0.5 + 2 * -0.1, 0.3 - 1 + 2 * 0.06, 0.2 + 2 * 0.04]
     assert weight.grad.squeeze(1).tolist() == pytest.approx(by_hand)
