@@ -32,7 +32,7 @@ from formats.codec.rank_table import permutations, rank_by_frequency
 from formats.logprobs.ragged import rank_in_segment, segment_order, segment_sum
 from formats.logprobs.tail_draws import TailDraws, draw, starts
 from formats.logprobs.tail_function import TAIL_BETAS
-from trainer.loss.loss_draws import LARGEST_RATIO
+from trainer.loss.kl import LARGEST_RATIO, LARGEST_SHARE
 
 TEMPERATURES = (0.5, 0.75, 1.0, 2.0, 4.0)
 CHUNK = 128
@@ -248,7 +248,9 @@ def gradient(encoded: Encoded, head: TopKLogprobs, student: np.ndarray, temperat
         probability = np.exp(beta * draws.logprobs.astype(np.float64) - log_z[at])
         student_tail = student[at, token] / (1 - student_covered[at])
         ratio = tail_mass[at] * student_tail / probability
-        pull = beta * draws.weights * probability * (ratio.clip(-LARGEST_RATIO, LARGEST_RATIO) - 1)
+        scale = draws.weights * probability
+        limited = np.minimum(ratio, np.maximum(LARGEST_SHARE / scale, LARGEST_RATIO))
+        pull = beta * scale * (limited - 1)
         spread = np.bincount(at, pull, minlength=len(head)) / (1 - student_covered)
         outside = student * spread[:, None]
         outside[rows, columns] = 0.0

@@ -3,12 +3,13 @@
     python benchmarks/fidelity.py [--model examples/tiny-base] [--steps 0 10 100] [--temperatures 0.5 1 2]
 
 The student starts as the teacher and drifts by plain fine-tuning. At each stop the gradient of the KL term
-alone with respect to *all parameters* is taken in these ways:
+alone with respect to *all parameters* is taken seven ways:
 
     online         KL(p || q) over the full vocabulary, both models run: the truth
     cache          our loss on our cache: written by CacheWriter with its default codec, read by TeacherCache
     bucket only    the same cache, its tail draws left out
     renormalised   the same stored entries, renormalised to one, the rest of the vocabulary impossible
+    both sides     teacher and student both renormalised over the same stored tokens (MaxText, NeMo-RL)
     zero-filled    the same entries at their true probabilities, the tail's term dropped
     sampled        50 draws at T = 1, importance-weighted to T (Sparse Logit Sampling, ACL 2025)
 
@@ -34,7 +35,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, topk_targets
+from teacher_batches import batch_from_topk
 
 from cache_builder.config import DEFAULT_TAIL_DRAWS
 from formats.cache import TeacherCache
@@ -43,10 +47,9 @@ from formats.disk.token_row import TokenRow
 from formats.logprobs.tail_draws import starts
 from formats.logprobs.topk import TopKLogprobs
 from formats.writer import CacheWriter
-from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.label_annealing_loss import label_annealing_loss
 
-METHODS = ("cache", "bucket only", "renormalised", "zero-filled", "sampled")
+METHODS = ("cache", "bucket only", "renormalised", "both sides", "zero-filled", "sampled")
 NUM_DRAWS = 50
 
 
@@ -88,7 +91,7 @@ def gradient_from_cache(
     batch, length = ids_BS.shape
     hidden = model.model(input_ids=ids_BS).last_hidden_state.flatten(0, 1)
     rows = np.arange(batch * length).reshape(batch, length)[:, :-1].reshape(-1)
-    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature, draws=draws)
+    teacher = batch_from_topk(rows[kept_P], topk.take(kept_P), temperature, draws)
     no_labels = torch.full((batch * length,), -100)
     label_annealing_loss(hidden, model.lm_head.weight, no_labels, teacher).loss.backward()
     return parameter_gradient(model)
@@ -117,8 +120,8 @@ def batch_gradients(
     seed: int,
     least_mass: float = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """Gradients of all methods, "online" and "ce" on one batch, over the positions whose head holds at least
-    `least_mass`."""
+    """Gradients of all methods, "online" and "ce" on one batch, over the positions whose kept tokens hold at
+    least `least_mass`."""
     with torch.no_grad():
         z = student(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double()
         logprobs = torch.log_softmax(teacher(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double(), -1)
@@ -132,10 +135,12 @@ def batch_gradients(
     ce[torch.arange(len(z)), labels] -= 1.0
 
     stored, mass = topk_targets(topk, temperature, z.shape[1])
+    inside = torch.where(stored > 0, q, 0.0)
     generator = torch.Generator().manual_seed(seed)
     gradients = {
         "online": beta * (q - p),
         "renormalised": beta * (q - stored / mass),
+        "both sides": beta * (inside / inside.sum(1, keepdim=True) - stored / mass),
         "zero-filled": beta * (mass * q - stored),
         "sampled": beta * (q - sampled_targets(logprobs, temperature, NUM_DRAWS, generator)),
     }
@@ -177,7 +182,7 @@ def through_a_cache(
     mass = np.concatenate([row.teacher.head_mass(1.0) for row in cache])
     draws = np.concatenate([row.teacher.draws.counts for row in cache])
     print(
-        f"heads of p >= {min_prob:g}, at most {max_k}, draws at rate {draw_rate}: "
+        f"tokens of p >= {min_prob:g}, at most {max_k}, draws at rate {draw_rate}: "
         f"{entries / positions:.1f} entries, {draws.mean():.1f} draws and {stored / positions:.1f} bytes per "
         f"position, mass {mass.mean():.3f}; {positions} positions in {len(batches)} batches\n"
     )
@@ -283,7 +288,7 @@ def main() -> None:
         type=float,
         default=0.0,
         metavar="P",
-        help="KL only at positions whose head holds so much, as nearly all of a large model's do",
+        help="KL only at positions whose kept tokens hold so much, as nearly all of a large model's do",
     )
     parser.add_argument("--json", type=Path, help="write every comparison here")
     args = parser.parse_args()

@@ -36,7 +36,6 @@ _HOME = {
     "load_config": "config_file",
     "merge": "merging.merge_models",
     "paired": "bench.paired",
-    "shift_labels": "loss.label_annealing_loss",
     "split_batch": "data.collator",
     "train": "run",
 }

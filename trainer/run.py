@@ -33,7 +33,7 @@ from trainer.loading import (
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
 from trainer.loop.step0 import Step0Check, Step0Report
-from trainer.loss.logits import passes_of
+from trainer.loss.chunks import logits_type
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
 from trainer.result.lora import attach_adapters
@@ -63,7 +63,7 @@ class TrainReport:
     step0: dict[str, Any] | None = None
     """The check before the first update (`Step0Report.to_dict()`)."""
     last: dict[str, float] = field(default_factory=dict)
-    """The last training log line: loss, ce, kl, head_mass, ..."""
+    """The last training log line: loss, ce, kl, kept_mass, ..."""
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Evaluation cache -> ce, perplexity, kl, num_tokens."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
@@ -181,7 +181,7 @@ def say(line: str) -> None:
 def require_loss_kernel(config: TrainConfig, resolved: Mapping[str, Any]) -> None:
     """Refuse a loss kernel that this machine does not have."""
     on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
-    passes_of(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
+    logits_type(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
@@ -211,12 +211,11 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     """The caches' rows at the run's temperature. Without a KL term nobody reads the teacher's payloads, so
     they are not decoded either.
     """
-    forward = config.kl_direction == "forward"
-    tail = (config.tail_draws and forward,)
+    tail_draws = config.tail_draws and config.kl_direction == "forward"
 
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
         loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
-        return CachedDataset(opened, config.temperature, loss, *tail)
+        return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws)
 
     return Rows(
         training=rows(inputs.target, "both"),
@@ -224,7 +223,7 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
             (rows(opened, entry.loss), entry.weight)
             for opened, entry in zip(inputs.mixed, config.caches, strict=True)
         ],
-        first_check=CachedDataset(inputs.target, config.temperature, "both", *tail),
+        first_check=CachedDataset(inputs.target, config.temperature, tail_draws=tail_draws),
         evaluation={name: CachedDataset(opened) for name, opened in inputs.held_out.items()},
         fisher=None if inputs.known is None else CachedDataset(inputs.known, loss="ce"),
     )

@@ -18,7 +18,7 @@ VOCAB_SIZE = 400
 
 @pytest.fixture(scope="module")
 def teacher():
-    """Wide random weights: heads of many sizes, and a tail that carries mass."""
+    """Wide random weights: few or many tokens are kept, and the tail carries mass."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -54,11 +54,13 @@ def results(teacher):
 def test_at_the_initial_weights_only_the_cache_pulls_nowhere(results, temperature):
     """The other targets move a model off itself; the cache leaves what the codec rounds off."""
     norms = {m: min(one.relative_to_ce for one in results[0, temperature, m].batches) for m in METHODS}
-    assert norms["bucket only"] < 5e-3
+    assert max(norms["bucket only"], norms["both sides"]) < 5e-3  # the tail left out is no push, yet
     ours = max(one.relative_to_ce for one in results[0, temperature, "cache"].batches)
     assert ours < 5e-3
     assert norms["sampled"] > 20 * ours
-    if temperature > 0.5:  # at T = 0.5 these heads hold nearly everything: cutting the tail off is harmless
+    if (
+        temperature > 0.5
+    ):  # at T = 0.5 the kept tokens hold nearly everything: cutting the tail off is harmless
         assert min(norms["renormalised"], norms["zero-filled"]) > 10 * ours
 
 

@@ -28,7 +28,7 @@ def test_the_report_tells_what_happened(trained):
     assert report.num_steps == report.max_steps == 2 and report.interrupted_by is None
     assert report.step0["kl"] < 1e-6 and report.step0["num_rows"] == 4
     steps = [entry for entry in report.log_history if "ce" in entry]
-    wanted = {"loss", "ce", "kl", "head_mass", "student_head_mass", "tokens_per_second", "memory_gib"}
+    wanted = {"loss", "ce", "kl", "kept_mass", "student_kept_mass", "tokens_per_second", "memory_gib"}
     assert all(wanted <= entry.keys() for entry in steps)
     for entry in steps:
         assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"], rel=1e-5)

@@ -3,7 +3,7 @@
 An item is a dict of compact numpy arrays, never lists and never int64. The tail mass is taken at the run's
 temperature here, so the interpolation runs in the worker and the GPU sees one number per position.
 
-L: tokens of the row, P: positions with teacher targets, E: their head entries together, S: their tail draws.
+L: tokens of the row, P: positions with teacher targets, E: their kept entries together, S: their tail draws.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,7 @@ import torch.utils.data
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, FormatError
 from trainer.config import ROW_LOSSES
-
-IGNORED = -100
-"""The label of a token that carries no cross-entropy."""
+from trainer.data.teacher_batch import IGNORED
 
 Item = dict[str, Any]
 
@@ -45,7 +43,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         input_ids         int32 [L]
         labels            int32 [L], not shifted: labels[t] is input_ids[t], or -100 where t carries no loss
         teacher_positions int32 [P]: hidden state at this index predicts the token after it
-        teacher_counts    int32 [P]: head entries per position
+        teacher_counts    int32 [P]: kept entries per position
         teacher_token_ids int32 [E], teacher_logprobs float32 [E] at T = 1
         teacher_log_tail  float32 [P]: A(1/T) at `temperature`
         teacher_draw_counts int32 [P]: tail draws per position, where the cache has some

@@ -44,8 +44,8 @@ def evaluate(
         progress: called with (cache name, rows done, rows in all) after every batch.
 
     Returns:
-        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, head_mass}; nats, per token; kl and
-        head_mass are None for a cache without teacher positions, ce and perplexity for one without labels.
+        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, kept_mass}; nats, per token; kl and
+        kept_mass are None for a cache without teacher positions, ce and perplexity for one without labels.
 
     Raises:
         ConfigError: not a model, no tokenizer, two caches of one name, an unknown dtype.
@@ -100,7 +100,7 @@ def evaluate(
             "num_tokens": found.num_ce,
             "num_positions": found.num_kl,
             "num_rows": num_rows,
-            "head_mass": found.head_mass if found.num_kl else None,
+            "kept_mass": found.kept_mass if found.num_kl else None,
         }
     head.remove()
     return results

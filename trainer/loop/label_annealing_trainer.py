@@ -39,7 +39,7 @@ from trainer.loop.measure import Measurement, measure
 from trainer.loop.output_head import OutputHead
 from trainer.loop.signals import StopRequest
 from trainer.loop.step_control import StepControl
-from trainer.loss.logits import passes_of
+from trainer.loss.chunks import logits_type
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
 
@@ -61,7 +61,7 @@ class LabelAnnealingTrainer(Trainer):
         retention: methods that act on the weights; `model` then has its initial ones.
         processing_class: the tokenizer, saved with the model.
 
-    Logged beside the Trainer's own: ce, kl, head_mass, student_head_mass, tokens_per_second, memory_gib, the
+    Logged beside the Trainer's own: ce, kl, kept_mass, student_kept_mass, tokens_per_second, memory_gib, the
     penalties of `retention` under their names (they are part of `loss`); and {prefix}_ce, _kl, _perplexity,
     _num_tokens from evaluation.
 
@@ -104,7 +104,7 @@ class LabelAnnealingTrainer(Trainer):
             require_one_tail([train_dataset, *(dataset for dataset, _ in mixed)])
         self.retained = Retained(self, model, retention)
         self.retained.check_optimiser(args)
-        passes_of(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
+        logits_type(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
         self.head = OutputHead.of(model).install()
         self.head.kernel = loss_kernel
         self.kl_coef, self.kl_direction = kl_coef, kl_direction
@@ -313,7 +313,7 @@ class LabelAnnealingTrainer(Trainer):
         }
         loss = result.ce
         if result.num_kl:
-            metrics |= {"kl": result.kl, "head_mass": result.head_mass}
+            metrics |= {"kl": result.kl, "kept_mass": result.kept_mass}
             loss += self.kl_coef * result.kl
         metrics["loss"] = loss
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

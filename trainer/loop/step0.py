@@ -30,8 +30,8 @@ class Step0Report:
     """KL(initial || model), nats per position."""
     ce: float
     """Cross-entropy of the initial model on these rows; NaN where none carries loss."""
-    head_mass: float
-    """Mean teacher mass of the cached heads."""
+    kept_mass: float
+    """Mean teacher mass of the kept tokens."""
     num_rows: int
     """Rows measured."""
     num_positions: int
@@ -113,7 +113,7 @@ def measure_step0(
     return Step0Report(
         kl=result.kl,
         ce=result.ce,
-        head_mass=result.head_mass,
+        kept_mass=result.kept_mass,
         num_rows=len(rows),
         num_positions=result.num_kl,
         temperature=dataset.temperature,
