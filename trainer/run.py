@@ -8,6 +8,7 @@ again.
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from formats.cache import TeacherCache
-from formats.identity.fingerprint import resolve_model
+from formats.identity.fingerprint import ModelFingerprint, resolve_model
 from trainer.config import TrainConfig
 from trainer.loading import (
     load_model,
     load_tokenizer,
     open_cache,
     quiet_transformers,
-    require_vocabulary,
     stored_dtype,
 )
 from trainer.loss.logits import passes_of
+from trainer.preflight.before_start import check_before_start
+from trainer.preflight.continuation import run_facts
+from trainer.preflight.liger import settle_liger
+from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.run_directory import RunDirectory
 
@@ -80,7 +84,14 @@ def train(config: TrainConfig) -> TrainReport:
         FormatError: a cache is missing, unfinished or broken.
         IdentityMismatchError: a cache was built with another model, tokenizer or template, or the KL before
             the first update is above `config.step0_threshold`.
+        DivergenceError: the loss, a gradient or a weight is not finite; nothing is published.
     """
+    with ExitStack() as opened:
+        return _train(config, opened)
+
+
+def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
+    """`train`, which closes what is entered into `opened_run`."""
     started = time.perf_counter()
     resolved = resolve_training(config)
     on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
@@ -121,9 +132,19 @@ def train(config: TrainConfig) -> TrainReport:
 
     model = load_model(model_dir, dtype=config.dtype, attn_implementation=config.attn_implementation)
     num_outputs = int(model.get_output_embeddings().weight.shape[0]) if model.get_output_embeddings() else 0
-    vocab_size = None
-    for opened in (cache, *mixed, *held_out.values(), *known_text):
-        vocab_size = require_vocabulary(opened, num_outputs, allow_padding=config.allow_different_student)
+    vocab_size = shared_vocabulary(
+        (cache, *mixed, *held_out.values(), *known_text),
+        num_outputs,
+        tokenizer,
+        different_student=config.allow_different_student,
+    )
+    for dataset in (
+        train_dataset,
+        first_check,
+        *(rows for rows, _ in mixed_datasets),
+        *eval_datasets.values(),
+    ):
+        dataset.vocab_size = vocab_size
     if config.lora is not None:
         from trainer.result.lora import attach_adapters
 
@@ -141,12 +162,18 @@ def train(config: TrainConfig) -> TrainReport:
     settings = config.to_dict() | {"training": resolved}
     identity = cache.identity.to_dict()
     with args.main_process_first():
-        directory = RunDirectory.open(out, settings, identity)
+        directory = RunDirectory.open(out, settings, identity, owner=args.process_index == 0)
+    opened_run.enter_context(directory)
+    settle_liger(args, model)
 
     trainer = _make_trainer(
         config, model, args, tokenizer, train_dataset, mixed_datasets, eval_datasets, retention
     )
     trainer.head.vocab_size = vocab_size
+    check_before_start(trainer)
+    groups = {"training": [cache], "mixed": mixed, "evaluation": [*held_out.values()], "ewc": known_text}
+    weights = ModelFingerprint.of(model_dir).weights if config.allow_different_student else None
+    directory.require_same_run(run_facts(trainer, config, groups, weights))
     from trainer.loop.step0 import Step0Check
 
     def on_report(report: "Step0Report") -> None:
@@ -237,7 +264,7 @@ def _interruption(trainer: "LabelAnnealingTrainer") -> str | None:
 def _evaluate(trainer: "LabelAnnealingTrainer", datasets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     results = {}
     for name, dataset in datasets.items():
-        found = trainer.measure_rows(trainer.get_eval_dataloader(dataset))
+        found = trainer.measure_rows(trainer.get_eval_dataloader(dataset)).require_finite(name)
         results[name] = {
             "ce": found.ce,
             "perplexity": found.perplexity,

@@ -7,6 +7,7 @@ L: tokens of the row, P: positions with teacher targets, E: their head entries t
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError, FormatError
 from formats.logprobs.features import TokenFeatures
 from trainer.config import ROW_LOSSES
+from trainer.data.padded_teacher import without_padding
 from trainer.data.teacher_batch import tail_means
 
 IGNORED = -100
@@ -84,6 +86,8 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         self.loss = loss
         self.tail_moments = tail_moments
         self.tail_draws = tail_draws
+        self.vocab_size: int | None = None
+        """Tokens of a student whose head is padded less than the teacher's; None for the cache's own."""
         if len(self.cache) == 0:
             raise ConfigError(
                 f"a training cache needs rows, got none in {self.name}; check the corpus it was built from"
@@ -107,6 +111,12 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         """The token features that items carry; None where they carry none."""
         return self.cache.features if self.tail_moments and self.loss != "ce" else None
 
+    @cached_property
+    def _feature_codes(self) -> np.ndarray:
+        """int8 [V, F]: the token features of the tokens that the student has."""
+        assert self.features is not None
+        return self.features.codes[: self.vocab_size]
+
     @property
     def has_draws(self) -> bool:
         """Whether items carry tail draws."""
@@ -122,7 +132,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Item:
         row = self.cache[int(index)]
-        topk = row.teacher
+        topk = without_padding(row.teacher, self.vocab_size, self.name)
         if self.loss == "kl":
             labels = np.full(len(row.input_ids), IGNORED, np.int32)
         else:
@@ -138,7 +148,11 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         features = self.features
         if features is not None:
             mean, noise = tail_means(topk, self.cache.manifest.codec.moment_resolution)
-            item |= {"teacher_tail_mean": mean, "teacher_tail_noise": noise, "token_features": features.codes}
+            item |= {
+                "teacher_tail_mean": mean,
+                "teacher_tail_noise": noise,
+                "token_features": self._feature_codes,
+            }
         if self.has_draws:
             item |= {
                 "teacher_draw_counts": topk.draws.counts.astype(np.int32),
