@@ -27,10 +27,7 @@ class FiniteWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._first = torch.full((len(KINDS),), NEVER, dtype=torch.int64, device=device)
-        self.num_skipped = 0
-        """fp16: steps that the loss scaler skipped, in this call of the Trainer."""
-        self.num_taken = 0
-        """Steps that changed the weights, in this call of the Trainer."""
+        self._scaled = torch.zeros(2, dtype=torch.int64, device=device)
 
     def see(self, kind: str, value: Any, step: int) -> None:
         """Note the loss of a micro-batch, or the norm of a step's gradient, of optimizer step `step`."""
@@ -43,7 +40,38 @@ class FiniteWatch:
         bad = ~torch.isfinite(number.float()).all()
         self._first[which] = torch.where(bad, self._first[which].clamp(max=step), self._first[which])
 
-    def require(self, least_over_ranks: Callable[[torch.Tensor], torch.Tensor], advice: str) -> None:
+    def see_scaled(self, grad_norm: Any) -> None:
+        """fp16: count a step that the loss scaler let through, or skipped as its gradient was not finite.
+
+        accelerate's own flag misses the skips of fused optimisers, which get the scaler's verdict as an argument.
+        """
+        if grad_norm is not None:
+            good = torch.isfinite(torch.as_tensor(grad_norm, device=self._scaled.device).detach().float())
+            self._scaled += torch.stack([good, ~good])
+
+    @property
+    def scaled_steps(self) -> tuple[int, int]:
+        """fp16: steps (taken, skipped) in this call of the Trainer."""
+        taken, skipped = self._scaled.tolist()
+        return taken, skipped
+
+    def require_steps(self, scaler: Any, *, last: bool) -> None:
+        """fp16: raise when no loss scale gives a finite gradient, or (at the end) none was ever found.
+
+        Raises:
+            DivergenceError: says what to use instead.
+        """
+        taken, skipped = self.scaled_steps
+        hopeless = scaler.get_scale() < SMALLEST_SCALE
+        if hopeless or (last and skipped and not taken):
+            raise DivergenceError(
+                f"fp16 must find a loss scale with a finite gradient, got {skipped} skipped and {taken} taken steps "
+                f"at a scale of {scaler.get_scale():g}: use training.bf16: true, a lower learning rate, or more steps"
+            )
+
+    def require(
+        self, least_over_ranks: Callable[[torch.Tensor], torch.Tensor], advice: Callable[[], str]
+    ) -> None:
         """Raise if anything was not finite on any rank. Collective.
 
         Raises:
@@ -53,7 +81,7 @@ class FiniteWatch:
         if min(first) < NEVER:
             which = first.index(min(first))
             raise DivergenceError(
-                f"the {KINDS[which]} must be finite, got NaN or infinity in step {min(first)}{advice}"
+                f"the {KINDS[which]} must be finite, got NaN or infinity in step {min(first)}{advice()}"
             )
 
 

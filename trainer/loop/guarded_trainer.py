@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from formats.errors import ConfigError, DivergenceError
 from trainer import checkpoint
-from trainer.loop.finite import SMALLEST_SCALE, FiniteWatch, all_finite
+from trainer.loop.finite import FiniteWatch, all_finite
 from trainer.loop.schedule import first_step_trains
 from trainer.preflight import best_model
 from trainer.preflight.arguments import refuse_unhonoured
@@ -57,7 +57,7 @@ class GuardedTrainer(Trainer):
     def schedule_of(self, scheduler: Any, num_training_steps: int) -> Any:
         """A schedule as transformers made it for so many steps -> the one of this trainer."""
         warmup = self.args.get_warmup_steps(num_training_steps)
-        return first_step_trains(scheduler, self.args.lr_scheduler_type.value, warmup)
+        return first_step_trains(scheduler, self.args.lr_scheduler_type.value, warmup, num_training_steps)
 
     # --- numbers that are none --------------------------------------------------------------------------
 
@@ -73,17 +73,10 @@ class GuardedTrainer(Trainer):
         if self._noted_step == self.state.global_step:  # the end of an epoch repeats its last step
             return
         self._noted_step = self.state.global_step
-        scaler = self.accelerator.scaler
-        if scaler is None or not self.accelerator.optimizer_step_was_skipped:
-            self.finite.num_taken += 1
+        if self.accelerator.scaler is None:
             self.finite.see("gradient", grad_norm, self.state.global_step)
-            return
-        self.finite.num_skipped += 1  # an infinite gradient of fp16 is normal: it halves the scale
-        if scaler.get_scale() < SMALLEST_SCALE:
-            raise DivergenceError(
-                "the gradient must be finite, got NaN or infinity at every loss scale of fp16 until step "
-                f"{self.state.global_step}{self._what_now()}"
-            )
+        else:  # an infinite gradient of fp16 is normal: the step is skipped and the scale halved
+            self.finite.see_scaled(grad_norm)
 
     def require_finite(self, *, weights: bool) -> None:
         """Stop the run if loss, gradient or (if asked for) a weight is not finite on any rank. Collective.
@@ -98,24 +91,19 @@ class GuardedTrainer(Trainer):
                 torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MIN)
             return values
 
-        advice = self._what_now()
-        self.finite.require(least, advice)
+        self.finite.require(least, self._what_now)
+        if self.accelerator.scaler is not None:
+            self.finite.require_steps(
+                self.accelerator.scaler, last=self.state.global_step >= self.state.max_steps
+            )
         if not weights:
             return
         assert self.model is not None
         good = all_finite(self.model.parameters(), self.args.device)
         if not bool(least(good.to(torch.int64))):
             raise DivergenceError(
-                f"the weights must be finite, got NaN or infinity after step {self.state.global_step}{advice}"
-            )
-        if (
-            self.finite.num_skipped
-            and not self.finite.num_taken
-            and self.state.global_step >= self.state.max_steps
-        ):
-            raise DivergenceError(
-                f"fp16 must take a step, got all {self.finite.num_skipped} skipped by its loss scaler: nothing was "
-                "trained; use training.bf16: true, or more steps"
+                f"the weights must be finite, got NaN or infinity after step {self.state.global_step}"
+                f"{self._what_now()}"
             )
 
     def _what_now(self) -> str:

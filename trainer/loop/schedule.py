@@ -23,24 +23,29 @@ LONGEST_WALK = 100_000
 """Steps of a schedule that are looked at before training."""
 
 
-def first_step_trains(scheduler: Any, schedule: str, num_warmup_steps: int) -> Any:
+def first_step_trains(scheduler: Any, schedule: str, num_warmup_steps: int, num_training_steps: int) -> Any:
     """The same schedule, whose warm-up is taken one step earlier. Schedules without a warm-up come back as they are.
 
     Args:
         scheduler: as `transformers.get_scheduler` made it, not stepped yet.
         schedule: its `lr_scheduler_type`.
         num_warmup_steps: W.
+        num_training_steps: of the run; behind its end the last rate stays.
     """
     if not isinstance(scheduler, LambdaLR) or schedule in STARTS_ABOVE_ZERO or num_warmup_steps < 1:
         return scheduler
     optimizer = scheduler.optimizer
     for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
         group["lr"] = rate
-    return LambdaLR(optimizer, [_earlier(factor, num_warmup_steps) for factor in scheduler.lr_lambdas])
+    last = num_training_steps - 1
+    return LambdaLR(optimizer, [_earlier(factor, num_warmup_steps, last) for factor in scheduler.lr_lambdas])
 
 
-def _earlier(factor: Callable[[int], float], num_warmup_steps: int) -> Callable[[int], float]:
+def _earlier(factor: Callable[[int], float], num_warmup_steps: int, last: int) -> Callable[[int], float]:
     def shifted(step: int) -> float:
+        step = min(step, last)  # asked once more after the last step, where some schedules divide by zero
+        if step == num_warmup_steps - 1:
+            return 1.0  # the top; a schedule that ends there has fallen to 0 one step later
         return factor(step + 1 if step < num_warmup_steps else step)
 
     return shifted

@@ -63,6 +63,8 @@ def refuse_idle(given: Mapping[str, Any], resolved: Mapping[str, Any], *, has_ev
     """
     for name, needs in _idle(resolved, has_evaluation=has_evaluation):
         value = given.get(name)
+        if word(given.get(f"{name.split('_')[0]}_strategy")) == "no":
+            continue  # switched off by name: its steps are moot, not forgotten
         if value is not None and value is not False and value != ADAM_DEFAULTS.get(name, 0):
             raise ConfigError(f"training.{name} would have no effect: {needs}; got {name}: {value!r}")
     _check_optim_args(given, resolved)
