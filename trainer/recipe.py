@@ -15,7 +15,7 @@ from formats.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.config_file import refuse_unknown
 from trainer.preflight import best_model, combinations
-from trainer.preflight.arguments import ARGUMENTS, FORMER, PASSED, refuse_argument
+from trainer.preflight.arguments import ARGUMENTS, FORMER, PASSED, refuse_argument, takes_null
 from trainer.preflight.combinations import word
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def check_names(training: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"training.{name} is new in transformers {transformers.__version__} and not known here; remove it"
             )
-        refuse_argument(name, value)
+        if value is not None:
+            refuse_argument(name, value)
 
 
 def resolve_training(config: TrainConfig) -> dict[str, Any]:
@@ -87,8 +88,8 @@ def resolve_training(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a name or value that cannot be honoured, or one that would have no effect beside the others.
     """
-    given = {name: value for name, value in config.training.items() if value is not None}
     check_names(config.training)
+    given = {k: v for k, v in config.training.items() if v is not None or takes_null(k)}
     resolved = {**DEFAULTS, **device_defaults(given), **given}
     if word(resolved["eval_strategy"]) != "no" and not config.eval_caches:
         raise ConfigError(

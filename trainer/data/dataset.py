@@ -133,6 +133,10 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> Item:
         row = self.cache[int(index)]
         topk = without_padding(row.teacher, self.vocab_size, self.name)
+        if self.vocab_size is not None and int(row.input_ids.max(initial=0)) >= self.vocab_size:
+            raise FormatError(
+                f"row {index} of {self.name} has token id {row.input_ids.max()}, beyond the student's {self.vocab_size}"
+            )
         if self.loss == "kl":
             labels = np.full(len(row.input_ids), IGNORED, np.int32)
         else:

@@ -12,9 +12,9 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from formats.errors import ConfigError, DivergenceError
 from trainer import checkpoint
 from trainer.loop.finite import FiniteWatch, all_finite
-from trainer.loop.schedule import first_step_trains
 from trainer.preflight import best_model
 from trainer.preflight.arguments import refuse_unhonoured
+from trainer.schedule import first_step_trains
 
 
 class GuardedTrainer(Trainer):
@@ -46,7 +46,7 @@ class GuardedTrainer(Trainer):
         ), per_epoch
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As in the base class, but the first step of a warm-up trains (trainer/loop/schedule.py)."""
+        """As in the base class, but the first step of a warm-up trains (trainer/schedule.py)."""
         fresh = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if fresh:
@@ -122,6 +122,16 @@ class GuardedTrainer(Trainer):
         return is_best or (
             self.control.should_training_stop and self.state.global_step < self.state.max_steps
         )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, which with `save_total_limit: 1` would delete the newest checkpoint of a run that is only
+        interrupted, if another one is the best so far. Which are kept is settled where they are saved.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def find_best_again(self) -> None:
         """After a continuation, or a move of the run's directory: where the best checkpoint so far is now.

@@ -52,7 +52,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
 
     Args:
         model: a causal language model, with adapters or without, not yet wrapped.
-        args: `TrainingArguments`; `remove_unused_columns` is turned off.
+        args: `TrainingArguments`; `remove_unused_columns` is turned off, what cannot be honoured is refused.
         train_dataset: a `CachedDataset` at the run's temperature.
         eval_dataset: a `CachedDataset` or a dict of them.
         mixed: further datasets, each with its weight (units per unit of the training dataset).

@@ -251,6 +251,15 @@ FORMER: Mapping[str, str] = {
 """Names that other versions of transformers and other trainers have, and what to write instead."""
 
 
+def takes_null(name: str) -> bool:
+    """Whether null is a value of this argument (no limit, no delay); for the others it means the default."""
+    check = ARGUMENTS[name].check
+    try:
+        return check is not None and check(f"training.{name}", None) is None
+    except ConfigError:
+        return False
+
+
 UNHONOURED = (
     *(
         "label_smoothing_factor",
@@ -266,7 +275,7 @@ UNHONOURED = (
         "include_for_metrics",
         "enable_jit_checkpoint",
     ),
-    *("deepspeed", "parallelism_config"),
+    "deepspeed",
 )
 """Names that `LabelAnnealingTrainer` would ignore or fail on, whoever made its TrainingArguments."""
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from formats.errors import ConfigError
-from trainer.loop.schedule import check_schedule
 from trainer.preflight import best_model
+from trainer.schedule import check_schedule
 
 if TYPE_CHECKING:
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer

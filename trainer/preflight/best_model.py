@@ -94,7 +94,7 @@ def _meet(given: Mapping[str, Any], resolved: dict[str, Any], need: str) -> None
     if best and evaluates == saves == "steps":
         if "save_steps" not in given and resolved.get("eval_steps"):
             resolved["save_steps"] = resolved["eval_steps"]
-        resolved.setdefault("eval_steps", resolved["save_steps"])
+        resolved["eval_steps"] = resolved.get("eval_steps") or resolved["save_steps"]
     if evaluates == "no":
         raise ConfigError(f"training.{need} needs evaluations, got eval_strategy: no; use steps or epoch")
     if best and saves not in (evaluates, "best"):

@@ -62,7 +62,5 @@ def settle_liger(args: Any, model: Any) -> None:
         ConfigError: as `liger_config`.
     """
     if args.use_liger_kernel:
-        from trainer.loop.output_head import unwrapped
-
-        model_type = str(getattr(unwrapped(model).config, "model_type", ""))
+        model_type = str(getattr(model.config, "model_type", ""))
         args.liger_kernel_config = liger_config(args.liger_kernel_config, model_type, args.device.type)

@@ -47,7 +47,7 @@ def padded_dir(tiny_llama_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def padded_cache(padded_dir, tmp_path_factory):
     """Lossless: the padding is among the kept tokens, with the little probability that it has."""
-    return write_cache(tmp_path_factory.mktemp("cache") / "padded", padded_dir, num_rows=8)
+    return write_cache(tmp_path_factory.mktemp("cache") / "padded", padded_dir, rows=random_rows(8, V))
 
 
 def swapped(model_dir, out):
@@ -181,3 +181,16 @@ def test_padding_with_a_probability_is_no_padding():
 def test_nothing_changes_for_a_vocabulary_of_one_size():
     topk = topk_of(np.log(np.full((2, 10), 0.1)), 0.0, 10, None, 0)
     assert without_padding(topk, None) is topk and without_padding(topk, 10) is topk
+
+
+def test_a_row_beyond_the_student_is_named(tiny_llama_dir, padded_dir, tmp_path):
+    """Token ids that no tokenizer wrote, such as those of a corpus that brought its own."""
+    from trainer.data.dataset import CachedDataset
+
+    rows = random_rows(2, V)
+    rows[1].input_ids[3] = V + 2
+    dataset = CachedDataset(write_cache(tmp_path / "c", padded_dir, rows=rows))
+    dataset.vocab_size = V
+    assert len(dataset[0]["input_ids"])
+    with pytest.raises(FormatError, match=r"row 1 of .* has token id 1005, beyond the student's 1003"):
+        dataset[1]

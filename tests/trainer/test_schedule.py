@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from formats.errors import ConfigError
-from trainer.loop.schedule import check_schedule, first_step_trains, schedule_arguments
+from trainer.schedule import check_schedule, first_step_trains, schedule_arguments
 
 RATE = 0.25
 NEEDED = {
