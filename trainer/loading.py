@@ -123,20 +123,3 @@ def open_cache(path: str, model_dir: Path, tokenizer: Any, *, check_identity: bo
         except IdentityMismatchError as error:
             raise IdentityMismatchError(f"{path}: {error}") from None
     return cache
-
-
-def require_vocabulary(cache: TeacherCache, num_outputs: int, *, allow_padding: bool) -> int | None:
-    """Check that the model predicts the cache's vocabulary; returns V if its head is padded beyond it.
-
-    Raises:
-        IdentityMismatchError: another vocabulary.
-    """
-    size = cache.manifest.vocab_size
-    if num_outputs == size:
-        return None
-    if allow_padding and num_outputs > size:
-        return size
-    raise IdentityMismatchError(
-        f"a cache serves models of its own vocabulary, got {size} tokens and a model of {num_outputs}: "
-        f"{cache.path}; use the model that built it"
-    )

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from formats.cache import TeacherCache
 from formats.errors import AnnealError
-from formats.identity.fingerprint import resolve_model
+from formats.identity.fingerprint import ModelFingerprint, resolve_model
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
 from trainer.loading import (
@@ -28,12 +29,15 @@ from trainer.loading import (
     open_cache,
     quiet_transformers,
     require_plain_weights,
-    require_vocabulary,
 )
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
 from trainer.loop.step0 import Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
+from trainer.preflight.before_start import check_before_start
+from trainer.preflight.continuation import run_facts
+from trainer.preflight.liger import settle_liger
+from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
 from trainer.result.lora import attach_adapters
@@ -119,6 +123,11 @@ class Rows:
     fisher: CachedDataset | None
     """Text for the Fisher information."""
 
+    @property
+    def with_teacher(self) -> list[CachedDataset]:
+        """Those whose targets are read."""
+        return [self.training, self.first_check, *(rows for rows, _ in self.mixed), *self.evaluation.values()]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
@@ -142,8 +151,15 @@ def train(config: TrainConfig) -> TrainReport:
         FormatError: a cache is missing, unfinished or broken.
         IdentityMismatchError: a cache was built with another model, tokenizer or template, or the KL before
             the first update is above `config.step0_threshold`.
+        DivergenceError: the loss, a gradient or a weight is not finite; nothing is published.
         AnnealError: the saved model does not compute what the trained one does; it is not published.
     """
+    with ExitStack() as opened:
+        return _train(config, opened)
+
+
+def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
+    """`train`, which closes what is entered into `opened_run`."""
     started = time.perf_counter()
     resolved = resolve_training(config)
     require_loss_kernel(config, resolved)
@@ -151,6 +167,8 @@ def train(config: TrainConfig) -> TrainReport:
     inputs = open_inputs(config)
     rows = rows_of(config, inputs)
     student = load_student(config, inputs)
+    for dataset in rows.with_teacher:
+        dataset.vocab_size = student.vocab_size
     retention = retention_methods(config, rows, int(resolved["seed"]))
     saves = str(resolved["save_strategy"]) not in ("no", "SaveStrategy.NO")
     out = Path(config.out)
@@ -158,8 +176,13 @@ def train(config: TrainConfig) -> TrainReport:
     args = training_arguments(resolved, out)
     with args.main_process_first():
         settings = config.to_dict() | {"training": resolved}
-        directory = RunDirectory.open(out, settings, inputs.target.identity.to_dict())
+        identity = inputs.target.identity.to_dict()
+        directory = RunDirectory.open(out, settings, identity, owner=args.process_index == 0)
+    opened_run.enter_context(directory)
+    settle_liger(args, student.model)
     trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention)
+    check_before_start(trainer)
+    directory.require_same_run(run_facts(trainer, config, *facts_of(config, inputs)))
     check_before_first_step(trainer, config, rows, directory)
     run_steps(trainer, directory)
     report = report_of(trainer, directory, started)
@@ -207,6 +230,14 @@ def open_inputs(config: TrainConfig) -> Inputs:
     )
 
 
+def facts_of(config: TrainConfig, inputs: Inputs) -> tuple[dict[str, list[TeacherCache]], str | None]:
+    """The caches by their use, and the fingerprint of a student's weights that no cache's identity holds."""
+    known = [inputs.known] if inputs.known is not None else []
+    held_out = [*inputs.held_out.values()]
+    caches = {"training": [inputs.target], "mixed": inputs.mixed, "evaluation": held_out, "ewc": known}
+    return caches, ModelFingerprint.of(inputs.model_dir).weights if config.allow_different_student else None
+
+
 def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     """The caches' rows at the run's temperature. Without a KL term nobody reads the teacher's payloads, so
     they are not decoded either.
@@ -249,9 +280,9 @@ def load_student(config: TrainConfig, inputs: Inputs) -> Student:
     """Load the initial model, find the place of its weights in the result, and attach adapters."""
     model = load_model(inputs.model_dir, dtype=config.dtype, attn_implementation=config.attn_implementation)
     num_outputs = int(model.get_output_embeddings().weight.shape[0]) if model.get_output_embeddings() else 0
-    vocab_size = None
-    for cache in inputs.caches:
-        vocab_size = require_vocabulary(cache, num_outputs, allow_padding=config.allow_different_student)
+    vocab_size = shared_vocabulary(
+        inputs.caches, num_outputs, inputs.tokenizer, different_student=config.allow_different_student
+    )
     layout = None
     if config.lora is None or config.lora.merge:
         layout = ResultLayout.of(model, inputs.model_dir, config.save_dtype)
@@ -353,7 +384,7 @@ def evaluate_rows(
     """Name -> ce, perplexity, kl, num_tokens of the trained model. Collective."""
     results = {}
     for name, dataset in datasets.items():
-        found = trainer.measure_rows(trainer.get_eval_dataloader(dataset))
+        found = trainer.measure_rows(trainer.get_eval_dataloader(dataset)).require_finite(name)
         results[name] = {
             "ce": found.ce,
             "perplexity": found.perplexity,

@@ -54,6 +54,10 @@ class RunningTrainer(Protocol):
         """Means over a loader on all ranks. Collective."""
         ...
 
+    def find_best_again(self) -> None:
+        """After a continuation, or a move of the directory: where the best checkpoint so far is now."""
+        ...
+
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
         """In which a loss is computed as in training."""
         ...

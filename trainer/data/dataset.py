@@ -16,6 +16,7 @@ import torch.utils.data
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, FormatError
 from trainer.config import ROW_LOSSES
+from trainer.data.padded_teacher import without_padding
 from trainer.data.teacher_batch import IGNORED
 
 Item = dict[str, Any]
@@ -75,6 +76,8 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         self.temperature = float(temperature)
         self.loss = loss
         self.tail_draws = tail_draws
+        self.vocab_size: int | None = None
+        """Tokens of a student whose head is padded less than the teacher's; None for the cache's own."""
         if len(self.cache) == 0:
             raise ConfigError(
                 f"a training cache needs rows, got none in {self.name}; check the corpus it was built from"
@@ -108,7 +111,11 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Item:
         row = self.cache[int(index)]
-        topk = row.teacher
+        topk = without_padding(row.teacher, self.vocab_size, self.name)
+        if self.vocab_size is not None and int(row.input_ids.max(initial=0)) >= self.vocab_size:
+            raise FormatError(
+                f"row {index} of {self.name} has token id {row.input_ids.max()}, beyond the student's {self.vocab_size}"
+            )
         if self.loss == "kl":
             labels = np.full(len(row.input_ids), IGNORED, np.int32)
         else:

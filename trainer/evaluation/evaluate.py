@@ -16,7 +16,8 @@ from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
-from trainer.loading import load_model, load_tokenizer, quiet_transformers, require_vocabulary
+from trainer.loading import load_model, load_tokenizer, quiet_transformers
+from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.result.run_directory import recorded_initial
 
 Result = dict[str, float | int | None]
@@ -75,9 +76,10 @@ def evaluate(
     collator = LabelAnnealingCollator(getattr(tokenizer, "pad_token_id", None) or 0)
     results: dict[str, Result] = {}
     for name, cache in opened.items():
-        head.vocab_size = require_vocabulary(cache, head.num_outputs, allow_padding=True)
+        head.vocab_size = shared_vocabulary([cache], head.num_outputs, tokenizer, different_student=True)
         num_positions = sum(shard.num_positions for shard in cache.manifest.shards)
         dataset = CachedDataset(cache, loss="both" if num_positions else "ce")
+        dataset.vocab_size = head.vocab_size
         num_rows = len(dataset) if limit is None else min(limit, len(dataset))
         groups = batches_of_tokens(dataset.lengths()[:num_rows], batch_tokens)
 

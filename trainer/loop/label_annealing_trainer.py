@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
@@ -34,6 +34,7 @@ from trainer.data.collator import LabelAnnealingCollator, count_targets
 from trainer.data.dataset import CachedDataset, UnitDataset, require_one_tail
 from trainer.data.packing import best_fit
 from trainer.data.sampler import EpochBatches, Source
+from trainer.loop.guarded_trainer import GuardedTrainer
 from trainer.loop.log_window import LogWindow
 from trainer.loop.measure import Measurement, measure
 from trainer.loop.output_head import OutputHead
@@ -46,12 +47,12 @@ from trainer.retention.retained import Retained
 TRAINER_STATE_NAME = "trainer_state.json"
 
 
-class LabelAnnealingTrainer(Trainer):
+class LabelAnnealingTrainer(GuardedTrainer):
     """Fine-tune with `loss = CE + kl_coef * KL` from a cache. Everything else is `transformers.Trainer`.
 
     Args:
         model: a causal language model, with adapters or without, not yet wrapped.
-        args: `TrainingArguments`; `remove_unused_columns` is turned off.
+        args: `TrainingArguments`; `remove_unused_columns` is turned off, what cannot be honoured is refused.
         train_dataset: a `CachedDataset` at the run's temperature.
         eval_dataset: a `CachedDataset` or a dict of them.
         mixed: further datasets, each with its weight (units per unit of the training dataset).
@@ -90,11 +91,6 @@ class LabelAnnealingTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        args.remove_unused_columns = False
-        if args.label_smoothing_factor:
-            raise ConfigError(
-                "label smoothing is not part of label annealing; set label_smoothing_factor to 0"
-            )
         if args.n_gpu > 1:
             raise ConfigError(
                 f"several GPUs need one process each, got one process for {args.n_gpu}; "
@@ -146,6 +142,9 @@ class LabelAnnealingTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None)
+            if workers
+            else None,
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
         )
 
@@ -246,6 +245,8 @@ class LabelAnnealingTrainer(Trainer):
             share = num_items_in_batch[:2] / self.args.world_size
             counts = {"num_ce": share[0], "num_kl": share[1]}
         output = self.head.loss(model, inputs, kl_coef=self.kl_coef, kl_direction=self.kl_direction, **counts)
+        if num_items_in_batch is not None:
+            self.finite.see("loss", output.loss, self.state.global_step + 1)
         if self.log_window is not None and num_items_in_batch is not None:
             self.log_window.add(output)
         return (output.loss, {"loss": output.loss}) if return_outputs else output.loss
@@ -305,13 +306,13 @@ class LabelAnnealingTrainer(Trainer):
         def on_batch() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        result = self.measure_rows(dataloader, on_batch=on_batch)
+        result = self.measure_rows(dataloader, on_batch=on_batch).require_finite(metric_key_prefix)
         metrics: dict[str, float] = {
             "ce": result.ce,
             "perplexity": result.perplexity,
             "num_tokens": result.num_ce,
         }
-        loss = result.ce
+        loss = result.ce if result.num_ce else 0.0
         if result.num_kl:
             metrics |= {"kl": result.kl, "kept_mass": result.kept_mass}
             loss += self.kl_coef * result.kl

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from formats.errors import DivergenceError
 from trainer.loop.output_head import OutputHead
 
 FIELDS = 6
@@ -38,6 +39,20 @@ class Measurement:
     def perplexity(self) -> float:
         """exp(ce)."""
         return math.exp(self.ce) if self.ce < 700 else math.inf
+
+    def require_finite(self, what: str) -> "Measurement":
+        """Itself.
+
+        Raises:
+            DivergenceError: a mean over tokens that are there is not finite.
+        """
+        for name, value, count in (("CE", self.ce, self.num_ce), ("KL", self.kl, self.num_kl)):
+            if count and not math.isfinite(value):
+                raise DivergenceError(
+                    f"the {name} of {what} must be finite, got {value}: the model has diverged on it, and nothing is "
+                    "published; use a lower training.learning_rate, or check that cache with `anneal cache inspect`"
+                )
+        return self
 
     @classmethod
     def of_sums(cls, sums: torch.Tensor) -> "Measurement":

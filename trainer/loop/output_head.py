@@ -105,8 +105,9 @@ class OutputHead:
         config = inner.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             raise ConfigError(
-                f"the load-balancing loss of {name} is not part of label annealing; set "
-                "output_router_logits to false in the model's config.json"
+                f"the load-balancing loss of {name} is not part of label annealing, for its value depends on how a "
+                "step is split; set output_router_logits to false in the model's config.json and build the cache "
+                "from that"
             )
         scale = 1.0
         for attribute, divides in SCALES:

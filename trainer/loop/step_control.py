@@ -23,6 +23,7 @@ class StepControl(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Time spent before the first step (loading, compiling, the check) is no training time.
         self.trainer.restart_log_window()
+        self.trainer.find_best_again()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stop = self.trainer.stop_request.requested
