@@ -1,1 +1,1 @@
-"""Finished models and tasks in; scores per task and per item, tied to the weights, out (lm-evaluation-harness)."""
+"""Finished models and tasks in, scores tied to the weights out: `anneal bench`, through lm-evaluation-harness."""
