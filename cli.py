@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -577,7 +576,7 @@ def merge_command(
         scale=scale,
         density=density,
     )
-    show(merge(config, merge_progress()).line())
+    show(merge(config, console_progress()).line())
 
 
 @app.command("eval")
@@ -597,7 +596,7 @@ def eval_command(
     from trainer import evaluate
     from trainer.evaluation.evaluate import format_evaluation
 
-    results = evaluate(model, named(caches), dtype=dtype, limit=limit, progress=eval_progress())
+    results = evaluate(model, named(caches), dtype=dtype, limit=limit, progress=console_progress())
     if as_json:
         show_json({"model": model, "caches": results})
     else:
@@ -647,7 +646,7 @@ def compare_command(
         initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
         dtype=dtype,
         limit=limit,
-        progress=eval_progress(),
+        progress=console_progress(),
     )
     if as_json:
         show_json(comparison.to_dict())
@@ -775,41 +774,10 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
 
 
 def console_progress() -> "ConsoleProgress":
-    """The progress of a build: a bar on a terminal, plain lines elsewhere."""
+    """The progress of anything long: a bar on a terminal, plain lines elsewhere."""
     from formats.progress import ConsoleProgress
 
     return ConsoleProgress()
-
-
-def eval_progress() -> Callable[[str, int, int], None]:
-    """A callback that shows rows done: a bar on a terminal, silent otherwise (an evaluation is short)."""
-    from tqdm import tqdm
-
-    bars: dict[str, Any] = {}
-
-    def update(name: str, done: int, total: int) -> None:
-        if name not in bars:
-            bars[name] = tqdm(total=total, desc=name, unit="row", leave=False, disable=None)
-        bars[name].update(done - bars[name].n)
-        if done >= total:
-            bars[name].close()
-
-    return update
-
-
-def merge_progress() -> Callable[[int, int], None]:
-    """A callback that shows tensors done: a bar on a terminal, silent otherwise."""
-    from tqdm import tqdm
-
-    bar = tqdm(desc="merge", unit="tensor", leave=False, disable=None)
-
-    def update(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return update
 
 
 def stranger() -> str | None:

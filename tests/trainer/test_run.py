@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from caches import identity_of, random_rows, topk_of, write_cache
+from recorded_progress import RecordedProgress
 from runs import settings
 
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError, IncompleteCacheError
@@ -103,11 +104,11 @@ def test_evaluating_the_saved_model_gives_the_reported_numbers(trained, tiny_lla
     from trainer.evaluation.evaluate import format_evaluation
 
     out, report = trained
-    seen = []
-    found = evaluate(out, {"held-out": llama_eval_cache}, progress=lambda *state: seen.append(state))
+    seen = RecordedProgress()
+    found = evaluate(out, {"held-out": llama_eval_cache}, progress=seen)
     for key in ("ce", "perplexity", "kl", "num_tokens"):
         assert found["held-out"][key] == pytest.approx(report.evaluation["held-out"][key], rel=1e-4)
-    assert seen[-1] == ("held-out", 8, 8)
+    assert seen.phases == [("held-out", 8, 8)]
     initial = evaluate(tiny_llama_dir, [llama_eval_cache], batch_tokens=64)
     assert abs(initial["held-out"]["kl"]) < 1e-6 < found["held-out"]["kl"]
     text = format_evaluation(found)

@@ -6,7 +6,7 @@ wrong is looked for in all models before the first of them is evaluated.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import resolve_model
+from formats.progress import Progress
 from trainer.evaluation.evaluate import Result, evaluate, require_related
 from trainer.evaluation.recorded_method import AppliedMethod, method_of
 from trainer.evaluation.tradeoff_picture import pareto_front, plot_tradeoff
@@ -146,7 +147,7 @@ def compare(
     dtype: str = "float32",
     device: str | None = None,
     limit: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Evaluate every model once on both caches.
 
@@ -156,7 +157,7 @@ def compare(
         target: cache of held-out text that the models learn.
         initial: label -> the initial model, one entry; its line comes first and changes are relative to it.
         dtype, device, limit: as for `evaluate`.
-        progress: called with ("label: source" or "label: target", rows done, rows in all).
+        progress: a phase `label: source` and one `label: target` for each model; silent by default.
 
     Raises:
         ConfigError: no models, two equal labels, not a finished model, a cache without tokens that carry
@@ -191,13 +192,16 @@ def compare(
 
     lines = []
     for label, directory in found.items():
-
-        def report(text: str, done: int, total: int, label: str = label) -> None:
-            if progress is not None:
-                progress(f"{label}: {text}", done, total)
-
         with given_as("--initial" if label in known else "MODEL"):
-            results = evaluate(directory, paths, dtype=dtype, device=device, limit=limit, progress=report)
+            results = evaluate(
+                directory,
+                paths,
+                dtype=dtype,
+                device=device,
+                limit=limit,
+                progress=progress,
+                label=f"{label}: ",
+            )
         for text, result in results.items():
             if result["perplexity"] is None:
                 raise ConfigError(f"--{text} needs tokens that carry loss, got none in {paths[text]}")

@@ -5,7 +5,7 @@ test gives cross-entropy, perplexity and KL(initial || model) (T = 1, forward) w
 model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.progress import Progress
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
 from trainer.loading import load_model, load_tokenizer, quiet_transformers
@@ -31,7 +32,8 @@ def evaluate(
     dtype: str = "float32",
     device: str | None = None,
     limit: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
+    label: str = "",
 ) -> dict[str, Result]:
     """Evaluate a model (full or adapters) on one or more evaluation caches.
 
@@ -42,7 +44,8 @@ def evaluate(
         dtype: of the weights while evaluating.
         device: such as `cuda:0`; by default the first GPU, else the CPU.
         limit: only the first rows of each cache.
-        progress: called with (cache name, rows done, rows in all) after every batch.
+        progress: a phase of rows for each cache; silent by default.
+        label: put before the name of a cache in `progress`, such as `tuned: `.
 
     Returns:
         name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, kept_mass}; nats, per token; kl and
@@ -61,6 +64,7 @@ def evaluate(
     from trainer.loop.measure import measure
     from trainer.loop.output_head import OutputHead
 
+    progress = progress or Progress()
     check_one_of("dtype", dtype, DTYPES)
     named = name_caches(caches)
     quiet_transformers()
@@ -83,18 +87,15 @@ def evaluate(
         num_rows = len(dataset) if limit is None else min(limit, len(dataset))
         groups = batches_of_tokens(dataset.lengths()[:num_rows], batch_tokens)
 
-        def loader(
-            name: str = name, dataset: CachedDataset = dataset, groups: list = groups
-        ) -> Iterator[Any]:
-            done, total = 0, sum(len(group) for group in groups)
+        def loader(dataset: CachedDataset = dataset, groups: list = groups) -> Iterator[Any]:
             for group in groups:
                 batch = collator([dataset[row] for row in group])
                 yield {k: v.to(target) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                done += len(group)
-                if progress is not None:
-                    progress(name, done, total)
+                progress.advance(len(group))
 
+        progress.start(label + name, num_rows)
         found = measure(model, head, loader())
+        progress.finish()
         results[name] = {
             "ce": found.ce if found.num_ce else None,
             "perplexity": found.perplexity if found.num_ce else None,

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.progress import Progress
 from trainer.loading import given_as, load_tokenizer, quiet_transformers, require_plain_weights
 from trainer.merging.methods import FORMULAS, Merge, MergeConfig, merge_of
 from trainer.merging.weights import open_safetensors, tied_names
@@ -27,8 +28,6 @@ from trainer.result.model_card import card_head
 from trainer.result.run_directory import RECORD_NAME, recorded_initial
 from trainer.result.saving import copy_companions, write_config
 from trainer.result.stored_weights import write_like
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +49,12 @@ class MergedModel:
         return f"merged {models}, {self.num_tensors} tensors in {self.seconds:.0f} s; model in {self.out}"
 
 
-def merge(config: MergeConfig, progress: Progress = lambda done, total: None) -> MergedModel:
+def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     """Merge `config.tuned` with `config.initial` and write the result to `config.out`.
 
     Args:
         config: models, method, strengths.
-        progress: called with (tensors done, tensors in all).
+        progress: a phase of tensors; silent by default.
 
     Raises:
         ConfigError: a model, its tensors or the output directory do not fit.
@@ -63,6 +62,7 @@ def merge(config: MergeConfig, progress: Progress = lambda done, total: None) ->
         IdentityMismatchError: a tuned model comes from another initial model, or has another tokenizer.
     """
     started = time.perf_counter()
+    progress = progress or Progress()
     quiet_transformers()
     function = merge_of(config)
     out = Path(config.out)
@@ -74,14 +74,12 @@ def merge(config: MergeConfig, progress: Progress = lambda done, total: None) ->
     for path in tuned_dirs:
         require_descendant(path, identity)
     names = [tied_names(initial, weights) for weights in tuned]
-    done = 0
+    progress.start("merge", len(initial.shapes), unit="tensor")
 
     def tensor_of(name: str) -> torch.Tensor:
-        nonlocal done
         others = [weights[known[name]] for weights, known in zip(tuned, names, strict=True)]
         merged = merge_tensor(name, function, initial[name], others)
-        done += 1
-        progress(done, len(initial.shapes))
+        progress.advance(1)
         return merged
 
     record = {
@@ -98,13 +96,17 @@ def merge(config: MergeConfig, progress: Progress = lambda done, total: None) ->
     }
     with staged(out) as staging:
         write_like(initial, staging, tensor_of)
+        progress.finish()
         copy_companions(initial_dir, staging)
         write_config(initial_dir, staging, None)
         (staging / "README.md").write_text(merge_card(config, identity), encoding="utf-8")
         text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)
         atomic_write_bytes(staging / RECORD_NAME, text.encode())
     return MergedModel(
-        out=out, num_models=len(tuned), num_tensors=done, seconds=time.perf_counter() - started
+        out=out,
+        num_models=len(tuned),
+        num_tensors=len(initial.shapes),
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from caches import write_cache
+from recorded_progress import RecordedProgress
 from runs import copy_model, noise
 
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
@@ -54,13 +55,8 @@ def as_merge(path: Path, method: str, tuned: str = "aa", **strengths) -> Path:
 
 
 def test_every_number_is_that_of_evaluate(sweep, texts, tiny_llama_dir):
-    seen = []
-    found = compare(
-        sweep,
-        **texts,
-        initial={"base": tiny_llama_dir},
-        progress=lambda name, *rows: seen.append((name, *rows)),
-    )
+    seen = RecordedProgress()
+    found = compare(sweep, **texts, initial={"base": tiny_llama_dir}, progress=seen)
     assert [model.label for model in found.models] == ["base", "kl-4", "kl-1"]
     expected = {name: evaluate(path, texts) for name, path in {"base": tiny_llama_dir, **sweep}.items()}
     for model in found.models:
@@ -71,7 +67,7 @@ def test_every_number_is_that_of_evaluate(sweep, texts, tiny_llama_dir):
     assert change == pytest.approx(
         100 * (moved["perplexity"] - initial["perplexity"]) / initial["perplexity"]
     )
-    assert [entry for entry in seen if entry[1] == entry[2]] == [
+    assert seen.phases == [
         (f"{label}: {text}", 3, 3) for label in ("base", "kl-4", "kl-1") for text in ("source", "target")
     ]
     limited = compare({"a": sweep["kl-1"]}, **texts, limit=1)
