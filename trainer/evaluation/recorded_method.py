@@ -60,8 +60,8 @@ def method_of(directory: Path) -> AppliedMethod | None:
 
 
 def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
-    method = str(merge["method"])
-    strengths = {str(key): float(value) for key, value in merge.items() if key not in ("method", "tuned")}
+    method, _ = str(merge.pop("method")), merge.pop("tuned")
+    strengths = {str(key): float(value) for key, value in merge.items()}
     name, _ = FORMULAS.get(method, (method, ""))
     return AppliedMethod(((name, strengths),))
 
