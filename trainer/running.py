@@ -1,11 +1,12 @@
 """What callbacks, retention methods and the saver may ask of a running Trainer: this, and nothing private.
 
-They are written against this interface, and the Trainer knows them; so nobody below imports it.
+They are written against this interface and the Trainer is built from them, so nothing here may know the Trainer's
+own room: what comes from there is untyped.
 """
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -13,11 +14,6 @@ from transformers import TrainerState, TrainingArguments
 
 from trainer.data.dataset import CachedDataset
 from trainer.data.sampler import EpochBatches
-from trainer.loop.signals import StopRequest
-
-if TYPE_CHECKING:
-    from trainer.loop.measure import Measurement
-    from trainer.loop.output_head import OutputHead
 
 
 class RunningTrainer(Protocol):
@@ -27,11 +23,12 @@ class RunningTrainer(Protocol):
     state: TrainerState
     accelerator: Any
     model: Any
-    processing_class: Any
-    head: "OutputHead"
-    packing: bool
+    head: Any
+    """The `OutputHead`, installed."""
+    stop_request: Any
+    """`requested` says whether a signal has arrived."""
     epoch_batches: EpochBatches | None
-    stop_request: StopRequest
+    packing: bool
 
     @property
     def is_fsdp_enabled(self) -> bool:
@@ -50,8 +47,8 @@ class RunningTrainer(Protocol):
         """This rank's share of the given rows, in batches of the evaluation size."""
         ...
 
-    def measure_rows(self, dataloader: DataLoader) -> "Measurement":
-        """Means over a loader on all ranks. Collective."""
+    def measure_rows(self, dataloader: DataLoader) -> Any:
+        """The `Measurement` of a loader over all ranks. Collective."""
         ...
 
     def find_best_again(self) -> None:

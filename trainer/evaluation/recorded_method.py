@@ -60,7 +60,7 @@ def method_of(directory: Path) -> AppliedMethod | None:
 
 
 def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
-    method, _ = str(merge.pop("method")), merge.pop("tuned")  # a record without either is none of ours
+    method, _ = str(merge.pop("method")), merge.pop("tuned")
     strengths = {str(key): float(value) for key, value in merge.items()}
     name, _ = FORMULAS.get(method, (method, ""))
     return AppliedMethod(((name, strengths),))

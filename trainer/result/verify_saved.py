@@ -150,7 +150,7 @@ def shake(model: Any, dtype: torch.dtype) -> None:
 def mean_kl(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     """KL(left || right) per token."""
     total = sum(float((a.exp() * (a - b)).sum(dtype=torch.float64)) for a, b in zip(left, right, strict=True))
-    return total / sum(len(row) for row in left)
+    return (0.0 if total < 0 else total) / sum(len(row) for row in left)  # NaN stays NaN
 
 
 def mean_ce(rows: list[list[int]], logprobs: list[torch.Tensor]) -> float:
