@@ -13,10 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 LONGEST_LINE = 120
 
-LONG_LINES = {"corpora.md", "method.md"}
-"""Pages not wrapped yet; one that is must be deleted here. `python docs/wrap_pages.py docs/*.md` wraps prose."""
-
-SPEAK_OF_MOMENTS = {"benchmarks-encoding.md", "benchmarks.md", "method.md"}
+SPEAK_OF_MOMENTS = {"benchmarks-encoding.md", "benchmarks.md"}
 """Pages that still describe tail moments, which were taken out; one that does not must be deleted here."""
 
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
@@ -60,8 +57,7 @@ def test_lines_fit() -> None:
         for line in page.read_text(encoding="utf-8").splitlines()
         if len(line) > LONGEST_LINE and not line.startswith("|")
     }
-    assert sorted(long - LONG_LINES) == [], "break lines: python docs/wrap_pages.py README.md docs/*.md"
-    assert sorted(LONG_LINES - long) == [], "these are wrapped: delete them from LONG_LINES"
+    assert sorted(long) == [], "break lines: python docs/wrap_pages.py README.md docs/*.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
