@@ -30,19 +30,16 @@ def module(name: str):
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Both packages' data folders, with two or three records in each file."""
     choice = {"question": "Which?", "passage": "A passage.", "options": OPTIONS, "answer": "D. fourth"}
-    closed = {
-        "question": "is it so",
-        "passage": "A passage.",
-        "contract": "A clause.",
-        "context": "A policy.",
-    }
+    closed = {"question": "is it so"}
     files: dict[str, list[dict]] = {
         "ASDiv/test": [{"passage": "Two and two.", "question": "How many?", "answer": "4 apples"}],
         "NQ-open/test": [{"question": "who", "answer": ["The Queen", "a queen"]}],
         "XSum/test": [{"document": "Some news.", "summary": "News."}],
-        **{key: [{**closed, "answer": "False"}] for key in ("BoolQ/dev", "Privacy-Policy/test")},
-        **{key: [{**closed, "answer": "True"}] for key in ("Contracts/test", "Consumer-Contracts/test")},
-        "PubMedQA/pqal/test": [{**closed, "answer": "maybe"}],
+        "BoolQ/dev": [{**closed, "title": "A title", "passage": "A passage.", "answer": "False"}],
+        "Privacy-Policy/test": [{**closed, "context": "A policy.", "answer": "False"}],
+        "Contracts/test": [{**closed, "contract": "A clause.", "answer": "True"}],
+        "Consumer-Contracts/test": [{**closed, "contract": "A clause.", "answer": "True"}],
+        "PubMedQA/pqal/test": [{**closed, "passage": "A passage.", "answer": "maybe"}],
     }
     for name in ("PIQA/validation", "SIQA/test", "CommonsenseQA/validation", "OpenBookQA/test", "MMLU/test"):
         files[name] = [choice]

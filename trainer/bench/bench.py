@@ -151,6 +151,7 @@ class _Run:
             cut = truncated_items(model, task, samples)
             table, correct = samples_table(samples, cut)
             metrics = _metrics(found["results"][task.name], found["higher_is_better"].get(task.name, {}))
+            _require_all(task, metrics)
         except AnnealError:
             raise
         except Exception as error:  # functions of task files, engines out of memory
@@ -226,6 +227,23 @@ def _metrics(found: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, d
             "higher_is_better": higher.get(name),
         }
     return metrics
+
+
+def _require_all(task: LoadedTask, metrics: Mapping[str, Any]) -> None:
+    """A metric that does not suit the kind of the task is left out by the harness without a word.
+
+    Raises:
+        ConfigError: one was. Written answers are not looked at: there one name may stand for several numbers.
+    """
+    if task.generates or task.task.get_config("process_results") is not None:
+        return
+    found = {key.rpartition(",")[0] for key in metrics}
+    for metric in task.task.aggregation():
+        if metric not in found:
+            raise ConfigError(
+                f"the metrics of a task must suit its kind, got {metric} in {task.name}, of kind "
+                f"{task.task.OUTPUT_TYPE}; leave it out"
+            )
 
 
 def _finite(value: Any) -> float | None:

@@ -210,6 +210,10 @@ def _prepared(name: str, task: Any, request: TaskRequest, *, allow_code: bool) -
     """
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"anneal bench runs text tasks, got {name}, which shows pictures or plays sound")
+    scored_by_itself = task.get_config("process_results") is not None
+    for metric, function in getattr(task, "_metric_fn_list", {}).items():
+        if function is None and not scored_by_itself:  # the harness would leave it out without a word
+            raise ConfigError(f"the metrics of a task must be known to the harness, got {metric} in {name}")
     runs_code = bool(getattr(task, "UNSAFE_CODE", False))
     if runs_code and not allow_code:
         raise ConfigError(
