@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from formats.capture_settings import MAX_RATE, CaptureSettings
 from formats.errors import AnnealError, ConfigError
 from formats.progress import ConsoleProgress
 
@@ -52,15 +53,15 @@ MaxLengthOption = Annotated[
         help="Longest row in tokens.  [default: 2048, or the model's context where that is shorter]",
     ),
 ]
+MaxKOption = Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")]
 TailDrawsOption = Annotated[
-    int | None,
+    int,
     typer.Option(
         metavar="RATE",
         min=0,
-        max=64,
-        show_default=False,
+        max=MAX_RATE,
         help="Tail tokens drawn per position: rate times the sum of p^(3/4) over the tail; they make the KL "
-        "gradient unbiased; 0 draws none.  [default: 16]",
+        "gradient unbiased; 0 draws none.",
     ),
 ]
 LimitOption = Annotated[
@@ -174,12 +175,14 @@ def cache_build(
     out: Annotated[str, typer.Option(help="Directory of the cache; made if missing.")],
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
-    min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 5e-3,
-    max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
-    tail_draws: TailDrawsOption = None,
+    min_prob: Annotated[
+        float, typer.Option(help="Keep entries with at least this probability.")
+    ] = CaptureSettings.min_prob,
+    max_k: MaxKOption = CaptureSettings.max_k,
+    tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
-    ] = "loss",
+    ] = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
@@ -224,7 +227,7 @@ def cache_build(
         max_length=max_length,
         min_prob=min_prob,
         max_k=max_k,
-        tail_draws=tail_draws,
+        draw_rate=tail_draws,
         positions=positions,
         limit=limit,
         text_column=text_column,
@@ -323,11 +326,11 @@ def cache_estimate(
     rows: Annotated[int, typer.Option(min=1, help="How many random rows go through the engine.")] = 64,
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
-    max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
-    tail_draws: TailDrawsOption = None,
+    max_k: MaxKOption = CaptureSettings.max_k,
+    tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
-    ] = "loss",
+    ] = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
@@ -348,7 +351,7 @@ def cache_estimate(
         revision=revision,
         max_length=max_length,
         max_k=max_k,
-        tail_draws=tail_draws,
+        draw_rate=tail_draws,
         positions=positions,
         limit=limit,
         text_column=text_column,

@@ -126,7 +126,8 @@ def open_source(config: BuildConfig) -> BuildSource:
     return BuildSource(
         settings=Settings(
             identity=identity,
-            codec=replace(config.codec, draw_rate=config.draw_rate).to_dict(),
+            capture=config.capture,
+            codec=replace(config.codec, draw_rate=config.capture.draw_rate).to_dict(),
             rows_per_shard=config.rows_per_shard,
             tokens_per_shard=config.tokens_per_shard,
         ),

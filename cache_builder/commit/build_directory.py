@@ -35,11 +35,6 @@ class State(Enum):
     FINISHED = "a cache"
 
 
-def shard_name(index: int) -> str:
-    """File name of shard number `index`."""
-    return f"shard-{index:05d}.arrow"
-
-
 def build_directory(out: Path) -> Path:
     """Where everything unfinished lives."""
     return out / BUILD_DIRECTORY

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache_builder.commit.build_directory import build_directory, shard_name
+from cache_builder.commit.build_directory import build_directory
 from cache_builder.commit.claims import Claims
 from cache_builder.commit.engine_record import settle_engine
 from cache_builder.commit.plan import Plan, Settings
 from cache_builder.commit.shard_committer import ShardCommitter, Step, claim_name, no_step, sweep_partials
 from cache_builder.commit.staging import read_staged
-from formats.disk.manifest import ShardInfo
+from formats.disk.manifest import ShardInfo, shard_name
 from formats.errors import AnnealError
 from formats.progress import Progress
 

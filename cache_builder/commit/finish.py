@@ -11,13 +11,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cache_builder.commit.build_directory import TOKENIZER_NAME, remove_build, shard_name
+from cache_builder.commit.build_directory import TOKENIZER_NAME, remove_build
 from cache_builder.commit.engine_record import identity_with_engine, read_engine
 from cache_builder.commit.plan import Plan, Settings
 from cache_builder.commit.shard_committer import Step, no_step, note_path
 from formats.codec.payload import CodecConfig
 from formats.disk.durable import atomic_write_bytes, fsync_directory
-from formats.disk.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from formats.disk.manifest import MANIFEST_NAME, Manifest, ShardInfo, shard_name
 
 
 def file_sha256(path: Path) -> str:
@@ -73,14 +73,14 @@ def finish(
         atomic_write_bytes(out / TOKENIZER_NAME, tokenizer_json)
         files[TOKENIZER_NAME] = hashlib.sha256(tokenizer_json).hexdigest()
         step("tokenizer")
-    preprocessing = settings.identity.preprocessing
+    capture, vocab_size = settings.capture, int(record["vocab_size"])
     manifest = Manifest(
         identity=identity_with_engine(settings.identity, record).to_dict(),
         codec=CodecConfig(**settings.codec),
-        positions=settings.positions,
-        min_prob=float(preprocessing["min_prob"]),
-        max_k=min(int(preprocessing["max_k"]), int(record["vocab_size"])),
-        vocab_size=int(record["vocab_size"]),
+        positions=capture.positions,
+        min_prob=capture.min_prob,
+        max_k=min(capture.max_k, vocab_size),
+        vocab_size=vocab_size,
         shards=[info for info in infos if info is not None],
         files=files,
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from cache_builder.commit.build_directory import build_directory
 from cache_builder.commit.staging import StagedShard, cut, stage
+from formats.capture_settings import CaptureSettings
 from formats.disk.durable import atomic_write_bytes, commit_exclusive, temporary_name
 from formats.disk.token_row import TokenRow
 from formats.disk.unfinished_build import PLAN_NAME
@@ -24,7 +25,8 @@ from formats.identity.teacher_identity import Difference, TeacherIdentity, short
 
 SETTINGS_NAME = "settings.json"
 FORMAT = "anneal-build"
-VERSION = 1
+VERSION = 2
+"""Of the files of an unfinished build."""
 
 OPTION_OF = {
     ("teacher", "weights"): "model weights",
@@ -50,7 +52,9 @@ class Settings:
     """What two commands must share to work on one cache."""
 
     identity: TeacherIdentity
-    """Everything that decides which numbers are stored."""
+    """Everything that decides which numbers are stored; two builds are compared by it and the codec."""
+    capture: CaptureSettings
+    """What of every prediction is stored, for those who do it; `identity` records the same."""
     codec: Mapping[str, Any]
     """How they are encoded."""
     rows_per_shard: int
@@ -58,17 +62,13 @@ class Settings:
     tokens_per_shard: int
     """Limit of tokens per shard."""
 
-    @property
-    def positions(self) -> str:
-        """Which positions are captured."""
-        return str(self.identity.preprocessing["positions"])
-
     def to_bytes(self) -> bytes:
         """JSON text of settings.json."""
         content = {
             "format": FORMAT,
             "version": VERSION,
             "identity": self.identity.to_dict(),
+            "capture": self.capture.to_dict(),
             "codec": dict(self.codec),
             "rows_per_shard": self.rows_per_shard,
             "tokens_per_shard": self.tokens_per_shard,
@@ -85,6 +85,7 @@ class Settings:
         content = _parse(data, SETTINGS_NAME)
         return cls(
             identity=TeacherIdentity.from_dict(content["identity"]),
+            capture=CaptureSettings(**content["capture"]),
             codec=content["codec"],
             rows_per_shard=content["rows_per_shard"],
             tokens_per_shard=content["tokens_per_shard"],
@@ -222,7 +223,7 @@ def write_plan(
     build = build_directory(out)
     shards: list[StagedShard] = []
     for group in cut(rows, settings.rows_per_shard, settings.tokens_per_shard):
-        shards.append(stage(build, len(shards), group, settings.positions))
+        shards.append(stage(build, len(shards), group, settings.capture.positions))
         on_shard(len(shards) - 1, shards[-1])
     plan = Plan(shards=tuple(shards), corpus=describe())
     require_work(plan.num_positions, plan.num_rows)

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.commit.build_directory import build_directory, shard_name
+from cache_builder.commit.build_directory import build_directory
 from cache_builder.commit.claims import Claims, died_here, this_process
 from cache_builder.commit.plan import Settings
 from formats.codec.payload import CodecConfig
 from formats.disk.durable import atomic_write_bytes, commit_exclusive
-from formats.disk.manifest import ShardInfo
+from formats.disk.manifest import ShardInfo, shard_name
 from formats.disk.shard import ShardWriter
 from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError
@@ -197,12 +197,13 @@ class _OpenShard:
         self._directory.mkdir(parents=True)
         (self._directory / "owner.json").write_text(json.dumps(this_process()))
         self._path = self._directory / shard_name(index)
-        self._which = owner._settings.positions
+        capture = owner._settings.capture
+        self._which = capture.positions
         self._writer = ShardWriter(
             self._path,
             vocab_size=owner._vocab_size,
             positions=self._which,
-            max_k=min(int(owner._settings.identity.preprocessing["max_k"]), owner._vocab_size),
+            max_k=capture.max_k,
             codec=owner._codec,
         )
 

@@ -43,9 +43,7 @@ def plan_build(
         estimated_bytes=rough_bytes(
             num_tokens,
             num_positions,
-            config.min_prob,
-            config.max_k,
-            int(settings.codec.get("draw_rate", 0)),
+            settings.capture,
         ),
         identity=settings.identity,
         corpus=source.describe(rows),

@@ -22,12 +22,11 @@ from cache_builder.commit.build_directory import (
     discard,
     open_output,
     remove_build,
-    shard_name,
     state_of,
 )
 from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_bytes, commit_exclusive
-from formats.disk.manifest import Manifest, ShardInfo
+from formats.disk.manifest import Manifest, ShardInfo, shard_name
 from formats.disk.shard import ShardReader, ShardWriter
 from formats.disk.token_row import KEY_BYTES
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError

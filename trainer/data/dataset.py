@@ -14,11 +14,9 @@ import numpy as np
 import torch.utils.data
 
 from formats.cache import TeacherCache
+from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError, FormatError
 from trainer.config import ROW_LOSSES
-
-IGNORED = -100
-"""The label of a token that carries no cross-entropy."""
 
 Item = dict[str, Any]
 
