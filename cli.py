@@ -10,15 +10,39 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from formats.progress import ConsoleProgress
-
 PACKAGES = ("formats", "cache_builder", "trainer")
-"""What `main` requires to lie beside this file, so nothing of them is imported before it has looked."""
+
+
+def stranger() -> str | None:
+    """What is wrong if one of our packages is not the one that Python would import under its name, else None.
+
+    The names are plain words, and others use them too (`trainer` is also a text-to-speech library): in an
+    environment shared with such a package, the one that comes first on Python's path wins without a word.
+    """
+    home = Path(__file__).resolve().parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+        if [Path(place).resolve() for place in places if place] != [home / name]:
+            found = ", ".join(map(str, places)) or "no package of that name"
+            return (
+                f"the package {name} must be {home / name}, got {found}; install anneal into an environment of its "
+                "own (uv tool install, pipx, or a new venv) and start it outside directories that hold such a package"
+            )
+    return None
+
+
+if _wrong := stranger():  # before anything of them is imported
+    sys.exit(f"error: {_wrong}")
+
+from formats.capture_settings import MAX_RATE, CaptureSettings  # noqa: E402
+from formats.errors import AnnealError, ConfigError  # noqa: E402
+from formats.install import how_to_install  # noqa: E402
+from formats.progress import ConsoleProgress  # noqa: E402
 
 app = typer.Typer(
     help="Fine-tune open-weight language models without forgetting.",
@@ -54,15 +78,15 @@ MaxLengthOption = Annotated[
         help="Longest row in tokens.  [default: 2048, or the model's context where that is shorter]",
     ),
 ]
+MaxKOption = Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")]
 TailDrawsOption = Annotated[
-    int | None,
+    int,
     typer.Option(
         metavar="RATE",
         min=0,
-        max=64,
-        show_default=False,
+        max=MAX_RATE,
         help="Tail tokens drawn per position: rate times the sum of p^(3/4) over the tail; they make the KL "
-        "gradient unbiased; 0 draws none.  [default: 16]",
+        "gradient unbiased; 0 draws none.",
     ),
 ]
 LimitOption = Annotated[
@@ -146,8 +170,6 @@ def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str,
     Raises:
         ConfigError: a pair has no `=` or no key.
     """
-    from formats.errors import ConfigError
-
     parsed: dict[str, Any] = {}
     for pair in pairs or []:
         key, separator, value = pair.partition("=")
@@ -167,8 +189,6 @@ def parse_shards(text: str | None) -> tuple[int, int] | None:
     Raises:
         ConfigError: the text is not two whole numbers with a colon between them.
     """
-    from formats.errors import ConfigError
-
     if text is None:
         return None
     first, separator, last = text.partition(":")
@@ -208,12 +228,14 @@ def cache_build(
     out: Annotated[str, typer.Option(help="Directory of the cache; made if missing.")],
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
-    min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 5e-3,
-    max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
-    tail_draws: TailDrawsOption = None,
+    min_prob: Annotated[
+        float, typer.Option(help="Keep entries with at least this probability.")
+    ] = CaptureSettings.min_prob,
+    max_k: MaxKOption = CaptureSettings.max_k,
+    tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
-    ] = "loss",
+    ] = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
@@ -268,7 +290,7 @@ def cache_build(
         max_length=max_length,
         min_prob=min_prob,
         max_k=max_k,
-        tail_draws=tail_draws,
+        draw_rate=tail_draws,
         positions=positions,
         limit=limit,
         text_column=text_column,
@@ -369,11 +391,11 @@ def cache_estimate(
     rows: Annotated[int, typer.Option(min=1, help="How many random rows go through the engine.")] = 64,
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
-    max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
-    tail_draws: TailDrawsOption = None,
+    max_k: MaxKOption = CaptureSettings.max_k,
+    tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
-    ] = "loss",
+    ] = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
@@ -395,7 +417,7 @@ def cache_estimate(
         revision=revision,
         max_length=max_length,
         max_k=max_k,
-        tail_draws=tail_draws,
+        draw_rate=tail_draws,
         positions=positions,
         limit=limit,
         text_column=text_column,
@@ -760,8 +782,6 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
     Raises:
         ConfigError: two have the same name.
     """
-    from formats.errors import ConfigError
-
     found: dict[str, str] = {}
     for word in words:
         name, separator, path = word.partition("=")
@@ -773,40 +793,13 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
     return found
 
 
-def console_progress() -> "ConsoleProgress":
+def console_progress() -> ConsoleProgress:
     """The progress of anything long: a bar on a terminal, plain lines elsewhere."""
-    from formats.progress import ConsoleProgress
-
     return ConsoleProgress()
-
-
-def stranger() -> str | None:
-    """What is wrong if one of our packages is not the one that Python would import under its name, else None.
-
-    The names are plain words, and others use them too (`trainer` is also a text-to-speech library): in an
-    environment shared with such a package, the one that comes first on Python's path wins without a word.
-    """
-    home = Path(__file__).resolve().parent
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
-        if [Path(place).resolve() for place in places if place] != [home / name]:
-            found = ", ".join(map(str, places)) or "no package of that name"
-            return (
-                f"the package {name} must be {home / name}, got {found}; install anneal into an environment of its "
-                "own (uv tool install, pipx, or a new venv) and start it outside directories that hold such a package"
-            )
-    return None
 
 
 def main() -> None:
     """Entry point of the console script: runs the app, turns known errors into one line."""
-    if wrong := stranger():
-        note(f"error: {wrong}")
-        sys.exit(1)
-    from formats.errors import AnnealError
-    from formats.install import how_to_install
-
     try:
         app()
     except AnnealError as error:

@@ -37,11 +37,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, topk_targets
+from fidelity_targets import capture, sampled_targets, topk_targets
 from teacher_batches import batch_from_topk
 
-from cache_builder.config import DEFAULT_TAIL_DRAWS
 from formats.cache import TeacherCache
+from formats.capture_settings import CaptureSettings
 from formats.codec.payload import CodecConfig
 from formats.disk.token_row import TokenRow
 from formats.logprobs.tail_draws import starts
@@ -155,15 +155,18 @@ def through_a_cache(
     teacher: Any,
     batches: list[torch.Tensor],
     folder: Path,
-    min_prob: float,
-    max_k: int,
-    draw_rate: int,
+    settings: CaptureSettings,
 ) -> list[TopKLogprobs]:
     """Every batch's teacher targets, written to a cache with its default codec and read back."""
     vocab_size = teacher.config.vocab_size
-    settings: dict[str, Any] = {"min_prob": min_prob, "max_k": max_k}
-    codec = CodecConfig(draw_rate=draw_rate)
-    with CacheWriter(folder, identity={}, vocab_size=vocab_size, codec=codec, **settings) as writer:
+    with CacheWriter(
+        folder,
+        identity={},
+        vocab_size=vocab_size,
+        min_prob=settings.min_prob,
+        max_k=settings.max_k,
+        codec=CodecConfig(draw_rate=settings.draw_rate),
+    ) as writer:
         for ids_BS in batches:
             for ids in ids_BS:
                 mask = np.ones(len(ids), dtype=bool)
@@ -171,8 +174,8 @@ def through_a_cache(
                 with torch.no_grad():
                     logits = teacher(input_ids=ids[None]).logits[0, :-1]
                 row = TokenRow(ids.numpy(), mask)
-                begin = starts(row.key, row.positions("loss"))
-                writer.append(row, capture(logits, min_prob, max_k, draw_rate, begin))
+                begin = starts(row.key, row.positions())
+                writer.append(row, capture(logits, settings, begin, row.label_ids()))
     cache = TeacherCache(folder)
     shards = cache.manifest.shards
     positions, entries, stored = (
@@ -182,7 +185,7 @@ def through_a_cache(
     mass = np.concatenate([row.teacher.head_mass(1.0) for row in cache])
     draws = np.concatenate([row.teacher.draws.counts for row in cache])
     print(
-        f"tokens of p >= {min_prob:g}, at most {max_k}, draws at rate {draw_rate}: "
+        f"tokens of p >= {settings.min_prob:g}, at most {settings.max_k}, draws at rate {settings.draw_rate}: "
         f"{entries / positions:.1f} entries, {draws.mean():.1f} draws and {stored / positions:.1f} bytes per "
         f"position, mass {mass.mean():.3f}; {positions} positions in {len(batches)} batches\n"
     )
@@ -222,16 +225,14 @@ def measure(
     stops: list[int],
     temperatures: list[float],
     learning_rate: float,
-    min_prob: float = MIN_PROB,
-    max_k: int = MAX_K,
+    settings: CaptureSettings,
     least_mass: float = 0.0,
-    draw_rate: int = 0,
 ) -> dict[tuple[int, float, str], Result]:
     """Results per (steps of drift, temperature, method)."""
     student = copy.deepcopy(teacher)
     results: dict[tuple[int, float, str], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
-        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", min_prob, max_k, draw_rate)
+        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", settings)
     done = 0
     for stop in stops:
         student.train()
@@ -280,9 +281,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="held-out batches, together one step")
     parser.add_argument("--rows", type=int, default=4, help="rows per batch")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
-    parser.add_argument("--min-prob", type=float, default=MIN_PROB, help="as in cache build")
-    parser.add_argument("--tail-draws", type=int, default=DEFAULT_TAIL_DRAWS, help="as in cache build")
-    parser.add_argument("--max-k", type=int, default=MAX_K, help="as in cache build")
+    parser.add_argument("--min-prob", type=float, default=CaptureSettings.min_prob, help="as in cache build")
+    parser.add_argument("--tail-draws", type=int, default=CaptureSettings.draw_rate, help="as in cache build")
+    parser.add_argument("--max-k", type=int, default=CaptureSettings.max_k, help="as in cache build")
     parser.add_argument(
         "--least-mass",
         type=float,
@@ -309,9 +310,7 @@ def main() -> None:
         stops=sorted(args.steps),
         temperatures=args.temperatures,
         learning_rate=args.learning_rate,
-        draw_rate=args.tail_draws,
-        min_prob=args.min_prob,
-        max_k=args.max_k,
+        settings=CaptureSettings(min_prob=args.min_prob, max_k=args.max_k, draw_rate=args.tail_draws),
         least_mass=args.least_mass,
     )
     print_report(results)

@@ -45,7 +45,8 @@ class BuildError(AnnealError):
 
 def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
     """The engine that the settings name."""
-    from cache_builder.teachers.protocol import TeacherConfig, make_teacher
+    from cache_builder.teachers.engines import make_teacher
+    from cache_builder.teachers.protocol import TeacherConfig
 
     return make_teacher(
         config.engine,
@@ -53,10 +54,7 @@ def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
             model=str(source.model_dir),
             dtype=config.dtype,
             head_dtype=config.head_dtype,
-            min_prob=config.min_prob,
-            max_k=config.max_k,
-            draw_rate=config.draw_rate,
-            positions=config.positions,
+            capture=config.capture,
             max_length=source.max_length,
             wave_tokens=max(source.settings.tokens_per_shard // WAVES_PER_SHARD, 1),
             engine_args=dict(config.engine_args),
@@ -311,6 +309,7 @@ def _require_same_cache(directory: BuildDirectory, settings: BuildSettings) -> N
     stored["teacher"] = {key: value for key, value in stored["teacher"].items() if key in wanted}
     BuildSettings(
         identity=TeacherIdentity.from_dict(stored),
+        capture=manifest.capture,
         codec=manifest.codec.to_dict(),
         rows_per_shard=settings.rows_per_shard,
         tokens_per_shard=settings.tokens_per_shard,

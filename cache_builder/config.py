@@ -7,16 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cache_builder.teachers.protocol import DTYPES, ENGINES, HEAD_DTYPES
+from formats.capture_settings import CaptureSettings
 from formats.codec.payload import CodecConfig
-from formats.disk.token_row import POSITION_MODES
 from formats.errors import ConfigError
-from formats.logprobs.tail_draws import MAX_RATE
 
-ENGINES = ("vllm", "transformers")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-HEAD_DTYPES = ("float32", "model")
 DEFAULT_ROWS_PER_SHARD = 4096
-DEFAULT_TAIL_DRAWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +35,14 @@ class BuildConfig:
     """Revision of a Hugging Face model; None is its main branch."""
     max_length: int | None = None
     """Longest row in tokens; None is 2048, or the model's context if that is shorter."""
-    min_prob: float = 5e-3
+    min_prob: float = CaptureSettings.min_prob
     """Entries with at least this probability are kept."""
-    max_k: int = 128
+    max_k: int = CaptureSettings.max_k
     """At most this many entries are kept per position."""
-    tail_draws: int | None = None
+    draw_rate: int = CaptureSettings.draw_rate
     """Tail tokens drawn per position: this rate times the sum of p^(3/4) over the tail (docs/method.md), 0
-    for none; None is 16."""
-    positions: str = "loss"
+    for none."""
+    positions: str = CaptureSettings.positions
     """`loss` captures positions whose next token carries loss, `all` every position that has a next token."""
     limit: int | None = None
     """Read only so many records of the corpus."""
@@ -87,12 +83,9 @@ class BuildConfig:
             object.__setattr__(self, name, str(getattr(self, name)))
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given, got an empty string")
-        rate = self.tail_draws
-        if rate is not None and (type(rate) is not int or not 0 <= rate <= MAX_RATE):
-            raise ConfigError(f"tail_draws must be a whole number from 0 to {MAX_RATE}, got {rate!r}")
+        _ = self.capture
         for name, value, allowed in (
             ("engine", self.engine, ENGINES),
-            ("positions", self.positions, POSITION_MODES),
             ("dtype", self.dtype, DTYPES),
             ("head_dtype", self.head_dtype, HEAD_DTYPES),
         ):
@@ -100,7 +93,6 @@ class BuildConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name, least in (
             ("max_length", 2),
-            ("max_k", 1),
             ("rows_per_shard", 1),
             ("tokens_per_shard", 1),
             ("limit", 1),
@@ -110,8 +102,6 @@ class BuildConfig:
                 continue
             if type(number) is not int or number < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {number!r}")
-        if not (isinstance(self.min_prob, int | float) and 0 <= self.min_prob < 1):
-            raise ConfigError(f"min_prob must be at least 0 and below 1, got {self.min_prob!r}")
         if not (math.isfinite(self.heartbeat_seconds) and self.heartbeat_seconds > 0):
             raise ConfigError(f"heartbeat_seconds must be above 0, got {self.heartbeat_seconds!r}")
         if not all(isinstance(key, str) for key in self.engine_args):
@@ -135,9 +125,11 @@ class BuildConfig:
                 raise ConfigError(f"shards must be first:last with 0 <= first < last, got {first}:{last}")
 
     @property
-    def draw_rate(self) -> int:
-        """`tail_draws` with its default filled in."""
-        return DEFAULT_TAIL_DRAWS if self.tail_draws is None else self.tail_draws
+    def capture(self) -> CaptureSettings:
+        """What of every prediction is stored; the checks of these settings are there."""
+        return CaptureSettings(
+            positions=self.positions, min_prob=self.min_prob, max_k=self.max_k, draw_rate=self.draw_rate
+        )
 
     @property
     def directory(self) -> Path:

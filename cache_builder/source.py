@@ -20,7 +20,7 @@ from cache_builder.corpus.corpus import CorpusConfig, open_corpus
 from cache_builder.rows.template import tells_the_time
 from cache_builder.rows.tokenise import TokenisedRows, tokenise, uses_chat_template
 from cache_builder.rows.tokenizer_files import load_tokenizer, model_context, resolve_max_length
-from cache_builder.teachers.protocol import checkpoint_dtype, read_model_config
+from cache_builder.teachers.model_config import checkpoint_dtype, read_model_config
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
@@ -156,7 +156,8 @@ def open_source(config: BuildConfig) -> BuildSource:
     return BuildSource(
         settings=BuildSettings(
             identity=identity,
-            codec=replace(config.codec, draw_rate=config.draw_rate).to_dict(),
+            capture=config.capture,
+            codec=replace(config.codec, draw_rate=config.capture.draw_rate).to_dict(),
             rows_per_shard=config.rows_per_shard,
             tokens_per_shard=config.tokens_per_shard or expected_shard_tokens(config, model_dir),
         ),

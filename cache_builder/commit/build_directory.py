@@ -40,12 +40,11 @@ from formats.disk.durable import (
     fsync_directory,
     temporary_name,
 )
-from formats.disk.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from formats.disk.manifest import MANIFEST_NAME, Manifest, ShardInfo, shard_name
 from formats.disk.token_row import TokenRow
 from formats.disk.unfinished_build import BUILD_DIRECTORY, PLAN_NAME
 from formats.errors import AnnealError, ConfigError
 from formats.identity.teacher_identity import TeacherIdentity
-from formats.writer import shard_name
 
 TOKENIZER_NAME = "tokenizer.json"
 SETTINGS_NAME, ENGINE_NAME, DISCARD_NAME = "settings.json", "engine.json", "discard"
@@ -243,7 +242,7 @@ class BuildDirectory:
         """
         shards: list[StagedShard] = []
         for group in cut(rows, settings.rows_per_shard, settings.tokens_per_shard):
-            shards.append(stage(self.working, len(shards), group, settings.positions))
+            shards.append(stage(self.working, len(shards), group, settings.capture.positions))
             on_shard(len(shards) - 1, shards[-1])
         plan = Plan(shards=tuple(shards), corpus=describe())
         require_work(plan.num_positions, plan.num_rows)

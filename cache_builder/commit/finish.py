@@ -47,13 +47,13 @@ def finish(
     if tokenizer_json is not None:
         files[TOKENIZER_NAME] = directory.write_file(TOKENIZER_NAME, tokenizer_json)
         step("tokenizer")
-    preprocessing = settings.identity.preprocessing
+    capture = settings.capture
     manifest = Manifest(
         identity=identity_with_counts(engine.completing(settings.identity), plan).to_dict(),
         codec=CodecConfig(**settings.codec),
-        positions=settings.positions,
-        min_prob=float(preprocessing["min_prob"]),
-        max_k=min(int(preprocessing["max_k"]), engine.vocab_size),
+        positions=capture.positions,
+        min_prob=capture.min_prob,
+        max_k=min(capture.max_k, engine.vocab_size),
         vocab_size=engine.vocab_size,
         shards=[info for info in infos if info is not None],
         files=files,

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.commit.staging import StagedShard
+from formats.capture_settings import CaptureSettings
 from formats.disk.unfinished_build import PLAN_NAME
 from formats.errors import ConfigError, CorpusError, FormatError
 from formats.identity.teacher_identity import Difference, TeacherIdentity, short
 
 FORMAT = "anneal-build"
-VERSION = 1
+VERSION = 2
+"""Of the files of an unfinished build."""
 
 OPTION_OF = {
     ("teacher", "weights"): "model weights",
@@ -41,7 +43,9 @@ class BuildSettings:
     """What two commands must share to work on one cache."""
 
     identity: TeacherIdentity
-    """Everything that decides which numbers are stored."""
+    """Everything that decides which numbers are stored; two builds are compared by it and the codec."""
+    capture: CaptureSettings
+    """What of every prediction is stored, for those who do it; `identity` records the same."""
     codec: Mapping[str, Any]
     """How they are encoded."""
     rows_per_shard: int
@@ -49,17 +53,13 @@ class BuildSettings:
     tokens_per_shard: int
     """Limit of tokens per shard."""
 
-    @property
-    def positions(self) -> str:
-        """Which positions are captured."""
-        return str(self.identity.preprocessing["positions"])
-
     def to_bytes(self) -> bytes:
         """JSON text of settings.json."""
         content = {
             "format": FORMAT,
             "version": VERSION,
             "identity": self.identity.to_dict(),
+            "capture": self.capture.to_dict(),
             "codec": dict(self.codec),
             "rows_per_shard": self.rows_per_shard,
             "tokens_per_shard": self.tokens_per_shard,
@@ -76,6 +76,7 @@ class BuildSettings:
         content = _parse(data, "settings.json")
         return cls(
             identity=TeacherIdentity.from_dict(content["identity"]),
+            capture=CaptureSettings(**content["capture"]),
             codec=content["codec"],
             rows_per_shard=content["rows_per_shard"],
             tokens_per_shard=content["tokens_per_shard"],

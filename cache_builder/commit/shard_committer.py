@@ -173,12 +173,13 @@ class _OpenShard:
     def __init__(self, owner: ShardCommitter, index: int) -> None:
         self._owner, self._index = owner, index
         self._path = owner.directory.new_partial(index)
-        self._which = owner._settings.positions
+        capture = owner._settings.capture
+        self._which = capture.positions
         self._writer = ShardWriter(
             self._path,
             vocab_size=owner._vocab_size,
             positions=self._which,
-            max_k=min(int(owner._settings.identity.preprocessing["max_k"]), owner._vocab_size),
+            max_k=capture.max_k,
             codec=owner._codec,
         )
 

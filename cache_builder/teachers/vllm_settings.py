@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
-from cache_builder.teachers.protocol import TeacherConfig, attention_softcap
+from cache_builder.teachers.model_config import attention_softcap
+from cache_builder.teachers.protocol import TeacherConfig
 from cache_builder.teachers.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
 from formats.errors import ConfigError
 from formats.install import how_to_install
@@ -194,13 +195,7 @@ def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[s
             "architectures": architectures,
             "head_dtype": config.head_dtype,
         },
-        "additional_config": {
-            "anneal": {
-                "min_prob": config.min_prob,
-                "max_k": config.max_k,
-                "draw_rate": config.draw_rate,
-            }
-        },
+        "additional_config": {"anneal": config.capture.to_dict()},
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,  # every position has to be computed, none may come from a cache
         "async_scheduling": False,  # with it, what shares a step depends on when results arrive

@@ -29,7 +29,7 @@ def plan_build(
         num_rows += len(group)
         tokens = sum(len(row) for row in group)
         num_tokens += tokens
-        num_positions += sum(len(row.positions(settings.positions)) for row in group)
+        num_positions += sum(len(row.positions(settings.capture.positions)) for row in group)
         progress.advance(len(group), tokens)
     progress.finish()
     require_work(num_positions, num_rows)
@@ -43,9 +43,7 @@ def plan_build(
         estimated_bytes=rough_bytes(
             num_tokens,
             num_positions,
-            config.min_prob,
-            config.max_k,
-            int(settings.codec.get("draw_rate", 0)),
+            settings.capture,
         ),
         identity=settings.identity,
         corpus=source.describe(rows),

@@ -140,7 +140,6 @@ def estimate_cache(
         min_prob=min(GENEROUS_MIN_PROB, config.min_prob, *min_probs),
         max_k=max(GENEROUS_MAX_K, config.max_k),
     )
-    config = replace(config, codec=replace(config.codec, draw_rate=config.draw_rate))
     captured = _capture(generous, source, sample, make_teacher, progress)
     settings = sorted({*min_probs, config.min_prob} - {0.0})
     num_sampled_tokens = sum(len(row) for row in sample)
@@ -217,9 +216,10 @@ def _estimate(
     num_tokens: int,
     num_sampled_tokens: int,
 ) -> Estimate:
-    max_k = min(config.max_k, captured[0].vocab_size)
-    pruned = [topk.prune(min_prob, max_k) for topk in captured]
-    stored = stored_and_read(sample, pruned, positions=config.positions, max_k=max_k, codec=config.codec)
+    capture = replace(config.capture, min_prob=min_prob)
+    pruned = [topk.prune(capture.min_prob, capture.max_k) for topk in captured]
+    codec = replace(config.codec, draw_rate=capture.draw_rate)
+    stored = stored_and_read(sample, pruned, capture, codec)
     exact = TopKLogprobs.concatenate(pruned)
     missed = 1.0 - exact.head_mass(1.0)
     per_token = stored.info.num_bytes / num_sampled_tokens

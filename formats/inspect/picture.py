@@ -2,23 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from formats.cache_row import ReadableCache
 from formats.errors import ConfigError
 from formats.inspect.statistics import entropy
 from formats.inspect.summary import sampled_rows
 from formats.install import how_to_install
 
-if TYPE_CHECKING:
-    from formats.cache import TeacherCache
-
 INK, BLUE, PALE = "#1f2933", "#2b6cb0", "#c3dafe"
 
 
 def plot_cache(
-    cache: "TeacherCache", summary: dict[str, Any], path: str | os.PathLike[str], *, full: bool = False
+    cache: ReadableCache, summary: dict[str, Any], path: str | os.PathLike[str], *, full: bool = False
 ) -> None:
     """Write head sizes, covered mass, entropy and bytes by part to `path` (PNG, SVG or PDF by its suffix).
 

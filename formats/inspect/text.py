@@ -3,6 +3,7 @@
 from typing import Any
 
 from formats.codec.quantise import LOWEST_LABEL
+from formats.progress import format_bytes
 
 BAR = 40
 RECORDS = {("corpus", "counts"), ("corpus", "notes")}
@@ -17,15 +18,6 @@ PARTS = {
     "draw_ids": "drawn token ids",
     "draw_logprobs": "drawn logprobs",
 }
-
-
-def human_bytes(size: float) -> str:
-    """1,234 B, 56.7 KiB, 8.9 MiB, ..."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    raise AssertionError
 
 
 def _short(value: Any) -> str:
@@ -91,7 +83,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"teacher cache {s['path']} (format {s['format_version']})",
         f"  {s['num_rows']:,} rows, {s['num_tokens']:,} tokens, "
         f"{s['num_positions']:,} positions with a teacher, "
-        f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {human_bytes(s['num_bytes'])}",
+        f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {format_bytes(s['num_bytes'])}",
         f"  vocabulary {settings['vocab_size']:,}; heads: p >= {settings['min_prob']:g}, "
         f"at most {settings['max_k']:,}; {_tail(settings['codec'])}positions: {settings['positions']}",
         "",
@@ -102,9 +94,9 @@ def summary_text(summary: dict[str, Any]) -> str:
         "bytes per token",
     ]
     columns = [
-        (name, f"{c['bytes_per_token']:.2f}", human_bytes(c["bytes"])) for name, c in s["columns"].items()
+        (name, f"{c['bytes_per_token']:.2f}", format_bytes(c["bytes"])) for name, c in s["columns"].items()
     ]
-    lines += _table([*columns, ("total", f"{s['bytes_per_token']:.2f}", human_bytes(s["num_bytes"]))])
+    lines += _table([*columns, ("total", f"{s['bytes_per_token']:.2f}", format_bytes(s["num_bytes"]))])
     if s["payload_parts"]:
         lines += ["", "payload, bytes per position"]
         parts = [

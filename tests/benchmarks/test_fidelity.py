@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from fidelity import METHODS, measure
 from fidelity_targets import capture, sampled_targets, topk_targets
 
+from formats.capture_settings import CaptureSettings
+
 VOCAB_SIZE = 400
 
 
@@ -46,7 +48,7 @@ def results(teacher):
         stops=[0, 4],
         temperatures=[0.5, 1.0, 2.0],
         learning_rate=1e-3,
-        draw_rate=8,
+        settings=CaptureSettings(draw_rate=8),
     )
 
 

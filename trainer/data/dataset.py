@@ -14,10 +14,10 @@ import numpy as np
 import torch.utils.data
 
 from formats.cache import TeacherCache
+from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError, FormatError
 from trainer.config import ROW_LOSSES
 from trainer.data.padded_teacher import without_padding
-from trainer.data.teacher_batch import IGNORED
 
 Item = dict[str, Any]
 

@@ -18,6 +18,7 @@ from cache_builder.teachers.vllm_settings import (
     teacher_architectures,
     typed_engine_args,
 )
+from formats.capture_settings import CaptureSettings
 from formats.errors import ConfigError
 
 HOW_TO_INSTALL = (
@@ -73,9 +74,7 @@ def test_engine_arguments_that_are_refused(given, message):
 def test_arguments_of_the_engine():
     config = TeacherConfig(
         model="m",
-        min_prob=0.25,
-        max_k=7,
-        draw_rate=5,
+        capture=CaptureSettings(min_prob=0.25, max_k=7, draw_rate=5),
         max_length=99,
         engine_args={"hf_overrides": '{"rope_theta": 5.0}'},
     )
@@ -85,7 +84,9 @@ def test_arguments_of_the_engine():
         "architectures": ["AnnealA", "A"],
         "head_dtype": "float32",
     }
-    assert arguments["additional_config"] == {"anneal": {"min_prob": 0.25, "max_k": 7, "draw_rate": 5}}
+    assert arguments["additional_config"] == {
+        "anneal": {"positions": "loss", "min_prob": 0.25, "max_k": 7, "draw_rate": 5}
+    }
     assert (arguments["dtype"], arguments["max_model_len"]) == ("bfloat16", 99)
     assert arguments["enable_prefix_caching"] is False
 

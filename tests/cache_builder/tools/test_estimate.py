@@ -21,7 +21,7 @@ from formats.errors import ConfigError, CorpusError
 
 def estimate(tmp_path: Path, num_rows: int = 50, draw_rate: int = 0, **options):
     return estimate_cache(
-        make_config(tmp_path / "never", max_k=12, min_prob=1e-2, tail_draws=draw_rate),
+        make_config(tmp_path / "never", max_k=12, min_prob=1e-2, draw_rate=draw_rate),
         source=make_source(num_rows),
         make_teacher=lambda config, source: SeededTeacher(
             min_prob=config.min_prob,
