@@ -28,7 +28,7 @@ SHAPES = {
     "small": dict(num_rows=13, vocab_size=37),
     "chunks of unequal size": dict(num_rows=29, vocab_size=17, hidden_size=5),
     "large vocabulary": dict(num_rows=11, vocab_size=1000, hidden_size=24, max_kept=300),
-    "head of one": dict(num_rows=9, vocab_size=101, max_kept=1),
+    "one token kept": dict(num_rows=9, vocab_size=101, max_kept=1),
 }
 HEADS = {
     "plain": {},
@@ -115,7 +115,7 @@ def test_lossless_teacher_equals_the_online_two_model_computation(direction, tem
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("max_kept", (1, 3, 20))
 def test_gradient_vanishes_at_the_initial_weights(max_kept, direction, temperature):
-    """Student = teacher and an exact tail: nothing pushes, however little of the head was kept."""
+    """Student = teacher and an exact tail: nothing pushes, however little was kept."""
     case = make_case(num_rows=10, hidden_size=16, vocab_size=200, seed=4)
     logits = dense_logits(case.hidden, case.weight)
     teacher = teacher_from_logits(logits, torch.arange(10), [max_kept] * 10, temperature)
