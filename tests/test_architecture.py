@@ -14,11 +14,21 @@ IN_AND_OUT = re.compile(r"\bin\b[,;.].*\bout\b", re.DOTALL)
 
 FLOORS = {
     "formats": [
-        *("errors", "install", "progress", "logprobs", "codec", "disk", "identity"),
-        *("validate", "cache", "writer", "inspect"),
+        *("errors", "install", "progress", "capture_settings", "logprobs", "codec", "disk", "identity"),
+        *("cache_row", "validate", "inspect.statistics", "inspect.summary", "cache", "writer", "inspect"),
     ],
     "cache_builder": [
-        *("config", "report", "pace", "corpus", "rows", "reduction", "teachers", "commit"),
+        *(
+            "teachers.protocol",
+            "config",
+            "report",
+            "pace",
+            "corpus",
+            "rows",
+            "reduction",
+            "teachers",
+            "commit",
+        ),
         *("source", "build", "build_on_ray", "tools"),
     ],
     "trainer": [
@@ -34,27 +44,6 @@ FLOORS = {
 A room is a sub-package or a module beside it. A module of a room may have a floor of its own, below its room: settings
 that a person writes for a step, and the parts of the loop that know no Trainer.
 """
-
-KNOWN_EXCEPTIONS = {
-    ("formats.cache", "formats.inspect.summary"),
-    ("formats.validate", "formats.cache"),
-    ("trainer.preflight.before_start", "trainer.loop.label_annealing_trainer"),
-    ("trainer.preflight.continuation", "trainer.loop.label_annealing_trainer"),
-}
-"""Arrows that still point up, importing module first. One that is gone must be deleted here; none may be added."""
-
-KNOWN_CIRCLES = {
-    frozenset({"formats.cache", "formats.inspect.summary", "formats.validate"}),
-    frozenset(
-        {
-            "cache_builder.teachers.protocol",
-            "cache_builder.teachers.transformers_teacher",
-            "cache_builder.teachers.vllm_settings",
-            "cache_builder.teachers.vllm_teacher",
-        }
-    ),
-}
-"""Modules that still import each other in a circle. It may shrink; one that is gone must be deleted here."""
 
 
 def imports_of(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -166,9 +155,7 @@ def test_arrows_point_down(package: str) -> None:
         for target in targets
         if floor(package, target) > floor(package, module)
     }
-    known = {pair for pair in KNOWN_EXCEPTIONS if pair[0].startswith(f"{package}.")}
-    assert sorted(upward - known) == [], "a room imports from one above it"
-    assert sorted(known - upward) == [], "these are cured: delete them from KNOWN_EXCEPTIONS"
+    assert sorted(upward) == [], "a room imports from one above it"
 
 
 @pytest.mark.parametrize("package", FLOORS)
@@ -179,12 +166,8 @@ def test_floors_name_what_is_there(package: str) -> None:
 
 @pytest.mark.parametrize("package", FLOORS)
 def test_no_circles(package: str) -> None:
-    found = circles(arrows(package))
-    known = {circle for circle in KNOWN_CIRCLES if min(circle).startswith(f"{package}.")}
-    new = [sorted(circle) for circle in found if not any(circle <= allowed for allowed in known)]
-    assert not new, "modules import each other in a circle"
-    cured = [sorted(allowed) for allowed in known if not any(circle <= allowed for circle in found)]
-    assert not cured, "these are cured: delete them from KNOWN_CIRCLES"
+    found = [sorted(circle) for circle in circles(arrows(package))]
+    assert not found, "modules import each other in a circle"
 
 
 def test_circles_are_found() -> None:
