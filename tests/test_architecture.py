@@ -38,8 +38,6 @@ that a person writes for a step, and the parts of the loop that know no Trainer.
 KNOWN_EXCEPTIONS = {
     ("formats.cache", "formats.inspect.summary"),
     ("formats.validate", "formats.cache"),
-    ("trainer.preflight.before_start", "trainer.loop.label_annealing_trainer"),
-    ("trainer.preflight.continuation", "trainer.loop.label_annealing_trainer"),
 }
 """Arrows that still point up, importing module first. One that is gone must be deleted here; none may be added."""
 
