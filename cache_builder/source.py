@@ -194,8 +194,9 @@ def _template_time(config: BuildConfig, is_told: bool) -> datetime | None:
     if not is_told:
         return None
     recorded = None if config.overwrite else BuildDirectory(config.directory).recorded_identity()
-    if recorded is not None and (told := recorded.preprocessing.get("template_time")):
-        return datetime.fromisoformat(str(told))
+    told = recorded.preprocessing.get("template_time") if recorded is not None else None
+    if isinstance(told, str):  # a merged cache may have several
+        return datetime.fromisoformat(told)
     return datetime.now().replace(microsecond=0)
 
 

@@ -51,6 +51,18 @@ def refuse_columns(values: Mapping[str, Any], kind: str, read: Collection[str], 
                     raise CorpusError(f"{field.rule}, got a column {name} in {where}; {field.remedy}")
 
 
+def refuse_unknown_layout(values: Collection[str]) -> None:
+    """Say of a record without a known layout that it is made for something else, if its columns tell.
+
+    Raises:
+        CorpusError: lists the columns.
+    """
+    for key in ("preference", "steps"):
+        if any(name in values for name in names(key)):
+            field = _BY_KEY[key]
+            raise CorpusError(f"{field.rule}, got columns: {', '.join(values)}; {field.remedy}")
+
+
 def refuse_fields(values: Mapping[str, Any], place: str, where: str) -> None:
     """The same for the fields of a turn or of a part of its content."""
     for field in FIELDS:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cache_builder.corpus.field import CHAT, IDS, PAIR, TEXT
-from cache_builder.corpus.fields import names
+from cache_builder.corpus.fields import names, refuse_unknown_layout
 from cache_builder.corpus.ready_tokens import MASKS, READ_COLUMNS
 from formats.errors import CorpusError
 
@@ -147,6 +147,7 @@ def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layo
     for layout, condition in LAYOUTS:
         if all(column in values for column in layout.required) and condition(values):
             return layout
+    refuse_unknown_layout(values)
     raise CorpusError(
         f"the corpus must have the columns of a known layout ({RECOGNISED}), got columns: {found}; "
         "rename them, or pass --text-column NAME"

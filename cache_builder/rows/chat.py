@@ -90,29 +90,31 @@ class ChatEncoder:
     def target_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The rendered conversation and the character ranges that the assistant is to produce."""
         conversation = self.template.prepared(conversation)
-        full = self.template.render(conversation)
+        marked: list[Span] = []
+        if self.has_markers:
+            full, marked = self.template.marked_spans(conversation)
+        else:
+            full = self.template.render(conversation)
         require_shown(self.template, conversation, full)
         for name in unread_fields(self.template, conversation):
             self.unread_fields[name] += sum(name in message for message in conversation.messages)
         if self.has_markers:
-            text, spans = self.template.marked_spans(conversation)
             turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
             targets = set(conversation.targets())
             if targets == set(turns):
-                return text, spans
-            if len(turns) == len(spans):
-                return text, [span for i, span in zip(turns, spans, strict=True) if i in targets]
-        return self.incremental_spans(conversation)
+                return full, marked
+            if len(turns) == len(marked):
+                return full, [span for i, span in zip(turns, marked, strict=True) if i in targets]
+        return full, self.incremental_spans(conversation, full)
 
-    def incremental_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The rendered conversation and its assistant turns, found by rendering its beginnings."""
-        full = self.template.render(conversation)
+    def incremental_spans(self, conversation: Conversation, full: str) -> list[Span]:
+        """The turns of the assistant in the rendered conversation, found by rendering its beginnings."""
         spans: list[Span] = []
         for index in conversation.targets():
             spans.append(self._turn_span(full, index, conversation))
             if len(spans) > 1 and spans[-1][0] < spans[-2][1]:
                 raise self._unstable(index, conversation)
-        return full, spans
+        return spans
 
     def _turn_span(self, full: str, index: int, conversation: Conversation) -> Span:
         messages = conversation.messages

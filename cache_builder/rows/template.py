@@ -60,7 +60,9 @@ class ChatTemplate:
                 "or bring prompt and completion strings"
             )
         if unknown := sorted(set(self._arguments) - self.variables):
-            raise ConfigError(f"a template argument must be one that the template reads, got {unknown[0]}")
+            raise ConfigError(
+                f"a template argument must be one that the template reads, got {unknown[0]}; leave it out"
+            )
 
     @property
     def has_markers(self) -> bool:

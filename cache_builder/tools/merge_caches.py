@@ -215,7 +215,7 @@ def _merged_identity(identities: Sequence[TeacherIdentity]) -> TeacherIdentity:
             for corpus in corpora
         ],
     }
-    if all("counts" in corpus for corpus in corpora):
+    if all("num_records" in corpus.get("counts", ()) for corpus in corpora):
         data["corpus"]["counts"] = {"num_records": sum(corpus["counts"]["num_records"] for corpus in corpora)}
         data["corpus"]["notes"] = [
             f"{corpus.get('source', 'unknown')}: {note}"

@@ -59,8 +59,18 @@ def test_an_unknown_layout_lists_columns_and_layouts() -> None:
 
 
 def test_half_a_layout_is_none() -> None:
-    with pytest.raises(CorpusError, match="got columns: prompt, chosen;"):
-        recognise({"prompt": "x", "chosen": "y"})
+    with pytest.raises(CorpusError, match=r"known layout .* got columns: prompt, label;"):
+        recognise({"prompt": "x", "label": True})
+
+
+@pytest.mark.parametrize(
+    "columns", [("prompt", "chosen", "rejected"), ("input", "preferred_output"), ("prompt", "completions")]
+)
+def test_a_layout_of_other_methods_is_named(columns: tuple[str, ...]) -> None:
+    with pytest.raises(CorpusError) as caught:
+        recognise(dict.fromkeys(columns, "x"))
+    assert str(caught.value).startswith("a record holds one answer")
+    assert f"got columns: {', '.join(columns)}; keep the answer to train on" in str(caught.value)
 
 
 def test_a_missing_text_column_lists_the_columns() -> None:
