@@ -52,16 +52,6 @@ MaxLengthOption = Annotated[
         help="Longest row in tokens.  [default: 2048, or the model's context where that is shorter]",
     ),
 ]
-TailFeaturesOption = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        max=64,
-        show_default=False,
-        help="Tail moments per position: what the tail is made of, beside its mass; 0 stores none.  "
-        "[default: 16]",
-    ),
-]
 TailDrawsOption = Annotated[
     int | None,
     typer.Option(
@@ -186,7 +176,6 @@ def cache_build(
     max_length: MaxLengthOption = None,
     min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 5e-3,
     max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
-    tail_features: TailFeaturesOption = None,
     tail_draws: TailDrawsOption = None,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
@@ -235,7 +224,6 @@ def cache_build(
         max_length=max_length,
         min_prob=min_prob,
         max_k=max_k,
-        tail_features=tail_features,
         tail_draws=tail_draws,
         positions=positions,
         limit=limit,
@@ -336,7 +324,6 @@ def cache_estimate(
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
     max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
-    tail_features: TailFeaturesOption = None,
     tail_draws: TailDrawsOption = None,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
@@ -361,7 +348,6 @@ def cache_estimate(
         revision=revision,
         max_length=max_length,
         max_k=max_k,
-        tail_features=tail_features,
         tail_draws=tail_draws,
         positions=positions,
         limit=limit,

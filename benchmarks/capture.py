@@ -37,11 +37,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
-from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
-from cache_builder.reduction.features import find_embedding, token_features
+from cache_builder.config import DEFAULT_TAIL_DRAWS
 from cache_builder.teachers.vllm_settings import child_environment, quiet_environment
 from formats.disk.token_row import TokenRow
-from formats.logprobs.features import FEATURES_FILE
 
 PRESETS = {
     "smoke": {"vocab_size": 4003, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
@@ -186,17 +184,12 @@ class Bench:
             return self.timed(lambda: self.drain(engine, PoolingParams(task="embed")) and None)
 
     def capture(self) -> float:
-        """Ours, to packed arrays in this process, with the default tail moments and draws."""
-        embedding = find_embedding(Path(self.model), self.vocab_size)
-        assert embedding is not None
-        features = Path(self.model) / FEATURES_FILE
-        features.write_bytes(token_features(embedding, self.vocab_size, DEFAULT_TAIL_FEATURES).to_bytes())
+        """Ours, to packed arrays in this process, with the default tail draws."""
         config = TeacherConfig(
             model=self.model,
             dtype=self.args.dtype,
             positions="all",
             max_k=self.args.k,
-            features=str(features),
             draw_rate=DEFAULT_TAIL_DRAWS,
             max_length=self.args.max_length + 1,
             engine_args=self.engine_args,

@@ -16,36 +16,30 @@ rivals are plain references of their
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from small_model import DOMAINS, ROW_TOKENS, Pair, load
 
-from cache_builder.reduction.features import find_embedding, token_features
 from formats import TopKLogprobs
 from formats.codec.payload import Codec, CodecConfig, section_bytes
 from formats.codec.quantise import quantise_probabilities
 from formats.codec.rank_table import permutations, rank_by_frequency
-from formats.logprobs.features import TokenFeatures
 from formats.logprobs.ragged import rank_in_segment, segment_order, segment_sum
 from formats.logprobs.tail_draws import TailDraws, draw, starts
 from formats.logprobs.tail_function import TAIL_BETAS
 from trainer.loss.loss_draws import LARGEST_RATIO
-from trainer.loss.loss_tail import DRIFT_VARIANCE, LARGEST_DEVIATION, LEAST_RIDGE, VARIANCE_SHARE
 
 TEMPERATURES = (0.5, 0.75, 1.0, 2.0, 4.0)
 CHUNK = 128
 CAPTURE_K = 256
-MOST_FEATURES = 64
 STEP_TEMPERATURES = (1.0, 2.0)
-DRAW_RATES = (4, 8, 12, 16)
-DEFAULT = "p >= 5e-3, 16 features, draws at 16"
+DRAW_RATES = (4, 8, 12, 16, 20)
+DEFAULT = "p >= 5e-3, draws at 16"
 
 
 @dataclass(frozen=True)
@@ -58,50 +52,26 @@ class Encoded:
     tail: str
     """`exact`: A at the temperature; `one`: the T = 1 mass at every temperature; `none`: renormalised;
     `sampled`: weights are counts of draws."""
-    features: TokenFeatures | None = None
-    """With them and moments in `topk`, the student's tail is reweighted."""
-    noise: float = 0.0
-    """Variance of a stored moment's error."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """Rows as an engine hands them over: generous heads, moments for every number of features, and draws at
-    every rate."""
+    """Rows as an engine hands them over: generous heads, and draws at every rate."""
 
     rows: list[TopKLogprobs]
-    features: TokenFeatures
     draws: dict[int, list[TailDraws]]
 
-    def with_features(
-        self, count: int, draw_rate: int = 0
-    ) -> tuple[list[TopKLogprobs], TokenFeatures | None]:
-        """The rows and their features, cut to the leading `count`, with the draws of one rate."""
-        rows = self.rows
-        if draw_rate:
-            pairs = zip(rows, self.draws[draw_rate], strict=True)
-            rows = [replace(row, tail_draws=draws) for row, draws in pairs]
-        if count == 0:
-            return [row.without_moments() for row in rows], None
-        cut = [replace(row, tail_moments=row.tail_moments[:, :count]) for row in rows]
-        return cut, TokenFeatures(np.ascontiguousarray(self.features.codes[:, :count]))
-
-
-def features_of(head_VD: np.ndarray, count: int) -> TokenFeatures:
-    """Features of an output head, by the product's own way: through a checkpoint file."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_file({"lm_head.weight": np.ascontiguousarray(head_VD)}, Path(folder) / "model.safetensors")
-        embedding = find_embedding(Path(folder), len(head_VD))
-        assert embedding is not None
-        return token_features(embedding, len(head_VD), count)
+    def drawn(self, rate: int) -> list[TopKLogprobs]:
+        """The rows with the draws of one rate."""
+        if not rate:
+            return self.rows
+        return [replace(row, draws=draws) for row, draws in zip(self.rows, self.draws[rate], strict=True)]
 
 
 def capture(pair: Pair) -> Captured:
     """The `CAPTURE_K` most probable tokens and the tail of every position, one item per row."""
     rows, count = [], len(pair.token_ids_N)
     drawn: dict[int, list[TailDraws]] = {rate: [] for rate in DRAW_RATES}
-    features = features_of(pair.teacher_VD, MOST_FEATURES)
-    values_VF = features.of(np.arange(features.vocab_size)).astype(np.float64)
     for start in range(0, count, ROW_TOKENS):
         parts = []
         tails: dict[int, list[TailDraws]] = {rate: [] for rate in DRAW_RATES}
@@ -114,11 +84,9 @@ def capture(pair: Pair) -> Captured:
             peak = rest.max(1)
             nodes = [np.log(np.exp(b * (rest - peak[:, None])).sum(1)) + b * peak for b in TAIL_BETAS]
             offsets = np.arange(CHUNK + 1) * CAPTURE_K
-            moments = np.exp(rest) @ values_VF
+            none = TailDraws.none(CHUNK)
             parts.append(
-                TopKLogprobs(
-                    offsets, ids.ravel(), values.ravel(), np.stack(nodes, 1), teacher.shape[1], moments
-                )
+                TopKLogprobs(offsets, ids.ravel(), values.ravel(), np.stack(nodes, 1), teacher.shape[1], none)
             )
             outside = np.isfinite(rest)
             ends = np.concatenate([[0], np.cumsum(outside.sum(1))])
@@ -128,7 +96,7 @@ def capture(pair: Pair) -> Captured:
         rows.append(TopKLogprobs.concatenate(parts))
         for rate, found in tails.items():
             drawn[rate].append(TailDraws.concatenate(found))
-    return Captured(rows, features, drawn)
+    return Captured(rows, drawn)
 
 
 # --- encodings --------------------------------------------------------------------------------------------
@@ -140,7 +108,7 @@ Encoding = Callable[[Captured], list[Encoded]]
 def fixed(k: int, per_position: float, tail: str) -> Encoding:
     """The k most probable tokens of every position at so many bytes."""
     return lambda captured: [
-        Encoded(row.prune(0.0, k), per_position * len(row), tail) for row in captured.with_features(0)[0]
+        Encoded(row.prune(0.0, k), per_position * len(row), tail) for row in captured.rows
     ]
 
 
@@ -160,49 +128,36 @@ def sampled(draws: int) -> Encoding:
                 ids.append(row.token_ids[a:b][drawn])
                 logs.append(np.log(times[drawn] / draws))
             offsets = np.concatenate([[0], np.cumsum(counts)])
-            topk = TopKLogprobs(
-                offsets, np.concatenate(ids), np.concatenate(logs), row.log_tail_nodes, row.vocab_size
-            )
+            topk = replace(row, offsets=offsets, token_ids=np.concatenate(ids), logprobs=np.concatenate(logs))
             out.append(Encoded(topk, 3 * topk.num_entries, "sampled"))
         return out
 
     return encode
 
 
-def ours(
-    min_prob: float, num_features: int = 0, max_k: int = 128, draw_rate: int = 0, **settings: object
-) -> Encoding:
+def ours(min_prob: float, max_k: int = 128, draw_rate: int = 0, **settings: object) -> Encoding:
     """The product's codec, rank table learned from the rows themselves."""
 
     def encode(captured: Captured) -> list[Encoded]:
-        config = CodecConfig(num_features=num_features, draw_rate=draw_rate, **settings)  # type: ignore[arg-type]
-        rows, features = captured.with_features(num_features, draw_rate)
-        heads = [row.prune(min_prob, max_k, features) for row in rows]
+        config = CodecConfig(draw_rate=draw_rate, **settings)  # type: ignore[arg-type]
+        heads = [row.prune(min_prob, max_k) for row in captured.drawn(draw_rate)]
         ranked = rank_by_frequency(np.concatenate([head.token_ids for head in heads]), heads[0].vocab_size)
         codec = Codec(config, heads[0].vocab_size, max_k, ranked if config.rank_ids else None)
         payloads = [codec.encode(head) for head in heads]
         return [
-            Encoded(
-                codec.decode(payload, len(head)),
-                len(payload),
-                "exact",
-                features,
-                1 / (12 * config.moment_steps**2),
-            )
+            Encoded(codec.decode(payload, len(head)), len(payload), "exact")
             for payload, head in zip(payloads, heads, strict=True)
         ]
 
     return encode
 
 
-def unquantised(min_prob: float, num_features: int = 0, max_k: int = 128) -> Encoding:
+def unquantised(min_prob: float, max_k: int = 128) -> Encoding:
     """The same heads and tails in float32."""
 
     def encode(captured: Captured) -> list[Encoded]:
-        rows, features = captured.with_features(num_features)
-        heads = [row.prune(min_prob, max_k, features) for row in rows]
-        sizes = [8 * head.num_entries + (29 + 4 * num_features) * len(head) for head in heads]
-        return [Encoded(head, size, "exact", features) for head, size in zip(heads, sizes, strict=True)]
+        heads = [row.prune(min_prob, max_k) for row in captured.rows]
+        return [Encoded(head, 8 * head.num_entries + 29 * len(head), "exact") for head in heads]
 
     return encode
 
@@ -218,29 +173,21 @@ ENCODINGS: dict[str, Encoding] = {
     "p >= 1e-3, float32": unquantised(1e-3),
     "p >= 2e-3, float32": unquantised(2e-3),
     "p >= 2.5e-3, float32": unquantised(2.5e-3),
-    "p >= 2.5e-3, 16 features, float32": unquantised(2.5e-3, 16),
+    "p >= 5e-3, float32": unquantised(5e-3),
     "p >= 1e-3": ours(1e-3),
     "p >= 2e-3": ours(2e-3),
     "p >= 2.5e-3": ours(2.5e-3),
     "p >= 3e-3": ours(3e-3),
     "p >= 1e-2": ours(1e-2),
-    "p >= 1e-3, 16 features": ours(1e-3, 16),
-    "p >= 2.5e-3, 16 features": ours(2.5e-3, 16),
-    "p >= 3e-3, 16 features": ours(3e-3, 16),
-    "p >= 5e-3, 16 features": ours(5e-3, 16),
-    "p >= 5e-3, 16 features, draws at 4": ours(5e-3, 16, draw_rate=4),
-    "p >= 5e-3, 16 features, draws at 8": ours(5e-3, 16, draw_rate=8),
-    "p >= 5e-3, 16 features, draws at 12": ours(5e-3, 16, draw_rate=12),
-    "p >= 5e-3, 16 features, draws at 16": ours(5e-3, 16, draw_rate=16),
+    "p >= 5e-3": ours(5e-3),
+    "p >= 5e-3, draws at 4": ours(5e-3, draw_rate=4),
+    "p >= 5e-3, draws at 8": ours(5e-3, draw_rate=8),
     "p >= 5e-3, draws at 12": ours(5e-3, draw_rate=12),
-    "p >= 2.5e-3, 16 features, draws at 8": ours(2.5e-3, 16, draw_rate=8),
-    "p >= 1e-2, 16 features, draws at 16": ours(1e-2, 16, draw_rate=16),
-    "p >= 5e-3, 16 features, draws at 12, 16 draw steps": ours(5e-3, 16, draw_rate=12, draw_steps=16),
-    "p >= 2.5e-3, 8 features": ours(2.5e-3, 8),
-    "p >= 2.5e-3, 32 features": ours(2.5e-3, 32),
-    "p >= 2.5e-3, 64 features": ours(2.5e-3, 64),
-    "p >= 2.5e-3, 16 features, 64 moment steps": ours(2.5e-3, 16, moment_steps=64),
-    "p >= 2.5e-3, 16 features, 256 moment steps": ours(2.5e-3, 16, moment_steps=256),
+    "p >= 5e-3, draws at 16": ours(5e-3, draw_rate=16),
+    "p >= 5e-3, draws at 20": ours(5e-3, draw_rate=20),
+    "p >= 2.5e-3, draws at 8": ours(2.5e-3, draw_rate=8),
+    "p >= 1e-2, draws at 16": ours(1e-2, draw_rate=16),
+    "p >= 5e-3, draws at 12, 32 draw steps": ours(5e-3, draw_rate=12, draw_steps=32),
     "p >= 2e-3, 8-bit sqrt(p)": ours(2e-3, sqrt_steps=255, linear_steps=0),
     "p >= 2e-3, 10-bit sqrt(p)": ours(2e-3, sqrt_steps=1023, linear_steps=0),
     "p >= 2e-3, steps 240 + 2000, tails 64": ours(2e-3, sqrt_steps=240, linear_steps=2000, tail_steps=64),
@@ -271,11 +218,9 @@ def at_temperature(logprobs: np.ndarray, beta: float) -> np.ndarray:
     return weights / weights.sum(1, keepdims=True)
 
 
-def gradient(
-    encoded: Encoded, head: TopKLogprobs, student: np.ndarray, log_student: np.ndarray, temperature: float
-) -> np.ndarray:
+def gradient(encoded: Encoded, head: TopKLogprobs, student: np.ndarray, temperature: float) -> np.ndarray:
     """The gradient [CHUNK, V] a loss forms from the encoding, for student probabilities at this
-    temperature and logprobs at T = 1."""
+    temperature."""
     beta = 1 / temperature
     rows = np.repeat(np.arange(len(head)), head.counts)
     columns = head.token_ids
@@ -295,18 +240,14 @@ def gradient(
     student_covered = segment_sum(student_head, head.offsets)
     scale = (covered - student_covered) / np.maximum(1 - student_covered, 1e-12)
     result = beta * student * scale[:, None]
-    tilted = (
-        np.zeros_like(student) if encoded.features is None else tail_shape(encoded, head, log_student, beta)
-    )
-    tail_mass = np.exp(head.log_tail(temperature) - log_z)
-    result -= beta * tail_mass[:, None] * tilted
     result[rows, columns] = beta * (student_head - prob)
     if head.draws.rate:
         draws = head.draws
         at, token = np.repeat(np.arange(len(head)), draws.counts), draws.token_ids
+        tail_mass = np.exp(head.log_tail(temperature) - log_z)
         probability = np.exp(beta * draws.logprobs.astype(np.float64) - log_z[at])
         student_tail = student[at, token] / (1 - student_covered[at])
-        ratio = tail_mass[at] * (student_tail + tilted[at, token]) / probability
+        ratio = tail_mass[at] * student_tail / probability
         pull = beta * draws.weights * probability * (ratio.clip(-LARGEST_RATIO, LARGEST_RATIO) - 1)
         spread = np.bincount(at, pull, minlength=len(head)) / (1 - student_covered)
         outside = student * spread[:, None]
@@ -316,43 +257,9 @@ def gradient(
     return result
 
 
-def tail_shape(encoded: Encoded, head: TopKLogprobs, log_student: np.ndarray, beta: float) -> np.ndarray:
-    """[CHUNK, V]: what reweighting adds to the student's tail of mass one (docs/method.md)."""
-    assert encoded.features is not None
-    values_VF = encoded.features.of(np.arange(log_student.shape[1])).astype(np.float64)
-    inside = np.zeros(log_student.shape, bool)
-    inside[np.repeat(np.arange(len(head)), head.counts), head.token_ids] = True
-    log_tail = np.where(inside, -np.inf, log_student)
-    tail = at_temperature(log_tail, 1.0)
-    mean = tail @ values_VF
-    covariance = np.stack([(values_VF * row[:, None]).T @ values_VF for row in tail])
-    covariance -= mean[:, :, None] * mean[:, None, :]
-    mass = np.exp(head.log_tail(1.0).astype(np.float64))
-    ridge = VARIANCE_SHARE * np.trace(covariance, axis1=1, axis2=2) / mean.shape[1] + LEAST_RIDGE
-    ridge += encoded.noise / mass**2 / DRIFT_VARIANCE
-    system = covariance + ridge[:, None, None] * np.eye(mean.shape[1])
-    shift = head.tail_moments / mass[:, None] - mean
-    inverse = np.linalg.inv(system)
-    slope = np.einsum("pfg,pg->pf", inverse, shift)
-    noise = np.minimum(encoded.noise / mass**2, np.trace(covariance, axis1=1, axis2=2) / mean.shape[1])
-    expected = noise * np.trace(inverse, axis1=1, axis2=2)
-    slope *= np.maximum(0, 1 - expected / np.maximum((slope * shift).sum(1), 1e-300))[:, None]
-    hot = at_temperature(log_tail, beta)
-    x = beta * slope @ values_VF.T
-    x -= (hot * x).sum(1, keepdims=True)
-    variance = (hot * x * x).sum(1, keepdims=True)
-    if beta == 1:
-        x *= np.minimum(1, LARGEST_DEVIATION / np.sqrt(np.maximum(variance, 1e-12)))
-    else:
-        x /= np.sqrt(1 + variance)
-    return hot * x
-
-
 def exact_name(name: str) -> str:
     """The same head in float32: `p >= 1e-3, 8-bit sqrt(p)` -> `p >= 1e-3, float32`."""
-    parts = name.split(", ")
-    kept = [parts[0]] + [part for part in parts[1:] if part.endswith(" features")]
-    return ", ".join([*kept, "float32"])
+    return name.split(", ")[0] + ", float32"
 
 
 @dataclass(frozen=True)
@@ -391,7 +298,7 @@ def errors(pair: Pair, encodings: dict[str, list[Encoded]]) -> dict[str, Errors]
             kept = {}
             for name, rows in encodings.items():
                 head = rows[row].topk.slice(position, position + CHUNK)
-                found = gradient(rows[row], head, student, log_student, temperature)
+                found = gradient(rows[row], head, student, temperature)
                 square[name][temperature] += float(((found - exact) ** 2).sum())
                 if temperature in whole:
                     sums[name][temperature] += (found - exact).sum(0)
@@ -455,7 +362,7 @@ def main() -> None:
     for domain, pair in load(args.model, args.steps, args.rows).items():
         assert domain in DOMAINS
         captured = capture(pair)
-        rows, _ = captured.with_features(0)
+        rows = captured.rows
         tokens = sum(len(row) for row in rows)
         chosen = {name: encode for name, encode in ENCODINGS.items() if args.only in name}
         encodings = {name: encode(captured) for name, encode in chosen.items()}

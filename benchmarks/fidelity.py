@@ -3,12 +3,11 @@
     python benchmarks/fidelity.py [--model examples/tiny-base] [--steps 0 10 100] [--temperatures 0.5 1 2]
 
 The student starts as the teacher and drifts by plain fine-tuning. At each stop the gradient of the KL term
-alone with respect to *all parameters* is taken six ways:
+alone with respect to *all parameters* is taken in these ways:
 
     online         KL(p || q) over the full vocabulary, both models run: the truth
     cache          our loss on our cache: written by CacheWriter with its default codec, read by TeacherCache
-    without draws  the same cache, its tail draws left out
-    bucket only    its tail moments left out as well
+    bucket only    the same cache, its tail draws left out
     renormalised   the same stored entries, renormalised to one, the rest of the vocabulary impossible
     zero-filled    the same entries at their true probabilities, the tail's term dropped
     sampled        50 draws at T = 1, importance-weighted to T (Sparse Logit Sampling, ACL 2025)
@@ -37,19 +36,17 @@ import numpy as np
 import torch
 from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, topk_targets
 
-from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
-from cache_builder.reduction.features import find_embedding, token_features
+from cache_builder.config import DEFAULT_TAIL_DRAWS
 from formats.cache import TeacherCache
 from formats.codec.payload import CodecConfig
 from formats.disk.token_row import TokenRow
-from formats.logprobs.features import TokenFeatures
 from formats.logprobs.tail_draws import starts
 from formats.logprobs.topk import TopKLogprobs
 from formats.writer import CacheWriter
 from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.label_annealing_loss import label_annealing_loss
 
-METHODS = ("cache", "without draws", "bucket only", "renormalised", "zero-filled", "sampled")
+METHODS = ("cache", "bucket only", "renormalised", "zero-filled", "sampled")
 NUM_DRAWS = 50
 
 
@@ -84,7 +81,6 @@ def gradient_from_cache(
     topk: TopKLogprobs,
     kept_P: np.ndarray,
     temperature: float,
-    features: TokenFeatures | None,
     draws: bool,
 ) -> torch.Tensor:
     """The KL gradient of the product's loss over the positions `kept_P`."""
@@ -92,8 +88,7 @@ def gradient_from_cache(
     batch, length = ids_BS.shape
     hidden = model.model(input_ids=ids_BS).last_hidden_state.flatten(0, 1)
     rows = np.arange(batch * length).reshape(batch, length)[:, :-1].reshape(-1)
-    steps = CodecConfig().moment_resolution
-    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature, features, steps, draws)
+    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature, draws=draws)
     no_labels = torch.full((batch * length,), -100)
     label_annealing_loss(hidden, model.lm_head.weight, no_labels, teacher).loss.backward()
     return parameter_gradient(model)
@@ -121,7 +116,6 @@ def batch_gradients(
     temperature: float,
     seed: int,
     least_mass: float = 0.0,
-    features: TokenFeatures | None = None,
 ) -> dict[str, torch.Tensor]:
     """Gradients of all methods, "online" and "ce" on one batch, over the positions whose head holds at least
     `least_mass`."""
@@ -146,12 +140,8 @@ def batch_gradients(
         "sampled": beta * (q - sampled_targets(logprobs, temperature, NUM_DRAWS, generator)),
     }
     found = {name: gradient_from_logits(student, ids_BS, g * share_N1) for name, g in gradients.items()}
-    for name, moments, draws in (
-        ("cache", features, True),
-        ("without draws", features, False),
-        ("bucket only", None, False),
-    ):
-        found[name] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature, moments, draws)
+    for name, draws in (("cache", True), ("bucket only", False)):
+        found[name] = gradient_from_cache(student, ids_BS, topk, kept_P, temperature, draws)
     found["ce"] = gradient_from_logits(student, ids_BS, ce * share_N1)
     return found
 
@@ -162,12 +152,11 @@ def through_a_cache(
     folder: Path,
     min_prob: float,
     max_k: int,
-    features: TokenFeatures | None,
     draw_rate: int,
 ) -> list[TopKLogprobs]:
     """Every batch's teacher targets, written to a cache with its default codec and read back."""
     vocab_size = teacher.config.vocab_size
-    settings: dict[str, Any] = {"min_prob": min_prob, "max_k": max_k, "features": features}
+    settings: dict[str, Any] = {"min_prob": min_prob, "max_k": max_k}
     codec = CodecConfig(draw_rate=draw_rate)
     with CacheWriter(folder, identity={}, vocab_size=vocab_size, codec=codec, **settings) as writer:
         for ids_BS in batches:
@@ -178,7 +167,7 @@ def through_a_cache(
                     logits = teacher(input_ids=ids[None]).logits[0, :-1]
                 row = TokenRow(ids.numpy(), mask)
                 begin = starts(row.key, row.positions("loss"))
-                writer.append(row, capture(logits, min_prob, max_k, features, draw_rate, begin))
+                writer.append(row, capture(logits, min_prob, max_k, draw_rate, begin))
     cache = TeacherCache(folder)
     shards = cache.manifest.shards
     positions, entries, stored = (
@@ -188,8 +177,7 @@ def through_a_cache(
     mass = np.concatenate([row.teacher.head_mass(1.0) for row in cache])
     draws = np.concatenate([row.teacher.draws.counts for row in cache])
     print(
-        f"heads of p >= {min_prob:g}, at most {max_k}, "
-        f"{cache.manifest.codec.num_features} tail features, draws at rate {draw_rate}: "
+        f"heads of p >= {min_prob:g}, at most {max_k}, draws at rate {draw_rate}: "
         f"{entries / positions:.1f} entries, {draws.mean():.1f} draws and {stored / positions:.1f} bytes per "
         f"position, mass {mass.mean():.3f}; {positions} positions in {len(batches)} batches\n"
     )
@@ -232,16 +220,13 @@ def measure(
     min_prob: float = MIN_PROB,
     max_k: int = MAX_K,
     least_mass: float = 0.0,
-    features: TokenFeatures | None = None,
     draw_rate: int = 0,
 ) -> dict[tuple[int, float, str], Result]:
     """Results per (steps of drift, temperature, method)."""
     student = copy.deepcopy(teacher)
     results: dict[tuple[int, float, str], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
-        caches = through_a_cache(
-            teacher, held_out, Path(folder) / "cache", min_prob, max_k, features, draw_rate
-        )
+        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", min_prob, max_k, draw_rate)
     done = 0
     for stop in stops:
         student.train()
@@ -252,9 +237,7 @@ def measure(
             compared: dict[str, list[Comparison]] = {method: [] for method in METHODS}
             sums: dict[str, torch.Tensor] = {}
             for number, (ids, topk) in enumerate(zip(held_out, caches, strict=True)):
-                found = batch_gradients(
-                    student, teacher, ids, topk, temperature, number, least_mass, features
-                )
+                found = batch_gradients(student, teacher, ids, topk, temperature, number, least_mass)
                 for name, gradient in found.items():
                     sums[name] = sums[name] + gradient if name in sums else gradient
                 for method in METHODS:
@@ -293,7 +276,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows per batch")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--min-prob", type=float, default=MIN_PROB, help="as in cache build")
-    parser.add_argument("--tail-features", type=int, default=DEFAULT_TAIL_FEATURES, help="as in cache build")
     parser.add_argument("--tail-draws", type=int, default=DEFAULT_TAIL_DRAWS, help="as in cache build")
     parser.add_argument("--max-k", type=int, default=MAX_K, help="as in cache build")
     parser.add_argument(
@@ -315,11 +297,6 @@ def main() -> None:
     sizes = {"rows": args.rows, "length": args.length}
     train = text_batches(tokenizer, "target-train", 20, rows=4, length=128)
     held_out = text_batches(tokenizer, "target-heldout", args.batches, **sizes)
-    features = None
-    if args.tail_features:
-        embedding = find_embedding(args.model, teacher.config.vocab_size)
-        assert embedding is not None
-        features = token_features(embedding, teacher.config.vocab_size, args.tail_features)
     results = measure(
         teacher,
         train,
@@ -331,7 +308,6 @@ def main() -> None:
         min_prob=args.min_prob,
         max_k=args.max_k,
         least_mass=args.least_mass,
-        features=features,
     )
     print_report(results)
     if args.json:

@@ -6,8 +6,7 @@ N: positions, V: vocabulary, K: kept entries of a position.
 import numpy as np
 import torch
 
-from formats.logprobs.features import TokenFeatures
-from formats.logprobs.tail_draws import draw
+from formats.logprobs.tail_draws import TailDraws, draw
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 MIN_PROB = 5e-3
@@ -18,11 +17,10 @@ def capture(
     logits_NV: torch.Tensor,
     min_prob: float = MIN_PROB,
     max_k: int = MAX_K,
-    features: TokenFeatures | None = None,
     draw_rate: int = 0,
     starts_N: np.ndarray | None = None,
 ) -> TopKLogprobs:
-    """Head (p >= min_prob, at most max_k, at least one), tail nodes, moments and draws of full logits, in
+    """Kept tokens (p >= min_prob, at most max_k, at least one), tail nodes and draws of full logits, in
     float64."""
     logprobs_NV = torch.log_softmax(logits_NV.double(), -1)
     values_NK, ids_NK = logprobs_NV.topk(min(max_k, logprobs_NV.shape[1]), dim=-1)
@@ -30,10 +28,7 @@ def capture(
     keep_NK[:, 0] = True
     rest_NV = logprobs_NV.scatter(1, ids_NK, torch.where(keep_NK, -torch.inf, values_NK))
     nodes = torch.stack([torch.logsumexp(beta * rest_NV, -1) for beta in TAIL_BETAS], dim=1)
-    moments = np.zeros((len(logprobs_NV), 0))
-    if features is not None:
-        moments = rest_NV.exp().numpy() @ features.of(np.arange(logprobs_NV.shape[1])).astype(np.float64)
-    drawn = None
+    drawn = TailDraws.none(len(logprobs_NV))
     if draw_rate:
         assert starts_N is not None
         tail_NV = rest_NV > -torch.inf
@@ -46,8 +41,7 @@ def capture(
         logprobs=values_NK[keep_NK].numpy().astype(np.float32),
         log_tail_nodes=nodes.numpy().astype(np.float32),
         vocab_size=logprobs_NV.shape[1],
-        tail_moments=moments,
-        tail_draws=drawn,
+        draws=drawn,
     )
 
 

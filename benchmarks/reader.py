@@ -1,8 +1,8 @@
 """Reading speed, side by side in one run on one core: decoding, a per-token Python decoder, random against
 sequential rows, and opening a cache of many shards.
 
-Teachers are made at random with 20 entries and 16 tail moments per position on average, and decoded once more
-with 12 tail draws per position; all figures of one run are comparable, no two runs on different machines are.
+Teachers are made at random with 20 entries per position on average, and decoded once more with 12 tail draws
+per position; all figures of one run are comparable, no two runs on different machines are.
 
     python benchmarks/reader.py [--rows 256] [--length 1024] [--shards 10000]
 """
@@ -27,20 +27,18 @@ from independent_reader import read_payload, unseal
 from formats import CacheWriter, Manifest, ShardInfo, TailDraws, TeacherCache, TokenRow, TopKLogprobs
 from formats.codec.payload import Codec
 from formats.codec.rank_table import from_text
-from formats.logprobs.features import FEATURE_UNIT, FEATURES_FILE, MAX_CODE, TokenFeatures
 from formats.logprobs.ragged import offsets_of
 from formats.logprobs.tail_function import TAIL_BETAS
 
 VOCAB_SIZE = 128_256
 ENTRIES = 20
-NUM_FEATURES = 16
 DRAW_RATE = 8
 DRAWS = 12
 REPEATS = 5
 
 
 def random_teacher(rng: np.random.Generator, count: int) -> TopKLogprobs:
-    """Heads of 1 to 2 * ENTRIES - 1 tokens with Zipf-like ids and probabilities, and tail moments."""
+    """Heads of 1 to 2 * ENTRIES - 1 tokens with Zipf-like ids and probabilities, without draws."""
     sizes = rng.integers(1, 2 * ENTRIES, count)
     offsets = offsets_of(sizes)
     total = int(offsets[-1])
@@ -54,8 +52,7 @@ def random_teacher(rng: np.random.Generator, count: int) -> TopKLogprobs:
     rest = np.log(VOCAB_SIZE - sizes)
     each = np.log(tail_mass) - rest
     nodes = rest[:, None] + each[:, None] * np.array(TAIL_BETAS)
-    moments = tail_mass[:, None] * rng.normal(0.0, 0.3, (count, NUM_FEATURES))
-    return TopKLogprobs(offsets, token_ids, np.log(weights), nodes, VOCAB_SIZE, moments)
+    return TopKLogprobs(offsets, token_ids, np.log(weights), nodes, VOCAB_SIZE, TailDraws.none(count))
 
 
 def with_draws(rng: np.random.Generator, topk: TopKLogprobs) -> TopKLogprobs:
@@ -67,7 +64,7 @@ def with_draws(rng: np.random.Generator, topk: TopKLogprobs) -> TopKLogprobs:
     keep = ~np.isin(position * VOCAB_SIZE + token_ids, head)
     offsets = offsets_of(np.bincount(position[keep], minlength=len(topk)))
     drawn = TailDraws(offsets, token_ids[keep], rng.uniform(-14, -6, keep.sum()), DRAW_RATE)
-    return replace(topk, tail_draws=drawn)
+    return replace(topk, draws=drawn)
 
 
 def consume(rows: Iterable[Any]) -> None:
@@ -93,7 +90,6 @@ def many_shards(source: Path, target: Path, count: int) -> None:
     names = [f"shard-{number:05d}.arrow" for number in range(count)]
     for name in (names[0], names[-1]):
         shutil.copy(source / first.name, target / name)
-    shutil.copy(source / FEATURES_FILE, target / FEATURES_FILE)
     shards = [ShardInfo(**(vars(first) | {"name": name})) for name in names]
     fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
     Manifest(**(fields | {"shards": shards})).write(target)
@@ -111,9 +107,7 @@ def main() -> None:
         mask = np.ones(args.length, bool)
         mask[0] = False
         start = time.process_time()
-        codes = rng.normal(0, FEATURE_UNIT, (VOCAB_SIZE, NUM_FEATURES)).clip(-MAX_CODE, MAX_CODE)
-        features = TokenFeatures(codes.astype(np.int8))
-        settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_k": 128, "features": features}
+        settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_k": 128}
         with CacheWriter(directory, identity={}, **settings) as writer:
             for _ in range(args.rows):
                 row = TokenRow(rng.integers(0, VOCAB_SIZE, args.length), mask)

@@ -157,7 +157,7 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
     rows = {
         f"fused, {args.loss_rows:,} rows": (fused, fused["peak_bytes"]),
         f"fused, {args.dense_rows:,} rows": (fused_small, fused_small["peak_bytes"]),
-        f"fused without tail moments, {args.dense_rows:,} rows": (bucket, bucket["peak_bytes"]),
+        f"fused without tail draws, {args.dense_rows:,} rows": (bucket, bucket["peak_bytes"]),
         f"dense, {args.dense_rows:,} rows": (dense, dense["peak_bytes"]),
     }
     if "fused_torch" in found:
@@ -180,7 +180,7 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
     time_ratio = min(fused_small["cpu_seconds"]) / min(dense["cpu_seconds"])
     alike = min(bucket["cpu_seconds"]) / min(dense["cpu_seconds"])
     print(
-        f"CPU time at {args.dense_rows:,} rows, fused / dense: {time_ratio:.3f}; without tail moments, "
+        f"CPU time at {args.dense_rows:,} rows, fused / dense: {time_ratio:.3f}; without tail draws, "
         f"which the dense side has not: {alike:.3f}"
     )
     if "fused_torch" in found:

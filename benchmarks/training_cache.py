@@ -4,19 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_builder.config import DEFAULT_TAIL_DRAWS, DEFAULT_TAIL_FEATURES
+from cache_builder.config import DEFAULT_TAIL_DRAWS
 from formats.codec.payload import CodecConfig
 from formats.disk.token_row import TokenRow
-from formats.logprobs.features import FEATURE_UNIT, MAX_CODE, TokenFeatures
 from formats.logprobs.tail_draws import POWER, TailDraws
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 from formats.writer import CacheWriter
-
-
-def random_features(vocab_size: int) -> TokenFeatures:
-    """As many as a cache has by default."""
-    codes = np.random.default_rng(0).normal(0.0, FEATURE_UNIT, (vocab_size, DEFAULT_TAIL_FEATURES))
-    return TokenFeatures(codes.clip(-MAX_CODE, MAX_CODE).astype(np.int8))
 
 
 def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: int) -> TopKLogprobs:
@@ -43,8 +36,7 @@ def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: i
         logprobs=np.tile(logprobs, num_positions),
         log_tail_nodes=np.tile(np.array(nodes, dtype=np.float32), (num_positions, 1)),
         vocab_size=vocab_size,
-        tail_moments=0.06 * generator.normal(0.0, 0.3, (num_positions, DEFAULT_TAIL_FEATURES)),
-        tail_draws=TailDraws(
+        draws=TailDraws(
             np.arange(num_positions + 1) * num_draws,
             drawn.reshape(-1),
             np.full(drawn.size, log_each),
@@ -56,9 +48,8 @@ def random_heads(num_positions: int, vocab_size: int, head_size: int, *, seed: i
 def write_cache(path: Path, *, num_rows: int, length: int, vocab_size: int, head_size: int) -> None:
     """Rows of `length` random tokens, all of which carry loss."""
     generator = np.random.default_rng(1)
-    features = random_features(vocab_size)
     codec = CodecConfig(draw_rate=DEFAULT_TAIL_DRAWS)
-    options = {"vocab_size": vocab_size, "max_k": head_size, "codec": codec, "features": features}
+    options = {"vocab_size": vocab_size, "max_k": head_size, "codec": codec}
     with CacheWriter(path, identity={}, **options) as writer:  # type: ignore[arg-type]
         for row in range(num_rows):
             mask = np.ones(length, dtype=bool)

@@ -151,9 +151,8 @@ def dense_loss(hidden: Any, weight: Any, labels: Any, teacher: Any) -> torch.Ten
 
 
 def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
-    from training_cache import random_features, random_heads
+    from training_cache import random_heads
 
-    from formats.codec.payload import CodecConfig
     from trainer.data.teacher_batch import TeacherBatch
     from trainer.loss.label_annealing_loss import label_annealing_loss
 
@@ -166,11 +165,8 @@ def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
     )
     labels = torch.randint(0, sizes.vocab, (sizes.rows,), device=device)
     topk = random_heads(sizes.rows, sizes.vocab, sizes.head_size, seed=0)
-    features: Any = random_features(sizes.vocab)
-    steps = CodecConfig().moment_resolution
-    if sizes.variant != "loss-fused":  # the dense side knows no tail moments
-        topk, features = topk.without_moments(), None
-    teacher = TeacherBatch.from_topk(range(sizes.rows), topk, 1.0, features, steps).to(device)
+    draws = sizes.variant == "loss-fused"  # the dense side knows none
+    teacher = TeacherBatch.from_topk(range(sizes.rows), topk, 1.0, draws=draws).to(device)
     peak = PeakMemory(device)
     seconds, cpu = [], []
     for _ in range(sizes.steps):

@@ -9,7 +9,6 @@ result has the same bytes as an undisturbed build. docs/reliability.md states wh
 not.
 """
 
-import hashlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,7 +34,6 @@ from cache_builder.commit.staging import StagedShard
 from cache_builder.config import BuildConfig
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
-from formats.disk.durable import atomic_write_bytes
 from formats.disk.manifest import Manifest
 from formats.errors import AnnealError, ConfigError
 from formats.identity.teacher_identity import TeacherIdentity
@@ -65,7 +63,6 @@ def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
             head_dtype=config.head_dtype,
             min_prob=config.min_prob,
             max_k=config.max_k,
-            features=str(source.features_file) if source.features_file else None,
             draw_rate=config.draw_rate,
             positions=config.positions,
             max_length=source.max_length,
@@ -89,8 +86,7 @@ def build_cache(
         progress: told about every phase; `ConsoleProgress()` for a terminal, silent by default.
         source: model, tokenizer and corpus, opened already; by default opened from `config`.
         make_teacher: starts the engine when the first shard is claimed; for people with a teacher of their
-            own, which must take the moments of `source.features_file` unless `config.tail_features` is 0, and
-            draw tail tokens at `config.draw_rate`.
+            own, which must draw tail tokens at `config.draw_rate`.
         make_capture: does the work of one process; the Ray pool has its own.
         step: called between the operations of the protocol; for fault tests.
 
@@ -264,21 +260,7 @@ def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -
         progress.advance(shard.num_rows, shard.num_tokens)
         step(f"staged {index}")
 
-    digest = None
-    if source.features_file is not None and source.make_features is not None:
-        progress.note("taking token features from the model's output embedding")
-        features = source.make_features().to_bytes()
-        atomic_write_bytes(source.features_file, features)
-        digest = hashlib.sha256(features).hexdigest()
-        step("features planned")
-    plan = write_plan(
-        out,
-        rows,
-        source.settings,
-        features_sha256=digest,
-        describe=lambda: source.describe(rows),
-        on_shard=staged,
-    )
+    plan = write_plan(out, rows, source.settings, describe=lambda: source.describe(rows), on_shard=staged)
     progress.finish()
     step("planned")
     progress.note(

@@ -9,7 +9,6 @@ from typing import Any
 from formats.codec.payload import CodecConfig
 from formats.disk.token_row import POSITION_MODES
 from formats.errors import ConfigError
-from formats.logprobs.features import MAX_FEATURES
 from formats.logprobs.tail_draws import MAX_RATE
 
 ENGINES = ("vllm", "transformers")
@@ -17,7 +16,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEAD_DTYPES = ("float32", "model")
 DEFAULT_ROWS_PER_SHARD = 4096
 DEFAULT_TOKENS_PER_SHARD = 1 << 20
-DEFAULT_TAIL_FEATURES = 16
 DEFAULT_TAIL_DRAWS = 16
 
 
@@ -45,9 +43,6 @@ class BuildConfig:
     """Entries with at least this probability are kept."""
     max_k: int = 128
     """At most this many entries are kept per position."""
-    tail_features: int | None = None
-    """F: tail moments per position (docs/method.md), 0 for none; None is 16, or 0 where the checkpoint has no
-    output embedding in safetensors to take features from."""
     tail_draws: int | None = None
     """Tail tokens drawn per position: this rate times the sum of p^(3/4) over the tail (docs/method.md), 0
     for none; None is 16."""
@@ -86,10 +81,9 @@ class BuildConfig:
             object.__setattr__(self, name, str(getattr(self, name)))
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given, got an empty string")
-        for name, most in (("tail_features", MAX_FEATURES), ("tail_draws", MAX_RATE)):
-            number = getattr(self, name)
-            if number is not None and (type(number) is not int or not 0 <= number <= most):
-                raise ConfigError(f"{name} must be a whole number from 0 to {most}, got {number!r}")
+        rate = self.tail_draws
+        if rate is not None and (type(rate) is not int or not 0 <= rate <= MAX_RATE):
+            raise ConfigError(f"tail_draws must be a whole number from 0 to {MAX_RATE}, got {rate!r}")
         for name, value, allowed in (
             ("engine", self.engine, ENGINES),
             ("positions", self.positions, POSITION_MODES),

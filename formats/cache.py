@@ -19,7 +19,6 @@ from formats.disk.manifest import Manifest, ShardInfo, read_manifest_bytes
 from formats.disk.shard import ShardReader
 from formats.disk.token_row import TokenRow
 from formats.errors import CorruptShardError, FormatError
-from formats.logprobs.features import FEATURES_FILE, TokenFeatures
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import TopKLogprobs
 
@@ -210,19 +209,6 @@ class TeacherCache:
                 f"{name} does not match its SHA-256 in the manifest; copy or build it again"
             )
         return data
-
-    @cached_property
-    def features(self) -> TokenFeatures | None:
-        """The token features of the tail moments, or None where the cache has none.
-
-        Raises:
-            CorruptShardError: the file is missing or damaged.
-        """
-        if not self.manifest.codec.num_features:
-            return None
-        vocab_size, num_features = self.manifest.vocab_size, self.manifest.codec.num_features
-        data = self.file(FEATURES_FILE, limit=vocab_size * num_features)
-        return TokenFeatures.from_bytes(data, vocab_size, num_features)
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """Everything `anneal cache inspect` prints; see `formats.inspect.summary.summarise`."""

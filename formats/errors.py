@@ -4,6 +4,12 @@ Messages follow one shape: the rule, what was got, what to do. The command line 
 and exits with 1; library users catch `AnnealError` or the precise class.
 """
 
+DEVELOPMENT_CACHE = (
+    "this cache was built by a development version before the first release; build it again "
+    "(anneal cache build CORPUS --model MODEL --out CACHE --overwrite)"
+)
+"""What to say of a cache of the format's drafts, which nothing reads any more."""
+
 
 class AnnealError(ValueError):
     """Base of all errors that describe bad input rather than a defect of this program."""

@@ -23,7 +23,6 @@ def validate(cache: "TeacherCache", full: bool) -> None:
     """
     for name in cache.manifest.files:
         cache.file(name)
-    _ = cache.features
     for number, info in enumerate(cache.manifest.shards):
         reader = cache.shard(number)
         if not full:

@@ -9,7 +9,6 @@ For people with a teacher of their own, and for tests; `anneal cache build` has 
 
 import hashlib
 import os
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +19,6 @@ from formats.disk.manifest import Manifest, ShardInfo, check_name
 from formats.disk.shard import ROWS_PER_BATCH, ShardWriter
 from formats.disk.token_row import TokenRow
 from formats.errors import FormatError
-from formats.logprobs.features import FEATURES_FILE, TokenFeatures
 from formats.logprobs.topk import TopKLogprobs
 
 ROWS_PER_SHARD = 4096
@@ -39,7 +37,7 @@ class CacheWriter:
     Raises:
         FormatError: the directory exists and is not empty.
         ConfigError: codec settings out of range.
-        ValueError: rows, teacher outputs and features that do not fit together.
+        ValueError: rows and teacher outputs that do not fit together.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class CacheWriter:
         codec: CodecConfig | None = None,
         rows_per_shard: int = ROWS_PER_SHARD,
         rows_per_batch: int = ROWS_PER_BATCH,
-        features: TokenFeatures | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -63,12 +60,6 @@ class CacheWriter:
                 f"a new cache needs an empty directory, got {self.directory}; choose another or empty it"
             )
         codec = codec if codec is not None else CodecConfig()
-        if features is not None:
-            if features.vocab_size != vocab_size:
-                raise ValueError(f"features must be of {vocab_size} tokens, got {features.vocab_size}")
-            codec = replace(codec, num_features=features.num_features)
-        elif codec.num_features:
-            raise ValueError("a codec with num_features needs features, got none")
         self._rows_per_shard = rows_per_shard
         self._shard_options = {
             "vocab_size": vocab_size,
@@ -87,8 +78,6 @@ class CacheWriter:
         self._writer: ShardWriter | None = None
         self._temporary = Path()
         self._rows_in_shard = 0
-        if features is not None:
-            self._add_file(FEATURES_FILE, features.to_bytes())
 
     def append(self, row: TokenRow, teacher: TopKLogprobs) -> None:
         """Add one example."""
@@ -101,16 +90,7 @@ class CacheWriter:
             self._finish_shard()
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Store an auxiliary file such as `tokenizer.json`.
-
-        Raises:
-            ValueError: the name is that of the token features, which the writer takes as an argument.
-        """
-        if name == FEATURES_FILE:
-            raise ValueError(f"{FEATURES_FILE} is written from the argument `features`")
-        self._add_file(name, data)
-
-    def _add_file(self, name: str, data: bytes) -> None:
+        """Store an auxiliary file such as `tokenizer.json`."""
         atomic_write_bytes(self.directory / check_name(name), data)
         self._files[name] = hashlib.sha256(data).hexdigest()
 

@@ -101,12 +101,9 @@ class TrainConfig:
     kl_direction: str = "forward"
     """`forward` is KL(initial || model), the paper's appendix A.3; `reverse` is its Eq. 2."""
 
-    tail_moments: bool = True
-    """Match the shape of the tail by the cache's tail moments, where it has some (forward KL only); False
-    leaves it to the student."""
     tail_draws: bool = True
     """Use the cache's tail draws, where it has some (forward KL only): they make the KL and its gradient
-    unbiased. False leaves the part of the tail's shape that moments do not tell to the student."""
+    unbiased. False leaves the shape of the tail to the student."""
 
     step0_threshold: float = 0.02
     """Nats. Training is refused when KL(initial || model) exceeds it before the first update: the model
@@ -168,7 +165,6 @@ class TrainConfig:
                 "pack_length", self.pack_length, 2, "leave it out to take the longest row", integer=True
             )
         for name in (
-            "tail_moments",
             "tail_draws",
             "allow_different_student",
             "packing",

@@ -109,7 +109,7 @@ def train(config: TrainConfig) -> TrainReport:
         return CachedDataset(opened, config.temperature, loss, *tail)
 
     forward = config.kl_direction == "forward"
-    tail = (config.tail_moments and forward, config.tail_draws and forward)
+    tail = (config.tail_draws and forward,)
 
     train_dataset = rows(cache, "both")
     mixed_datasets = [

@@ -3,7 +3,6 @@
     out/manifest.json      written last: from then on the directory is a cache
     out/shard-00000.arrow  committed one by one under their final names
     out/tokenizer.json     so that `inspect` can show text
-    out/token_features.bin what the tail moments are moments of
     out/_build/            everything unfinished: settings, staged rows, plan, claims, notes, temporary files;
                            removed after the manifest
 
@@ -25,9 +24,7 @@ from formats.errors import AnnealError, ConfigError
 
 TOKENIZER_NAME = "tokenizer.json"
 DISCARD_NAME = "discard"
-_OURS = re.compile(
-    r"shard-\d{5,}\.arrow|tokenizer\.json|token_features\.bin|\..*" + re.escape(TEMPORARY_SUFFIX)
-)
+_OURS = re.compile(r"shard-\d{5,}\.arrow|tokenizer\.json|\..*" + re.escape(TEMPORARY_SUFFIX))
 
 
 class State(Enum):

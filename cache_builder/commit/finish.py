@@ -11,15 +11,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cache_builder.commit.build_directory import TOKENIZER_NAME, build_directory, remove_build, shard_name
+from cache_builder.commit.build_directory import TOKENIZER_NAME, remove_build, shard_name
 from cache_builder.commit.engine_record import identity_with_engine, read_engine
 from cache_builder.commit.plan import Plan, Settings
 from cache_builder.commit.shard_committer import Step, no_step, note_path
 from formats.codec.payload import CodecConfig
 from formats.disk.durable import atomic_write_bytes, fsync_directory
 from formats.disk.manifest import MANIFEST_NAME, Manifest, ShardInfo
-from formats.errors import FormatError
-from formats.logprobs.features import FEATURES_FILE
 
 
 def file_sha256(path: Path) -> str:
@@ -75,21 +73,10 @@ def finish(
         atomic_write_bytes(out / TOKENIZER_NAME, tokenizer_json)
         files[TOKENIZER_NAME] = hashlib.sha256(tokenizer_json).hexdigest()
         step("tokenizer")
-    codec = CodecConfig(**settings.codec)
-    if codec.num_features:
-        features = (build_directory(out) / FEATURES_FILE).read_bytes()
-        files[FEATURES_FILE] = hashlib.sha256(features).hexdigest()
-        if files[FEATURES_FILE] != plan.features_sha256:
-            raise FormatError(
-                f"{FEATURES_FILE} must be as planned, got other bytes in {build_directory(out)}: the disk "
-                "damaged it, and tail moments may be wrong; start over with --overwrite"
-            )
-        atomic_write_bytes(out / FEATURES_FILE, features)
-        step("features")
     preprocessing = settings.identity.preprocessing
     manifest = Manifest(
         identity=identity_with_engine(settings.identity, record).to_dict(),
-        codec=codec,
+        codec=CodecConfig(**settings.codec),
         positions=settings.positions,
         min_prob=float(preprocessing["min_prob"]),
         max_k=min(int(preprocessing["max_k"]), int(record["vocab_size"])),

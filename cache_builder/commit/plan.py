@@ -2,9 +2,8 @@
 
     _build/settings.json       identity, codec and shard sizes; committed exclusively, so the first command
                                decides and every other is compared with it
-    _build/token_features.bin  what the tail moments are moments of
-    _build/plan.json           the shards, with their counts and the hashes of their staged rows and of the
-                               features; its presence ends planning
+    _build/plan.json           the shards, with their counts and the hashes of their staged rows; its
+                               presence ends planning
 
 An interrupted planning starts again and overwrites the staged rows with the same bytes.
 """
@@ -42,7 +41,6 @@ OPTION_OF = {
     ("preprocessing", "max_k"): "--max-k",
     ("preprocessing", "positions"): "--positions",
     ("preprocessing", "text_column"): "--text-column",
-    ("codec", "num_features"): "--tail-features",
     ("codec", "draw_rate"): "--tail-draws",
 }
 
@@ -132,8 +130,6 @@ class Plan:
     """In row order."""
     corpus: Mapping[str, Any]
     """What the tokeniser counted: records, rows, truncated, skipped, ..."""
-    features_sha256: str | None = None
-    """Of `_build/token_features.bin`; None without tail moments."""
 
     @property
     def num_rows(self) -> int:
@@ -153,7 +149,6 @@ class Plan:
     def to_bytes(self) -> bytes:
         """JSON text of plan.json."""
         content = {"format": FORMAT, "version": VERSION, "corpus": dict(self.corpus)}
-        content["features_sha256"] = self.features_sha256
         return json.dumps({**content, "shards": [asdict(shard) for shard in self.shards]}).encode()
 
     @classmethod
@@ -167,7 +162,6 @@ class Plan:
         return cls(
             shards=tuple(StagedShard(**entry) for entry in content["shards"]),
             corpus=content["corpus"],
-            features_sha256=content.get("features_sha256"),
         )
 
 
@@ -211,7 +205,6 @@ def write_plan(
     rows: Iterable[TokenRow],
     settings: Settings,
     *,
-    features_sha256: str | None = None,
     describe: Callable[[], Mapping[str, Any]] = dict,
     on_shard: Callable[[int, StagedShard], None] = lambda index, shard: None,
 ) -> Plan:
@@ -219,7 +212,6 @@ def write_plan(
 
     Args:
         rows: the corpus, read once.
-        features_sha256: of token_features.bin, which is there already; None without tail moments.
         describe: called at the end, what the tokeniser counted.
         on_shard: called after each staged shard.
 
@@ -232,7 +224,7 @@ def write_plan(
     for group in cut(rows, settings.rows_per_shard, settings.tokens_per_shard):
         shards.append(stage(build, len(shards), group, settings.positions))
         on_shard(len(shards) - 1, shards[-1])
-    plan = Plan(shards=tuple(shards), corpus=describe(), features_sha256=features_sha256)
+    plan = Plan(shards=tuple(shards), corpus=describe())
     require_work(plan.num_positions, plan.num_rows)
     atomic_write_bytes(build / PLAN_NAME, plan.to_bytes())
     return plan

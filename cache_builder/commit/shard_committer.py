@@ -115,7 +115,6 @@ class ShardCommitter:
             row.input_ids.nbytes
             + topk.token_ids.nbytes * 2
             + topk.log_tail_nodes.nbytes
-            + topk.tail_moments.nbytes
             + topk.draws.offsets.nbytes
             + topk.draws.token_ids.nbytes * 2
             + 512

@@ -5,7 +5,6 @@ For every row of logits l, with p = softmax(l):
     head        the entries with p >= min_prob, at most max_k of them, always the likeliest one
     log p       of the head, natural log, normalised over the whole vocabulary
     A(beta)     log sum over the rest of exp(beta * log p), for every beta in `betas`
-    moments     sum over the rest of p * u, with u the features of a token (formats/logprobs/features.py), if there are
     draws       a few tokens of the rest with their log p (formats/logprobs/tail_draws.py), if there is a rate
 
 Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of
@@ -20,14 +19,12 @@ Algorithm, per chunk of rows; the vocabulary is cut into blocks:
      practice a few: they are gathered, the head is picked from them, and their share of the tail is summed
      again without it.  Blocks without a head entry are tail as they are.
 Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the vocabulary replaces step 3.
-Moments take one more pass: probabilities, the head's set to zero, times the feature matrix.  Draws take none:
-the block sums say which blocks to look at (draws.py).
+Draws take no pass of their own: the block sums say which blocks to look at (draw_from_tails.py).
 
-Cost: two passes over the logits and one exponential per entry, with moments three and two; no sort of the
-vocabulary.
+Cost: two passes over the logits and one exponential per entry; no sort of the vocabulary.
 
 N: rows, V: vocabulary, K: blocks of a row, B: tail nodes, C: gathered blocks of all rows, S: entries in a
-block, F: token features, H: head candidates of the row that has most, M: head entries of all rows, D: tail
+block, H: head candidates of the row that has most, M: head entries of all rows, D: tail
 draws of all rows.
 """
 
@@ -44,8 +41,6 @@ from cache_builder.reduction.block_sums import (
     block_sums,
     eager_sums,
     num_blocks,
-    rows_per_pass,
-    scratch,
 )
 from cache_builder.reduction.draw_from_tails import BlockedTail, block_entries, draw_from_tails, no_draws
 from formats.logprobs.tail_draws import POWER
@@ -69,8 +64,6 @@ class ReducedRows(NamedTuple):
     """float32 [M]."""
     log_tail_nodes: torch.Tensor
     """float32 [N, B]; -inf where the rest of the vocabulary is empty or impossible."""
-    tail_moments: torch.Tensor
-    """float32 [N, F]; F may be 0."""
     draw_counts: torch.Tensor
     """int32 [N]: row i owns the next `draw_counts[i]` draws."""
     draw_ids: torch.Tensor
@@ -102,18 +95,16 @@ def reduce_logits(
     min_prob: float,
     max_k: int,
     betas: Sequence[float],
-    features_VF: torch.Tensor | None = None,
     draw_rate: int = 0,
     starts_N: torch.Tensor | None = None,
 ) -> ReducedRows:
-    """Head, tail function, tail moments and tail draws of every row of `logits_NV`.
+    """Head, tail function and tail draws of every row of `logits_NV`.
 
     Args:
         logits_NV: [N, V], any floating dtype, without padding columns; -inf marks impossible tokens.
         min_prob: smallest probability kept, 0 <= min_prob < 1.
         max_k: largest number of entries kept, at least 1.  Equal logits are ordered by ascending id.
         betas: increasing positive inverse temperatures of the tail nodes, 3/4 and 1 among them.
-        features_VF: float32, on the device of the logits; None takes no moments.
         draw_rate: as in `formats.logprobs.tail_draws.TailDraws`; 0 draws nothing.
         starts_N: float64 in [0, 1), where the points of each row begin (`formats.logprobs.tail_draws.starts`); only
             needed to draw.
@@ -124,9 +115,6 @@ def reduce_logits(
     num_rows, vocab_size = logits_NV.shape
     assert 0.0 <= min_prob < 1.0 and max_k >= 1, (min_prob, max_k)
     assert 1.0 in betas and POWER in betas, betas
-    if features_VF is None:
-        features_VF = torch.zeros(vocab_size, 0, device=logits_NV.device)
-    assert len(features_VF) == vocab_size, (features_VF.shape, vocab_size)
     if draw_rate:
         assert starts_N is not None and len(starts_N) == num_rows, starts_N
         assert starts_N.dtype == torch.float64, starts_N.dtype
@@ -139,25 +127,24 @@ def reduce_logits(
             min_prob,
             min(max_k, vocab_size),
             betas,
-            features_VF,
             draw_rate,
             starts_N[start : start + step],
         )
         for start in range(0, num_rows, step)
     ]
-    return concatenate_rows(parts, len(betas), features_VF.shape[1], logits_NV.device)
+    return concatenate_rows(parts, len(betas), logits_NV.device)
 
 
 def concatenate_rows(
-    parts: Sequence[ReducedRows], num_betas: int, num_features: int, device: torch.device | str = "cpu"
+    parts: Sequence[ReducedRows], num_betas: int, device: torch.device | str = "cpu"
 ) -> ReducedRows:
     """Join parts in order; no parts make zero rows."""
     if len(parts) == 1:
         return parts[0]
     if not parts:
         none = torch.zeros(0, device=device)
-        nodes, moments = (torch.zeros(0, size, device=device) for size in (num_betas, num_features))
-        return ReducedRows(none.int(), none.int(), none, nodes, moments, *no_draws(0, device))
+        nodes = torch.zeros(0, num_betas, device=device)
+        return ReducedRows(none.int(), none.int(), none, nodes, *no_draws(0, device))
     return ReducedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -166,7 +153,6 @@ def _reduce_chunk(
     min_prob: float,
     max_k: int,
     betas: Sequence[float],
-    features_VF: torch.Tensor,
     draw_rate: int,
     starts_N: torch.Tensor,
 ) -> ReducedRows:
@@ -197,32 +183,8 @@ def _reduce_chunk(
         head_ids_NH[keep_NH].int(),
         (head_NH - log_z_N.unsqueeze(-1))[keep_NH],
         log_tail_NB,
-        _tail_moments(logits_NV, log_z_N, head_ids_NH, keep_NH, features_VF),
         *drawn,
     )
-
-
-def _tail_moments(
-    logits_NV: torch.Tensor,
-    log_z_N: torch.Tensor,
-    head_ids_NH: torch.Tensor,
-    keep_NH: torch.Tensor,
-    features_VF: torch.Tensor,
-) -> torch.Tensor:
-    """float32 [N, F]: sums of p * u over the vocabulary without the head."""
-    moments_NF = logits_NV.new_zeros(len(logits_NV), features_VF.shape[1])
-    if features_VF.shape[1] == 0:
-        return moments_NF
-    num_rows, vocab_size = logits_NV.shape
-    step = rows_per_pass(num_rows, vocab_size, logits_NV.device.type)
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        probs_NV = scratch(1, logits_NV[rows].shape, logits_NV.device)[0]
-        torch.sub(logits_NV[rows], log_z_N[rows, None], out=probs_NV).exp_()
-        rows_M, slots_M = keep_NH[rows].nonzero(as_tuple=True)
-        probs_NV[rows_M, head_ids_NH[rows][rows_M, slots_M]] = 0.0
-        torch.mm(probs_NV, features_VF, out=moments_NF[rows])
-    return moments_NF
 
 
 def _sparse_head(
@@ -249,7 +211,7 @@ def _sparse_head(
     width = max(int(counts_N.max()), 1)
     rank_M = torch.arange(len(rows_M), device=device) - (counts_N.cumsum(0) - counts_N)[rows_M]
     head_NH = torch.full((num_rows, width), -math.inf, device=device)
-    # Empty slots need an id that exists: a NaN row keeps its first slot, and the moments index by it.
+    # Empty slots need an id that exists: a NaN row keeps its first slot, and the repair indexes by it.
     head_ids_NH = torch.full((num_rows, width), vocab_size - 1, device=device)
     head_NH[rows_M, rank_M] = values_SC[s_M, c_M]
     head_ids_NH[rows_M, rank_M] = ids_SC[s_M, c_M]

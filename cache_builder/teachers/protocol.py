@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from formats.disk.token_row import POSITION_MODES, TokenRow
 from formats.errors import AnnealError, ConfigError
-from formats.logprobs.features import TokenFeatures
 from formats.logprobs.tail_draws import MAX_RATE
 from formats.logprobs.topk import TopKLogprobs
 
@@ -48,8 +45,6 @@ class TeacherConfig:
     """Entries with at least this probability are kept."""
     max_k: int = 128
     """At most this many entries are kept at a position."""
-    features: str | None = None
-    """File of the token features of the cache (`formats/logprobs/features.py`); None takes no tail moments."""
     draw_rate: int = 0
     """Expected draws of a tail token over the power 3/4 of its probability (`formats/logprobs/tail_draws.py`); 0 draws
     none."""
@@ -165,32 +160,6 @@ def check_numbers(topk: TopKLogprobs, number: int) -> TopKLogprobs:
             "try --dtype bfloat16 or float32"
         )
     return topk
-
-
-def read_features(path: str | None, vocab_size: int) -> Any:
-    """The features of every token as a float32 tensor [V, F]; None without a file.
-
-    Raises:
-        ConfigError: the file is not there, or is not one of this vocabulary.
-    """
-    if path is None:
-        return None
-    import torch
-
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"every worker must see the token features, got {error.strerror} for {path}; "
-            "use a shared file system"
-        ) from None
-    if len(data) % vocab_size:
-        raise ConfigError(
-            f"token features must be whole rows for {vocab_size} tokens, got {len(data)} bytes in {path}; "
-            "start over with --overwrite"
-        )
-    features = TokenFeatures.from_bytes(data, vocab_size, len(data) // vocab_size)
-    return torch.from_numpy(features.of(np.arange(vocab_size)))
 
 
 def checkpoint_dtype(model_config: Mapping[str, Any]) -> str:

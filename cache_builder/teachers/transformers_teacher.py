@@ -19,7 +19,6 @@ from cache_builder.teachers.protocol import (
     check_numbers,
     check_row,
     checkpoint_dtype,
-    read_features,
     read_model_config,
 )
 from cache_builder.teachers.wire import pack, unpack
@@ -79,8 +78,6 @@ class TransformersTeacher:
             _head_in_float32(self._model)
         text_config = self._model.config.get_text_config()
         self.vocab_size = int(text_config.vocab_size)
-        features_VF = read_features(config.features, self.vocab_size)
-        self._features_VF = None if features_VF is None else features_VF.to(self._device)
         context = getattr(text_config, "max_position_embeddings", None)
         if context is not None and config.max_length > context:
             raise ConfigError(
@@ -99,7 +96,6 @@ class TransformersTeacher:
             min_prob=self.config.min_prob,
             max_k=self.config.max_k,
             betas=TAIL_BETAS,
-            features_VF=self._features_VF,
             draw_rate=self.config.draw_rate,
             starts_N=torch.from_numpy(starts(row.key, positions)).to(self._device),
         )
@@ -111,8 +107,7 @@ class TransformersTeacher:
             check_row(row, number, max_length=self.config.max_length, vocab_size=self.vocab_size)
             positions = row.positions(self.config.positions)
             if len(positions) == 0:
-                num_features = 0 if self._features_VF is None else self._features_VF.shape[1]
-                yield TopKLogprobs.empty(self.vocab_size, num_features, self.config.draw_rate)
+                yield TopKLogprobs.empty(self.vocab_size, self.config.draw_rate)
             else:
                 yield check_numbers(self._predict(row, positions), number)
 

@@ -21,7 +21,6 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 from cache_builder.reduction import reduce
 from cache_builder.teachers import wire
-from cache_builder.teachers.protocol import read_features
 from cache_builder.teachers.vllm_plugin import PREFIX
 from formats.logprobs.tail_draws import starts
 from formats.logprobs.topk import TAIL_BETAS
@@ -42,7 +41,6 @@ class PoolerSettings(TypedDict):
 
     min_prob: float
     max_k: int
-    features: str | None
     draw_rate: int
 
 
@@ -68,9 +66,6 @@ class TeacherPooler(Pooler):
         self._model = (model,)
         self.settings = settings
         self.vocab_size = vocab_size
-        features_VF = read_features(settings["features"], vocab_size)
-        # A plain attribute, not a buffer: vLLM loads and quantises what a module registers.
-        self._features_VF = torch.zeros(vocab_size, 0) if features_VF is None else features_VF
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
         return {TASK}
@@ -112,8 +107,6 @@ class TeacherPooler(Pooler):
         budget = CPU_LOGITS_BYTES if device.type == "cpu" else CUDA_LOGITS_BYTES
         model = self._model[0]
         step = max(1, budget // (4 * self.vocab_size))
-        if self._features_VF.device != device:
-            self._features_VF = self._features_VF.to(device)
         parts = []
         for start in range(0, len(rows), step):
             logits_NV = model.compute_logits(hidden_states[index[start : start + step]])
@@ -127,12 +120,11 @@ class TeacherPooler(Pooler):
                     min_prob=self.settings["min_prob"],
                     max_k=self.settings["max_k"],
                     betas=TAIL_BETAS,
-                    features_VF=self._features_VF,
                     draw_rate=self.settings["draw_rate"],
                     starts_N=starts_N[start : start + step],
                 )
             )
-        return reduce.concatenate_rows(parts, len(TAIL_BETAS), self._features_VF.shape[1], device)
+        return reduce.concatenate_rows(parts, len(TAIL_BETAS), device)
 
     def _collect(
         self, reduced: reduce.ReducedRows, lengths: list[int], metadata: PoolingMetadata
@@ -151,7 +143,6 @@ class TeacherPooler(Pooler):
                 reduced.token_ids[entries],
                 reduced.logprobs[entries],
                 reduced.log_tail_nodes[rows],
-                reduced.tail_moments[rows],
                 reduced.draw_counts[rows],
                 reduced.draw_ids[drawn],
                 reduced.draw_logprobs[drawn],
@@ -161,7 +152,7 @@ class TeacherPooler(Pooler):
                 waiting.append(part)
                 outputs.append(None)
                 continue
-            whole = reduce.concatenate_rows([*waiting, part], len(TAIL_BETAS), self._features_VF.shape[1])
+            whole = reduce.concatenate_rows([*waiting, part], len(TAIL_BETAS))
             outputs.append(wire.pack(whole))
             state.clean()
         return outputs

@@ -177,7 +177,6 @@ def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[s
             "anneal": {
                 "min_prob": config.min_prob,
                 "max_k": config.max_k,
-                "features": config.features,
                 "draw_rate": config.draw_rate,
             }
         },

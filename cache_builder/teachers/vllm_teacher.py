@@ -28,7 +28,6 @@ from cache_builder.teachers.protocol import (
     check_numbers,
     check_row,
     checkpoint_dtype,
-    read_features,
     read_model_config,
 )
 from cache_builder.teachers.vllm_settings import (
@@ -99,8 +98,6 @@ class VLLMTeacher:
         self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
         self._head_dtype = str(settings.model_config.head_dtype).removeprefix("torch.")
         self._numeric = _numeric_settings(settings)
-        features_VF = read_features(config.features, self.vocab_size)
-        self._num_features = 0 if features_VF is None else features_VF.shape[1]
         self._num_requests = 0
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
@@ -149,7 +146,7 @@ class VLLMTeacher:
         self._engine.sleep(level=0)
         for member in wave:
             if len(member.positions) == 0:
-                member.result = TopKLogprobs.empty(self.vocab_size, self._num_features, self.config.draw_rate)
+                member.result = TopKLogprobs.empty(self.vocab_size, self.config.draw_rate)
                 continue
             asked = {ROW_KEY: member.row.key}
             # No mask means every position that has a next token.

@@ -1,13 +1,13 @@
 """What travels from the engine to the builder for one request: a single int32 tensor.
 
-    num_positions, num_entries, num_features, num_draws
-    counts [P] | token_ids [M] | logprobs [M] | log_tail_nodes [P * B] | tail_moments [P * F]
+    num_positions, num_entries, num_draws
+    counts [P] | token_ids [M] | logprobs [M] | log_tail_nodes [P * B]
     draw_counts [P] | draw_ids [D] | draw_logprobs [D]
 
 Floats travel as their bits.  One flat tensor per request passes through vLLM's serialisation as a buffer, and
 numpy views give it back: no Python object per token on either side.
 
-P: positions, M: head entries, B: tail nodes, F: token features, D: tail draws.
+P: positions, M: head entries, B: tail nodes, D: tail draws.
 """
 
 import numpy as np
@@ -18,13 +18,13 @@ from formats.logprobs.ragged import offsets_of
 from formats.logprobs.tail_draws import TailDraws
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
-HEADER = 4
+HEADER = 3
 
 
 def pack(rows: ReducedRows) -> torch.Tensor:
-    """int32 [4 + P * (2 + B + F) + 2M + 2D], on the device of `rows`."""
+    """int32 [3 + P * (2 + B) + 2M + 2D], on the device of `rows`."""
     header = torch.tensor(
-        [len(rows.counts), len(rows.token_ids), rows.tail_moments.shape[1], len(rows.draw_ids)],
+        [len(rows.counts), len(rows.token_ids), len(rows.draw_ids)],
         dtype=torch.int32,
         device=rows.counts.device,
     )
@@ -35,7 +35,6 @@ def pack(rows: ReducedRows) -> torch.Tensor:
             rows.token_ids,
             rows.logprobs.view(torch.int32),
             rows.log_tail_nodes.reshape(-1).view(torch.int32),
-            rows.tail_moments.reshape(-1).view(torch.int32),
             rows.draw_counts,
             rows.draw_ids,
             rows.draw_logprobs.view(torch.int32),
@@ -46,23 +45,21 @@ def pack(rows: ReducedRows) -> torch.Tensor:
 def unpack(packed: torch.Tensor, vocab_size: int, draw_rate: int = 0) -> TopKLogprobs:
     """The inverse of `pack`; the arrays are views of `packed` where the layout allows it."""
     flat = packed.numpy()
-    num_positions, num_entries, num_features, num_draws = (int(number) for number in flat[:HEADER])
+    num_positions, num_entries, num_draws = (int(number) for number in flat[:HEADER])
     num_betas = len(TAIL_BETAS)
     lengths = [
         *(num_positions, num_entries, num_entries),
-        *(num_positions * num_betas, num_positions * num_features),
-        *(num_positions, num_draws, num_draws),
+        *(num_positions * num_betas, num_positions, num_draws, num_draws),
     ]
     expected = HEADER + sum(lengths)
     assert flat.dtype == np.int32 and len(flat) == expected, (flat.dtype, len(flat), expected)
     parts = np.split(flat[HEADER:], np.cumsum(lengths[:-1]))
-    counts, token_ids, logprobs, tail, moments, draw_counts, draw_ids, draw_logprobs = parts
+    counts, token_ids, logprobs, tail, draw_counts, draw_ids, draw_logprobs = parts
     return TopKLogprobs(
         offsets=offsets_of(counts),
         token_ids=token_ids,
         logprobs=logprobs.view(np.float32),
         log_tail_nodes=tail.view(np.float32).reshape(num_positions, num_betas),
         vocab_size=vocab_size,
-        tail_moments=moments.view(np.float32).reshape(num_positions, num_features),
-        tail_draws=TailDraws(offsets_of(draw_counts), draw_ids, draw_logprobs.view(np.float32), draw_rate),
+        draws=TailDraws(offsets_of(draw_counts), draw_ids, draw_logprobs.view(np.float32), draw_rate),
     )

@@ -22,8 +22,6 @@ class Deviation:
     tails: np.ndarray
     """float64 [P', K]: |difference| of the tail function at the nodes, where the heads hold the same
     tokens."""
-    moments: np.ndarray
-    """float64 [P', F]: |difference| of the tail moments, likewise."""
     draws: np.ndarray
     """float64 [D]: |difference| of the logprobs of draws that both hold at a position; a token drawn twice
     counts twice where it was drawn twice on both sides."""
@@ -41,17 +39,12 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
     """Match the entries of two captures by position and token id.
 
     Raises:
-        ValueError: another number of positions or of tail moments, another rate of draws, or another
-            vocabulary.
+        ValueError: another number of positions, another rate of draws, or another vocabulary.
     """
     if len(one) != len(other) or one.vocab_size != other.vocab_size:
         raise ValueError(
             f"captures must cover the same positions and vocabulary, got {len(one)} of {one.vocab_size} "
             f"and {len(other)} of {other.vocab_size}"
-        )
-    if one.num_features != other.num_features:
-        raise ValueError(
-            f"captures must have equally many tail moments, got {one.num_features} and {other.num_features}"
         )
     if one.draws.rate != other.draws.rate:
         raise ValueError(
@@ -86,7 +79,6 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
     return Deviation(
         logprobs=np.abs(log_p - log_q),
         tails=tails,
-        moments=np.abs(one.tail_moments[same].astype(np.float64) - other.tail_moments[same]),
         draws=_draw_deviations(one.draws, other.draws, one.vocab_size),
         num_draws=max(len(one.draws.token_ids), len(other.draws.token_ids)),
         kl=inside + outside,

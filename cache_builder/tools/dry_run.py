@@ -45,7 +45,6 @@ def plan_build(
             num_positions,
             config.min_prob,
             config.max_k,
-            int(settings.codec.get("num_features", 0)),
             int(settings.codec.get("draw_rate", 0)),
         ),
         identity=settings.identity,

@@ -21,13 +21,11 @@ from cache_builder.build import MakeTeacher, start_engine
 from cache_builder.commit.capture import EngineStartError
 from cache_builder.commit.plan import require_work
 from cache_builder.config import BuildConfig
-from cache_builder.reduction.features import temporary_file
 from cache_builder.source import BuildSource, open_source
 from cache_builder.tools.deviation import compare
 from cache_builder.tools.round_trip import stored_and_read
 from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError, ConfigError
-from formats.logprobs.features import TokenFeatures
 from formats.logprobs.topk import TopKLogprobs
 from formats.progress import Progress, format_bytes
 
@@ -137,21 +135,12 @@ def estimate_cache(
         min_prob=min(GENEROUS_MIN_PROB, config.min_prob, *min_probs),
         max_k=max(GENEROUS_MAX_K, config.max_k),
     )
-    features = source.make_features() if source.make_features is not None else None
-    codec = replace(
-        config.codec,
-        num_features=features.num_features if features is not None else 0,
-        draw_rate=config.draw_rate,
-    )
-    config = replace(config, codec=codec)
-    with temporary_file(features) as file:
-        source = replace(source, features_file=file)
-        captured = _capture(generous, source, sample, make_teacher, progress)
+    config = replace(config, codec=replace(config.codec, draw_rate=config.draw_rate))
+    captured = _capture(generous, source, sample, make_teacher, progress)
     settings = sorted({*min_probs, config.min_prob} - {0.0})
     num_sampled_tokens = sum(len(row) for row in sample)
     estimates = tuple(
-        _estimate(config, min_prob, sample, captured, features, num_tokens, num_sampled_tokens)
-        for min_prob in settings
+        _estimate(config, min_prob, sample, captured, num_tokens, num_sampled_tokens) for min_prob in settings
     )
     good = [index for index, e in enumerate(estimates) if e.missed_mean <= MAX_MISSED_MASS]
     best = min(good, key=lambda i: estimates[i].bytes_per_token) if good else 0
@@ -219,12 +208,11 @@ def _estimate(
     min_prob: float,
     sample: Sequence[TokenRow],
     captured: Sequence[TopKLogprobs],
-    features: TokenFeatures | None,
     num_tokens: int,
     num_sampled_tokens: int,
 ) -> Estimate:
     max_k = min(config.max_k, captured[0].vocab_size)
-    pruned = [topk.prune(min_prob, max_k, features) for topk in captured]
+    pruned = [topk.prune(min_prob, max_k) for topk in captured]
     stored = stored_and_read(sample, pruned, positions=config.positions, max_k=max_k, codec=config.codec)
     exact = TopKLogprobs.concatenate(pruned)
     missed = 1.0 - exact.head_mass(1.0)

@@ -14,7 +14,6 @@ One row per captured position; the head is a pair of lists, likeliest token firs
     target_logprob  float        logprob of the target; null where it is not in the head
     log_tail        list<float>  A(beta) = log sum over the tail of exp(beta * logprob), at the betas that the
                                  file's metadata key `tail_betas` lists
-    tail_moments    list<float>  sums over the tail of exp(logprob) * feature; empty without token features
     draw_ids        list<int32>  tokens drawn from the tail, each expected draw_rate * p^(3/4) times (the
                                  file's metadata key `draw_rate`); a token drawn twice is there twice
     draw_logprobs   list<float>  their logprobs
@@ -52,7 +51,6 @@ SCHEMA = pa.schema(
         ("logprobs", pa.list_(pa.float32())),
         ("target_logprob", pa.float32()),
         ("log_tail", pa.list_(pa.float32())),
-        ("tail_moments", pa.list_(pa.float32())),
         ("draw_ids", pa.list_(pa.int32())),
         ("draw_logprobs", pa.list_(pa.float32())),
     ]
@@ -180,7 +178,6 @@ def _columns(index: int, row: CacheRow) -> dict[str, Any]:
         "logprobs": pa.ListArray.from_arrays(offsets, pa.array(head.logprobs)),
         "target_logprob": pa.array(target_logprob, mask=~has_target),
         "log_tail": _lists(head.log_tail_nodes),
-        "tail_moments": _lists(head.tail_moments),
         "draw_ids": pa.ListArray.from_arrays(draw_offsets, pa.array(drawn.token_ids)),
         "draw_logprobs": pa.ListArray.from_arrays(draw_offsets, pa.array(drawn.logprobs)),
     }

@@ -33,7 +33,6 @@ from formats.disk.token_row import KEY_BYTES
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import sha256_json
 from formats.identity.teacher_identity import Difference, TeacherIdentity
-from formats.logprobs.features import FEATURES_FILE
 from formats.progress import Progress, format_bytes
 
 MERGE_NAME = "merge"
@@ -151,8 +150,6 @@ def _require_mergeable(first: TeacherCache, other: TeacherCache) -> None:
     one, another = a.codec.to_dict(), b.codec.to_dict()
     pairs |= {f"codec.{key}": (one.get(key), another.get(key)) for key in {**one, **another}}
     differences += [Difference("manifest", name, x, y) for name, (x, y) in pairs.items() if x != y]
-    if not differences and first.features != other.features:
-        differences = [Difference("manifest", FEATURES_FILE, "one", "another")]
     if differences:
         raise IdentityMismatchError(
             "merged caches must be equal in all but their corpus, "

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.reduction.features import temporary_file
 from cache_builder.rows.tokenizer_files import load_tokenizer
 from cache_builder.teachers.protocol import TeacherConfig, make_teacher
 from cache_builder.tools.deviation import compare
@@ -60,9 +59,8 @@ class VerifyReport:
     """Rows computed again."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Deviations in nats: logprob_mean, logprob_max, tail_mean, tail_max, kl_mean, kl_max, worst_row, and
-    what is allowed: quantisation_mean, engine_noise, allowed_mean. With tail moments also moment_mean,
-    moment_max and moment_allowed, in features of variance one times probability. With tail draws also
-    draw_mean, draw_max and draw_allowed, in nats, of draws that both hold, and their share, draw_share."""
+    what is allowed: quantisation_mean, engine_noise, allowed_mean. With tail draws also draw_mean, draw_max
+    and draw_allowed, in nats, of draws that both hold, and their share, draw_share."""
     num_only_one: int = 0
     """Entries that only one of the two heads holds."""
     largest_only_one: float = 0.0
@@ -93,7 +91,6 @@ class VerifyReport:
                 f"  KL per position {f['kl_mean']:10.6f}     {f['kl_max']:10.6f}",
                 f"allowed mean {f['allowed_mean']:.6f}: codec {f['quantisation_mean']:.6f} "
                 f"(measured on these rows) + two engines {f['engine_noise']:.6f}",
-                *_moment_lines(f),
                 *_draw_lines(f),
                 f"entries in one head only: {self.num_only_one}, "
                 f"the largest with p = {self.largest_only_one:.2g}",
@@ -150,9 +147,8 @@ def verify_cache(
     stored = [opened[int(index)] for index in np.sort(chosen)]
     name = engine or OTHER_ENGINE.get(str(teacher.get("engine")), "transformers")
     progress.note(f"computing {len(stored)} rows again with {name}")
-    with temporary_file(opened.features) as features:
-        config = _teacher_config(opened, model_dir, features, engine_args or {})
-        running = make_teacher(name, config)
+    config = _teacher_config(opened, model_dir, engine_args or {})
+    running = make_teacher(name, config)
     progress.start("recompute", len(stored))
     try:
         found = running.describe()
@@ -168,9 +164,7 @@ def verify_cache(
     )
 
 
-def _teacher_config(
-    cache: TeacherCache, model_dir: Path, features: Path | None, engine_args: Mapping[str, Any]
-) -> TeacherConfig:
+def _teacher_config(cache: TeacherCache, model_dir: Path, engine_args: Mapping[str, Any]) -> TeacherConfig:
     """The settings of the capture, for another engine."""
     recorded, manifest = cache.identity, cache.manifest
     teacher = recorded.teacher
@@ -181,7 +175,6 @@ def _teacher_config(
         head_dtype=head,
         min_prob=manifest.min_prob,
         max_k=manifest.max_k,
-        features=str(features) if features else None,
         draw_rate=manifest.codec.draw_rate,
         positions=manifest.positions,
         max_length=int(recorded.preprocessing.get("max_length", 2048)),
@@ -226,17 +219,6 @@ def _judge(
         "allowed_mean": allowed,
     }
     problems = []
-    if manifest.codec.num_features:
-        # A moment is a sum over the tail: a probability that is off by a share moves it by that share of the
-        # tail's mass, times a feature of variance one.
-        tail = np.exp(TopKLogprobs.concatenate(again).log_tail(1.0))
-        figures["moment_mean"], figures["moment_max"] = _mean(found.moments), _max(found.moments)
-        figures["moment_allowed"] = _mean(floor.moments) + noise * _mean(tail)
-        if not figures["moment_mean"] <= figures["moment_allowed"]:
-            problems.append(
-                f"tail moments must deviate by at most {figures['moment_allowed']:.6f} on average, got "
-                f"{figures['moment_mean']:.6f}; the token features are not those they were taken with"
-            )
     if manifest.codec.draw_rate:
         figures["draw_mean"], figures["draw_max"] = _mean(found.draws), _max(found.draws)
         figures["draw_allowed"] = _mean(floor.draws) + noise
@@ -273,15 +255,6 @@ def _judge(
         num_only_one=found.num_only_one,
         largest_only_one=found.largest_only_one,
     )
-
-
-def _moment_lines(figures: Mapping[str, float]) -> list[str]:
-    if "moment_mean" not in figures:
-        return []
-    return [
-        f"  tail moments    {figures['moment_mean']:10.6f}     {figures['moment_max']:10.6f}   "
-        f"(allowed mean {figures['moment_allowed']:.6f})"
-    ]
 
 
 def _draw_lines(figures: Mapping[str, float]) -> list[str]:

@@ -3,8 +3,7 @@
 Heads are sorted by token rank and stored as rank gaps; every number is split into byte planes (all low
 bytes, then all high bytes), plane after plane in one zstd frame whose blocks end with the sections, so that
 each section gets entropy tables of its own. Encoding and decoding are a few dozen numpy passes over a row,
-with no loop over positions or entries. P: positions, N: entries, K: tail nodes, F: token features,
-S: tail draws.
+with no loop over positions or entries. P: positions, N: entries, K: tail nodes, S: tail draws.
 """
 
 from collections.abc import Sequence
@@ -15,18 +14,15 @@ import zstandard
 from formats.codec.config import CodecConfig
 from formats.codec.quantise import (
     dequantise_draws,
-    dequantise_moments,
     dequantise_tails,
     probability_tables,
     quantise_draws,
-    quantise_moments,
     quantise_probabilities,
     quantise_tails,
 )
 from formats.codec.rank_table import permutations
 from formats.errors import CorruptShardError
 from formats.logprobs import ragged
-from formats.logprobs.features import LARGEST_FEATURE
 from formats.logprobs.tail_draws import TailDraws, most_draws
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import TopKLogprobs
@@ -34,7 +30,7 @@ from formats.logprobs.topk import TopKLogprobs
 MAX_BODY_BYTES = (1 << 31) - 1
 MAX_ROW_POSITIONS = 1 << 22
 MASS_TOLERANCE = 0.02
-SECTIONS = ("counts", "ids", "probabilities", "tails", "moments", "draw_counts", "draw_ids", "draw_logprobs")
+SECTIONS = ("counts", "ids", "probabilities", "tails", "draw_counts", "draw_ids", "draw_logprobs")
 
 
 def bytes_for(largest: int) -> int:
@@ -90,7 +86,7 @@ class Codec:
 
     def body_bytes(self, num_positions: int, num_entries: int, num_draws: int = 0) -> int:
         """Bytes of a row before compression."""
-        per_position = self._count_width + self._number_width * (len(TAIL_BETAS) + self.config.num_features)
+        per_position = self._count_width + self._number_width * len(TAIL_BETAS)
         if self.config.draw_rate:
             per_position += self._draw_count_width
         per_token = self._id_width + self._number_width
@@ -113,7 +109,6 @@ class Codec:
         if self._exact:
             probabilities = to_planes(logprobs.view(np.uint32), 4)
             tails = to_planes(np.ascontiguousarray(topk.log_tail_nodes.T).view(np.uint32).ravel(), 4)
-            moments = to_planes(np.ascontiguousarray(topk.tail_moments.T).view(np.uint32).ravel(), 4)
         else:
             config = self.config
             codes = quantise_probabilities(logprobs, config.sqrt_steps, config.linear_steps)
@@ -127,13 +122,11 @@ class Codec:
                 config.tail_steps,
             )
             tails = to_planes(stored.ravel(), 2)
-            moments = to_planes(quantise_moments(topk.tail_moments, config.moment_steps).ravel(), 2)
         return (
             to_planes(topk.counts - 1, self._count_width),
             to_planes(gaps, self._id_width),
             probabilities,
             tails,
-            moments,
             *self._draw_sections(topk.draws),
         )
 
@@ -161,10 +154,6 @@ class Codec:
     def _check(self, topk: TopKLogprobs) -> None:
         if topk.vocab_size != self.vocab_size:
             raise ValueError(f"vocab_size must be {self.vocab_size}, got {topk.vocab_size}")
-        if topk.num_features != self.config.num_features:
-            raise ValueError(
-                f"a position must have {self.config.num_features} tail moments, got {topk.num_features}"
-            )
         if topk.draws.rate != self.config.draw_rate:
             raise ValueError(f"tail draws must have rate {self.config.draw_rate}, got {topk.draws.rate}")
         if len(topk) > MAX_ROW_POSITIONS:
@@ -214,7 +203,7 @@ class Codec:
         if num_positions == 0:
             if len(payload):
                 raise CorruptShardError("a row without positions must have an empty payload")
-            return TopKLogprobs.empty(self.vocab_size, self.config.num_features, self.config.draw_rate)
+            return TopKLogprobs.empty(self.vocab_size, self.config.draw_rate)
         body = self._decompress(payload, num_positions)
         at = num_positions * self._count_width
         counts = from_planes(body, 0, num_positions, self._count_width).astype(np.int64) + 1
@@ -229,14 +218,9 @@ class Codec:
         at += n * self._number_width
         stored = from_planes(body, at, num_positions * len(TAIL_BETAS), self._number_width)
         stored = stored.reshape(len(TAIL_BETAS), num_positions)
-        at += num_positions * len(TAIL_BETAS) * self._number_width
-        features = self.config.num_features
-        stored_moments = from_planes(body, at, num_positions * features, self._number_width)
-        stored_moments = stored_moments.reshape(features, num_positions)
         if self._exact:
             logprobs = codes.view(np.float32)
             nodes = np.ascontiguousarray(stored.view(np.float32).T)
-            moments = np.ascontiguousarray(stored_moments.view(np.float32).T)
             bound = np.log(self.vocab_size) + 1e-3
             if not ((logprobs <= 1e-3).all() and (nodes <= bound).all()):
                 raise CorruptShardError("logprobs must be at most 0 and tails at most log V")
@@ -247,10 +231,7 @@ class Codec:
             nodes = dequantise_tails(
                 stored, self.vocab_size - counts, codes, offsets, self._mass_table, self.config.tail_steps
             )
-            moments = dequantise_moments(stored_moments, self.config.moment_steps)
-        if not (np.abs(moments) <= LARGEST_FEATURE + 1).all():
-            raise CorruptShardError("a tail moment is above the largest feature")
-        return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size, moments, drawn)
+        return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size, drawn)
 
     def _decode_draws(self, body: np.ndarray, num_positions: int, num_entries: int) -> TailDraws:
         """The last three sections; checks that the body ends with them."""
@@ -320,7 +301,7 @@ def section_bytes(codec: Codec, rows: Sequence[TopKLogprobs]) -> dict[str, float
     """Compressed bytes of each section of the codec over some rows: compressed alone, scaled to the payloads'
     sum."""
     config = codec.config
-    names = SECTIONS[:4] + SECTIONS[4:5] * (config.num_features > 0) + SECTIONS[5:] * (config.draw_rate > 0)
+    names = SECTIONS[:4] + SECTIONS[4:] * (config.draw_rate > 0)
     alone = dict.fromkeys(names, 0)
     total = 0
     compressor = zstandard.ZstdCompressor(level=codec.config.zstd_level, write_content_size=False)

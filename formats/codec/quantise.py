@@ -12,15 +12,11 @@ from nodes already known, modulo 2^16. The prediction of A(1) is the log of the 
 leaves; the others are fixed linear combinations, exact for a linear A, fitted to language model tails.
 Error: half a step.
 
-**Tail moments** are stored in steps of 1/`moment_steps`. They are sums over the tail's probabilities, so the
-same absolute error is the same gradient error wherever it stands, and where the tail has no mass they cost
-nothing. Error: half a step.
-
 **Tail draws.** Their logprobs are stored in steps of 1/`draw_steps` nats: a loss looks at the ratio of the
 student's probability to it, so the error is relative. Error: half a step.
 
 All predictions are integer arithmetic on stored codes, so every implementation reproduces them to the bit.
-P: positions, N: entries, K: nodes, F: token features, S: draws.
+P: positions, N: entries, K: nodes, S: draws.
 """
 
 from functools import lru_cache
@@ -152,16 +148,6 @@ def dequantise_tails(
     nodes_PK = (code_PK / tail_steps).astype(np.float32)
     nodes_PK[(code_PK == MINUS_INFINITY) | (num_tail_P == 0)[:, None]] = -np.inf
     return nodes_PK
-
-
-def quantise_moments(moments_PF: np.ndarray, steps: int) -> np.ndarray:
-    """uint16 [F, P]: zigzag-coded steps; the features bound them, so nothing is clipped."""
-    return _zigzag(np.rint(moments_PF.T.astype(np.float64) * steps).astype(np.int64))
-
-
-def dequantise_moments(stored_FP: np.ndarray, steps: int) -> np.ndarray:
-    """float32 [P, F]: the inverse of `quantise_moments`."""
-    return _unzigzag(stored_FP.T).astype(np.float32) / np.float32(steps)
 
 
 def quantise_draws(logprobs_S: np.ndarray, steps: int) -> np.ndarray:

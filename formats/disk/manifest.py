@@ -14,14 +14,14 @@ from formats.disk.durable import atomic_write_bytes
 from formats.disk.sealed_json import seal, unseal
 from formats.disk.token_row import POSITION_MODES
 from formats.disk.unfinished_build import build_progress
-from formats.errors import FormatError, IncompleteCacheError, UnsupportedVersionError
-from formats.logprobs.features import FEATURES_FILE
+from formats.errors import DEVELOPMENT_CACHE, FormatError, IncompleteCacheError, UnsupportedVersionError
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import MAX_VOCAB_SIZE
 
 FORMAT = "anneal-teacher-cache"
-VERSIONS = (1, 2, 3)
-"""Those that this reader reads; the writer takes the oldest that can express a cache."""
+VERSION = 1
+DRAFTS = (2, 3)
+"""Versions that were in use before the first release only."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_COUNT = 1 << 53
@@ -127,8 +127,6 @@ class Manifest:
         names = [shard.name for shard in self.shards] + list(self.files)
         if len(set(names)) != len(names):
             raise FormatError("every file may be listed once in the manifest, got a repeated name")
-        if (self.codec.num_features > 0) != (FEATURES_FILE in self.files):
-            raise FormatError(f"a cache has tail moments if and only if its manifest lists {FEATURES_FILE}")
 
     @property
     def num_rows(self) -> int:
@@ -138,7 +136,7 @@ class Manifest:
         """The sealed JSON text; equal manifests give equal bytes."""
         content = {
             "format": FORMAT,
-            "version": self.codec.format_version,
+            "version": VERSION,
             "identity": self.identity,
             "codec": self.codec.to_dict(),
             "tail_betas": list(TAIL_BETAS),
@@ -163,7 +161,7 @@ class Manifest:
         if len(data) > MAX_MANIFEST_BYTES:
             raise FormatError(f"a manifest must be at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}")
         content = unseal(data, MANIFEST_NAME)
-        version = check_version(content, MANIFEST_NAME)
+        check_version(content, MANIFEST_NAME)
         expected = {"format", "version", "tail_betas"} | {item.name for item in fields(cls)}
         _require_keys(content, expected, MANIFEST_NAME)
         shards = content["shards"]
@@ -174,7 +172,7 @@ class Manifest:
             _require_keys(shard, shard_keys, "a shard in the manifest")
         return cls(
             identity=content["identity"],
-            codec=CodecConfig.from_dict(content["codec"], version),
+            codec=CodecConfig.from_dict(content["codec"]),
             positions=content["positions"],
             min_prob=content["min_prob"],
             max_k=content["max_k"],
@@ -223,7 +221,7 @@ def _require_keys(content: Any, expected: set[str], what: str) -> None:
         raise FormatError(f"{what} must have exactly the keys of the format, differs in {got}")
 
 
-def check_version(content: dict[str, Any], what: str) -> int:
+def check_version(content: dict[str, Any], what: str) -> None:
     """The one place where format name, version and tail nodes are checked, for manifests and shards.
 
     Raises:
@@ -233,12 +231,15 @@ def check_version(content: dict[str, Any], what: str) -> int:
     if content.get("format") != FORMAT:
         raise FormatError(f"{what} must have format {FORMAT!r}, got {content.get('format')!r}")
     version = content.get("version")
-    if type(version) is not int or version not in VERSIONS:
+    if type(version) is int and version in DRAFTS:
         raise UnsupportedVersionError(
-            f"{what} must have version 1, 2 or 3, got {version!r}; upgrade anneal to read it"
+            f"{what} must have version {VERSION}, got {version}: {DEVELOPMENT_CACHE}"
+        )
+    if type(version) is not int or version != VERSION:
+        raise UnsupportedVersionError(
+            f"{what} must have version {VERSION}, got {version!r}; upgrade anneal to read it"
         )
     if content.get("tail_betas") != list(TAIL_BETAS):
         raise UnsupportedVersionError(
             f"{what} must have tail_betas {list(TAIL_BETAS)}, got {content.get('tail_betas')!r}"
         )
-    return version

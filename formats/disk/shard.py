@@ -22,7 +22,7 @@ from formats.codec.payload import Codec
 from formats.codec.rank_table import from_text, rank_by_frequency, to_text
 from formats.disk.arrow_file import ArrowFile, Batch
 from formats.disk.byte_source import Source
-from formats.disk.manifest import FORMAT, ShardInfo, check_version
+from formats.disk.manifest import FORMAT, VERSION, ShardInfo, check_version
 from formats.disk.sealed_json import seal, unseal
 from formats.disk.token_row import KEY_BYTES, POSITION_MODES, TokenRow, content_key
 from formats.errors import CorruptShardError, FormatError
@@ -149,7 +149,7 @@ class ShardWriter:
         codec = Codec(self._config, self._vocab_size, self._max_k, ranked_ids)
         metadata = {
             "format": FORMAT,
-            "version": self._config.format_version,
+            "version": VERSION,
             "codec": self._config.to_dict(),
             "tail_betas": list(TAIL_BETAS),
             "positions": self._positions,
@@ -250,9 +250,9 @@ class ShardReader:
                 f"{name} must carry the metadata key 'anneal'; it is not a shard of a teacher cache"
             )
         settings = unseal(sealed, f"the metadata of {name}")
-        version = check_version(settings, name)
+        check_version(settings, name)
         if set(settings) != _METADATA_KEYS:
-            raise FormatError(f"{name} must have exactly the metadata of format version {version}")
+            raise FormatError(f"{name} must have exactly the metadata of format version {VERSION}")
         for key, value in (expected or {}).items():
             if settings[key] != value:
                 raise FormatError(
@@ -273,7 +273,7 @@ class ShardReader:
                 raise FormatError(
                     f"{name}: {key} must be a whole number from 1 to {limit}, got {settings[key]!r}"
                 )
-        self.codec_config = CodecConfig.from_dict(settings["codec"], version)
+        self.codec_config = CodecConfig.from_dict(settings["codec"])
         ranked_ids = from_text(settings["ranked_ids"], vocab_size)
         self.codec = Codec(self.codec_config, vocab_size, max_k, ranked_ids)
         self._cached: OrderedDict[int, Batch] = OrderedDict()

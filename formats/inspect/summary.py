@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from formats.codec.payload import section_bytes
+from formats.disk.manifest import VERSION
 from formats.disk.token_row import KEY_BYTES
 from formats.inspect.statistics import distribution, entropy, head_size_histogram
 from formats.logprobs.topk import TopKLogprobs
@@ -39,7 +40,7 @@ def summarise(cache: "TeacherCache", *, full: bool = False) -> dict[str, Any]:
     rows = sampled_rows(cache, full)
     summary: dict[str, Any] = {
         "path": cache.path,
-        "format_version": manifest.codec.format_version,
+        "format_version": VERSION,
         "identity": manifest.identity,
         "settings": {
             "codec": manifest.codec.to_dict(),

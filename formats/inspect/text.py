@@ -8,7 +8,6 @@ PARTS = {
     "ids": "token ids",
     "probabilities": "probabilities",
     "tails": "tail function",
-    "moments": "tail moments",
     "draw_counts": "numbers of draws",
     "draw_ids": "drawn token ids",
     "draw_logprobs": "drawn logprobs",
@@ -41,8 +40,8 @@ def _table(rows: list[tuple[str, ...]], indent: str = "  ") -> list[str]:
 
 def _tail(codec: dict[str, Any]) -> str:
     """What is kept of the tails beside their mass."""
-    moments, rate = codec.get("num_features", 0), codec.get("draw_rate", 0)
-    kept = ([f"{moments} tail moments"] if moments else []) + ([f"tail draws at rate {rate}"] if rate else [])
+    rate = codec["draw_rate"]
+    kept = [f"tail draws at rate {rate}"] if rate else []
     return ", ".join(kept) + "; " if kept else ""
 
 

@@ -1,6 +1,6 @@
 """Tail draws: a few tokens drawn from a position's tail, which make sums over the whole tail estimable.
 
-Heads, tail masses and tail moments leave most of the tail unknown. A draw is a token of the tail together
+Heads and tail masses leave most of the tail unknown. A draw is a token of the tail together
 with its logprob. Tokens are drawn so that token j is expected
 
     rate * exp(l_j) ** (3 / 4)

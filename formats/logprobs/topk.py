@@ -2,36 +2,29 @@
 exchanges.
 
 A position keeps its *head*, the tokens with p >= min_prob (always the most probable one), as ids and
-logprobs, and the *tail function* of everything else at a few temperatures (see `tail.py`). From these the
-T-softmax of the head and its exact mass follow at any temperature:
+logprobs, and the *tail function* of everything else at a few temperatures (see `tail_function.py`). From
+these the T-softmax of the head and its exact mass follow at any temperature:
 
     log Z_T = log(sum_head exp(beta * l_j) + exp(A(beta))),    p_T(j) = exp(beta * l_j) / Z_T,    beta = 1/T.
 
-Where a cache has token features (see `features.py`), a position also keeps the *tail moments*, the sums of
-the tail's probabilities times the tokens' features; and it may keep a few *tail draws*, single tokens of the
-tail (see `draws.py`).
+It may also keep a few *tail draws*, single tokens of the tail (see `tail_draws.py`).
 
-No Python object per token: a few flat arrays. P: positions, N: entries of all heads, K: tail nodes, F: token
-features.
+No Python object per token: a few flat arrays. P: positions, N: entries of all heads, K: tail nodes.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from formats.logprobs import ragged, tail_draws, tail_function
-from formats.logprobs.features import LARGEST_FEATURE, TokenFeatures
 from formats.logprobs.tail_draws import TailDraws
 from formats.logprobs.tail_function import TAIL_BETAS
 
 MAX_VOCAB_SIZE = 1 << 20
+_Selection = slice | np.ndarray
 _FIELDS = (("offsets", np.int64), ("token_ids", np.int32), ("logprobs", np.float32))
-
-
-def _no_moments() -> np.ndarray:
-    return np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +45,8 @@ class TopKLogprobs:
     """float32 [P, len(TAIL_BETAS)]: A(beta) at the nodes; -inf where the head is the whole vocabulary."""
     vocab_size: int
     """V: tokens the teacher can predict, without padding."""
-    tail_moments: np.ndarray = field(default_factory=_no_moments)
-    """float32 [P, F]: sum over the tail of exp(l_j) * u_j, with u_j the features of token j; F may be 0."""
-    tail_draws: TailDraws | None = None
-    """Tokens drawn from the tail; made empty, of rate 0, where none are given."""
+    draws: TailDraws
+    """Tokens drawn from the tail of each position; `TailDraws.none` where nothing was drawn."""
 
     def __post_init__(self) -> None:
         for name, dtype in _FIELDS:
@@ -65,10 +56,6 @@ class TopKLogprobs:
             object.__setattr__(self, name, array)
         nodes = np.ascontiguousarray(self.log_tail_nodes, dtype=np.float32)
         object.__setattr__(self, "log_tail_nodes", nodes)
-        moments = np.ascontiguousarray(self.tail_moments, dtype=np.float32)
-        if moments.shape == (0, 0):
-            moments = np.zeros((len(self), 0), np.float32)
-        object.__setattr__(self, "tail_moments", moments)
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.token_ids):
             raise ValueError("offsets must run from 0 to the number of entries")
         if len(self.token_ids) != len(self.logprobs):
@@ -80,12 +67,8 @@ class TopKLogprobs:
             raise ValueError(
                 f"log_tail_nodes must have shape {(len(self), len(TAIL_BETAS))}, got {nodes.shape}"
             )
-        if moments.ndim != 2 or len(moments) != len(self):
-            raise ValueError(f"tail_moments must have one row per position, got shape {moments.shape}")
-        if self.tail_draws is None:
-            object.__setattr__(self, "tail_draws", TailDraws.none(len(self)))
         if len(self.draws) != len(self):
-            raise ValueError(f"tail_draws must cover {len(self)} positions, got {len(self.draws)}")
+            raise ValueError(f"draws must cover {len(self)} positions, got {len(self.draws)}")
         if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, got {self.vocab_size}")
 
@@ -102,24 +85,13 @@ class TopKLogprobs:
         """int64 [P]: head size of each position."""
         return np.diff(self.offsets)
 
-    @property
-    def num_features(self) -> int:
-        """F: tail moments per position."""
-        return self.tail_moments.shape[1]
-
-    @property
-    def draws(self) -> TailDraws:
-        """`tail_draws`, which is never None once made."""
-        assert self.tail_draws is not None
-        return self.tail_draws
-
     @staticmethod
-    def empty(vocab_size: int, num_features: int = 0, draw_rate: int = 0) -> "TopKLogprobs":
+    def empty(vocab_size: int, draw_rate: int = 0) -> "TopKLogprobs":
         """No positions at all."""
         none, nodes = np.zeros(0), np.zeros((0, len(TAIL_BETAS)))
-        moments = np.zeros((0, num_features))
-        drawn = TailDraws.none(0, draw_rate)
-        return TopKLogprobs(np.zeros(1, np.int64), none, none, nodes, vocab_size, moments, drawn)
+        return TopKLogprobs(
+            np.zeros(1, np.int64), none, none, nodes, vocab_size, TailDraws.none(0, draw_rate)
+        )
 
     # --- at a temperature -------------------------------------------------------------------------------
 
@@ -156,28 +128,30 @@ class TopKLogprobs:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"slice must lie within 0..{len(self)}, got {start}:{stop}")
         a, b = int(self.offsets[start]), int(self.offsets[stop])
-        return TopKLogprobs(
-            self.offsets[start : stop + 1] - a,
-            self.token_ids[a:b],
-            self.logprobs[a:b],
-            self.log_tail_nodes[start:stop],
-            self.vocab_size,
-            self.tail_moments[start:stop],
-            self.draws.slice(start, stop),
-        )
+        offsets = self.offsets[start : stop + 1] - a
+        return self._selected(offsets, slice(a, b), slice(start, stop), self.draws.slice(start, stop))
 
     def take(self, positions: np.ndarray) -> "TopKLogprobs":
         """The given positions (indices or boolean mask), in that order, copied."""
         chosen = np.arange(len(self))[np.asarray(positions)]
         offsets, source = ragged.taken(self.offsets, chosen)
-        return TopKLogprobs(
-            offsets,
-            self.token_ids[source],
-            self.logprobs[source],
-            self.log_tail_nodes[chosen],
-            self.vocab_size,
-            self.tail_moments[chosen],
-            self.draws.take(chosen),
+        return self._selected(offsets, source, chosen, self.draws.take(chosen))
+
+    def _selected(
+        self,
+        offsets: np.ndarray,
+        entries: _Selection,
+        positions: _Selection,
+        draws: TailDraws,
+    ) -> "TopKLogprobs":
+        """These entries and positions, with new offsets and draws."""
+        return replace(
+            self,
+            offsets=offsets,
+            token_ids=self.token_ids[entries],
+            logprobs=self.logprobs[entries],
+            log_tail_nodes=self.log_tail_nodes[positions],
+            draws=draws,
         )
 
     @staticmethod
@@ -185,24 +159,19 @@ class TopKLogprobs:
         """All positions of all parts.
 
         Raises:
-            ValueError: no parts (use `empty`), or parts of different vocabularies, numbers of features or
-                rates of draws.
+            ValueError: no parts (use `empty`), or parts of different vocabularies or rates of draws.
         """
         if not parts:
             raise ValueError("concatenate needs at least one part, got none; use TopKLogprobs.empty")
         sizes = sorted({part.vocab_size for part in parts})
         if len(sizes) > 1:
             raise ValueError(f"all parts must share one vocabulary size, got {sizes}")
-        features = sorted({part.num_features for part in parts})
-        if len(features) > 1:
-            raise ValueError(f"all parts must share one number of features, got {features}")
         return TopKLogprobs(
             ragged.offsets_of(np.concatenate([part.counts for part in parts])),
             np.concatenate([part.token_ids for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
             np.concatenate([part.log_tail_nodes for part in parts]),
             sizes[0],
-            np.concatenate([part.tail_moments for part in parts]),
             TailDraws.concatenate([part.draws for part in parts]),
         )
 
@@ -210,42 +179,18 @@ class TopKLogprobs:
         """Entries by descending logprob, ties by ascending id: the order in which people read a head."""
         by_id = ragged.segment_order(self.token_ids, self.offsets)
         order = by_id[ragged.segment_order(-self.logprobs[by_id], self.offsets)]
-        return TopKLogprobs(
-            self.offsets,
-            self.token_ids[order],
-            self.logprobs[order],
-            self.log_tail_nodes,
-            self.vocab_size,
-            self.tail_moments,
-            self.tail_draws,
-        )
+        return replace(self, token_ids=self.token_ids[order], logprobs=self.logprobs[order])
 
-    def without_moments(self) -> "TopKLogprobs":
-        """The same heads, tails and draws without tail moments."""
-        return replace(self, tail_moments=_no_moments())
-
-    def without_draws(self) -> "TopKLogprobs":
-        """The same heads, tails and moments without tail draws."""
-        return replace(self, tail_draws=None)
-
-    def prune(
-        self,
-        min_prob: float = 0.0,
-        max_k: int = MAX_VOCAB_SIZE,
-        features: TokenFeatures | None = None,
-    ) -> "TopKLogprobs":
+    def prune(self, min_prob: float = 0.0, max_k: int = MAX_VOCAB_SIZE) -> "TopKLogprobs":
         """What a capture with a higher `min_prob` or a lower `max_k` would have stored.
 
         Entries with p < min_prob, or beyond the `max_k` most probable, move into the tail *exactly*, at every
-        node and in every moment, and tokens are drawn among them at the same rate as among the others; the
-        most probable entry always stays. Ties are broken by ascending id.
+        node, and tokens are drawn among them at the same rate as among the others; the most probable entry
+        always stays. Ties are broken by ascending id.
 
         Raises:
-            ValueError: min_prob outside 0..1 or max_k below 1, or `features` are not those of the moments.
+            ValueError: min_prob outside 0..1 or max_k below 1.
         """
-        fits = features is None or features.vocab_size == self.vocab_size
-        if not fits or self.num_features != (features.num_features if features is not None else 0):
-            raise ValueError("pruning tail moments needs the token features they were taken with")
         if not 0 <= min_prob <= 1 or max_k < 1:
             raise ValueError(f"min_prob must be from 0 to 1 and max_k at least 1, got {min_prob} and {max_k}")
         head = self.sorted()
@@ -259,10 +204,6 @@ class TopKLogprobs:
             nodes[:, k] = np.logaddexp(
                 nodes[:, k], ragged.segment_logsumexp(beta * lost.astype(np.float64), gone)
             )
-        moments = head.tail_moments.astype(np.float64)
-        if features is not None:
-            moved = np.exp(lost.astype(np.float64))[:, None] * features.of(head.token_ids[~keep])
-            np.add.at(moments, ragged.segment_of(gone), moved)
         drawn = self.draws
         if drawn.rate:
             ids = head.token_ids[~keep]
@@ -270,14 +211,13 @@ class TopKLogprobs:
             seed = hashlib.blake2b(ids.tobytes() + lost.tobytes(), digest_size=8).digest()
             begin = tail_draws.starts(seed, np.arange(len(self)))
             drawn = drawn.joined(tail_draws.draw(gone, ids, lost, drawn.rate, begin))
-        return TopKLogprobs(
-            head.offsets - gone,
-            head.token_ids[keep],
-            head.logprobs[keep],
-            nodes,
-            self.vocab_size,
-            moments,
-            drawn,
+        return replace(
+            self,
+            offsets=head.offsets - gone,
+            token_ids=head.token_ids[keep],
+            logprobs=head.logprobs[keep],
+            log_tail_nodes=nodes,
+            draws=drawn,
         )
 
     def validate(self) -> "TopKLogprobs":
@@ -286,8 +226,8 @@ class TopKLogprobs:
         Raises:
             ValueError: offsets that fall, an empty head, ids outside the vocabulary or repeated within a
                 position, logprobs that are NaN or above 0 by more than rounding, tails that are NaN or above
-                log V, moments that are NaN or larger than the largest feature, draws that are not tokens of
-                the tail, are more than there can be, or have no probability.
+                log V, draws that are not tokens of the tail, are more than there can be, or have no
+                probability.
         """
         counts = self.counts
         if (counts < 1).any() or (counts > self.vocab_size).any():
@@ -305,8 +245,6 @@ class TopKLogprobs:
                 raise ValueError("logprobs must not be above 0 or NaN")
         if not (self.log_tail_nodes <= np.log(self.vocab_size) + 1e-3).all():
             raise ValueError("tail nodes must not be above log(vocab_size) or NaN")
-        if not (np.abs(self.tail_moments) <= LARGEST_FEATURE + 1e-3).all():
-            raise ValueError(f"tail moments must lie within {LARGEST_FEATURE:g} of 0")
         self.validate_draws()
         return self
 

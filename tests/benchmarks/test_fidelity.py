@@ -13,8 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from fidelity import METHODS, measure
 from fidelity_targets import capture, sampled_targets, topk_targets
 
-from cache_builder.reduction.features import find_embedding, token_features
-
 VOCAB_SIZE = 400
 
 
@@ -38,10 +36,7 @@ def teacher():
 
 
 @pytest.fixture(scope="module")
-def results(teacher, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("teacher")
-    teacher.save_pretrained(directory)
-    features = token_features(find_embedding(directory, VOCAB_SIZE), VOCAB_SIZE, 8)
+def results(teacher):
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, VOCAB_SIZE, (2, 24), generator=generator) for _ in range(3)]
     return measure(
@@ -51,7 +46,6 @@ def results(teacher, tmp_path_factory):
         stops=[0, 4],
         temperatures=[0.5, 1.0, 2.0],
         learning_rate=1e-3,
-        features=features,
         draw_rate=8,
     )
 
@@ -73,8 +67,7 @@ def test_after_drift_the_cache_is_nearest_to_the_online_gradient(results, temper
     errors = {m: results[4, temperature, m].step.relative_error for m in METHODS}
     assert all(math.isfinite(error) for error in errors.values())
     # With 92 positions the noise of the draws is still of the size of the bias that they take away.
-    assert errors["without draws"] < errors["bucket only"]
-    for method in METHODS[3:]:
+    for method in METHODS[2:]:
         assert errors["cache"] < errors[method], method
     for one in results[4, temperature, "cache"].batches:
         assert one.angle < (5 if temperature <= 1 else 15)

@@ -16,7 +16,6 @@ from deterministic_build import (
     make_rows,
     make_source,
     reduce_exactly,
-    seeded_features,
     stop_at,
 )
 
@@ -28,7 +27,6 @@ from formats.errors import (
     AnnealError,
     ConfigError,
     CorpusError,
-    FormatError,
     IdentityMismatchError,
     IncompleteCacheError,
 )
@@ -377,10 +375,6 @@ def test_progress_hears_every_row_once(tmp_path: Path) -> None:
         ({"corpus": ""}, "corpus must be given"),
         ({"rows_per_shard": 0}, "rows_per_shard"),
         ({"heartbeat_seconds": 0.0}, "heartbeat_seconds"),
-        ({"tail_features": -1}, "tail_features must be a whole number from 0 to 64, got -1"),
-        ({"tail_features": 65}, "tail_features must be a whole number from 0 to 64, got 65"),
-        ({"tail_features": 2.0}, "tail_features must be a whole number"),
-        ({"tail_features": True}, "tail_features must be a whole number"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, change: dict, words: str) -> None:
@@ -411,121 +405,6 @@ def test_a_failing_disk_is_one_line_with_the_state(tmp_path: Path, monkeypatch) 
     monkeypatch.undo()
     assert "No space left on device" in str(caught.value) and "of 6 shards" in str(caught.value)
     assert build(tmp_path / "c").complete
-
-
-def build_with_moments(out: Path, *, num_features: int = 3, make_features=None, **options):
-    """As `build`, with token features and a teacher that takes their moments."""
-    from dataclasses import replace
-
-    source = make_source(60, features=seeded_features(num_features), out=out)
-    return build_cache(
-        make_config(out),
-        source=replace(source, make_features=make_features or source.make_features),
-        make_teacher=lambda config, source: SeededTeacher(features_file=source.features_file),
-        **options,
-    )
-
-
-def test_a_cache_with_moments_holds_what_the_teacher_said(tmp_path: Path) -> None:
-    build_with_moments(tmp_path / "c")
-    cache = TeacherCache(tmp_path / "c")
-    cache.validate(full=True)
-    features = seeded_features(3)
-    assert cache.features == features and cache.manifest.codec.num_features == 3
-    assert cache.file("token_features.bin") == features.to_bytes()
-    half_a_step = 0.5 / cache.manifest.codec.moment_steps
-    for row in cache.rows():
-        expected = reduce_exactly(logits_of(row.input_ids)[row.positions], 1e-2, 8, features)
-        np.testing.assert_allclose(
-            row.teacher.tail_moments, expected.tail_moments, atol=half_a_step + 1e-6, rtol=0
-        )
-    build(tmp_path / "plain")
-    assert not (tmp_path / "plain" / "token_features.bin").exists()
-    shards = [f"shard-{i:05d}.arrow" for i in range(6)]
-    assert sorted(os.listdir(tmp_path / "c")) == sorted(
-        ["manifest.json", "tokenizer.json", "token_features.bin", *shards]
-    )
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        stop_at("settings"),
-        stop_at("features planned"),
-        stop_at("planned"),
-        stop_at("claimed 2"),
-        stop_at("features"),
-    ],
-    ids=["before the features", "features planned", "planned", "capture", "features in their place"],
-)
-def test_a_build_with_moments_is_resumed_with_the_same_bytes(tmp_path: Path, step) -> None:
-    with pytest.raises(Stop):
-        build_with_moments(tmp_path / "c", step=step)
-    with pytest.raises(IncompleteCacheError):
-        TeacherCache(tmp_path / "c")
-    assert build_with_moments(tmp_path / "c").complete
-    build_with_moments(tmp_path / "fresh")
-    assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
-
-
-def test_features_are_made_once_for_all_workers(tmp_path: Path) -> None:
-    """A machine whose arithmetic differs must not mix its features with those of the first shards."""
-    with pytest.raises(Stop):
-        build_with_moments(tmp_path / "c", step=stop_at("claimed 2"))
-
-    def never():
-        raise AssertionError("the features were made again")
-
-    build_with_moments(tmp_path / "c", make_features=never)
-    assert build_with_moments(tmp_path / "c", make_features=never).was_complete
-    assert TeacherCache(tmp_path / "c").features == seeded_features(3)
-
-
-def test_features_that_the_disk_damaged_reach_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(Stop):
-        build_with_moments(tmp_path / "c", step=stop_at("claimed 5"))
-    path = tmp_path / "c" / "_build" / "token_features.bin"
-    data = bytearray(path.read_bytes())
-    data[7] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(FormatError, match=r"token_features.bin must be as planned.*--overwrite"):
-        build_with_moments(tmp_path / "c")
-    assert not (tmp_path / "c" / "manifest.json").exists()
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_another_number_of_features_is_refused_by_name(tmp_path: Path, finished: bool) -> None:
-    if finished:
-        build_with_moments(tmp_path / "c")
-    else:
-        with pytest.raises(Stop):
-            build_with_moments(tmp_path / "c", step=stop_at("claimed 2"))
-    before = contents(tmp_path / "c")
-    with pytest.raises(ConfigError, match="--tail-features: 3 there, 4 now") as caught:
-        build_with_moments(tmp_path / "c", num_features=4)
-    assert "--overwrite" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="--tail-features: 3 there, none now"):
-        build(tmp_path / "c")
-    assert contents(tmp_path / "c") == before
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_overwrite_discards_the_features_too(tmp_path: Path, finished: bool) -> None:
-    if finished:
-        build_with_moments(tmp_path / "c")
-    else:
-        with pytest.raises(Stop):
-            build_with_moments(tmp_path / "c", step=stop_at("features"))
-    assert (tmp_path / "c" / "token_features.bin").exists()
-    build(tmp_path / "c", overwrite=True)
-    build(tmp_path / "fresh")
-    assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
-
-
-def test_a_teacher_without_moments_cannot_fill_a_cache_that_has_them(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must have 3 tail moments, got 0") as caught:
-        build(tmp_path / "c", source=make_source(60, features=seeded_features(3), out=tmp_path / "c"))
-    assert "\n" not in str(caught.value) and not list((tmp_path / "c").glob("shard-*"))
 
 
 def test_config_is_immutable() -> None:

@@ -1,4 +1,4 @@
-"""A reader of all versions written from docs/format.md alone: slow, plain, and importing nothing of ours.
+"""A reader written from docs/format.md alone: slow, plain, and importing nothing of ours.
 
 pyarrow opens the container and zstandard the frames; everything else is struct, loops and the math module.
 """
@@ -23,9 +23,10 @@ PREDICTIONS = {
     0.75: (0, {0.25: -12, 0.5: 46, 1.0: 32, 2.0: -2}),
     1.5: (0, {0.5: 14, 0.75: -68, 1.0: 96, 2.0: 22}),
 }
-WHOLE = {"sqrt_steps": (1, 16384), "linear_steps": (0, 32768), "tail_steps": (1, 256), "zstd_level": (1, 19)}
-WHOLE_2 = {"num_features": (1, 64), "moment_steps": (1, 4096)}
-WHOLE_3 = {"num_features": (0, 64), "moment_steps": (1, 4096), "draw_rate": (1, 64), "draw_steps": (1, 1024)}
+WHOLE = {
+    **{"sqrt_steps": (1, 16384), "linear_steps": (0, 32768), "tail_steps": (1, 256), "zstd_level": (1, 19)},
+    **{"draw_rate": (0, 64), "draw_steps": (1, 1024)},
+}
 MANIFEST = {
     *("format", "version", "identity", "codec", "tail_betas", "positions", "min_prob", "max_k", "vocab_size"),
     *("shards", "files"),
@@ -58,11 +59,11 @@ def signed(z: int) -> int:
     return z // 2 if z % 2 == 0 else -(z + 1) // 2
 
 
-Position = tuple[dict[int, float], dict[float, float], list[float], list[tuple[int, float]]]
+Position = tuple[dict[int, float], dict[float, float], list[tuple[int, float]]]
 
 
 def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Position]:
-    """Per position: ({token id: logprob}, {beta: A(beta)}, its F tail moments, its draws (id, logprob))."""
+    """Per position: ({token id: logprob}, {beta: A(beta)}, its draws (id, logprob))."""
     if num_positions == 0:
         assert payload == b""
         return []
@@ -78,14 +79,10 @@ def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Positi
     gaps, at = planes(body, at, sum(sizes), width_of(vocab - 1))
     codes, at = planes(body, at, sum(sizes), 4 if exact else 2)
     tails, at = planes(body, at, len(BETAS) * num_positions, 4 if exact else 2)
-    features = codec.get("num_features", 0)
-    stored, at = planes(body, at, features * num_positions, 4 if exact else 2)
-    draws, at = read_draws(body, at, num_positions, shard, id_of_rank) if "draw_rate" in codec else ([], at)
-    draws = draws or [[] for _ in range(num_positions)]
+    draws: list[list[tuple[int, float]]] = [[] for _ in range(num_positions)]
+    if codec["draw_rate"]:
+        draws, at = read_draws(body, at, num_positions, shard, id_of_rank)
     assert at == len(body)
-    numbers = [as_float32(bits) if exact else signed(bits) / codec["moment_steps"] for bits in stored]
-    assert all(abs(number) <= 127 / 32 + 1 for number in numbers)  # no comparison is true of NaN
-    moments = [[numbers[f * num_positions + p] for f in range(features)] for p in range(num_positions)]
 
     def prob(c: int) -> float:
         s = (math.sqrt(a * a + 4.0 * b * c) - a) / (2.0 * b) if b else c / a
@@ -106,7 +103,7 @@ def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Positi
             entry += 1
         if exact:
             tail = {beta: as_float32(tails[k * num_positions + p]) for k, beta in enumerate(BETAS)}
-            found.append((head, tail, moments[p], draws[p]))
+            found.append((head, tail, draws[p]))
             continue
         left = min(max(2**40 - mass, 2**26), 2**40)
         t = {0.0: math.floor(steps * math.log(max(vocab - n, 1)) + 0.5)}
@@ -120,7 +117,7 @@ def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Positi
             t[beta] = (prediction + difference + 32768) % 65536 - 32768
         empty = {beta for beta in BETAS if t[beta] == -32768 or n == vocab}
         tail = {beta: -math.inf if beta in empty else t[beta] / steps for beta in BETAS}
-        found.append((head, tail, moments[p], draws[p]))
+        found.append((head, tail, draws[p]))
     return found
 
 
@@ -153,26 +150,14 @@ def read_draws(
 def read_manifest(directory: Path) -> dict:
     manifest = unseal((directory / "manifest.json").read_bytes())
     version, codec = manifest["version"], manifest["codec"]
-    assert manifest["format"] == "anneal-teacher-cache" and type(version) is int and version in (1, 2, 3)
+    assert manifest["format"] == "anneal-teacher-cache" and type(version) is int and version == 1
     assert set(manifest) == MANIFEST and manifest["tail_betas"] == BETAS
-    ranges = WHOLE | ({}, WHOLE_2, WHOLE_3)[version - 1]
-    assert set(codec) == {"probabilities", "rank_ids", *ranges}
-    for key, (low, high) in ranges.items():
+    assert set(codec) == {"probabilities", "rank_ids", *WHOLE}
+    for key, (low, high) in WHOLE.items():
         assert type(codec[key]) is int and low <= codec[key] <= high
-    assert ("token_features.bin" in manifest["files"]) == (codec.get("num_features", 0) > 0)
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest
     return manifest
-
-
-def read_features(directory: Path) -> list[list[float]]:
-    """Per token its features; for caches that have some."""
-    manifest = read_manifest(directory)
-    size, data = manifest["codec"]["num_features"], (directory / "token_features.bin").read_bytes()
-    assert len(data) == manifest["vocab_size"] * size
-    codes = struct.unpack(f"<{len(data)}b", data)
-    assert -128 not in codes
-    return [[code / 32 for code in codes[at : at + size]] for at in range(0, len(codes), size)]
 
 
 def read_cache(directory: Path) -> list[dict]:

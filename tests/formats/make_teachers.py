@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from formats import CacheWriter, CodecConfig, TailDraws, TeacherCache, TokenRow, TopKLogprobs
-from formats.logprobs.features import MAX_CODE, TokenFeatures
 from formats.logprobs.tail_draws import starts
 from formats.logprobs.tail_function import TAIL_BETAS
 
@@ -23,13 +22,6 @@ def logsumexp(values: np.ndarray) -> float:
         return -math.inf
     peak = values.max()
     return float(peak + np.log(np.exp(values - peak).sum()))
-
-
-def plain_features(vocab_size: int, num_features: int) -> TokenFeatures:
-    """Features over the whole range of codes, from a formula, so that they are the same for ever."""
-    token, feature = np.arange(vocab_size)[:, None], np.arange(num_features)
-    codes = (token + 1) * (feature + 2) * 37 % (2 * MAX_CODE + 1) - MAX_CODE
-    return TokenFeatures(codes.astype(np.int8))
 
 
 def dense_draws(rest_PV: np.ndarray, rate: int, starts_P: np.ndarray) -> TailDraws:
@@ -49,12 +41,11 @@ def capture(
     logits_PV: np.ndarray,
     min_prob: float = 1e-3,
     max_k: int = 128,
-    features: TokenFeatures | None = None,
     draw_rate: int = 0,
     starts_P: np.ndarray | None = None,
 ) -> TopKLogprobs:
-    """Heads, tails and, with features, tail moments of dense logits, position by position; with `draw_rate`,
-    tail draws whose points begin at `starts_P`, by default evenly spread."""
+    """Heads and tails of dense logits, position by position; with `draw_rate`, tail draws whose points begin
+    at `starts_P`, by default evenly spread."""
     logprobs_PV = log_softmax(logits_PV)
     ids, values, counts = [], [], []
     rest_PV = logprobs_PV.copy()
@@ -79,11 +70,9 @@ def capture(
         np.concatenate(values) if values else np.zeros(0),
         np.stack(nodes, axis=1),
         logprobs_PV.shape[1],
-        # Every product over the whole vocabulary; the head's weights are exp(-inf) = 0.
-        np.exp(rest_PV) @ (features.codes / 32.0) if features else np.zeros((len(counts), 0)),
         dense_draws(rest_PV, draw_rate, spread(len(counts)) if starts_P is None else starts_P)
         if draw_rate
-        else None,
+        else TailDraws.none(len(counts)),
     )
 
 
@@ -103,19 +92,18 @@ def random_teacher(
     row: TokenRow,
     vocab_size: int,
     positions: str = "loss",
-    features: TokenFeatures | None = None,
     draw_rate: int = 0,
 ) -> TopKLogprobs:
     """Zipf-like logits whose sharpness varies from flat to one-hot."""
     count = len(row.positions(positions))
     if count == 0:
-        return TopKLogprobs.empty(vocab_size, features.num_features if features else 0, draw_rate)
+        return TopKLogprobs.empty(vocab_size, draw_rate)
     scale = rng.uniform(0.5, 6, (count, 1))
     # A fixed order of popularity, so that heads share tokens as those of a language model do.
     popularity = np.random.default_rng(vocab_size).permutation(vocab_size) + 1.0
     logits = -scale * np.log(popularity) + rng.normal(size=(count, vocab_size))
     begin = starts(row.key, row.positions(positions))
-    return capture(logits, features=features, draw_rate=draw_rate, starts_P=begin)
+    return capture(logits, draw_rate=draw_rate, starts_P=begin)
 
 
 def keys_in_worker(task: tuple[TeacherCache, int]) -> list[bytes]:
@@ -134,12 +122,10 @@ def write_cache(
     seed: int = 0,
     rows_per_shard: int = 8,
     rows_per_batch: int = 3,
-    features: TokenFeatures | None = None,
     min_prob: float = 1e-3,
     draw_rate: int = 0,
 ) -> list[tuple[TokenRow, TopKLogprobs]]:
-    """A cache of rows of these lengths, of version 2 with features and of version 3 with draws; returns what
-    was written."""
+    """A cache of rows of these lengths; returns what was written."""
     rng = np.random.default_rng(seed)
     written = []
     with CacheWriter(
@@ -152,12 +138,11 @@ def write_cache(
         codec=replace(codec or CodecConfig(), draw_rate=draw_rate),
         rows_per_shard=rows_per_shard,
         rows_per_batch=rows_per_batch,
-        features=features,
     ) as writer:
         for length in lengths:
             row = random_row(rng, length, vocab_size)
-            teacher = random_teacher(rng, row, vocab_size, positions, features, draw_rate)
-            teacher = teacher.prune(min_prob, min(64, vocab_size), features)
+            teacher = random_teacher(rng, row, vocab_size, positions, draw_rate)
+            teacher = teacher.prune(min_prob, min(64, vocab_size))
             writer.append(row, teacher)
             written.append((row, teacher))
         writer.add_file("notes.txt", b"auxiliary")

@@ -4,7 +4,6 @@ import concurrent.futures
 import functools
 import hashlib
 import http.server
-import json
 import multiprocessing
 import os
 import pickle
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from make_teachers import by_id, keys_in_worker, plain_features, random_row, random_teacher, write_cache
+from make_teachers import by_id, keys_in_worker, random_row, random_teacher, write_cache
 
 from formats import (
     CacheWriter,
@@ -30,7 +29,6 @@ from formats import (
     TopKLogprobs,
 )
 from formats.errors import CorruptShardError, FormatError, IncompleteCacheError
-from formats.logprobs.features import FEATURES_FILE
 
 LENGTHS = [7, 0, 1, 2, 30, 12, 5, 9, 16, 3, 4, 40, 1, 1, 22, 8, 11, 6, 2]
 
@@ -41,21 +39,9 @@ def written(tmp_path_factory: pytest.TempPathFactory):
     return directory, write_cache(directory, lengths=LENGTHS, codec=CodecConfig.lossless())
 
 
-FEATURES = plain_features(97, 6)
-
-
-@pytest.fixture(scope="module")
-def with_moments(tmp_path_factory: pytest.TempPathFactory):
-    """A cache of version 2, lossless, and what was written."""
-    directory = tmp_path_factory.mktemp("caches") / "cache"
-    return directory, write_cache(
-        directory, lengths=LENGTHS, codec=CodecConfig.lossless(), features=FEATURES, min_prob=0.02
-    )
-
-
 @pytest.fixture(scope="module")
 def with_draws(tmp_path_factory: pytest.TempPathFactory):
-    """A cache of version 3 without moments, lossless, and what was written."""
+    """A lossless cache with tail draws, and what was written."""
     directory = tmp_path_factory.mktemp("caches") / "cache"
     return directory, write_cache(
         directory, lengths=LENGTHS, codec=CodecConfig.lossless(), min_prob=0.02, draw_rate=9
@@ -69,8 +55,6 @@ def assert_same_row(got, row: TokenRow, teacher: TopKLogprobs) -> None:
     for a, b in zip(by_id(got.teacher), by_id(teacher), strict=True):
         assert (a == b).all()
     assert (got.teacher.log_tail_nodes == teacher.log_tail_nodes).all()
-    assert got.teacher.tail_moments.shape == teacher.tail_moments.shape
-    assert (got.teacher.tail_moments == teacher.tail_moments).all()
     assert got.teacher.draws.rate == teacher.draws.rate
     for a, b in zip(by_id(got.teacher.draws), by_id(teacher.draws), strict=True):
         assert (a == b).all()
@@ -119,20 +103,6 @@ def test_all_positions(tmp_path: Path):
         assert_same_row(got, row, teacher)
 
 
-def test_moments_and_features_come_back(with_moments):
-    directory, rows = with_moments
-    cache = TeacherCache(directory)
-    for got, (row, teacher) in zip(cache, rows, strict=True):
-        assert_same_row(got, row, teacher)
-    for index in (4, -1):
-        assert_same_row(pickle.loads(pickle.dumps(cache))[index], *rows[index])
-    assert cache.features == FEATURES == pickle.loads(pickle.dumps(cache)).features
-    assert cache.file(FEATURES_FILE) == FEATURES.codes.tobytes()
-    cache.validate(full=True)
-    largest = max(np.abs(row.teacher.tail_moments).max(initial=0) for row in cache)
-    assert largest > 0.1 and all(row.teacher.num_features == 6 for row in cache)
-
-
 def test_draws_come_back(with_draws):
     directory, rows = with_draws
     cache = TeacherCache(directory)
@@ -141,32 +111,13 @@ def test_draws_come_back(with_draws):
     assert_same_row(pickle.loads(pickle.dumps(cache))[4], *rows[4])
     cache.validate(full=True)
     drawn = TailDraws.concatenate([row.teacher.draws for row in cache])
-    assert drawn.rate == 9 and drawn.counts.min() == 0 and drawn.counts.max() > 9 and cache.features is None
+    assert drawn.rate == 9 and drawn.counts.min() == 0 and drawn.counts.max() > 9
 
 
-def test_a_cache_has_the_oldest_version_that_can_hold_it(written, with_moments, with_draws):
-    for (directory, _), version, has_features in (
-        (written, 1, False),
-        (with_moments, 2, True),
-        (with_draws, 3, False),
-    ):
-        text = (directory / "manifest.json").read_text()
-        assert json.loads(text)["version"] == version
-        assert ("num_features" in text) == ("moment_steps" in text) == (version > 1)
-        assert ("draw_rate" in text) == ("draw_steps" in text) == (version > 2)
-        for file in directory.glob("*.arrow"):
-            metadata = pa.ipc.open_file(pa.memory_map(str(file))).schema.metadata[b"anneal"]
-            assert json.loads(metadata)["version"] == version
-            assert (b"num_features" in metadata) == (b"moment_steps" in metadata) == (version > 1)
-            assert (b"draw_rate" in metadata) == (b"draw_steps" in metadata) == (version > 2)
-        assert (directory / FEATURES_FILE).exists() == (FEATURES_FILE in text) == has_features
-    assert TeacherCache(written[0]).features is None
-
-
-@pytest.mark.parametrize(("features", "draw_rate"), [(None, 0), (FEATURES, 0), (FEATURES, 5)])
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path, features, draw_rate: int):
+@pytest.mark.parametrize("draw_rate", [0, 5])
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path, draw_rate: int):
     for name in ("a", "b"):
-        write_cache(tmp_path / name, lengths=LENGTHS, features=features, draw_rate=draw_rate, min_prob=0.02)
+        write_cache(tmp_path / name, lengths=LENGTHS, draw_rate=draw_rate, min_prob=0.02)
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     assert Manifest.read(tmp_path / "a") == Manifest.read(tmp_path / "b")
@@ -236,30 +187,6 @@ def test_writers_refuse_what_does_not_fit(tmp_path: Path):
         ShardWriter(tmp_path / "c" / "shard-00000.arrow", vocab_size=50)
 
 
-def test_writers_refuse_moments_and_features_that_do_not_fit(tmp_path: Path):
-    row = TokenRow(np.arange(5), np.array([False, True, True, False, True]))
-    rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="of 96 tokens, got 97"):
-        CacheWriter(tmp_path / "a", identity={}, vocab_size=96, features=FEATURES)
-    with pytest.raises(ValueError, match="needs features"):
-        CacheWriter(tmp_path / "b", identity={}, vocab_size=97, codec=CodecConfig(num_features=6))
-    # Rows wait for the rank table: what is wrong with this one shows when the cache is closed.
-    for written, given in ((FEATURES, None), (None, FEATURES), (FEATURES, plain_features(97, 5))):
-        with (
-            pytest.raises(ValueError, match="tail moments, got"),
-            CacheWriter(tmp_path / "c", identity={}, vocab_size=97, features=written) as writer,
-        ):
-            writer.append(row, random_teacher(rng, row, 97, features=given))
-        for file in (tmp_path / "c").iterdir():
-            file.unlink()
-    with (
-        pytest.raises(ValueError, match="written from the argument"),
-        CacheWriter(tmp_path / "d", identity={}, vocab_size=97) as writer,
-    ):
-        writer.add_file(FEATURES_FILE, FEATURES.to_bytes())
-    assert not (tmp_path / "d" / "manifest.json").exists()
-
-
 def test_writers_refuse_draws_of_another_rate(tmp_path: Path):
     row, rng = TokenRow(np.arange(3), np.array([False, True, True])), np.random.default_rng(0)
     for number, (declared, given) in enumerate(((0, 4), (4, 0), (4, 5))):
@@ -294,11 +221,6 @@ def test_an_empty_cache_is_a_cache(tmp_path: Path):
     with pytest.raises(KeyError):
         cache.index_of(bytes(16))
     assert cache.lengths().tolist() == []
-    with CacheWriter(tmp_path / "v2", identity={}, vocab_size=97, features=FEATURES):
-        pass
-    cache = TeacherCache(tmp_path / "v2")
-    cache.validate(full=True)
-    assert len(cache) == 0 and cache.features == FEATURES
 
 
 def test_missing_paths_are_named(tmp_path: Path):
@@ -375,15 +297,14 @@ def test_a_pickle_notices_a_rebuilt_cache(tmp_path: Path):
         pickle.loads(data)
 
 
-def test_reading_from_a_memory_file_system(with_moments):
+def test_reading_from_a_memory_file_system(with_draws):
     fsspec = pytest.importorskip("fsspec")
-    directory, rows = with_moments
+    directory, rows = with_draws
     memory = fsspec.filesystem("memory")
     for file in directory.iterdir():
         memory.pipe_file(f"/remote/{file.name}", file.read_bytes())
     cache = TeacherCache("memory://remote")
     cache.validate(full=True)
-    assert cache.features == FEATURES
     for got, (row, teacher) in zip(pickle.loads(pickle.dumps(cache)), rows, strict=True):
         assert_same_row(got, row, teacher)
     with pytest.raises(FormatError):

@@ -1,7 +1,6 @@
 """Damaged, foreign and hostile caches: a typed error or the identical rows, never anything else."""
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import independent_reader
 import numpy as np
 import pyarrow as pa
 import pytest
-from make_teachers import by_id, capture, plain_features, write_cache
+from make_teachers import by_id, capture, write_cache
 
 from formats import (
     CacheWriter,
@@ -25,53 +24,29 @@ from formats import (
 )
 from formats.disk.sealed_json import seal, unseal
 from formats.errors import CorruptShardError, FormatError, UnsupportedVersionError
-from formats.logprobs.features import FEATURES_FILE
 
-LENGTHS = [6, 0, 11, 3, 1, 8]
-OPTIONS = {"lengths": LENGTHS, "rows_per_shard": 4, "rows_per_batch": 2}
-FEATURES = plain_features(31, 3)
+OPTIONS = {"lengths": [6, 0, 11, 3, 1, 8], "rows_per_shard": 4, "rows_per_batch": 2}
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """A cache of each version."""
-    directory = tmp_path_factory.mktemp("corruption")
-    write_cache(directory / "1", vocab_size=31, **OPTIONS)
-    write_cache(directory / "2", vocab_size=31, features=FEATURES, min_prob=0.05, **OPTIONS)
-    write_cache(directory / "3", vocab_size=31, features=FEATURES, min_prob=0.05, draw_rate=6, **OPTIONS)
-    return {version: directory / str(version) for version in (1, 2, 3)}
-
-
-@pytest.fixture(params=[1, 2, 3], ids=["version 1", "version 2", "version 3"])
-def cache_dir(originals: dict[int, Path], tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """Every rule holds in all versions."""
-    return Path(shutil.copytree(originals[request.param], tmp_path / "cache"))
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("corruption") / "cache"
+    write_cache(directory, vocab_size=31, min_prob=0.05, draw_rate=6, **OPTIONS)
+    return directory
 
 
 @pytest.fixture
-def old_dir(originals: dict[int, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(originals[1], tmp_path / "old"))
-
-
-@pytest.fixture
-def new_dir(originals: dict[int, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(originals[2], tmp_path / "new"))
-
-
-@pytest.fixture
-def drawn_dir(originals: dict[int, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(originals[3], tmp_path / "drawn"))
+def cache_dir(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "cache"))
 
 
 def contents(directory: Path) -> list[bytes]:
     """Everything that opening and reading a cache yields, as comparable bytes."""
     cache = TeacherCache(directory)
     seen = [json.dumps(cache.manifest.identity).encode(), cache.manifest.codec.to_dict().__repr__().encode()]
-    if cache.features is not None:
-        seen.append(cache.features.to_bytes())
     for row in cache:
         t = row.teacher
-        arrays = (row.input_ids, row.loss_mask, *by_id(t), t.log_tail_nodes, t.tail_moments, *by_id(t.draws))
+        arrays = (row.input_ids, row.loss_mask, *by_id(t), t.log_tail_nodes, *by_id(t.draws))
         seen.append(row.key + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays))
     return seen
 
@@ -110,16 +85,15 @@ def test_every_bit_of_the_manifest(cache_dir: Path):
 
 
 @pytest.mark.slow
-def test_every_bit_of_header_and_footer(drawn_dir: Path):
-    """Of version 3 only, whose settings have all keys: the container around them is the same."""
-    path, expected = shard_path(drawn_dir), contents(drawn_dir)
+def test_every_bit_of_header_and_footer(cache_dir: Path):
+    path, expected = shard_path(cache_dir), contents(cache_dir)
     data = path.read_bytes()
     places = [*range(first_batch(data)), *range(footer_start(data), len(data))]
     for at in places:
         for bit in range(8):
             changed = bytearray(data)
             changed[at] ^= 1 << bit
-            assert_noticed_or_harmless(drawn_dir, path, bytes(changed), expected)
+            assert_noticed_or_harmless(cache_dir, path, bytes(changed), expected)
 
 
 def test_random_bits_elsewhere(cache_dir: Path):
@@ -186,164 +160,28 @@ def test_an_auxiliary_file_is_checked(cache_dir: Path):
         TeacherCache(cache_dir).validate()
 
 
-# --- version 2: token features and tail moments -------------------------------------------------------------
-
-
-def refused_by_both(directory: Path, error: type[FormatError], match: str) -> None:
-    """By our reader with this error, and by the one that knows the page only."""
-    with pytest.raises(error, match=match):
-        TeacherCache(directory).validate()
-    with pytest.raises(error, match=match):
-        _ = TeacherCache(directory).features
-    with pytest.raises((AssertionError, FileNotFoundError)):
-        independent_reader.read_features(directory)
-
-
-def replace_features(directory: Path, data: bytes, listed: bool) -> None:
-    """Another features file; `listed` also makes the manifest agree with it."""
-    (directory / FEATURES_FILE).write_bytes(data)
-    if listed:
-        digest = hashlib.sha256(data).hexdigest()
-        manifest = edited(directory, lambda m: m["files"].update({FEATURES_FILE: digest}))
-        (directory / "manifest.json").write_bytes(manifest)
-
-
-def test_both_readers_accept_the_features(new_dir: Path):
-    """Otherwise the refusals below would prove nothing."""
-    replace_features(new_dir, bytes(93), listed=True)
-    TeacherCache(new_dir).validate(full=True)
-    assert independent_reader.read_features(new_dir) == [[0, 0, 0]] * 31
-
-
-def test_features_that_are_missing(new_dir: Path):
-    (new_dir / FEATURES_FILE).unlink()
-    refused_by_both(new_dir, CorruptShardError, r"must contain token_features\.bin")
-
-
-def test_every_bit_of_the_features(new_dir: Path):
-    data = FEATURES.to_bytes()
-    for bit in range(8 * len(data)):
-        changed = bytearray(data)
-        changed[bit // 8] ^= 1 << (bit % 8)
-        replace_features(new_dir, bytes(changed), listed=False)
-        with pytest.raises(CorruptShardError, match="SHA-256"):
-            _ = TeacherCache(new_dir).features
-
-
-@pytest.mark.parametrize("length", [0, 1, 90, 92])
-@pytest.mark.parametrize("listed", [False, True])
-def test_features_that_are_cut(new_dir: Path, length: int, listed: bool):
-    replace_features(new_dir, FEATURES.to_bytes()[:length], listed)
-    refused_by_both(new_dir, CorruptShardError, "31 x 3 bytes" if listed else "SHA-256")
-
-
-@pytest.mark.parametrize("listed", [False, True])
-def test_features_that_are_too_long(new_dir: Path, listed: bool):
-    replace_features(new_dir, FEATURES.to_bytes() + bytes(3), listed)
-    with pytest.raises(FormatError, match="at most 93 bytes"):
-        _ = TeacherCache(new_dir).features
-    with pytest.raises(FormatError):
-        TeacherCache(new_dir).validate()
-    with pytest.raises(AssertionError):
-        independent_reader.read_features(new_dir)
-
-
-@pytest.mark.parametrize("at", [0, 40, 92])
-def test_features_below_the_least_code(new_dir: Path, at: int):
-    data = bytearray(FEATURES.to_bytes())
-    data[at] = 0x80
-    replace_features(new_dir, bytes(data), listed=True)
-    refused_by_both(new_dir, CorruptShardError, "from -127 to 127")
-
-
-def test_features_behind_a_symbolic_link(new_dir: Path, tmp_path: Path):
-    (new_dir / FEATURES_FILE).rename(tmp_path / "elsewhere.bin")
-    (new_dir / FEATURES_FILE).symlink_to(tmp_path / "elsewhere.bin")
-    with pytest.raises(FormatError, match="symbolic link"):
-        _ = TeacherCache(new_dir).features
-
-
-KEYS = {"num_features": 3, "moment_steps": 64}
-LISTED = {FEATURES_FILE: hashlib.sha256(FEATURES.to_bytes()).hexdigest()}
+# --- settings of the codec ------------------------------------------------------------------------------------
 
 
 def refused_manifest(directory: Path, change, match: str) -> None:
     data = edited(directory, change)
-    (directory / FEATURES_FILE).write_bytes(FEATURES.to_bytes())  # the manifest alone is at fault
-    with pytest.raises(FormatError, match=match):
+    with pytest.raises(UnsupportedVersionError, match=match):
         Manifest.from_bytes(data)
     (directory / "manifest.json").write_bytes(data)
     with pytest.raises(AssertionError):
         independent_reader.read_manifest(directory)
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda m: m.update(version=2), "must have the keys"),
-        (lambda m: (m.update(version=2), m["files"].update(LISTED)), "must have the keys"),
-        (lambda m: m["codec"].update(KEYS), "must have the keys"),
-        (lambda m: m["codec"].update(KEYS | {"num_features": 0}), "must have the keys"),
-        (lambda m: (m["codec"].update(KEYS), m["files"].update(LISTED)), "must have the keys"),
-        (lambda m: m["files"].update(LISTED), "if and only if"),
-        (lambda m: (m.update(version=2), m["codec"].update(KEYS)), "if and only if"),
-    ],
-)
-def test_version_1_has_no_moments(old_dir: Path, change, match: str):
-    refused_manifest(old_dir, change, match)
+DRAW_KEYS = ("draw_rate", "draw_steps")
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda m: m.update(version=1), "must have the keys"),
-        (lambda m: m["codec"].pop("num_features"), "must have the keys"),
-        (lambda m: m["codec"].pop("moment_steps"), "must have the keys"),
-        (lambda m: [m["codec"].pop(key) for key in KEYS], "must have the keys"),
-        (lambda m: m["codec"].update(num_features=0), "at least 1"),
-        (lambda m: (m["codec"].update(num_features=0), m["files"].pop(FEATURES_FILE)), "at least 1"),
-        (lambda m: m["codec"].update(num_features=65), "num_features must be"),
-        (lambda m: m["codec"].update(num_features=-1), "num_features must be"),
-        (lambda m: m["codec"].update(num_features=True), "num_features must be"),
-        (lambda m: m["codec"].update(num_features=3.0), "num_features must be"),
-        (lambda m: m["codec"].update(moment_steps=0), "moment_steps must be"),
-        (lambda m: m["codec"].update(moment_steps=4097), "moment_steps must be"),
-        (lambda m: m["codec"].update(moment_steps="64"), "moment_steps must be"),
-        (lambda m: m["files"].pop(FEATURES_FILE), "if and only if"),
-        (lambda m: m.update(files={}), "if and only if"),
-    ],
-)
-def test_version_2_has_moments_and_their_features(new_dir: Path, change, match: str):
-    refused_manifest(new_dir, change, match)
-
-
-DRAW_KEYS = {"draw_rate": 6, "draw_steps": 32}
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda m: m.update(version=3), "must have the keys"),
-        (lambda m: m["codec"].update(DRAW_KEYS), "must have the keys"),
-        (lambda m: m["codec"].update(DRAW_KEYS | {"draw_rate": 0}), "must have the keys"),
-        (lambda m: m["codec"].update(draw_steps=32), "must have the keys"),
-    ],
-)
-@pytest.mark.parametrize("version", [1, 2])
-def test_versions_1_and_2_have_no_draws(old_dir: Path, new_dir: Path, version: int, change, match: str):
-    refused_manifest(old_dir if version == 1 else new_dir, change, match)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda m: m.update(version=2), "must have the keys"),
-        (lambda m: m.update(version=1), "must have the keys"),
         (lambda m: m["codec"].pop("draw_rate"), "must have the keys"),
         (lambda m: m["codec"].pop("draw_steps"), "must have the keys"),
-        (lambda m: m["codec"].pop("num_features"), "must have the keys"),
-        (lambda m: [m["codec"].pop(key) for key in DRAW_KEYS], "must have the keys"),
-        (lambda m: m["codec"].update(draw_rate=0), "draw_rate must be at least 1"),
+        (lambda m: m["codec"].pop("tail_steps"), "must have the keys"),
+        (lambda m: m["codec"].update(new=1), "must have the keys"),
         (lambda m: m["codec"].update(draw_rate=65), "draw_rate must be"),
         (lambda m: m["codec"].update(draw_rate=-1), "draw_rate must be"),
         (lambda m: m["codec"].update(draw_rate=6.0), "draw_rate must be"),
@@ -351,55 +189,61 @@ def test_versions_1_and_2_have_no_draws(old_dir: Path, new_dir: Path, version: i
         (lambda m: m["codec"].update(draw_steps=0), "draw_steps must be"),
         (lambda m: m["codec"].update(draw_steps=1025), "draw_steps must be"),
         (lambda m: m["codec"].update(draw_steps="32"), "draw_steps must be"),
-        (lambda m: m["codec"].update(num_features=65), "num_features must be"),
-        (lambda m: m["codec"].update(num_features=0), "if and only if"),
-        (lambda m: m["files"].pop(FEATURES_FILE), "if and only if"),
     ],
 )
-def test_version_3_has_draws(drawn_dir: Path, change, match: str):
-    refused_manifest(drawn_dir, change, match)
+def test_codecs_that_this_version_does_not_have(cache_dir: Path, change, match: str):
+    refused_manifest(cache_dir, change, match)
 
 
-def test_version_3_may_do_without_moments(drawn_dir: Path):
-    def change(m: dict) -> None:
-        m["codec"].update(num_features=0)
-        m["files"].pop(FEATURES_FILE)
-
-    data = edited(drawn_dir, change)
-    assert Manifest.from_bytes(data).codec.format_version == 3
-    (drawn_dir / "manifest.json").write_bytes(data)
-    assert independent_reader.read_manifest(drawn_dir)["version"] == 3
+MOMENTS = {"num_features": 16, "moment_steps": 128}
+DEVELOPMENT = (
+    r"development version before the first release; build it again \(anneal cache build .*--overwrite"
+)
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
+    "change",
     [
-        (lambda m: m.update(version=2), UnsupportedVersionError),
-        (lambda m: m["codec"].update(draw_rate=0), UnsupportedVersionError),
-        (lambda m: [m["codec"].pop(key) for key in DRAW_KEYS], UnsupportedVersionError),
-        # These are possible settings, but not those of the payloads.
-        (lambda m: m["codec"].update(draw_rate=1), CorruptShardError),
-        (lambda m: m["codec"].update(num_features=2), CorruptShardError),
-        (lambda m: (m.update(version=2), [m["codec"].pop(key) for key in DRAW_KEYS]), CorruptShardError),
+        lambda m: [m["codec"].pop(key) for key in DRAW_KEYS],  # version 1 of the drafts
+        lambda m: (m.update(version=2), m["codec"].update(MOMENTS), [m["codec"].pop(k) for k in DRAW_KEYS]),
+        lambda m: (m.update(version=3), m["codec"].update(MOMENTS)),
+        lambda m: m.update(version=3),
+        lambda m: m.update(version=2),
     ],
 )
-def test_shards_with_draws_follow_the_same_rules(drawn_dir: Path, tmp_path: Path, change, error):
-    table = table_of(drawn_dir).slice(0, 2)
+def test_caches_of_the_drafts_are_to_be_built_again(cache_dir: Path, tmp_path: Path, change):
+    """In one line, by manifest and by shard."""
+    refused_manifest(cache_dir, change, DEVELOPMENT)
+    with pytest.raises(UnsupportedVersionError, match=DEVELOPMENT) as refused:
+        TeacherCache(cache_dir)
+    assert "\n" not in str(refused.value)
+    table = table_of(cache_dir).slice(0, 2)
+    settings = unseal(table.schema.metadata[b"anneal"], "metadata")
+    change(settings)
+    write_arrow(tmp_path / "x.arrow", table.replace_schema_metadata({"anneal": seal(settings)}))
+    with pytest.raises(UnsupportedVersionError, match=DEVELOPMENT):
+        reader_of(tmp_path / "x.arrow")
+
+
+@pytest.mark.parametrize("rate", [0, 1])
+def test_a_shard_with_another_rate_than_its_payloads(cache_dir: Path, tmp_path: Path, rate: int):
+    """A possible setting, but not that of the payloads."""
+    table = table_of(cache_dir).slice(0, 2)
     path = tmp_path / "x.arrow"
     settings = unseal(table.schema.metadata[b"anneal"], "metadata")
     write_arrow(path, table.replace_schema_metadata({"anneal": seal(settings)}))
     assert max(teacher.draws.counts.max(initial=0) for _, teacher in reader_of(path)) > 4
-    change(settings)
+    settings["codec"].update(draw_rate=rate)
     write_arrow(path, table.replace_schema_metadata({"anneal": seal(settings)}))
-    with pytest.raises(error):
+    with pytest.raises(CorruptShardError):
         reader_of(path)
 
 
-def test_a_shard_of_another_rate_belongs_to_another_cache(drawn_dir: Path):
-    manifest = edited(drawn_dir, lambda m: m["codec"].update(draw_rate=7))
-    (drawn_dir / "manifest.json").write_bytes(manifest)
+def test_a_shard_of_another_rate_belongs_to_another_cache(cache_dir: Path):
+    manifest = edited(cache_dir, lambda m: m["codec"].update(draw_rate=7))
+    (cache_dir / "manifest.json").write_bytes(manifest)
     with pytest.raises(FormatError, match="belongs to another cache"):
-        TeacherCache(drawn_dir)[0]
+        TeacherCache(cache_dir)[0]
 
 
 def test_full_validation_refuses_draws_inside_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -411,7 +255,7 @@ def test_full_validation_refuses_draws_inside_the_head(tmp_path: Path, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(TopKLogprobs, "validate_draws", lambda self: None)
             with CacheWriter(tmp_path / name, identity={}, vocab_size=8, codec=tail) as writer:
-                writer.append(row, replace(head, tail_draws=drawn))
+                writer.append(row, replace(head, draws=drawn))
         cache = TeacherCache(tmp_path / name)
         assert cache[0].teacher.draws.token_ids.tolist() == [token]
         cache.validate()
@@ -424,49 +268,10 @@ def test_full_validation_refuses_draws_inside_the_head(tmp_path: Path, monkeypat
             cache.validate(full=True)
 
 
-def test_the_unchanged_manifests_are_accepted(old_dir: Path, new_dir: Path, drawn_dir: Path):
+def test_the_unchanged_manifest_is_accepted(cache_dir: Path):
     """So that the refusals above are due to their changes, and not to the editing."""
-    for directory, version in ((old_dir, 1), (new_dir, 2), (drawn_dir, 3)):
-        manifest = Manifest.from_bytes(edited(directory, lambda m: None))
-        assert manifest.codec.format_version == version
-        assert independent_reader.read_manifest(directory)["version"] == version
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        (lambda m: m.update(version=1), UnsupportedVersionError),
-        (lambda m: m["codec"].pop("num_features"), UnsupportedVersionError),
-        (lambda m: m["codec"].update(num_features=0), UnsupportedVersionError),
-        (lambda m: [m["codec"].pop(key) for key in KEYS], UnsupportedVersionError),
-        # These are possible settings, but not those of the payloads.
-        (lambda m: m["codec"].update(num_features=2), CorruptShardError),
-        (lambda m: m["codec"].update(num_features=4), CorruptShardError),
-        (lambda m: (m.update(version=1), [m["codec"].pop(key) for key in KEYS]), CorruptShardError),
-    ],
-)
-def test_shards_follow_the_same_rules(new_dir: Path, tmp_path: Path, change, error: type[FormatError]):
-    table = table_of(new_dir).slice(0, 2)
-    path = tmp_path / "x.arrow"
-    settings = unseal(table.schema.metadata[b"anneal"], "metadata")
-    write_arrow(path, table.replace_schema_metadata({"anneal": seal(settings)}))
-    assert len(reader_of(path)) == 2
-    change(settings)
-    write_arrow(path, table.replace_schema_metadata({"anneal": seal(settings)}))
-    with pytest.raises(error):
-        reader_of(path)
-
-
-def test_shards_of_another_version_belong_to_another_cache(old_dir: Path, new_dir: Path, drawn_dir: Path):
-    for target, source in itertools.permutations((old_dir, new_dir, drawn_dir), 2):
-        original, foreign = shard_path(target).read_bytes(), shard_path(source).read_bytes()
-        shard_path(target).write_bytes(foreign)
-        size = {"num_bytes": len(foreign)}
-        manifest = edited(target, lambda m, size=size: m["shards"][0].update(size))
-        (target / "manifest.json").write_bytes(manifest)
-        with pytest.raises(FormatError, match="belongs to another cache"):
-            TeacherCache(target).validate()
-        shard_path(target).write_bytes(original)
+    assert Manifest.from_bytes(edited(cache_dir, lambda m: None)).codec.draw_rate == 6
+    assert independent_reader.read_manifest(cache_dir)["version"] == 1
 
 
 # --- manifests with a correct digest and hostile contents -------------------------------------------------
@@ -532,7 +337,7 @@ def test_symbolic_links_pipes_and_directories_are_refused(cache_dir: Path, tmp_p
     [
         (lambda m: m.update(version=4), UnsupportedVersionError),
         (lambda m: m.update(version=0), UnsupportedVersionError),
-        (lambda m: m.update(version=float(m["version"])), UnsupportedVersionError),
+        (lambda m: m.update(version=1.0), UnsupportedVersionError),
         (lambda m: m.update(version=True), UnsupportedVersionError),
         (lambda m: m.update(format="other"), FormatError),
         (lambda m: m.update(tail_betas=[1.0]), UnsupportedVersionError),

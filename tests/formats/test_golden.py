@@ -1,4 +1,4 @@
-"""Golden caches of all versions: readable for ever, by our reader and by one written from docs/format.md
+"""Golden caches: readable for ever, by our reader and by one written from docs/format.md
 alone."""
 
 import json
@@ -9,21 +9,13 @@ import independent_reader
 import numpy as np
 import pytest
 import zstandard
-from make_teachers import by_id, plain_features
+from make_teachers import by_id
 
 from formats import TAIL_BETAS, Manifest, TailDraws, TeacherCache
 
 GOLDEN = Path(__file__).parent / "golden"
-NUM_FEATURES = {
-    "compact": 0,
-    "lossless": 0,
-    "moments": 5,
-    "moments_lossless": 3,
-    "draws": 2,
-    "draws_lossless": 0,
-}
-DRAW_RATE = {"draws": 52, "draws_lossless": 40}
-CACHES = tuple(NUM_FEATURES)
+DRAW_RATE = {"compact": 52, "lossless": 40, "without_draws": 0}
+CACHES = tuple(DRAW_RATE)
 
 
 def expected_rows(name: str) -> list[dict]:
@@ -46,44 +38,21 @@ def test_golden_caches_hold_what_was_written(name: str):
         assert ids.tolist() == wanted["token_ids"]
         nodes = np.array(wanted["log_tail_nodes"], np.float64).reshape(-1, 7)
         root, got_root = np.exp(np.array(wanted["logprobs"]) / 2), np.exp(logprobs / 2)
-        moments = np.array(wanted.get("tail_moments", [])).reshape(len(row.teacher), NUM_FEATURES[name])
-        assert row.teacher.tail_moments.shape == moments.shape
-        assert row.teacher.draws.rate == DRAW_RATE.get(name, 0)
-        assert row.teacher.draws.counts.tolist() == wanted.get("draw_counts", [0] * len(row.teacher))
+        assert row.teacher.draws.rate == DRAW_RATE[name]
+        assert row.teacher.draws.counts.tolist() == wanted["draw_counts"]
         _, drawn_ids, drawn = by_id(row.teacher.draws)
-        assert drawn_ids.tolist() == wanted.get("draw_ids", [])
-        drawn_before = np.array(wanted.get("draw_logprobs", []), np.float32)
+        assert drawn_ids.tolist() == wanted["draw_ids"]
+        drawn_before = np.array(wanted["draw_logprobs"], np.float32)
         if config.probabilities == "float32":
             assert (np.array(wanted["logprobs"], np.float32) == logprobs).all()
             assert (nodes.astype(np.float32) == row.teacher.log_tail_nodes).all()
-            assert (moments.astype(np.float32) == row.teacher.tail_moments).all()
             assert (drawn_before == drawn).all()
         else:
             assert (
                 np.abs(got_root - root) <= 0.5 / (config.sqrt_steps + config.linear_steps * root) + 1e-6
             ).all()
             assert row.teacher.log_tail_nodes == pytest.approx(nodes, abs=0.5 / config.tail_steps + 1e-5)
-            assert row.teacher.tail_moments == pytest.approx(moments, abs=0.5 / config.moment_steps + 1e-6)
             assert drawn == pytest.approx(drawn_before, abs=0.5 / config.draw_steps + 1e-6)
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_versions_and_features(name: str):
-    """Each cache has the oldest version that can express it: no reader must be newer than it has to be."""
-    cache, num_features = TeacherCache(GOLDEN / name), NUM_FEATURES[name]
-    text = (GOLDEN / name / "manifest.json").read_text()
-    version = 3 if name in DRAW_RATE else 2 if num_features else 1
-    assert json.loads(text)["version"] == version
-    assert ("num_features" in text) == ("moment_steps" in text) == (version > 1)
-    assert ("draw_rate" in text) == ("draw_steps" in text) == (version > 2)
-    assert ("token_features" in text) == (num_features > 0)
-    assert cache.manifest.codec.num_features == num_features
-    if not num_features:
-        assert cache.features is None
-        return
-    expected = plain_features(cache.manifest.vocab_size, num_features)
-    assert cache.features == expected
-    assert independent_reader.read_features(GOLDEN / name) == (expected.codes / 32).tolist()
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -113,9 +82,7 @@ def test_the_independent_reader_sees_the_same_numbers(name: str):
         assert plain["input_ids"] == row.input_ids.tolist()
         assert plain["positions"] == row.positions.tolist()
         assert len(plain["teacher"]) == len(row.teacher)
-        for p, (head, tail, moments, drawn) in enumerate(plain["teacher"]):
-            assert len(moments) == NUM_FEATURES[name]
-            assert row.teacher.tail_moments[p].tolist() == pytest.approx(moments, rel=1e-6, abs=0)
+        for p, (head, tail, drawn) in enumerate(plain["teacher"]):
             ours_drawn = row.teacher.draws.slice(p, p + 1)
             assert ours_drawn.token_ids.tolist() == [token for token, _ in drawn]
             logprobs = [logprob for _, logprob in drawn]
@@ -130,24 +97,14 @@ def test_the_independent_reader_sees_the_same_numbers(name: str):
                 assert node == tail[beta] or math.isclose(node, tail[beta], rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["compact", "moments", "draws"])
+@pytest.mark.parametrize("name", ["compact", "without_draws"])
 def test_the_compact_goldens_use_a_rank_table(name: str):
     """Otherwise the goldens would not hold the readers to it."""
     reader = TeacherCache(GOLDEN / name).shard(0)
     assert reader.codec._id_of_rank is not None
 
 
-def test_the_goldens_hold_moments_of_both_signs_that_need_two_bytes():
-    """Small ones would be read rightly from their first plane alone."""
-    steps = TeacherCache(GOLDEN / "moments").manifest.codec.moment_steps
-    moments = np.concatenate([row.teacher.tail_moments for row in TeacherCache(GOLDEN / "moments")])
-    assert moments.min() < -128 / steps and moments.max() > 128 / steps
-    for row in expected_rows("moments_lossless"):
-        for size, one in zip(row["counts"], row["tail_moments"], strict=True):
-            assert (size == 12) == (one == [0, 0, 0])
-
-
-@pytest.mark.parametrize("name", DRAW_RATE)
+@pytest.mark.parametrize("name", ["compact", "lossless"])
 def test_the_goldens_hold_draws_of_every_kind(name: str):
     """None, many, the same token again, from under and beyond the rank table; numbers of two bytes."""
     cache = TeacherCache(GOLDEN / name)
@@ -155,7 +112,7 @@ def test_the_goldens_hold_draws_of_every_kind(name: str):
     again = np.diff(by_id(drawn)[1]) == 0
     again &= np.diff(np.repeat(np.arange(len(drawn)), drawn.counts)) == 0
     assert drawn.counts.min() == 0 and drawn.counts.max() > 5 and again.sum() >= 5
-    if name == "draws":
+    if name == "compact":
         codec = cache.shard(0).codec
         assert codec._draw_count_width == codec._id_width == 2
         ranks = codec._rank_of_id[drawn.token_ids]

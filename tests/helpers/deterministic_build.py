@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.commit.build_directory import build_directory
 from cache_builder.commit.plan import Settings
 from cache_builder.config import BuildConfig
 from cache_builder.source import BuildSource
@@ -22,7 +21,6 @@ from formats.codec.payload import CodecConfig
 from formats.disk.token_row import TokenRow
 from formats.identity.teacher_identity import TeacherIdentity
 from formats.logprobs import tail_draws
-from formats.logprobs.features import FEATURES_FILE, TokenFeatures
 from formats.logprobs.ragged import offsets_of
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
@@ -36,27 +34,17 @@ def logits_of(input_ids: np.ndarray) -> np.ndarray:
     return table[state]
 
 
-def seeded_features(num_features: int, seed: int = 0) -> TokenFeatures:
-    """Features that no embedding had."""
-    codes = np.random.default_rng([num_features, seed]).normal(size=(VOCAB_SIZE, num_features)) * 32
-    return TokenFeatures(np.clip(np.rint(codes), -127, 127).astype(np.int8))
-
-
 def reduce_exactly(
     logits: np.ndarray,
     min_prob: float,
     max_k: int,
-    features: TokenFeatures | None = None,
     draw_rate: int = 0,
     starts: np.ndarray | None = None,
 ) -> TopKLogprobs:
-    """The head, tail nodes, tail moments and tail draws of [P, V] logits, one position after the other, in
-    float64."""
+    """The head, tail nodes and tail draws of [P, V] logits, one position after the other, in float64."""
     offsets, ids, values = [0], [], []
     tails: list[np.ndarray] = []
     nodes = np.zeros((len(logits), len(TAIL_BETAS)))
-    num_features = features.num_features if features is not None else 0
-    moments = np.zeros((len(logits), num_features))
     for p, row in enumerate(logits):
         logprobs = row - np.logaddexp.reduce(row)
         order = np.argsort(-logprobs, kind="stable")
@@ -67,19 +55,17 @@ def reduce_exactly(
         offsets.append(offsets[-1] + size)
         for b, beta in enumerate(TAIL_BETAS):
             nodes[p, b] = np.logaddexp.reduce(beta * logprobs[rest]) if len(rest) else -np.inf
-        if features is not None:
-            moments[p] = np.exp(logprobs[rest]) @ features.of(rest)
         tails.append(np.stack([rest, logprobs[rest]]))
     if not ids:
-        return TopKLogprobs.empty(VOCAB_SIZE, num_features, draw_rate)
-    drawn = None
+        return TopKLogprobs.empty(VOCAB_SIZE, draw_rate)
+    drawn = tail_draws.TailDraws.none(len(logits))
     if draw_rate:
         assert starts is not None
         rest_offsets = offsets_of(np.array([tail.shape[1] for tail in tails]))
         rest_ids, rest_values = np.concatenate(tails, 1)
         drawn = tail_draws.draw(rest_offsets, rest_ids.astype(np.int32), rest_values, draw_rate, starts)
     return TopKLogprobs(
-        np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE, moments, drawn
+        np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE, drawn
     )
 
 
@@ -96,16 +82,11 @@ class SeededTeacher:
         positions: str = "loss",
         seconds_per_row: float = 0.0,
         version: str = "1",
-        features_file: Path | None = None,
         draw_rate: int = 0,
     ) -> None:
         self._min_prob, self._max_k, self._positions = min_prob, max_k, positions
         self._seconds, self._version = seconds_per_row, version
         self._draw_rate = draw_rate
-        self.features: TokenFeatures | None = None
-        if features_file is not None:
-            data = features_file.read_bytes()
-            self.features = TokenFeatures.from_bytes(data, VOCAB_SIZE, len(data) // VOCAB_SIZE)
         self.closed = False
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
@@ -118,7 +99,6 @@ class SeededTeacher:
                 logits_of(row.input_ids)[at],
                 self._min_prob,
                 self._max_k,
-                self.features,
                 self._draw_rate,
                 begin,
             )
@@ -146,12 +126,10 @@ def make_source(
     *,
     seed: int = 0,
     rows_per_shard: int = 10,
-    features: TokenFeatures | None = None,
     draw_rate: int = 0,
-    out: Path | None = None,
     **preprocessing: Any,
 ) -> BuildSource:
-    """A corpus of seeded rows, as `open_source` would describe it; with `features` for a build in `out`."""
+    """A corpus of seeded rows, as `open_source` would describe it."""
     settings = {"max_length": 24, "positions": "loss", "min_prob": 1e-2, "max_k": 8, **preprocessing}
     identity = TeacherIdentity(
         teacher={"weights": "a" * 64, "config": "b" * 64, "engine": "seeded", "engine_args": {}},
@@ -162,9 +140,7 @@ def make_source(
     return BuildSource(
         settings=Settings(
             identity=identity,
-            codec=CodecConfig(
-                num_features=features.num_features if features is not None else 0, draw_rate=draw_rate
-            ).to_dict(),
+            codec=CodecConfig(draw_rate=draw_rate).to_dict(),
             rows_per_shard=rows_per_shard,
             tokens_per_shard=1 << 20,
         ),
@@ -174,8 +150,6 @@ def make_source(
         describe=lambda rows: {"num_rows": num_rows},
         tokenizer_json=b'{"version": "1.0"}',
         announcements=("format: seeded",),
-        features_file=build_directory(out) / FEATURES_FILE if features is not None and out else None,
-        make_features=(lambda: features) if features is not None else None,
     )
 
 

@@ -36,7 +36,6 @@ from deterministic_build import (
     make_config,
     make_rows,
     make_source,
-    seeded_features,
 )
 
 from cache_builder.build import build_cache
@@ -59,15 +58,13 @@ def build(
 ):
     global building
     config = make_config(out, **{"heartbeat_seconds": 0.05, **changes})
-    source = make_source(
-        NUM_ROWS, rows_per_shard=ROWS_PER_SHARD, features=seeded_features(3), draw_rate=DRAW_RATE, out=out
-    )
+    source = make_source(NUM_ROWS, rows_per_shard=ROWS_PER_SHARD, draw_rate=DRAW_RATE)
     building = True
     report = build_cache(
         config,
         source=source,
         make_teacher=lambda config, source: SeededTeacher(
-            seconds_per_row=seconds_per_row, features_file=source.features_file, draw_rate=DRAW_RATE
+            seconds_per_row=seconds_per_row, draw_rate=DRAW_RATE
         ),
         step=step,
     )

@@ -1,14 +1,11 @@
 """How two captures of the same positions are compared, and the dense computation both must equal.
 
-P: positions, V: vocabulary, F: token features.
+P: positions, V: vocabulary.
 """
-
-from pathlib import Path
 
 import numpy as np
 
 from formats.disk.token_row import TokenRow
-from formats.logprobs.features import TokenFeatures
 from formats.logprobs.ragged import segment_of
 from formats.logprobs.tail_draws import POWER
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
@@ -60,40 +57,6 @@ def assert_tail_is_right(topk: TopKLogprobs, dense: np.ndarray, *, atol: float):
             top = beta * rest.max()
             expected = top + np.log(np.exp(beta * rest - top).sum())
             assert abs(topk.log_tail_nodes[p, node] - expected) < atol, (p, beta)
-
-
-def save_features(model_dir: Path, directory: Path, vocab_size: int, num_features: int = 5) -> Path:
-    """A file of the model's token features, as a build hands it to an engine."""
-    from cache_builder.reduction.features import find_embedding, token_features
-
-    embedding = find_embedding(Path(model_dir), vocab_size)
-    assert embedding is not None
-    path = directory / "token_features.bin"
-    path.write_bytes(token_features(embedding, vocab_size, num_features).to_bytes())
-    return path
-
-
-def load_features(path: str | Path, vocab_size: int) -> TokenFeatures:
-    """What `save_features` wrote."""
-    data = Path(path).read_bytes()
-    return TokenFeatures.from_bytes(data, vocab_size, len(data) // vocab_size)
-
-
-def dense_moments(topk: TopKLogprobs, dense: np.ndarray, features: TokenFeatures) -> np.ndarray:
-    """float64 [P, F]: sums over all entries outside the head of probability times features."""
-    probs = np.exp(dense)
-    probs[np.repeat(np.arange(len(topk)), topk.counts), topk.token_ids] = 0.0
-    return probs @ features.of(np.arange(features.vocab_size)).astype(np.float64)
-
-
-def assert_moments_are_right(
-    topk: TopKLogprobs, dense: np.ndarray, features: TokenFeatures, *, atol: float
-) -> None:
-    """The moments are those of the dense distribution without this head."""
-    assert topk.tail_moments.shape == (len(dense), features.num_features)
-    expected = dense_moments(topk, dense, features)
-    np.testing.assert_allclose(topk.tail_moments, expected, atol=atol, rtol=0)
-    assert len(dense) < 10 or np.abs(expected).max() > 100 * atol, "too small to be told from nothing"
 
 
 def assert_draws_are_right(topk: TopKLogprobs, dense: np.ndarray, *, atol: float) -> None:

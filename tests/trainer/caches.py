@@ -27,19 +27,10 @@ def random_rows(num_rows: int, vocab_size: int, seed: int = 0, longest: int = 40
     return rows
 
 
-def random_features(vocab_size: int, num_features: int = 5):
-    """Token features: any numbers serve."""
-    from formats.logprobs.features import TokenFeatures
-
-    codes = np.random.default_rng(5).normal(0, 32, (vocab_size, num_features)).clip(-127, 127)
-    return TokenFeatures(codes.astype(np.int8))
-
-
 def topk_of(
     logprobs_PV: np.ndarray,
     min_prob: float = 0.0,
     max_k: int | None = None,
-    features=None,
     draw_rate: int = 0,
 ):
     """Heads of exact logprobs: p >= min_prob, at most max_k, always the best; tails summed directly.
@@ -50,13 +41,11 @@ def topk_of(
     from formats.logprobs.tail_draws import TailDraws
     from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
-    num_features = 0 if features is None else features.num_features
     if not len(logprobs_PV):
-        return TopKLogprobs.empty(logprobs_PV.shape[1], num_features, draw_rate)
+        return TopKLogprobs.empty(logprobs_PV.shape[1], draw_rate)
     ids, values, counts, tails, drawn = [], [], [], [], []
     generator = np.random.default_rng(int(logprobs_PV[0, 0].view(np.int64)) & 0xFFFFFFFF)
-    moments = np.zeros((len(logprobs_PV), num_features))
-    for row, logprobs in enumerate(logprobs_PV.astype(np.float64)):
+    for logprobs in logprobs_PV.astype(np.float64):
         order = np.argsort(-logprobs, kind="stable")
         keep = max(1, int((logprobs >= np.log(max(min_prob, 1e-300))).sum()))
         keep = min(keep, max_k or len(logprobs))
@@ -64,8 +53,6 @@ def topk_of(
         values.append(logprobs[order[:keep]])
         counts.append(keep)
         rest = logprobs[order[keep:]]
-        if features is not None:
-            moments[row] = np.exp(rest) @ features.of(order[keep:])
         hits = np.floor(draw_rate * np.exp(0.75 * rest) + generator.random(len(rest))).astype(int)
         drawn.append(np.repeat(order[keep:], hits))
         with np.errstate(divide="ignore"):
@@ -79,7 +66,6 @@ def topk_of(
         np.concatenate(values),
         np.asarray(tails),
         logprobs_PV.shape[1],
-        moments,
         TailDraws(
             np.concatenate([[0], np.cumsum([len(tokens) for tokens in drawn])]),
             tokens,
@@ -125,10 +111,9 @@ def write_cache(
     positions: str = "loss",
     rows: list | None = None,
     identity: dict | None = None,
-    with_features: bool = True,
     draw_rate: int = 4,
 ) -> Path:
-    """Write the exact logprobs of the model in `model_dir` on random rows, with tail moments and draws."""
+    """Write the exact logprobs of the model in `model_dir` on random rows, with tail draws."""
     from dataclasses import replace
 
     import torch
@@ -140,7 +125,6 @@ def write_cache(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     vocab_size = model.config.vocab_size
     rows = random_rows(num_rows, vocab_size, seed) if rows is None else rows
-    features = random_features(vocab_size) if with_features else None
     with CacheWriter(
         path,
         identity=identity or identity_of(model_dir),
@@ -150,11 +134,8 @@ def write_cache(
         max_k=max_k or vocab_size,
         codec=replace(CodecConfig.lossless(), draw_rate=draw_rate),
         rows_per_shard=10,
-        features=features,
     ) as writer:
         for row in rows:
             logprobs = model_logprobs(model, row.input_ids)
-            writer.append(
-                row, topk_of(logprobs[row.positions(positions)], min_prob, max_k, features, draw_rate)
-            )
+            writer.append(row, topk_of(logprobs[row.positions(positions)], min_prob, max_k, draw_rate))
     return path

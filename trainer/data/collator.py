@@ -32,10 +32,8 @@ class LabelAnnealingCollator:
         labels         int32 [B, S], not shifted, -100 where there is no cross-entropy
         teacher_rows   int32 [K], teacher_offsets int32 [K + 1], teacher_log_tail float32 [K]
         teacher_token_ids int32 [E], teacher_logprobs float32 [E]
-        teacher_tail_mean float32 [K, F], teacher_tail_noise float32 [K], token_features int8 [V, F], where
-                       the items carry them
         teacher_draw_offsets int32 [K + 1], teacher_draw_ids int32 [D], teacher_draw_logprobs and
-                       teacher_draw_weights float32 [D], likewise
+                       teacher_draw_weights float32 [D], where the items carry them
         temperature    float: the T at which the tail was taken, the same for all items
         num_tokens     int: tokens that are not padding
 
@@ -86,36 +84,13 @@ class LabelAnnealingCollator:
             "teacher_logprobs": np.concatenate([item["teacher_logprobs"] for item in items]),
             "teacher_log_tail": np.concatenate([item["teacher_log_tail"] for item in items]),
         }
-        batch |= _tail_shape(items) | _tail_draws(items)
+        batch |= _tail_draws(items)
         batch |= {"position_ids": position_ids} if self.packing else {"attention_mask": attention_mask}
         temperatures = {item["temperature"] for item in items}
         if len(temperatures) > 1:
             raise ConfigError(f"all rows of a batch must share one temperature, got {sorted(temperatures)}")
         extra = {"temperature": temperatures.pop(), "num_tokens": sum(totals)}
         return {name: torch.from_numpy(array) for name, array in batch.items()} | extra
-
-
-def _tail_shape(items: Sequence[Item]) -> dict[str, np.ndarray]:
-    """The three columns of tail moments; rows without teacher targets need none.
-
-    Raises:
-        ConfigError: some rows with targets have moments and others have none, or other features.
-    """
-    scored = [item for item in items if len(item["teacher_positions"])]
-    features = [item.get("token_features") for item in scored]
-    if not features or all(codes is None for codes in features):
-        return {}
-    first = features[0]
-    if first is None or not all(
-        codes is first or (codes is not None and np.array_equal(codes, first)) for codes in features
-    ):
-        raise ConfigError(
-            "all rows of a batch must have tail moments of the same token features; build the caches alike, "
-            "or make every CachedDataset with tail_moments=False"
-        )
-    names = ("teacher_tail_mean", "teacher_tail_noise")
-    columns = {name: np.concatenate([item[name] for item in scored]) for name in names}
-    return columns | {"token_features": first}
 
 
 def _tail_draws(items: Sequence[Item]) -> dict[str, np.ndarray]:
@@ -163,9 +138,6 @@ def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor,
             logprobs=batch["teacher_logprobs"],
             log_tail=batch["teacher_log_tail"],
             temperature=batch["temperature"],
-            tail_mean=batch.get("teacher_tail_mean"),
-            tail_noise=batch.get("teacher_tail_noise"),
-            features=batch.get("token_features"),
             draw_offsets=batch["teacher_draw_offsets"].long() if "teacher_draw_offsets" in batch else None,
             draw_ids=batch.get("teacher_draw_ids"),
             draw_logprobs=batch.get("teacher_draw_logprobs"),

@@ -15,9 +15,7 @@ import torch.utils.data
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, FormatError
-from formats.logprobs.features import TokenFeatures
 from trainer.config import ROW_LOSSES
-from trainer.data.teacher_batch import tail_means
 
 IGNORED = -100
 """The label of a token that carries no cross-entropy."""
@@ -50,8 +48,6 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         teacher_counts    int32 [P]: head entries per position
         teacher_token_ids int32 [E], teacher_logprobs float32 [E] at T = 1
         teacher_log_tail  float32 [P]: A(1/T) at `temperature`
-        teacher_tail_mean float32 [P, F], teacher_tail_noise float32 [P], token_features int8 [V, F]:
-                          as in `TeacherBatch`, where the cache has tail moments
         teacher_draw_counts int32 [P]: tail draws per position, where the cache has some
         teacher_draw_ids  int32 [S], teacher_draw_logprobs float32 [S] at T = 1,
                           teacher_draw_weights float32 [S]: as in `TeacherBatch`
@@ -61,7 +57,6 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         cache: an open `formats.TeacherCache`, or its path.
         temperature: T of the KL term.
         loss: `both`; `ce` leaves the teacher out; `kl` sets every label to -100.
-        tail_moments: False leaves the tail moments of the cache out.
         tail_draws: False leaves its tail draws out.
 
     Raises:
@@ -74,7 +69,6 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         cache: TeacherCache | str | Path,
         temperature: float = 1.0,
         loss: str = "both",
-        tail_moments: bool = True,
         tail_draws: bool = True,
     ) -> None:
         if loss not in ROW_LOSSES:
@@ -82,7 +76,6 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.temperature = float(temperature)
         self.loss = loss
-        self.tail_moments = tail_moments
         self.tail_draws = tail_draws
         if len(self.cache) == 0:
             raise ConfigError(
@@ -101,11 +94,6 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.cache)
-
-    @property
-    def features(self) -> TokenFeatures | None:
-        """The token features that items carry; None where they carry none."""
-        return self.cache.features if self.tail_moments and self.loss != "ce" else None
 
     @property
     def has_draws(self) -> bool:
@@ -135,10 +123,6 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
             raise FormatError(
                 f"row {index} of {self.name} has {len(positions)} positions but {len(topk)} targets"
             )
-        features = self.features
-        if features is not None:
-            mean, noise = tail_means(topk, self.cache.manifest.codec.moment_resolution)
-            item |= {"teacher_tail_mean": mean, "teacher_tail_noise": noise, "token_features": features.codes}
         if self.has_draws:
             item |= {
                 "teacher_draw_counts": topk.draws.counts.astype(np.int32),
@@ -202,17 +186,11 @@ def require_one_tail(datasets: Sequence[CachedDataset]) -> None:
     """Caches whose rows meet in one batch must say the same kind of thing about tails.
 
     Raises:
-        ConfigError: their tail moments were taken with other features, or only some have tail draws.
+        ConfigError: only some have tail draws.
     """
     scored = [dataset for dataset in datasets if dataset.loss != "ce"]
     for other in scored[1:]:
         first = scored[0]
-        if other.features != first.features:
-            raise ConfigError(
-                "caches of one run must have the same token features, but those of "
-                f"{first.name} and {other.name} differ; build them from the same checkpoint with the "
-                "same --tail-features, or train with tail_moments: false"
-            )
         if other.has_draws != first.has_draws:
             having, lacking = (first, other) if first.has_draws else (other, first)
             raise ConfigError(

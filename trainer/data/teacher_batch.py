@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from formats.errors import FormatError
-from formats.logprobs.features import LARGEST_FEATURE, TokenFeatures
 from formats.logprobs.topk import TopKLogprobs
 
+LARGEST_FEATURE = 127 / 32
 LARGEST_NOISE = 1e6
 """Stands for "nothing is known": a tail without mass has no mean."""
 
@@ -32,7 +32,7 @@ def tail_means(topk: TopKLogprobs, moment_steps: int | None) -> tuple[np.ndarray
         per_mass_P = np.exp(-topk.log_tail(1.0).astype(np.float64))
         noise_P = np.zeros(len(topk)) if moment_steps is None else per_mass_P**2 / (12.0 * moment_steps**2)
     known_P = np.isfinite(per_mass_P) & (per_mass_P < 1e30)
-    mean_PF = topk.tail_moments * np.where(known_P, per_mass_P, 0.0)[:, None]
+    mean_PF = np.zeros((len(topk), 0)) * np.where(known_P, per_mass_P, 0.0)[:, None]
     noise_P = np.where(known_P, np.minimum(noise_P, LARGEST_NOISE), LARGEST_NOISE)
     return mean_PF.clip(-LARGEST_FEATURE, LARGEST_FEATURE).astype(np.float32), noise_P.astype(np.float32)
 
@@ -174,7 +174,7 @@ class TeacherBatch:
         rows: Any,
         topk: TopKLogprobs,
         temperature: float = 1.0,
-        features: TokenFeatures | None = None,
+        features: Any = None,
         moment_steps: int | None = None,
         draws: bool = True,
     ) -> "TeacherBatch":

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from formats.logprobs.features import FEATURE_UNIT
-
+FEATURE_UNIT = 32
 VARIANCE_SHARE = 0.02
 """Part of r: this share of the mean variance of the features under the student's tail."""
 DRIFT_VARIANCE = 0.02

@@ -141,130 +141,17 @@ def test_impossible_tokens():
     assert reduced.counts.tolist()[2] == 1, "an impossible token never enters a head"
 
 
-@pytest.mark.parametrize("num_features", [0, 5])
 @pytest.mark.parametrize(("vocab_size", "spread"), [(1003, 2.0), (32000, 6.0)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_unusable_logits_are_reported_not_hidden(bad, vocab_size, spread, num_features):
+def test_unusable_logits_are_reported_not_hidden(bad, vocab_size, spread):
     """On either road to the head: the first case is flat enough for a top-k, the second is gathered."""
     logits = draw(3, vocab_size, spread)
     logits[1, 700] = bad
-    features = draw_features(vocab_size, num_features)
-    reduced = reduce_logits(logits, min_prob=1e-3, max_k=128, betas=TAIL_BETAS, features_VF=features)
+    reduced = reduce_logits(logits, min_prob=1e-3, max_k=128, betas=TAIL_BETAS)
     rows = split(reduced)
     assert np.isnan(rows[1][1]).any()
     assert not np.isnan(rows[0][1]).any() and not np.isnan(rows[2][1]).any()
     assert int(reduced.token_ids.max()) < vocab_size
-    assert torch.isnan(reduced.tail_moments).any(1).tolist() == [False, num_features > 0, False]
-
-
-def draw_features(vocab_size: int, num_features: int = 5, seed: int = 1) -> torch.Tensor:
-    """What engines get: whole numbers of steps, a standard deviation of one."""
-    return (draw(vocab_size, num_features, 32.0, seed).round_() / 32).clamp_(-3.96875, 3.96875)
-
-
-def dense_moments(logits: torch.Tensor, reduced: ReducedRows, features: torch.Tensor) -> np.ndarray:
-    """[N, F]: softmax in float64, the captured head set to zero, times the features."""
-    probs = torch.softmax(logits.double(), -1)
-    for row, ids in zip(probs, reduced.token_ids.split(reduced.counts.tolist()), strict=True):
-        row[ids.long()] = 0.0
-    return (probs @ features.double()).numpy()
-
-
-def check_moments(
-    logits: torch.Tensor, min_prob: float = 1e-3, max_k: int = 128, *, num_features: int = 5
-) -> ReducedRows:
-    """Right beside the size of the tail, so that a peaked row is not excused by its small numbers."""
-    features = draw_features(logits.shape[1], num_features)
-    reduced = reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS, features_VF=features)
-    assert reduced.tail_moments.dtype == torch.float32
-    assert reduced.tail_moments.shape == (len(logits), num_features)
-    expected = dense_moments(logits, reduced, features)
-    tail_mass = reduced.log_tail_nodes[:, TAIL_BETAS.index(1.0)].double().exp().numpy()
-    assert (np.abs(reduced.tail_moments.numpy() - expected) <= 2e-5 * tail_mass[:, None]).all()
-    plain = reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS)
-    for one, other in zip(plain[:4], reduced[:4], strict=True):
-        assert torch.equal(one, other), "moments must not change the rest"
-    return reduced
-
-
-@every_shape
-def test_moments_equal_the_dense_sums(vocab_size, spread, min_prob, max_k):
-    check_moments(draw(5, vocab_size, spread), min_prob, max_k)
-
-
-def test_moments_on_both_roads_to_the_head(monkeypatch):
-    taken = []
-    for name in ("_dense_head", "_sparse_head"):
-        real = getattr(reduce, name)
-        monkeypatch.setattr(reduce, name, lambda *a, name=name, real=real: taken.append(name) or real(*a))
-    check_moments(draw(6, 32000, 6.0), 1e-2)
-    check_moments(draw(6, 1003, 0.3), 0.0, 16)
-    assert set(taken[:2]) == {"_sparse_head"} and set(taken[2:]) == {"_dense_head"}, taken
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_features", [1, 16, 64])
-def test_moments_of_every_type_of_logits(dtype, num_features):
-    check_moments(draw(3, 4099, 3.0).to(dtype), num_features=num_features)
-
-
-def test_moments_of_peaked_rows():
-    logits = draw(5, 32000, 1.0)
-    for row, peak in enumerate((12.0, 20.0, 35.0, 60.0, 80.0)):
-        logits[row, 1000 * row] = peak
-    tail_mass = check_moments(logits).log_tail_nodes[:, TAIL_BETAS.index(1.0)].exp()
-    assert tail_mass[0] > 1e-2 and tail_mass[-1] < 1e-25, "from an ordinary row to a certain token"
-
-
-def test_moments_by_hand():
-    # p = 1/2, 1/4, 1/8, 1/8: with min_prob 0.2 the tail is ids 0 and 2.
-    logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log() - 3.0
-    features = torch.tensor([[1.0, -2.0], [9.0, 9.0], [3.0, 1.0], [9.0, 9.0]])
-    reduced = reduce_logits(logits, min_prob=0.2, max_k=9, betas=TAIL_BETAS, features_VF=features)
-    np.testing.assert_allclose(reduced.tail_moments, [[0.5, -0.125]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("vocab_size", [7, 200, 1003])
-def test_an_empty_tail_has_moments_of_zero(vocab_size):
-    reduced = check_moments(draw(4, vocab_size, 2.0), 0.0, vocab_size)
-    assert (reduced.counts == vocab_size).all()
-    assert (reduced.tail_moments == 0).all()
-
-
-def test_impossible_tokens_add_nothing_to_the_moments():
-    logits = draw(5, 1003, 2.0)
-    logits[0, ::2] = -math.inf
-    logits[1, 1:] = -math.inf  # nothing in the tail
-    reduced = check_moments(logits)
-    assert (reduced.tail_moments[1] == 0).all() and torch.isfinite(reduced.tail_moments).all()
-
-
-def test_no_features_are_no_moments():
-    logits = draw(4, 1003, 2.0)
-    for features in (None, torch.zeros(1003, 0)):
-        reduced = reduce_logits(logits, min_prob=1e-3, max_k=8, betas=TAIL_BETAS, features_VF=features)
-        assert reduced.tail_moments.shape == (4, 0) and reduced.tail_moments.dtype == torch.float32
-    none = reduce_logits(
-        torch.zeros(0, 50), min_prob=0.1, max_k=5, betas=TAIL_BETAS, features_VF=torch.zeros(50, 3)
-    )
-    assert none.tail_moments.shape == (0, 3)
-
-
-@pytest.mark.parametrize("rows_at_a_time", [1, 3, 23])
-def test_moments_of_chunks_join_in_order(monkeypatch, rows_at_a_time):
-    logits = draw(23, 1003, 2.0)
-    whole = check_moments(logits).tail_moments
-    monkeypatch.setattr(reduce, "CPU_CHUNK_BYTES", 7 * 4 * 1003)
-    for module in (reduce, block_sums):
-        monkeypatch.setattr(module, "rows_per_pass", lambda *_: rows_at_a_time)
-    torch.testing.assert_close(check_moments(logits).tail_moments, whole, atol=1e-7, rtol=1e-5)
-
-
-def test_features_of_another_vocabulary_are_refused():
-    with pytest.raises(AssertionError):
-        reduce_logits(
-            draw(2, 50, 1.0), min_prob=0.1, max_k=5, betas=TAIL_BETAS, features_VF=torch.zeros(51, 3)
-        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -299,8 +186,8 @@ def test_chunks_join_in_order(monkeypatch):
 
 def test_no_rows():
     reduced = reduce_logits(torch.zeros(0, 50), min_prob=1e-3, max_k=5, betas=TAIL_BETAS)
-    assert [len(column) for column in reduced] == [0] * 8
-    assert len(concatenate_rows([reduced, reduced], len(TAIL_BETAS), 0).counts) == 0
+    assert [len(column) for column in reduced] == [0] * 7
+    assert len(concatenate_rows([reduced, reduced], len(TAIL_BETAS)).counts) == 0
 
 
 def test_the_input_is_left_alone():

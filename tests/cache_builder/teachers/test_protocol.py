@@ -14,12 +14,11 @@ from cache_builder.teachers.protocol import (
     check_row,
     checkpoint_dtype,
     make_teacher,
-    read_features,
     read_model_config,
 )
 from formats.disk.token_row import TokenRow
-from formats.errors import ConfigError, CorruptShardError
-from formats.logprobs.features import FEATURE_UNIT, TokenFeatures
+from formats.errors import ConfigError
+from formats.logprobs.tail_draws import TailDraws
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
 
@@ -63,8 +62,8 @@ def test_a_row_must_fit_the_model():
 
 
 def test_nan_is_named_with_its_row():
-    tails = np.zeros((2, len(TAIL_BETAS)))
-    topk = TopKLogprobs(np.array([0, 1, 2]), np.array([0, 1]), np.array([-1.0, np.nan]), tails, 9)
+    tails, none = np.zeros((2, len(TAIL_BETAS))), TailDraws.none(2)
+    topk = TopKLogprobs(np.array([0, 1, 2]), np.array([0, 1]), np.array([-1.0, np.nan]), tails, 9, none)
     with pytest.raises(TeacherError, match=r"NaN in row 4; .*--dtype"):
         check_numbers(topk, 4)
     fine = topk.slice(0, 1)
@@ -95,39 +94,6 @@ def test_model_config_errors(tmp_path):
         read_model_config(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
     assert read_model_config(str(tmp_path)) == {"a": 1}
-
-
-def test_features_are_read_as_numbers(tmp_path):
-    codes = np.random.default_rng(0).integers(-127, 128, (9, 4)).astype(np.int8)
-    (tmp_path / "f.bin").write_bytes(TokenFeatures(codes).to_bytes())
-    found = read_features(str(tmp_path / "f.bin"), 9)
-    assert str(found.dtype) == "torch.float32"
-    np.testing.assert_array_equal(found.numpy() * FEATURE_UNIT, codes)
-    assert read_features(None, 9) is None
-
-
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        (
-            None,
-            ConfigError,
-            r"every worker must see the token features, got No such file .*shared file system",
-        ),
-        (bytes(37), ConfigError, r"whole rows for 9 tokens, got 37 bytes in .*--overwrite"),
-        (b"", CorruptShardError, "1 to 64"),
-        (bytes(9 * 65), CorruptShardError, "1 to 64"),
-        (b"\x80" + bytes(35), CorruptShardError, "from -127 to 127"),
-    ],
-    ids=["missing", "another vocabulary", "empty", "too many", "no such code"],
-)
-def test_features_that_cannot_be_used(tmp_path, data, error, message):
-    path = tmp_path / "f.bin"
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(error, match=message) as caught:
-        read_features(str(path), 9)
-    assert "\n" not in str(caught.value)
 
 
 def test_importing_the_names_of_the_package_stays_light():

@@ -8,12 +8,9 @@ import torch
 from teacher_agreement import (
     assert_draws_are_right,
     assert_head_is_right,
-    assert_moments_are_right,
     assert_tail_is_right,
     dense_logprobs,
-    load_features,
     random_rows,
-    save_features,
 )
 from tiny_models import MAX_LENGTH, VOCAB_SIZE, save_tiny_model
 from transformers import AutoModelForCausalLM
@@ -32,11 +29,10 @@ def config(model, **changes) -> TeacherConfig:
 
 @pytest.mark.parametrize("name", ["tiny_llama_dir", "tiny_qwen3_dir", "tiny_gemma2_dir"])
 @pytest.mark.parametrize("positions", ["all", "loss"])
-def test_equals_the_dense_computation(name, positions, request, tmp_path):
+def test_equals_the_dense_computation(name, positions, request):
     model_dir = request.getfixturevalue(name)
     rows = random_rows([2, 37, 1, 150], VOCAB_SIZE)
-    path = save_features(model_dir, tmp_path, VOCAB_SIZE)
-    settings = config(model_dir, positions=positions, features=str(path), draw_rate=8)
+    settings = config(model_dir, positions=positions, draw_rate=8)
     teacher = make_teacher("transformers", settings)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     assert teacher.vocab_size == VOCAB_SIZE
@@ -46,21 +42,7 @@ def test_equals_the_dense_computation(name, positions, request, tmp_path):
         dense = dense_logprobs(model, row, at)
         assert_head_is_right(topk, dense, min_prob=1e-3, max_k=128, atol=5e-5)
         assert_tail_is_right(topk, dense, atol=5e-5)
-        assert_moments_are_right(topk, dense, load_features(path, VOCAB_SIZE), atol=1e-5)
         assert_draws_are_right(topk, dense, atol=5e-5)
-
-
-def test_moments_cost_nothing_else_and_are_none_without_features(tiny_llama_dir, tmp_path):
-    rows = random_rows([40, 1], VOCAB_SIZE)
-    path = save_features(tiny_llama_dir, tmp_path, VOCAB_SIZE, 16)
-    plain = list(TransformersTeacher(config(tiny_llama_dir)).prefill(rows))
-    with_moments = list(TransformersTeacher(config(tiny_llama_dir, features=str(path))).prefill(rows))
-    assert [topk.num_features for topk in plain] == [0, 0]
-    assert [topk.num_features for topk in with_moments] == [16, 16], "also where there is no position"
-    for one, other in zip(plain, with_moments, strict=True):
-        assert one.token_ids.tobytes() == other.token_ids.tobytes()
-        assert one.logprobs.tobytes() == other.logprobs.tobytes()
-        assert one.log_tail_nodes.tobytes() == other.log_tail_nodes.tobytes()
 
 
 def test_draws_cost_nothing_else_and_follow_the_row_and_the_position(tiny_llama_dir):
@@ -81,14 +63,6 @@ def test_draws_cost_nothing_else_and_follow_the_row_and_the_position(tiny_llama_
     masked = TokenRow(rows[2].input_ids, np.roll(rows[2].loss_mask, 1) & (np.arange(60) > 0))
     (again,) = TransformersTeacher(config(tiny_llama_dir, draw_rate=8)).prefill([masked])
     assert again.draws.token_ids.tolist() != every[2].draws.token_ids.tolist()
-
-
-def test_features_of_another_vocabulary_are_refused(tiny_llama_dir, tmp_path):
-    (tmp_path / "f.bin").write_bytes(bytes(5 * (VOCAB_SIZE + 1)))
-    with pytest.raises(ConfigError, match=f"whole rows for {VOCAB_SIZE} tokens"):
-        TransformersTeacher(config(tiny_llama_dir, features=str(tmp_path / "f.bin")))
-    with pytest.raises(ConfigError, match="every worker must see the token features"):
-        TransformersTeacher(config(tiny_llama_dir, features=str(tmp_path / "gone.bin")))
 
 
 def test_log_tail_at_any_temperature_from_the_dense_vocabulary(tiny_llama_dir):

@@ -46,7 +46,7 @@ def answers(table: Table, rows: list[TokenRow], positions: str, steps: list[list
         encode_positions,
     )
 
-    settings = {"min_prob": 2.5e-3, "max_k": 64, "features": None, "draw_rate": RATE}
+    settings = {"min_prob": 2.5e-3, "max_k": 64, "draw_rate": RATE}
     pooler = TeacherPooler(table, settings, VOCAB_SIZE)
     states = [PoolingStates() for _ in rows]
     seen = [0] * len(rows)
@@ -133,7 +133,7 @@ def test_a_request_of_vllms_own_warm_up_has_no_key(table):
 
     from cache_builder.teachers.vllm_pooler import TASK, TeacherPooler
 
-    settings = {"min_prob": 2.5e-3, "max_k": 64, "features": None, "draw_rate": RATE}
+    settings = {"min_prob": 2.5e-3, "max_k": 64, "draw_rate": RATE}
     metadata = PoolingMetadata(torch.tensor([5]), None, None, [PoolingParams(task=TASK)], [PoolingStates()])
     metadata.build_pooling_cursor(np.array([5]), torch.tensor([5]), torch.device("cpu"))
     hidden = torch.stack([torch.zeros(5), torch.arange(5.0)], 1)

@@ -66,7 +66,6 @@ def test_arguments_of_the_engine():
         model="m",
         min_prob=0.25,
         max_k=7,
-        features="f.bin",
         draw_rate=5,
         max_length=99,
         engine_args={"hf_overrides": '{"rope_theta": 5.0}'},
@@ -77,9 +76,7 @@ def test_arguments_of_the_engine():
         "architectures": ["AnnealA", "A"],
         "head_dtype": "float32",
     }
-    assert arguments["additional_config"] == {
-        "anneal": {"min_prob": 0.25, "max_k": 7, "features": "f.bin", "draw_rate": 5}
-    }
+    assert arguments["additional_config"] == {"anneal": {"min_prob": 0.25, "max_k": 7, "draw_rate": 5}}
     assert (arguments["dtype"], arguments["max_model_len"]) == ("bfloat16", 99)
     assert arguments["enable_prefix_caching"] is False
 

@@ -9,62 +9,55 @@ from cache_builder.teachers.wire import pack, unpack
 from formats.logprobs.topk import TAIL_BETAS
 
 
-def some_rows(num_rows: int, num_features: int = 3, draw_rate: int = 8) -> ReducedRows:
+def some_rows(num_rows: int, draw_rate: int = 8) -> ReducedRows:
     generator = torch.Generator().manual_seed(num_rows)
     logits = torch.randn(num_rows, 1003, generator=generator) * 3
-    features = torch.randn(1003, num_features, generator=generator)
     return reduce_logits(
         logits,
         min_prob=1e-3,
         max_k=64,
         betas=TAIL_BETAS,
-        features_VF=features,
         draw_rate=draw_rate,
         starts_N=torch.rand(num_rows, dtype=torch.float64, generator=generator),
     )
 
 
-@pytest.mark.parametrize("num_features", [0, 1, 16])
 @pytest.mark.parametrize("draw_rate", [0, 8])
 @pytest.mark.parametrize("num_rows", [0, 1, 17])
-def test_round_trip(num_rows, draw_rate, num_features):
-    rows = some_rows(num_rows, num_features, draw_rate)
+def test_round_trip(num_rows, draw_rate):
+    rows = some_rows(num_rows, draw_rate)
     packed = pack(rows)
     assert packed.dtype == torch.int32 and packed.ndim == 1
-    floats = len(TAIL_BETAS) + num_features
-    assert len(packed) == 4 + num_rows * (2 + floats) + 2 * (len(rows.token_ids) + len(rows.draw_ids))
+    assert len(packed) == 3 + num_rows * (2 + len(TAIL_BETAS)) + 2 * (
+        len(rows.token_ids) + len(rows.draw_ids)
+    )
     topk = unpack(packed, 1003, draw_rate)
     assert topk.counts.tolist() == rows.counts.tolist()
     assert topk.token_ids.tobytes() == rows.token_ids.numpy().tobytes()
     assert topk.logprobs.tobytes() == rows.logprobs.numpy().tobytes()
     assert topk.log_tail_nodes.tobytes() == rows.log_tail_nodes.numpy().tobytes()
-    assert topk.tail_moments.shape == (num_rows, num_features)
-    assert topk.tail_moments.tobytes() == rows.tail_moments.numpy().tobytes()
     assert topk.draws.rate == draw_rate and topk.draws.counts.tolist() == rows.draw_counts.tolist()
     assert topk.draws.token_ids.tobytes() == rows.draw_ids.numpy().tobytes()
     assert topk.draws.logprobs.tobytes() == rows.draw_logprobs.numpy().tobytes()
     if num_rows:
         assert (len(topk.draws.token_ids) > num_rows) == (draw_rate > 0)
-        assert num_features == 0 or np.abs(topk.tail_moments).max() > 0
         topk.validate()
 
 
 def test_chunks_of_a_row_join_as_if_never_cut():
     parts = [some_rows(n) for n in (3, 1, 5)]
-    joined = unpack(pack(concatenate_rows(parts, len(TAIL_BETAS), 3)), 1003, 8)
+    joined = unpack(pack(concatenate_rows(parts, len(TAIL_BETAS))), 1003, 8)
     ids = np.concatenate([part.token_ids.numpy() for part in parts])
     assert joined.token_ids.tolist() == ids.tolist() and len(joined) == 9
-    moments = np.concatenate([part.tail_moments.numpy() for part in parts])
-    assert joined.tail_moments.tobytes() == moments.tobytes()
     assert joined.draws.counts.tolist() == [n for part in parts for n in part.draw_counts.tolist()]
     draws = np.concatenate([part.draw_ids.numpy() for part in parts])
     assert joined.draws.token_ids.tolist() == draws.tolist()
 
 
 def test_no_chunks_are_no_positions_of_the_same_width():
-    nothing = unpack(pack(concatenate_rows([], len(TAIL_BETAS), 3)), 1003, 8)
+    nothing = unpack(pack(concatenate_rows([], len(TAIL_BETAS))), 1003, 8)
     assert nothing.draws.rate == 8 and len(nothing.draws) == 0
-    assert nothing.tail_moments.shape == (0, 3) and nothing.log_tail_nodes.shape == (0, len(TAIL_BETAS))
+    assert nothing.log_tail_nodes.shape == (0, len(TAIL_BETAS))
 
 
 def test_special_floats_keep_their_bits():
@@ -73,14 +66,12 @@ def test_special_floats_keep_their_bits():
         torch.tensor([0], dtype=torch.int32),
         torch.tensor([-0.0]),
         torch.full((1, len(TAIL_BETAS)), -torch.inf),
-        torch.tensor([[-0.0, torch.nan]]),
         torch.tensor([2], dtype=torch.int32),
         torch.tensor([0, 0], dtype=torch.int32),
         torch.tensor([-0.0, -torch.inf]),
     )
     topk = unpack(pack(rows), 1, 8)
     assert np.signbit(topk.logprobs[0]) and np.isneginf(topk.log_tail_nodes).all()
-    assert np.signbit(topk.tail_moments[0, 0]) and np.isnan(topk.tail_moments[0, 1])
     assert np.signbit(topk.draws.logprobs[0]) and np.isneginf(topk.draws.logprobs[1])
 
 

@@ -12,7 +12,6 @@ from deterministic_build import (
     make_config,
     make_rows,
     make_source,
-    seeded_features,
 )
 
 from cache_builder.build import build_cache
@@ -20,14 +19,13 @@ from cache_builder.tools.estimate import MAX_MISSED_MASS, estimate_cache
 from formats.errors import ConfigError, CorpusError
 
 
-def estimate(tmp_path: Path, num_rows: int = 50, features=None, draw_rate: int = 0, **options):
+def estimate(tmp_path: Path, num_rows: int = 50, draw_rate: int = 0, **options):
     return estimate_cache(
         make_config(tmp_path / "never", max_k=12, min_prob=1e-2, tail_draws=draw_rate),
-        source=make_source(num_rows, features=features, out=tmp_path / "never"),
+        source=make_source(num_rows),
         make_teacher=lambda config, source: SeededTeacher(
             min_prob=config.min_prob,
             max_k=config.max_k,
-            features_file=source.features_file,
             draw_rate=config.draw_rate,
         ),
         **options,
@@ -53,31 +51,6 @@ def test_a_sample_of_everything_has_the_size_of_the_build(tmp_path: Path) -> Non
         make_teacher=lambda config, source: SeededTeacher(min_prob=1e-2, max_k=12),
     )
     assert line.total_bytes == pytest.approx(built.num_bytes, rel=0.02)
-
-
-def test_moments_count(tmp_path: Path) -> None:
-    """Entries that a tighter setting drops join the tail; their moments are in the size of each setting."""
-    features = seeded_features(16)
-    plain, report = estimate(tmp_path, rows=50), estimate(tmp_path, rows=50, features=features)
-    assert list(tmp_path.iterdir()) == [], "neither the output nor the features stay behind"
-    for before, after in zip(plain.estimates, report.estimates, strict=True):
-        assert after.bytes_per_token > before.bytes_per_token + 1
-        assert (after.missed_mean, after.entries_per_position) == (
-            before.missed_mean,
-            before.entries_per_position,
-        )
-    out = tmp_path / "c"
-    for line in report.estimates[-2:]:
-        built = build_cache(
-            make_config(out, overwrite=True),
-            source=make_source(
-                50, rows_per_shard=50, max_k=12, min_prob=line.min_prob, features=features, out=out
-            ),
-            make_teacher=lambda config, source, line=line: SeededTeacher(
-                min_prob=line.min_prob, max_k=12, features_file=source.features_file
-            ),
-        )
-        assert line.total_bytes == pytest.approx(built.num_bytes, rel=0.02)
 
 
 def test_draws_count(tmp_path: Path) -> None:

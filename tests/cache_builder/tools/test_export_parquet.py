@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from deterministic_build import SeededTeacher, make_config, make_source, seeded_features
+from deterministic_build import SeededTeacher, make_config, make_source
 
 from cache_builder.build import build_cache
 from cache_builder.tools import export_parquet as export_module
@@ -16,17 +16,14 @@ from formats.errors import ConfigError
 from formats.logprobs.tail_function import TAIL_BETAS
 
 
-@pytest.fixture(scope="module", params=[("loss", 3, 8), ("all", 0, 0)], ids=["loss with tails", "all"])
+@pytest.fixture(scope="module", params=[("loss", 8), ("all", 0)], ids=["loss with draws", "all"])
 def cache(request, tmp_path_factory) -> Path:
-    positions, num_features, draw_rate = request.param
+    positions, draw_rate = request.param
     out = tmp_path_factory.mktemp("export") / "c"
-    features = seeded_features(num_features) if num_features else None
     build_cache(
         make_config(out, positions=positions),
-        source=make_source(30, positions=positions, features=features, draw_rate=draw_rate, out=out),
-        make_teacher=lambda config, source: SeededTeacher(
-            positions=positions, features_file=source.features_file, draw_rate=draw_rate
-        ),
+        source=make_source(30, positions=positions, draw_rate=draw_rate),
+        make_teacher=lambda config, source: SeededTeacher(positions=positions, draw_rate=draw_rate),
     )
     return out
 
@@ -51,15 +48,11 @@ def test_every_value_of_every_position(cache: Path, tmp_path: Path, monkeypatch)
             assert line["token_ids"] == head.token_ids[a:b].tolist()
             np.testing.assert_array_equal(np.float32(line["logprobs"]), head.logprobs[a:b])
             np.testing.assert_array_equal(np.float32(line["log_tail"]), head.log_tail_nodes[p])
-            np.testing.assert_array_equal(np.float32(line["tail_moments"]), head.tail_moments[p])
             drawn = head.draws.slice(p, p + 1)
             assert line["draw_ids"] == drawn.token_ids.tolist()
             np.testing.assert_array_equal(np.float32(line["draw_logprobs"]), drawn.logprobs)
             expected = dict(zip(line["token_ids"], line["logprobs"], strict=True)).get(line["target_id"])
             assert line["target_logprob"] == expected
-    num_features = opened.manifest.codec.num_features
-    assert {len(line["tail_moments"]) for line in lines} == {num_features}
-    assert num_features == 0 or any(any(line["tail_moments"]) for line in lines)
     assert any(line["draw_ids"] for line in lines) == (opened.manifest.codec.draw_rate > 0)
     assert any(line["target_logprob"] is None for line in lines)
     assert any(line["target_logprob"] is not None for line in lines)

@@ -10,7 +10,6 @@ from deterministic_build import (
     make_config,
     make_rows,
     make_source,
-    seeded_features,
 )
 
 from cache_builder.build import build_cache
@@ -108,38 +107,31 @@ def test_another_engine_version_or_codec_is_refused(tmp_path: Path) -> None:
         merge_caches([a, other], tmp_path / "c")
 
 
-def build_with_tails(out: Path, *, rows=None, features=None, draw_rate: int = 8, **options) -> Path:
-    """With moments and draws."""
+def build_with_draws(out: Path, *, rows=None, draw_rate: int = 8, **options) -> Path:
     from dataclasses import replace
 
-    features = features or seeded_features(3)
-    source = make_source(out=out, features=features, draw_rate=draw_rate, **options)
+    source = make_source(draw_rate=draw_rate, **options)
     build_cache(
         make_config(out),
         source=replace(source, open_rows=lambda: iter(rows)) if rows else source,
-        make_teacher=lambda config, source: SeededTeacher(
-            features_file=source.features_file, draw_rate=draw_rate
-        ),
+        make_teacher=lambda config, source: SeededTeacher(draw_rate=draw_rate),
     )
     return out
 
 
-def test_caches_with_moments_and_draws_keep_them_and_their_features(tmp_path: Path) -> None:
+def test_caches_with_draws_keep_them(tmp_path: Path) -> None:
     """The second cache shares seven rows with the first: its first shard is written anew."""
-    a = build_with_tails(tmp_path / "a")
+    a = build_with_draws(tmp_path / "a")
     rows = [*list(make_rows(60, 0))[:7], *make_rows(20, 1)]
-    b = build_with_tails(tmp_path / "b", rows=rows, seed=1)
+    b = build_with_draws(tmp_path / "b", rows=rows, seed=1)
     report = merge_caches([a, b], tmp_path / "c")
     assert (report.num_duplicates, report.num_rewritten) == (7, 1)
     merged = TeacherCache(tmp_path / "c")
     merged.validate(full=True)
-    assert merged.features == seeded_features(3)
-    assert merged.file("token_features.bin") == TeacherCache(a).file("token_features.bin")
     originals = [TeacherCache(a), TeacherCache(b)]
     for index, row in enumerate(merged.rows()):
         original = originals[index >= 60]
         before = original[original.index_of(row.key)].teacher
-        np.testing.assert_array_equal(row.teacher.tail_moments, before.tail_moments)
         after, before = row.teacher.draws, before.draws
         assert after.counts.tolist() == before.counts.tolist() and after.rate == 8
         # By position and id: a rewritten shard has another table of ranks.
@@ -148,31 +140,10 @@ def test_caches_with_moments_and_draws_keep_them_and_their_features(tmp_path: Pa
         np.testing.assert_array_equal(after.logprobs[orders[0]], before.logprobs[orders[1]])
 
 
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        (seeded_features(3, seed=1), r"manifest\.token_features\.bin: 'one' and 'another'"),
-        (seeded_features(4), r"codec\.num_features: 3 and 4"),
-    ],
-    ids=["others", "more"],
-)
-def test_other_features_are_refused_by_name(tmp_path: Path, other, words: str) -> None:
-    a = build_with_tails(tmp_path / "a")
-    b = build_with_tails(tmp_path / "b", features=other, seed=1)
-    with pytest.raises(IdentityMismatchError, match=words) as caught:
-        merge_caches([a, b], tmp_path / "c")
-    assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()
-    plain = build(tmp_path / "plain", seed=2)
-    for pair, numbers in (([a, plain], "3 and None"), ([plain, a], "None and 3")):
-        with pytest.raises(IdentityMismatchError, match=rf"codec\.num_features: {numbers}"):
-            merge_caches(pair, tmp_path / "c")
-    assert not (tmp_path / "c").exists()
-
-
 def test_another_rate_of_draws_is_refused_by_name(tmp_path: Path) -> None:
-    a = build_with_tails(tmp_path / "a")
-    for rate, words in ((4, "8 and 4"), (0, "8 and None")):
-        b = build_with_tails(tmp_path / f"b{rate}", seed=1, draw_rate=rate)
+    a = build_with_draws(tmp_path / "a")
+    for rate, words in ((4, "8 and 4"), (0, "8 and 0")):
+        b = build_with_draws(tmp_path / f"b{rate}", seed=1, draw_rate=rate)
         with pytest.raises(IdentityMismatchError, match=rf"codec\.draw_rate: {words}") as caught:
             merge_caches([a, b], tmp_path / "c")
         assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()

@@ -46,8 +46,7 @@ def build_in(directory: Path, model: Path, num_records: int = 12, **settings) ->
 
 @pytest.fixture(scope="module")
 def cache(tiny_llama_dir: Path, tmp_path_factory) -> Path:
-    """A cache of real numbers, built by transformers; with tail moments and draws, as every cache by
-    default."""
+    """A cache of real numbers, built by transformers; with tail draws, as every cache by default."""
     directory = tmp_path_factory.mktemp("verify")
     build_in(directory, tiny_llama_dir, rows_per_shard=5)
     return directory / "cache"
@@ -65,7 +64,6 @@ def rewrite(source: Path, out: Path, change) -> Path:
         min_prob=manifest.min_prob,
         max_k=manifest.max_k,
         codec=manifest.codec,
-        features=opened.features,
     ) as writer:
         for index, row in enumerate(opened.rows()):
             writer.append(row.tokens, change(index, row.teacher))
@@ -83,7 +81,6 @@ def test_a_sound_cache_passes_with_its_model(cache: Path, tiny_llama_dir: Path) 
     report = verify_cache(cache, tiny_llama_dir, rows=4, engine="transformers")
     assert report.ok, report.text()
     assert report.num_recomputed == 4 and "model weights" in report.compared
-    assert TeacherCache(cache)[0].teacher.num_features == 16
     assert report.figures["draw_share"] == 1.0 and "100% drawn again" in report.text()
     assert 0 < report.figures["draw_mean"] <= 1.01 / 64, "a quarter of a step on average"
     # The same engine computed it again: nothing is left but the codec.
@@ -109,23 +106,8 @@ def test_a_damaged_byte_is_found(cache: Path, tmp_path: Path, place: float) -> N
     assert not report.ok and "shard-00001.arrow" in report.text() and "must not be used" in report.text()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut short", "missing"])
-def test_damaged_features_are_found(cache: Path, tmp_path: Path, tiny_llama_dir: Path, damage: str) -> None:
-    shutil.copytree(cache, tmp_path / "c")
-    victim = tmp_path / "c" / "token_features.bin"
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 4
-    victim.write_bytes(data if damage == "flipped" else data[:-1])
-    if damage == "missing":
-        victim.unlink()
-    for model in (None, tiny_llama_dir):
-        report = verify_cache(tmp_path / "c", model, rows=1, engine="transformers")
-        assert not report.ok and "token_features.bin" in report.text() and report.num_recomputed == 0
-
-
-def test_a_cache_without_moments_and_draws_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    build_in(tmp_path, tiny_llama_dir, num_records=3, tail_features=0, tail_draws=0)
-    assert TeacherCache(tmp_path / "cache").features is None
+def test_a_cache_without_draws_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    build_in(tmp_path, tiny_llama_dir, num_records=3, tail_draws=0)
     assert verify_cache(tmp_path / "cache", tiny_llama_dir, rows=2, engine="transformers").ok
 
 
@@ -147,21 +129,10 @@ def test_shifted_rows_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Pat
     assert not report.ok and "shifted" in report.text()
 
 
-def test_moments_of_other_features_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    def negate(index: int, teacher: TopKLogprobs) -> TopKLogprobs:
-        return replace(teacher, tail_moments=-teacher.tail_moments)
-
-    rewrite(cache, tmp_path / "negated", negate)
-    report = verify_cache(tmp_path / "negated", tiny_llama_dir, engine="transformers")
-    assert not report.ok and len(report.problems) == 1
-    assert "tail moments must deviate by at most" in report.problems[0]
-    assert "tail moments" in verify_cache(cache, tiny_llama_dir, engine="transformers").text()
-
-
 def test_draws_with_wrong_logprobs_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
     def halve(index: int, teacher: TopKLogprobs) -> TopKLogprobs:
         drawn = replace(teacher.draws, logprobs=teacher.draws.logprobs - np.float32(np.log(2)))
-        return replace(teacher, tail_draws=drawn)
+        return replace(teacher, draws=drawn)
 
     rewrite(cache, tmp_path / "c", halve)
     assert verify_cache(tmp_path / "c").ok
@@ -178,7 +149,7 @@ def test_too_few_draws_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Pa
         keep = np.arange(len(drawn.token_ids)) % 4 > 0
         offsets = np.concatenate([[0], np.cumsum(keep)])[drawn.offsets]
         thinned = TailDraws(offsets, drawn.token_ids[keep], drawn.logprobs[keep], drawn.rate)
-        return replace(teacher, tail_draws=thinned)
+        return replace(teacher, draws=thinned)
 
     rewrite(cache, tmp_path / "c", thin)
     assert verify_cache(tmp_path / "c").ok
@@ -253,7 +224,7 @@ def test_compare_against_the_obvious_loop() -> None:
 def test_compare_matches_draws_by_position_token_and_number() -> None:
     def side(counts: list[int], ids: list[int], logprobs: list[float]) -> TopKLogprobs:
         head = reduce_exactly(logits_of(np.arange(3)), 0.5, 1)
-        return replace(head, tail_draws=TailDraws(np.cumsum([0, *counts]), ids, logprobs, 8))
+        return replace(head, draws=TailDraws(np.cumsum([0, *counts]), ids, logprobs, 8))
 
     one = side([4, 0, 2], [9, 7, 9, 8, 7, 9], [-1.0, -2.0, -1.0, -3.0, -4.0, -5.0])
     other = side([3, 1, 2], [9, 8, 9, 7, 9, 9], [-1.5, -3.25, -1.5, -2.0, -5.125, -5.125])
@@ -264,7 +235,7 @@ def test_compare_matches_draws_by_position_token_and_number() -> None:
     none = compare(side([0, 0, 0], [], []), one)
     assert (len(none.draws), none.num_draws) == (0, 6)
     with pytest.raises(ValueError, match="equal rates of draws, got 8 and 0"):
-        compare(one, one.without_draws())
+        compare(one, replace(one, draws=TailDraws.none(len(one))))
 
 
 def test_compare_where_the_head_is_everything() -> None:

@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ MOST = 2 * 5 + 1
 COUNTS = [3, 0, 2]
 IDS = [299, 7, 7, 4, 260]
 LOGPROBS = [-30.0, -1.5, -1.5, 0.0, -0.25]
+NONE = TailDraws.none(3)
 
 
 def topk(drawn: TailDraws | None = None) -> TopKLogprobs:
@@ -29,9 +29,7 @@ def topk(drawn: TailDraws | None = None) -> TopKLogprobs:
         drawn = TailDraws(np.array([0, 3, 3, 5]), IDS, LOGPROBS, 2)
     each = np.log(0.25 / (VOCAB_SIZE - 1))
     nodes = np.tile([np.log(VOCAB_SIZE - 1) + beta * each for beta in TAIL_BETAS], (3, 1))
-    return TopKLogprobs(
-        np.arange(4), np.ones(3), np.log(np.full(3, 0.75)), nodes, VOCAB_SIZE, tail_draws=drawn
-    )
+    return TopKLogprobs(np.arange(4), np.ones(3), np.log(np.full(3, 0.75)), nodes, VOCAB_SIZE, draws=drawn)
 
 
 def codec_of(kind: str, **changes: object) -> Codec:
@@ -78,13 +76,6 @@ def test_draws_follow_the_tails_by_hand():
     assert list(body[-30:-20]) == [7, 0, 292 - 256, 4, 0, 0, 0, 1, 0, 1]
 
 
-def test_draws_follow_the_moments():
-    config = CodecConfig(draw_rate=2, num_features=1, moment_steps=64)
-    row = replace(topk(), tail_moments=np.full((3, 1), 0.5))
-    body = zstandard.ZstdDecompressor().decompress(Codec(config, VOCAB_SIZE, 4).encode(row))
-    assert list(body[-23 - 6 : -20]) == [64, 64, 64, 0, 0, 0, *COUNTS]
-
-
 def test_ranks_order_draws():
     ranked = np.array([299, 4], np.int32)
     codec = Codec(CONFIGS["companded"], VOCAB_SIZE, 4, ranked)
@@ -116,10 +107,10 @@ def test_the_encoder_refuses_draws_of_another_rate(kind: str):
     with pytest.raises(ValueError, match="must have rate 0, got 2"):
         codec_of(kind, draw_rate=0).encode(topk())
     with pytest.raises(ValueError, match="must have rate 2, got 0"):
-        codec_of(kind).encode(topk().without_draws())
+        codec_of(kind).encode(topk(NONE))
     with pytest.raises(ValueError, match="must have rate 2, got 0"):
         codec_of(kind).encode(TopKLogprobs.empty(VOCAB_SIZE))
-    assert codec_of(kind).encode(TopKLogprobs.empty(VOCAB_SIZE, 0, 2)) == b""
+    assert codec_of(kind).encode(TopKLogprobs.empty(VOCAB_SIZE, 2)) == b""
     assert codec_of(kind).decode(b"", 0).draws.rate == 2
 
 
@@ -183,7 +174,7 @@ def test_gaps_of_three_bytes_that_would_wrap_32_bits_are_refused():
     nodes = np.full((1, 7), -3.0)
     count = 257
     drawn = TailDraws([0, count], np.full(count, 9), np.full(count, -5.0), 64)
-    row = TopKLogprobs([0, 1], [1], [0.0], nodes, size, tail_draws=drawn)
+    row = TopKLogprobs([0, 1], [1], [0.0], nodes, size, draws=drawn)
     codec = Codec(CodecConfig(probabilities="float32", draw_rate=64), size, 1)
     body = bytearray(zstandard.ZstdDecompressor().decompress(codec.encode(row)))
     at = len(body) - count * (3 + 4)
@@ -226,12 +217,10 @@ def test_payloads_of_another_rate_or_without_draws_are_refused(kind: str):
     body = body_of(kind)
     payload = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(body))
     with pytest.raises(CorruptShardError, match=r"do not match|must declare"):
-        codec_of(kind, draw_rate=0).decode(payload, 3)  # version 1
-    with pytest.raises(CorruptShardError, match=r"do not match|must declare|largest feature"):
-        codec_of(kind, num_features=1).decode(payload, 3)
+        codec_of(kind, draw_rate=0).decode(payload, 3)
     with pytest.raises(CorruptShardError, match=r"do not match|at most"):
         codec_of(kind, draw_rate=64).decode(payload, 3)  # counts of two bytes
-    without = codec_of(kind, draw_rate=0).encode(topk().without_draws())
+    without = codec_of(kind, draw_rate=0).encode(topk(NONE))
     with pytest.raises(CorruptShardError, match=r"do not match|must declare"):
         codec_of(kind).decode(without, 3)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_teachers import capture, log_softmax, plain_features, write_cache
+from make_teachers import capture, log_softmax, write_cache
 
 from formats import CacheWriter, CodecConfig, TeacherCache, TokenRow, TopKLogprobs
 from formats.errors import ConfigError
@@ -70,48 +70,28 @@ def test_summary_adds_up(cache_dir: Path):
     assert entropy(row.teacher)[at] == pytest.approx(nats.max())
 
 
-def test_tail_moments_are_a_part_of_their_own(cache_dir: Path, tmp_path: Path):
-    parts = ("counts", "ids", "probabilities", "tails")
-    assert tuple(TeacherCache(cache_dir).summary()["payload_parts"]) == parts
-    assert "tail moments" not in inspect_cache(cache_dir)
-    write_cache(tmp_path / "c", lengths=LENGTHS, vocab_size=60, features=plain_features(60, 4), min_prob=0.1)
-    summary = TeacherCache(tmp_path / "c").summary()
-    assert summary["format_version"] == 2 and summary["settings"]["codec"]["num_features"] == 4
-    assert tuple(summary["payload_parts"]) == (*parts, "moments")
-    sizes = [part["bytes_per_position"] for part in summary["payload_parts"].values()]
-    assert sizes[-1] > 0.5 and sum(sizes) == pytest.approx(summary["payload_bytes_per_position"], rel=0.1)
-    # The features belong to the cache and not to a column.
-    assert summary["num_bytes"] == sum(f.stat().st_size for f in (tmp_path / "c").glob("*.arrow"))
-    assert "tail moments" in inspect_cache(tmp_path / "c")
-    page = (Path(__file__).parents[3] / "docs" / "inspect.md").read_text()
-    assert all(f"`{name}`" in page for name in summary["payload_parts"])
-
-
 def test_draws_are_parts_and_a_distribution_of_their_own(cache_dir: Path, tmp_path: Path):
     assert TeacherCache(cache_dir).summary()["num_draws"] == {}
     assert "draw" not in inspect_cache(cache_dir)
-    for name, features in (("draws", None), ("both", plain_features(60, 4))):
-        options = {"vocab_size": 60, "min_prob": 0.1, "draw_rate": 7, "features": features}
-        write_cache(tmp_path / name, lengths=LENGTHS, **options)
-        cache = TeacherCache(tmp_path / name)
-        summary = json.loads(inspect_cache(tmp_path / name, as_json=True))
-        assert summary["format_version"] == 3 and summary["settings"]["codec"]["draw_rate"] == 7
-        counts = np.concatenate([row.teacher.draws.counts for row in cache])
-        assert summary["num_draws"] == distribution(counts) and counts.max() > counts.min()
-        parts = ("counts", "ids", "probabilities", "tails", *(("moments",) if features else ()))
-        assert tuple(summary["payload_parts"]) == (*parts, "draw_counts", "draw_ids", "draw_logprobs")
-        sizes = [part["bytes_per_position"] for part in summary["payload_parts"].values()]
-        assert min(sizes) > 0.1
-        assert sum(sizes) == pytest.approx(summary["payload_bytes_per_position"], rel=0.1)
-        text = inspect_cache(tmp_path / name)
-        for words in ("tail draws at rate 7", "numbers of draws", "drawn token ids", "drawn logprobs"):
-            assert words in text
-        assert f"{counts.mean():.1f}" in next(line for line in text.splitlines() if "tail draws  " in line)
-        assert ("4 tail moments, tail draws at rate 7" in text) == (features is not None)
-        page = (Path(__file__).parents[3] / "docs" / "inspect.md").read_text()
-        assert all(f"`{part}`" in page for part in summary["payload_parts"])
+    write_cache(tmp_path / "draws", lengths=LENGTHS, vocab_size=60, min_prob=0.1, draw_rate=7)
+    cache = TeacherCache(tmp_path / "draws")
+    summary = json.loads(inspect_cache(tmp_path / "draws", as_json=True))
+    assert summary["format_version"] == 1 and summary["settings"]["codec"]["draw_rate"] == 7
+    counts = np.concatenate([row.teacher.draws.counts for row in cache])
+    assert summary["num_draws"] == distribution(counts) and counts.max() > counts.min()
+    parts = ("counts", "ids", "probabilities", "tails")
+    assert tuple(summary["payload_parts"]) == (*parts, "draw_counts", "draw_ids", "draw_logprobs")
+    sizes = [part["bytes_per_position"] for part in summary["payload_parts"].values()]
+    assert min(sizes) > 0.1
+    assert sum(sizes) == pytest.approx(summary["payload_bytes_per_position"], rel=0.1)
+    text = inspect_cache(tmp_path / "draws")
+    for words in ("tail draws at rate 7", "numbers of draws", "drawn token ids", "drawn logprobs"):
+        assert words in text
+    assert f"{counts.mean():.1f}" in next(line for line in text.splitlines() if "tail draws  " in line)
+    page = (Path(__file__).parents[3] / "docs" / "inspect.md").read_text()
+    assert all(f"`{part}`" in page for part in summary["payload_parts"])
     with CacheWriter(tmp_path / "none", identity={}, vocab_size=5, codec=CodecConfig(draw_rate=3)) as writer:
-        writer.append(TokenRow(np.zeros(0), np.zeros(0, bool)), TopKLogprobs.empty(5, 0, 3))
+        writer.append(TokenRow(np.zeros(0), np.zeros(0, bool)), TopKLogprobs.empty(5, 3))
     assert TeacherCache(tmp_path / "none").summary()["num_draws"] == {}
     assert "no position carries" in inspect_cache(tmp_path / "none")
 

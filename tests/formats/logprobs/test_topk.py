@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from make_teachers import capture, log_softmax, logsumexp, plain_features
+from make_teachers import capture, log_softmax, logsumexp
 
 from formats import TAIL_BETAS, TailDraws, TopKLogprobs
-from formats.logprobs.features import TokenFeatures
 
 NODES = (8.0, 4.0, 2.0, 1.0, 0.5)
 BETWEEN = (0.75, 1.5)
@@ -17,7 +16,7 @@ BETWEEN = (0.75, 1.5)
 def test_two_tokens_by_hand():
     # p = 3/4 and 1/4; only the first is kept, so the tail is the single token with l = log 1/4.
     tail = [[beta * math.log(0.25) for beta in TAIL_BETAS]]
-    topk = TopKLogprobs(np.array([0, 1]), np.array([1]), np.log([0.75]), np.array(tail), 2)
+    topk = TopKLogprobs(np.array([0, 1]), np.array([1]), np.log([0.75]), np.array(tail), 2, TailDraws.none(1))
     assert topk.head_mass(1.0) == pytest.approx(0.75)
     # At T = 2 the weights are sqrt(3/4) and sqrt(1/4).
     assert topk.head_mass(2.0) == pytest.approx(math.sqrt(3) / (math.sqrt(3) + 1))
@@ -120,7 +119,14 @@ def test_prune_equals_a_capture_with_those_settings():
 
 
 def test_prune_breaks_ties_by_id_and_keeps_the_best():
-    topk = TopKLogprobs(np.array([0, 3]), np.array([9, 4, 6]), np.log([0.2, 0.2, 0.2]), np.zeros((1, 7)), 20)
+    topk = TopKLogprobs(
+        np.array([0, 3]),
+        np.array([9, 4, 6]),
+        np.log([0.2, 0.2, 0.2]),
+        np.zeros((1, 7)),
+        20,
+        TailDraws.none(1),
+    )
     assert topk.prune(0.9, 5).token_ids.tolist() == [4]
     assert topk.prune(0.0, 2).token_ids.tolist() == [4, 6]
 
@@ -143,90 +149,7 @@ def test_slice_take_concatenate():
         topk.slice(2, 9)
 
 
-# --- tail moments -----------------------------------------------------------------------------------------
-
-
-def dense_moments(logits_PV: np.ndarray, topk: TopKLogprobs, features: TokenFeatures) -> np.ndarray:
-    """Token by token over everything outside the head."""
-    found = np.zeros((len(topk), features.num_features))
-    for p, row in enumerate(log_softmax(logits_PV)):
-        head = set(topk.token_ids[topk.offsets[p] : topk.offsets[p + 1]].tolist())
-        for token, logprob in enumerate(row.tolist()):
-            if token not in head:
-                found[p] += math.exp(logprob) * features.codes[token].astype(np.float64) / 32
-    return found
-
-
 LOGITS = np.random.default_rng(6).normal(size=(9, 120)) * 2
-FEATURES = plain_features(120, 5)
-
-
-def test_moments_of_two_tokens_by_hand():
-    # p = 3/4, 3/16 and 1/16 with features 1, -1 and 2; moving the second into the tail adds 3/16 * -1.
-    features = TokenFeatures(np.array([[32], [-32], [64]], np.int8))
-    logits = np.log([[0.75, 0.1875, 0.0625]])
-    topk = capture(logits, 0.1, features=features)
-    assert topk.tail_moments == pytest.approx(np.array([[0.125]]))
-    assert topk.prune(0.5, features=features).tail_moments == pytest.approx(np.array([[-0.0625]]))
-
-
-@pytest.mark.parametrize(("min_prob", "max_k"), [(1e-2, 120), (1e-4, 5), (5e-3, 12), (1.0, 1), (0.0, 120)])
-def test_prune_moves_moments_exactly(min_prob: float, max_k: int):
-    for first in (capture(LOGITS, 1e-5, 100, FEATURES), capture(LOGITS, 0.0, 120, FEATURES)):
-        pruned = first.prune(min_prob, max_k, FEATURES)
-        # One rounding to float32 at the end; a token that was lost or counted twice would be larger.
-        assert pruned.tail_moments == pytest.approx(dense_moments(LOGITS, pruned, FEATURES), abs=1e-6)
-        assert (pruned.token_ids == first.without_moments().prune(min_prob, max_k).token_ids).all()
-        twice = first.prune(1e-4, 50, FEATURES).prune(min_prob, max_k, FEATURES)
-        assert twice.tail_moments == pytest.approx(dense_moments(LOGITS, twice, FEATURES), abs=1e-6)
-
-
-def test_moments_of_the_whole_vocabulary_are_zero():
-    whole = capture(LOGITS, 0.0, 120, FEATURES)
-    assert (whole.tail_moments == 0).all() and (whole.prune(0.0, 120, FEATURES).tail_moments == 0).all()
-
-
-def test_slice_take_concatenate_and_sorted_keep_moments():
-    topk = capture(LOGITS, 1e-2, 9, FEATURES)
-    truth = dense_moments(LOGITS, topk, FEATURES)
-    assert topk.num_features == 5 and topk.tail_moments == pytest.approx(truth, abs=1e-6)
-    assert np.abs(truth).min(1).max() > 0.01
-    assert (topk.slice(2, 7).tail_moments == topk.tail_moments[2:7]).all()
-    joined = TopKLogprobs.concatenate([topk.slice(0, 3), topk.slice(3, 3), topk.slice(3, 9)])
-    assert (joined.tail_moments == topk.tail_moments).all()
-    assert (topk.take(np.array([5, 0, 5])).tail_moments == topk.tail_moments[[5, 0, 5]]).all()
-    odd = np.arange(9) % 2 == 1
-    assert topk.take(odd).tail_moments == pytest.approx(
-        dense_moments(LOGITS[odd], topk.take(odd), FEATURES), abs=1e-6
-    )
-    assert topk.take(np.zeros(9, bool)).tail_moments.shape == topk.slice(4, 4).tail_moments.shape == (0, 5)
-    assert (topk.sorted().tail_moments == topk.tail_moments).all()
-    assert topk.without_moments().tail_moments.shape == (9, 0)
-    with pytest.raises(ValueError, match="one number of features"):
-        TopKLogprobs.concatenate([topk, topk.without_moments()])
-
-
-def test_positions_without_moments_have_zero_features():
-    plain, empty = capture(LOGITS), TopKLogprobs.empty(120, 5)
-    assert plain.tail_moments.shape == (9, 0) and plain.tail_moments.dtype == np.float32
-    assert empty.tail_moments.shape == (0, 5) and empty.prune(0.1, 2, FEATURES).tail_moments.shape == (0, 5)
-
-
-def test_pruning_moments_needs_their_features():
-    topk = capture(LOGITS, features=FEATURES)
-    for bad in (None, plain_features(120, 4), plain_features(119, 5), plain_features(121, 5)):
-        with pytest.raises(ValueError, match="token features"):
-            topk.prune(0.1, features=bad)
-    with pytest.raises(ValueError, match="token features"):
-        topk.without_moments().prune(0.1, features=FEATURES)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 4.0, -4.0])
-def test_validate_refuses_impossible_moments(bad: float):
-    good = broken(tail_moments=np.array([[127 / 32, -127 / 32]]))
-    good.validate()
-    with pytest.raises(ValueError, match="tail moments"):
-        replace(good, tail_moments=np.array([[0.0, bad]])).validate()
 
 
 # --- tail draws -------------------------------------------------------------------------------------------
@@ -264,7 +187,8 @@ def test_prune_draws_among_the_tokens_that_move(max_k: int):
     segment = np.repeat(np.arange(len(topk)), pruned.draws.counts)
     assert pruned.draws.logprobs == pytest.approx(dense[segment, pruned.draws.token_ids], abs=1e-5)
     assert pairs(topk.prune(0.02, max_k)) == pairs(pruned)
-    assert topk.without_draws().prune(0.02, max_k).draws.rate == 0
+    without = replace(topk, draws=TailDraws.none(len(topk)))
+    assert without.prune(0.02, max_k).draws.rate == 0
 
 
 def test_pruning_is_unbiased_over_many_positions():
@@ -283,13 +207,19 @@ def test_pruning_is_unbiased_over_many_positions():
 
 
 def test_pruning_never_draws_an_impossible_token():
-    topk = TopKLogprobs(np.array([0, 2]), np.array([3, 4]), [0.0, -np.inf], np.full((1, 7), -np.inf), 10)
-    topk = replace(topk, tail_draws=TailDraws.none(1, 64))
+    topk = TopKLogprobs(
+        np.array([0, 2]),
+        np.array([3, 4]),
+        [0.0, -np.inf],
+        np.full((1, 7), -np.inf),
+        10,
+        TailDraws.none(1, 64),
+    )
     assert topk.prune(0.5).validate().draws.counts.tolist() == [0]
 
 
 def test_slice_take_concatenate_and_sorted_keep_draws():
-    topk = capture(LOGITS, 1e-2, 9, FEATURES, draw_rate=6)
+    topk = capture(LOGITS, 1e-2, 9, draw_rate=6)
     plain = pairs(topk)
     assert min(map(len, plain)) >= 1
     assert pairs(topk.slice(2, 7)) == plain[2:7] and pairs(topk.take(np.array([5, 0, 5]))) == [
@@ -298,19 +228,16 @@ def test_slice_take_concatenate_and_sorted_keep_draws():
         plain[5],
     ]
     joined = TopKLogprobs.concatenate([topk.slice(0, 3), topk.slice(3, 3), topk.slice(3, 9)])
-    assert pairs(joined) == pairs(topk.sorted()) == pairs(topk.without_moments()) == plain
+    assert pairs(joined) == pairs(topk.sorted()) == plain
     odd = np.arange(9) % 2 == 1
     assert pairs(topk.take(odd)) == plain[1::2]
-    without = topk.without_draws()
-    assert without.draws.rate == 0 and pairs(without) == [[]] * 9
-    assert (without.tail_moments == topk.tail_moments).all()
-    assert TopKLogprobs.empty(50, 2, 6).draws.rate == 6 and len(TopKLogprobs.empty(50, 2, 6).draws) == 0
-    for other in (without, replace(topk, tail_draws=TailDraws.none(9, 7))):
+    assert TopKLogprobs.empty(50, 6).draws.rate == 6 and len(TopKLogprobs.empty(50, 6).draws) == 0
+    for other in (replace(topk, draws=TailDraws.none(9, rate)) for rate in (0, 7)):
         with pytest.raises(ValueError, match="one rate of draws"):
             TopKLogprobs.concatenate([topk, other])
     for count in (0, 8, 10):
-        with pytest.raises(ValueError, match="tail_draws must cover 9 positions"):
-            replace(topk, tail_draws=TailDraws.none(count, 6))
+        with pytest.raises(ValueError, match="draws must cover 9 positions"):
+            replace(topk, draws=TailDraws.none(count, 6))
 
 
 @pytest.mark.parametrize(
@@ -328,8 +255,8 @@ def test_slice_take_concatenate_and_sorted_keep_draws():
     ],
 )
 def test_validate_refuses_impossible_draws(drawn: tuple, message: str):
-    broken(tail_draws=TailDraws(np.array([0, 3]), [5, 5, 0], [-3.0, -3.0, 0.0], 1)).validate()
-    bad = broken(tail_draws=TailDraws(*drawn))
+    broken(draws=TailDraws(np.array([0, 3]), [5, 5, 0], [-3.0, -3.0, 0.0], 1)).validate()
+    bad = broken(draws=TailDraws(*drawn))
     for check in (bad.validate, bad.validate_draws):
         with pytest.raises(ValueError, match=message):
             check()
@@ -337,16 +264,16 @@ def test_validate_refuses_impossible_draws(drawn: tuple, message: str):
 
 def test_validate_refuses_offsets_of_draws_that_fall():
     two = TopKLogprobs.concatenate([broken(), broken()])
-    bad = replace(two, tail_draws=TailDraws(np.array([0, 2, 0]), np.zeros(0), np.zeros(0), 4))
+    bad = replace(two, draws=TailDraws(np.array([0, 2, 0]), np.zeros(0), np.zeros(0), 4))
     with pytest.raises(ValueError, match=r"draws, got -2\.\.2"):
         bad.validate()
 
 
 def test_the_head_of_one_position_is_no_matter_to_the_draws_of_another():
     two = TopKLogprobs.concatenate([broken(), broken(token_ids=np.array([5, 6]))])
-    replace(two, tail_draws=TailDraws([0, 1, 2], [5, 1], [-3.0, -3.0], 1)).validate()
+    replace(two, draws=TailDraws([0, 1, 2], [5, 1], [-3.0, -3.0], 1)).validate()
     with pytest.raises(ValueError, match="one of the head"):
-        replace(two, tail_draws=TailDraws([0, 0, 1], [5], [-3.0], 1)).validate()
+        replace(two, draws=TailDraws([0, 0, 1], [5], [-3.0], 1)).validate()
 
 
 @pytest.mark.parametrize("temperature", [0.49, 0.0, -1.0, math.inf, math.nan])
@@ -362,6 +289,7 @@ def broken(**changes: object) -> TopKLogprobs:
         "logprobs": np.log([0.5, 0.25]),
         "log_tail_nodes": np.full((1, 7), -2.0),
         "vocab_size": 10,
+        "draws": TailDraws.none(1),
     }
     return TopKLogprobs(**(good | changes))  # type: ignore[arg-type]
 
@@ -393,9 +321,6 @@ def test_validate_names_the_problem(changes: dict, message: str):
         {"logprobs": np.zeros(3)},
         {"log_tail_nodes": np.zeros((1, 6))},
         {"log_tail_nodes": np.zeros((2, 7))},
-        {"tail_moments": np.zeros((2, 3))},
-        {"tail_moments": np.zeros((0, 3))},
-        {"tail_moments": np.zeros(3)},
         {"vocab_size": 0},
         {"vocab_size": (1 << 20) + 1},
         {"token_ids": np.zeros((1, 2))},
@@ -407,6 +332,6 @@ def test_arrays_that_do_not_fit_together_are_refused(changes: dict):
 
 
 def test_an_empty_head_is_invalid():
-    topk = TopKLogprobs(np.array([0, 0]), np.zeros(0), np.zeros(0), np.zeros((1, 7)), 5)
+    topk = TopKLogprobs(np.array([0, 0]), np.zeros(0), np.zeros(0), np.zeros((1, 7)), 5, TailDraws.none(1))
     with pytest.raises(ValueError, match="1 to 5 entries"):
         topk.validate()

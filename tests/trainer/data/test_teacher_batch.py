@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from formats.errors import FormatError
+from formats.logprobs.tail_draws import TailDraws
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 from trainer.data.teacher_batch import TeacherBatch
 
@@ -75,6 +76,7 @@ def test_from_topk_takes_the_tail_at_its_temperature(temperature):
         logprobs=np.full(2, log_eighth, dtype=np.float32),
         log_tail_nodes=nodes,
         vocab_size=8,
+        draws=TailDraws.none(1),
     )
     batch = TeacherBatch.from_topk([4], topk, temperature)
     batch.validate(num_rows=5, vocab_size=8)
