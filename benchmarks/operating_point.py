@@ -41,6 +41,8 @@ from formats.logprobs import ragged
 from formats.logprobs.tail_draws import POWER, TailDraws, starts
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import TopKLogprobs
+from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss.label_annealing_loss import label_annealing_loss
 from trainer.loss.loss_draws import LARGEST_RATIO
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -105,6 +107,11 @@ def codec_variants(pairs: Sequence[tuple[float, int]]) -> list[Setting]:
     return found
 
 
+def pairs_of(texts: Sequence[str]) -> list[tuple[float, int]]:
+    """`0.02:8` as (min_prob, rate)."""
+    return [(float(p), int(rate)) for p, _, rate in (text.partition(":") for text in texts)]
+
+
 # --- capture ----------------------------------------------------------------------------------------------
 
 
@@ -124,6 +131,7 @@ def capture_row(logits_PV: torch.Tensor, rates: Sequence[int], starts_P: np.ndar
         logprobs=values_PK[keep_PK].numpy().astype(np.float32),
         log_tail_nodes=nodes_PB.numpy().astype(np.float32),
         vocab_size=logprobs_PV.shape[1],
+        draws=TailDraws.none(len(logprobs_PV)),
     )
     found = []
     for rate in rates:
@@ -137,24 +145,37 @@ def capture_row(logits_PV: torch.Tensor, rates: Sequence[int], starts_P: np.ndar
         counts = [len(some) for some in ids]
         flat = np.concatenate(ids)
         logprobs = rest[np.repeat(np.arange(len(ids)), counts), flat]
-        found.append(replace(heads, tail_draws=TailDraws(ragged.offsets_of(counts), flat, logprobs, rate)))
+        found.append(replace(heads, draws=TailDraws(ragged.offsets_of(counts), flat, logprobs, rate)))
     return found
 
 
 def captures(subject: Subject, rows: int) -> dict[int, list[TopKLogprobs]]:
     """Rate to one item per row; kept in the work folder."""
-    file = subject.work / f"{subject.name}-capture-{rows}.pt"
+    file = subject.work / f"{subject.name}-capture-{rows}.npz"
     if not file.exists():
         teacher = subject.teacher()
-        found: dict[int, list[TopKLogprobs]] = {rate: [] for rate in RATES}
-        for row in subject.held_out_RS[:rows]:
+        arrays: dict[str, np.ndarray] = {}
+        for number, row in enumerate(subject.held_out_RS[:rows]):
             with torch.no_grad():
                 logits_PV = teacher(input_ids=row[None]).logits[0, :-1]
             begin = starts(row.numpy().astype("<i4").tobytes()[-8:], np.arange(len(row) - 1))
             for rate, topk in zip(RATES, capture_row(logits_PV, RATES, begin), strict=True):
-                found[rate].append(topk)
-        torch.save(found, file)
-    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+                if rate == 0:
+                    for name in ("offsets", "token_ids", "logprobs", "log_tail_nodes"):
+                        arrays[f"{number}-{name}"] = getattr(topk, name)
+                for name in ("offsets", "token_ids", "logprobs"):
+                    arrays[f"{number}-{rate}-{name}"] = getattr(topk.draws, name)
+        np.savez(file, vocab_size=logits_PV.shape[1], **arrays)  # type: ignore[arg-type]
+    found: dict[int, list[TopKLogprobs]] = {rate: [] for rate in RATES}
+    with np.load(file) as data:
+        for number in range(rows):
+            names = ("offsets", "token_ids", "logprobs", "log_tail_nodes")
+            heads = [data[f"{number}-{name}"] for name in names]
+            for rate in RATES:
+                drawn = [data[f"{number}-{rate}-{name}"] for name in names[:3]]
+                draws = TailDraws(*drawn, rate)  # type: ignore[misc]
+                found[rate].append(TopKLogprobs(*heads, int(data["vocab_size"]), draws))  # type: ignore[misc]
+    return found
 
 
 @dataclass(frozen=True)
@@ -433,6 +454,52 @@ def measure(
     return {key: np.stack(value) for key, value in errors.items()}, exact, facts
 
 
+def confirm(
+    subject: Subject,
+    steps: int,
+    stored: dict[str, Stored],
+    rows: int,
+    temperature: float,
+    sizes: Sequence[int],
+) -> list[dict[str, Any]]:
+    """The same by backward passes of the product's loss: angle and norm of steps of the first `sizes` rows."""
+    teacher, student = subject.teacher(), subject.student(steps).eval()
+    parameters = list(student.parameters())
+    totals: dict[str, torch.Tensor] = {}
+    lines: list[dict[str, Any]] = []
+
+    def add(name: str, gradient: Sequence[torch.Tensor]) -> None:
+        flat = torch.cat([part.flatten() for part in gradient])
+        totals[name] = totals[name].add_(flat) if name in totals else flat
+
+    for number, row in enumerate(subject.held_out_RS[:rows]):
+        exact = exact_gradients(student, teacher, row[None], [temperature])[temperature]
+        add("exact", exact.total)
+        for name, found in stored.items():
+            hidden_PD = student.model(input_ids=row[None]).last_hidden_state[0, :-1]
+            batch = TeacherBatch.from_topk(np.arange(len(row) - 1), found.rows[number], temperature)
+            labels_P = torch.full((len(row) - 1,), -100)
+            loss = label_annealing_loss(hidden_PD, student.lm_head.weight, labels_P, batch).loss
+            add(name, torch.autograd.grad(loss * (len(row) - 1), parameters))
+        if number + 1 not in sizes:
+            continue
+        true = totals["exact"]
+        for name in stored:
+            across = totals[name] - true * (true.dot(totals[name]) / true.dot(true))
+            along_it = float(totals[name].dot(true) / true.norm())
+            degrees = math.degrees(math.atan2(float(across.norm()), along_it))
+            norm = float(totals[name].norm() / true.norm())
+            tokens = (number + 1) * (len(row) - 1)
+            line = {"setting": name, "steps": steps, "temperature": temperature, "tokens": tokens}
+            lines.append(line | {"degrees": degrees, "norm": norm, "bytes": stored[name].payload})
+            print(
+                f"confirmed: {steps} steps, T = {temperature:g}, {tokens} tokens, {stored[name].payload:.1f} B  "
+                f"{degrees:.3f} deg, norm {norm:.4f}  {name}",
+                flush=True,
+            )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -446,14 +513,33 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=list(TEMPERATURES))
     parser.add_argument("--step-tokens", type=int, nargs="+", default=[DEFAULT_STEP])
     parser.add_argument("--variants", nargs="*", default=[], metavar="P:RATE", help="try codec settings here")
+    parser.add_argument(
+        "--confirm",
+        nargs="*",
+        default=[],
+        metavar="P:RATE",
+        help="only these, by backward passes of the loss",
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 128], help="rows of a confirmed step")
+    parser.add_argument("--codec", default="{}", metavar="JSON", help="codec settings of what is confirmed")
     parser.add_argument("--json", type=Path, help="write everything here")
     args = parser.parse_args()
-    if 1.0 not in args.temperatures:
+    if 1.0 not in args.temperatures and not args.confirm:
         parser.error("--temperatures must include 1")
     subject = prepare(args.teacher, args.work, args.rows, args.steps, args.real_model)
     captured = captures(subject, args.rows)
-    pairs = [(float(p), int(rate)) for p, _, rate in (text.partition(":") for text in args.variants)]
-    settings = grid() + codec_variants(pairs)
+    if args.confirm:
+        codec = replace(CodecConfig(), **json.loads(args.codec))
+        settings = [Setting(min_prob, rate, codec) for min_prob, rate in pairs_of(args.confirm)]
+        chosen = {setting.name: store(setting, captured) for setting in settings}
+        lines = []
+        for steps in args.steps:
+            for t in args.temperatures:
+                lines += confirm(subject, steps, chosen, args.rows, t, args.sizes)
+        if args.json:
+            args.json.write_text(json.dumps(lines, indent=1) + "\n")
+        return
+    settings = grid() + codec_variants(pairs_of(args.variants))
     stored = {setting.name: store(setting, captured) for setting in settings}
     print(f"{TEACHERS[args.teacher].what}: {args.rows} rows of 511 positions")
     report: dict[str, Any] = {
