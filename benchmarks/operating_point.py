@@ -200,9 +200,12 @@ def store(setting: Setting, captured: dict[int, list[TopKLogprobs]]) -> Stored:
     codec = Codec(config, pruned[0].vocab_size, MAX_K, ranked if config.rank_ids else None)
     payloads = [codec.encode(row) for row in pruned]
     count = sum(map(len, pruned))
+    alone = section_bytes(codec, pruned[:8])
+    scale = sum(map(len, payloads)) / count / sum(alone.values())
+    parts = [size * scale for size in alone.values()]
     return Stored(
         rows=[codec.decode(payload, len(row)) for payload, row in zip(payloads, pruned, strict=True)],
-        sections={name: size / count for name, size in section_bytes(codec, pruned).items()},
+        sections=dict(zip(alone, parts, strict=True)),
         payload=sum(map(len, payloads)) / count,
         entries=sum(row.num_entries for row in pruned) / count,
         draws=sum(len(row.draws.token_ids) for row in pruned) / count,
@@ -454,6 +457,76 @@ def measure(
     return {key: np.stack(value) for key, value in errors.items()}, exact, facts
 
 
+def gradient(beta: float, q_PV: np.ndarray, topk: TopKLogprobs, limit: float = LARGEST_RATIO) -> np.ndarray:
+    """float64 [P, V]: the loss's gradient with respect to the logits, in full."""
+    temperature = 1 / beta
+    log_z_P = topk.log_partition(temperature).astype(np.float64)
+    at_E, ids_E = ragged.segment_of(topk.offsets), topk.token_ids
+    q_E = q_PV[at_E, ids_E]
+    tail_q_P = np.maximum(1 - ragged.segment_sum(q_E, topk.offsets), 1e-12)
+    tail_p_P = np.exp(topk.log_tail(temperature) - log_z_P)
+    coefficient_P = beta * (1 - tail_p_P / tail_q_P)
+    draws = topk.draws
+    if draws.rate:
+        at_S = ragged.segment_of(draws.offsets)
+        p_S = np.exp(beta * draws.logprobs.astype(np.float64) - log_z_P[at_S])
+        ratio_S = tail_p_P[at_S] * q_PV[at_S, draws.token_ids] / tail_q_P[at_S] / p_S
+        pull_S = beta * draws.weights * p_S * (np.minimum(ratio_S, limit) - 1)
+        coefficient_P = coefficient_P - ragged.segment_sum(pull_S, draws.offsets) / tail_q_P
+    found = q_PV * coefficient_P[:, None]
+    if draws.rate:
+        np.add.at(found, (at_S, draws.token_ids), pull_S)
+    p_E = np.exp(beta * topk.logprobs.astype(np.float64) - log_z_P[at_E])
+    found[at_E, ids_E] = beta * (q_E - p_E)
+    return found
+
+
+def rounding(
+    subject: Subject,
+    steps: int,
+    captured: dict[int, list[TopKLogprobs]],
+    pairs: Sequence[tuple[float, int]],
+    rows: int,
+    temperatures: Sequence[float],
+) -> list[dict[str, Any]]:
+    """What coarser codecs add to the noise of draws, per token and with respect to the logits.
+
+    Both are noise that is independent from token to token, so the ratio of their squares is the share by which
+    a step's squared angle grows.
+    """
+    rows_RS = subject.held_out_RS[:rows]
+    teacher, student = subject.teacher(), subject.student(steps).eval()
+    with torch.no_grad():
+        l_RPV = [teacher(input_ids=row[None]).logits[0, :-1] for row in rows_RS]
+        z_RPV = [student(input_ids=row[None]).logits[0, :-1] for row in rows_RS]
+    lines = []
+    for min_prob, rate in pairs:
+        exact = store(Setting(min_prob, rate, CodecConfig.lossless()), captured)
+        variants = [Setting(min_prob, rate), *codec_variants([(min_prob, rate)])[1:]]
+        stored = {variant.name: store(variant, captured) for variant in variants}
+        for t in temperatures:
+            noise, added = 0.0, dict.fromkeys(stored, 0.0)
+            for r in range(rows):
+                q_PV = torch.softmax(z_RPV[r].double() / t, -1).numpy()
+                p_PV = torch.softmax(l_RPV[r].double() / t, -1).numpy()
+                unrounded = gradient(1 / t, q_PV, exact.rows[r])
+                noise += float(((unrounded - (q_PV - p_PV) / t) ** 2).sum())
+                for name, found in stored.items():
+                    added[name] += float(((gradient(1 / t, q_PV, found.rows[r]) - unrounded) ** 2).sum())
+            for name, found in stored.items():
+                share = added[name] / noise
+                lines.append(
+                    {"setting": name, "steps": steps, "temperature": t, "share": share} | found.sections
+                )
+                parts = ", ".join(f"{key} {value:.2f}" for key, value in found.sections.items())
+                print(
+                    f"rounding: {steps} steps, T = {t:g}, {found.payload:.2f} B, adds {share:8.2%} to the squared "
+                    f"noise of draws  {name}: {parts}",
+                    flush=True,
+                )
+    return lines
+
+
 def confirm(
     subject: Subject,
     steps: int,
@@ -520,6 +593,13 @@ def main() -> None:
         metavar="P:RATE",
         help="only these, by backward passes of the loss",
     )
+    parser.add_argument(
+        "--rounding",
+        nargs="*",
+        default=[],
+        metavar="P:RATE",
+        help="only what coarser codecs add to the noise here",
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 128], help="rows of a confirmed step")
     parser.add_argument("--codec", default="{}", metavar="JSON", help="codec settings of what is confirmed")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -536,6 +616,13 @@ def main() -> None:
         for steps in args.steps:
             for t in args.temperatures:
                 lines += confirm(subject, steps, chosen, args.rows, t, args.sizes)
+        if args.json:
+            args.json.write_text(json.dumps(lines, indent=1) + "\n")
+        return
+    if args.rounding:
+        lines = []
+        for steps in args.steps:
+            lines += rounding(subject, steps, captured, pairs_of(args.rounding), args.rows, args.temperatures)
         if args.json:
             args.json.write_text(json.dumps(lines, indent=1) + "\n")
         return
