@@ -401,12 +401,19 @@ def cache_estimate(
     split: SplitOption = None,
     template_arg: TemplateArgOption = None,
     dtype: DtypeOption = "auto",
+    step_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens with KL per training step, which the expected angle falls with."),
+    ] = 65_536,
     seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
     revision: RevisionOption = None,
     engine_arg: EngineArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Capture a sample of CORPUS and print, for several --min-prob, what a cache would cost and miss."""
+    """Capture a sample of CORPUS and print what a cache would cost and how exact its gradients would be.
+
+    For several pairs of --min-prob and --tail-draws, and the cheapest whose gradient is within one degree.
+    """
     from cache_builder import BuildConfig, estimate_cache
 
     config = BuildConfig(
@@ -426,7 +433,9 @@ def cache_estimate(
         dtype=dtype,
         engine_args=parse_engine_args(engine_arg),
     )
-    report = estimate_cache(config, rows=rows, seed=seed, progress=console_progress())
+    report = estimate_cache(
+        config, rows=rows, step_tokens=step_tokens, seed=seed, progress=console_progress()
+    )
     if as_json:
         show_json(report.to_dict())
     else:

@@ -9,7 +9,8 @@ alone with respect to *all parameters* is taken seven ways:
     cache          our loss on our cache: written by CacheWriter with its default codec, read by TeacherCache
     bucket only    the same cache, its tail draws left out
     renormalised   the same stored entries, renormalised to one, the rest of the vocabulary impossible
-    both sides     teacher and student both renormalised over the same stored tokens (MaxText, NeMo-RL)
+    both sides     the student renormalised over the same entries as well (an option of MaxText, NeMo-RL and
+                   Axolotl): zero at the initial weights, but nothing outside the entries is seen at all
     zero-filled    the same entries at their true probabilities, the tail's term dropped
     sampled        50 draws at T = 1, importance-weighted to T (Sparse Logit Sampling, ACL 2025)
 
@@ -135,12 +136,12 @@ def batch_gradients(
     ce[torch.arange(len(z)), labels] -= 1.0
 
     stored, mass = topk_targets(topk, temperature, z.shape[1])
-    inside = torch.where(stored > 0, q, 0.0)
+    kept_q = torch.where(stored > 0, q, 0.0)
     generator = torch.Generator().manual_seed(seed)
     gradients = {
         "online": beta * (q - p),
         "renormalised": beta * (q - stored / mass),
-        "both sides": beta * (inside / inside.sum(1, keepdim=True) - stored / mass),
+        "both sides": beta * (kept_q / kept_q.sum(1, keepdim=True) - stored / mass),
         "zero-filled": beta * (mass * q - stored),
         "sampled": beta * (q - sampled_targets(logprobs, temperature, NUM_DRAWS, generator)),
     }

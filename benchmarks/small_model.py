@@ -14,6 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,44 +74,14 @@ def load(model: str | None = None, steps: int = 200, num_rows: int = 8) -> dict[
 
 def _make(path: Path, model_dir: str | None, steps: int, num_rows: int) -> None:
     import torch
-    from stdlib_text import documents  # type: ignore[import-not-found]
 
-    start = time.time()
-    splits = {"prose": ("source-train", "source-heldout"), "code": ("target-train", "target-heldout")}
     size = 6_000_000 if model_dir is None else 1_000_000
-    train = {d: [x.text for x in documents(d, s[0], max_bytes=size)] for d, s in splits.items()}
-    held = {
-        d: "\n\n".join(x.text for x in documents(d, s[1], max_bytes=60_000 + 3000 * num_rows))
-        for d, s in splits.items()
-    }
+    train = {domain: list(_texts(domain, "train", size)) for domain in DOMAINS}
+    held = {domain: "\n\n".join(_texts(domain, "heldout", 60_000 + 3000 * num_rows)) for domain in DOMAINS}
     torch.manual_seed(0)
     tokenizer, model = _scratch(train) if model_dir is None else _existing(model_dir)
-    ids = {d: torch.tensor([i for e in tokenizer.encode_batch(train[d]) for i in e.ids]) for d in DOMAINS}
+    ids = _token_ids(tokenizer, train)
     generator = torch.Generator().manual_seed(1)
-
-    def fit(count: int, rate: float, domains: tuple[str, ...], what: str, rows: int, length: int) -> None:
-        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, max_lr=rate, total_steps=count + 1, pct_start=0.1
-        )
-        for step in range(count):
-            parts = []
-            for i in range(rows):
-                flat = ids[domains[i % len(domains)]]
-                at = int(torch.randint(len(flat) - length - 1, (1,), generator=generator))
-                parts.append(flat[at : at + length + 1])
-            batch = torch.stack(parts)
-            logits = model(input_ids=batch[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-            if step % 20 == 0 or step == count - 1:
-                seconds = time.time() - start
-                print(f"{seconds:.0f} s: {what} {step}/{count} loss {loss.item():.3f}", file=sys.stderr)
-
     rows = {
         d: torch.tensor(tokenizer.encode(held[d]).ids[: ROW_TOKENS * num_rows]).view(num_rows, ROW_TOKENS)
         for d in DOMAINS
@@ -125,11 +96,85 @@ def _make(path: Path, model_dir: str | None, steps: int, num_rows: int) -> None:
             kept[f"{name}_head"] = model.lm_head.weight.detach().numpy().copy()
 
     if model_dir is None:
-        fit(steps, 4e-3, DOMAINS, "teacher", 16, 256)
+        _fit(model, ids, generator, steps, 4e-3, DOMAINS, "teacher", 16, 256)
     keep("teacher")
-    fit(60, 3e-4, ("code",), "student", 4, 128)
+    _fit(model, ids, generator, 60, 3e-4, ("code",), "student", 4, 128)
     keep("student")
     np.savez(path, **kept)  # type: ignore[arg-type]
+
+
+def train_teacher(out: Path, steps: int) -> None:
+    """The small model and its tokenizer as a model directory: the teacher of `load`, by the same recipe."""
+    import torch
+
+    train = {domain: list(_texts(domain, "train", 6_000_000)) for domain in DOMAINS}
+    torch.manual_seed(0)
+    tokenizer, model = _scratch(train)
+    generator = torch.Generator().manual_seed(1)
+    _fit(model, _token_ids(tokenizer, train), generator, steps, 4e-3, DOMAINS, "teacher", 16, 256)
+    tokenizer.save(str(_made(out) / "tokenizer.json"))
+    model.save_pretrained(out)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _texts(domain: str, side: str, max_bytes: int) -> Iterator[str]:
+    """Documents of a domain, side `train` or `heldout`."""
+    from stdlib_text import documents  # type: ignore[import-not-found]
+
+    split = f"{'source' if domain == 'prose' else 'target'}-{side}"
+    return (document.text for document in documents(domain, split, max_bytes=max_bytes))
+
+
+def _token_ids(tokenizer: Any, texts: dict[str, list[str]]) -> dict[str, Any]:
+    """Per domain one long int64 tensor."""
+    import torch
+
+    return {
+        domain: torch.tensor([i for found in tokenizer.encode_batch(some) for i in found.ids])
+        for domain, some in texts.items()
+    }
+
+
+def _fit(
+    model: Any,
+    ids: dict[str, Any],
+    generator: Any,
+    count: int,
+    rate: float,
+    domains: tuple[str, ...],
+    what: str,
+    rows: int,
+    length: int,
+) -> None:
+    """`count` steps of AdamW over windows drawn from the domains in turn."""
+    import torch
+
+    start = time.time()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=rate, total_steps=count + 1, pct_start=0.1
+    )
+    for step in range(count):
+        parts = []
+        for i in range(rows):
+            flat = ids[domains[i % len(domains)]]
+            at = int(torch.randint(len(flat) - length - 1, (1,), generator=generator))
+            parts.append(flat[at : at + length + 1])
+        batch = torch.stack(parts)
+        logits = model(input_ids=batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 20 == 0 or step == count - 1:
+            seconds = time.time() - start
+            print(f"{seconds:.0f} s: {what} {step}/{count} loss {loss.item():.3f}", file=sys.stderr)
 
 
 def _scratch(train: dict[str, list[str]]) -> tuple[Any, Any]:
