@@ -29,7 +29,7 @@ def plan_build(
         num_rows += len(group)
         tokens = sum(len(row) for row in group)
         num_tokens += tokens
-        num_positions += sum(len(row.positions(settings.positions)) for row in group)
+        num_positions += sum(len(row.positions(settings.capture.positions)) for row in group)
         progress.advance(len(group), tokens)
     progress.finish()
     require_work(num_positions, num_rows)
