@@ -17,7 +17,7 @@ from formats.cache_row import CacheRow
 from formats.disk.byte_source import open_store
 from formats.disk.manifest import Manifest, ShardInfo, read_manifest_bytes
 from formats.disk.shard import ShardReader
-from formats.disk.token_row import TokenRow
+from formats.disk.token_row import KEY_BYTES, TokenRow
 from formats.errors import CorruptShardError, FormatError
 from formats.logprobs.tail_function import TAIL_BETAS
 
@@ -140,8 +140,11 @@ class TeacherCache:
             KeyError: no such row.
         """
         keys, order = self._keys
-        at = int(np.searchsorted(keys, np.bytes_(key)))
-        if at == len(keys) or keys[at] != np.bytes_(key):
+        # numpy drops zero bytes at the end of its strings, so both sides must be of its making; among keys of
+        # one length that confuses none.
+        wanted = np.array([key], keys.dtype)[0]
+        at = int(np.searchsorted(keys, wanted))
+        if len(key) != KEY_BYTES or at == len(keys) or keys[at] != wanted:
             raise KeyError(f"no row with content key {key.hex()} in {self.path}")
         return int(order[at])
 
