@@ -140,9 +140,11 @@ class TeacherCache:
             KeyError: no such row.
         """
         keys, order = self._keys
-        at = int(np.searchsorted(keys, np.bytes_(key)))
-        # numpy drops the zero bytes at the end of what it hands out; all keys have one length.
-        if at == len(keys) or keys[at].ljust(KEY_BYTES, b"\0") != key:
+        # numpy drops zero bytes at the end of its strings, so both sides must be of its making; among keys of
+        # one length that confuses none.
+        wanted = np.array([key], keys.dtype)[0]
+        at = int(np.searchsorted(keys, wanted))
+        if len(key) != KEY_BYTES or at == len(keys) or keys[at] != wanted:
             raise KeyError(f"no row with content key {key.hex()} in {self.path}")
         return int(order[at])
 
