@@ -125,7 +125,11 @@ def training_arguments(resolved: Mapping[str, Any], out: Path) -> "TrainingArgum
 
     arguments = {name: value for name, value in resolved.items() if ARGUMENTS[name].handling == PASSED}
     arguments.setdefault("disable_tqdm", not sys.stderr.isatty())
-    settled = {"output_dir": str(out), "remove_unused_columns": False, "logging_nan_inf_filter": False}
+    settled: dict[str, Any] = {
+        "output_dir": str(out),
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+    }
     try:
         return TrainingArguments(**settled, **arguments)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, KeyError) as error:

@@ -169,7 +169,7 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     trainer = _make_trainer(
         config, model, args, tokenizer, train_dataset, mixed_datasets, eval_datasets, retention
     )
-    trainer.head.vocab_size = vocab_size
+    trainer.head.vocab_size = vocab_size if vocab_size < num_outputs else None
     check_before_start(trainer)
     groups = {"training": [cache], "mixed": mixed, "evaluation": [*held_out.values()], "ewc": known_text}
     weights = ModelFingerprint.of(model_dir).weights if config.allow_different_student else None

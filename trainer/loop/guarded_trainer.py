@@ -57,7 +57,9 @@ class GuardedTrainer(Trainer):
     def schedule_of(self, scheduler: Any, num_training_steps: int) -> Any:
         """A schedule as transformers made it for so many steps -> the one of this trainer."""
         warmup = self.args.get_warmup_steps(num_training_steps)
-        return first_step_trains(scheduler, self.args.lr_scheduler_type.value, warmup, num_training_steps)
+        return first_step_trains(
+            scheduler, best_model.word(self.args.lr_scheduler_type), warmup, num_training_steps
+        )
 
     # --- numbers that are none --------------------------------------------------------------------------
 

@@ -220,5 +220,5 @@ def test_the_names_that_optimisers_read_are_those_of_transformers():
 def test_null_is_a_value_where_it_is_one_and_else_the_default():
     found = resolved({"save_total_limit": None, "learning_rate": None, "eval_steps": None})
     assert found["save_total_limit"] is None and found["learning_rate"] == DEFAULTS["learning_rate"]
-    with pytest.raises(ConfigError, match="unknown setting training.learning_rat"):
+    with pytest.raises(ConfigError, match=r"unknown setting training.learning_rat"):
         resolved({"learning_rat": None})
