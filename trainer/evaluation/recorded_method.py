@@ -14,7 +14,8 @@ from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
 from trainer.merging.card import FORMULAS
-from trainer.result.run_directory import RECORD_NAME, comparable
+from trainer.preflight.continuation import comparable
+from trainer.result.run_directory import RECORD_NAME
 
 DIRECT = "direct fine-tuning"
 
