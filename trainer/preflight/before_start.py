@@ -120,12 +120,11 @@ def check_optimiser(args: Any, model: torch.nn.Module, trained: list[torch.nn.Pa
     name = str(args.optim.value)
     bound = "layerwise" in name or "lomo" in name
     # Those two hang hooks on the model when they are made, so only their packages are looked for.
-    kind: Any
     probe = torch.nn.Parameter(torch.zeros_like(trained[0].detach().reshape(-1)[:1]))
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, None if bound else model)  # type: ignore[arg-type]
         if inspect.isclass(kind) and not {"params", "model", "optimizer_dict"} & settings.keys():
-            kind([probe], **settings)
+            kind([probe], **settings)  # type: ignore[call-arg]
     except (
         ImportError,
         ValueError,
