@@ -187,7 +187,8 @@ def make_trainer(
         retention=retention,
         processing_class=tokenizer,
     )
-    trainer.head.vocab_size = student.vocab_size
+    padded = student.vocab_size is not None and student.vocab_size < trainer.head.num_outputs
+    trainer.head.vocab_size = student.vocab_size if padded else None
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AnnealProgress(bar=not args.disable_tqdm))
