@@ -228,6 +228,21 @@ def test_evaluation_during_training(tiny_llama_dir, pruned_cache, llama_eval_cac
     assert last["eval_held_ce"] == pytest.approx(report.evaluation["held"]["ce"])
 
 
+def test_time_of_evaluations_is_left_out_of_the_throughput_once(
+    tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path, monkeypatch
+):
+    """Two evaluation caches are evaluated by calls within a call, and only the outer one is a pause."""
+    from trainer.loop.log_window import LogWindow
+
+    pauses, original = [], LogWindow.pause
+    monkeypatch.setattr(LogWindow, "pause", lambda self, s: (pauses.append(s), original(self, s))[1])
+    overrides = (f"eval_caches.a={llama_eval_cache}", f"eval_caches.b={llama_eval_cache}")
+    overrides += ("training.eval_strategy=steps", "training.eval_steps=1", "training.eval_on_start=true")
+    report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *overrides))
+    assert len(pauses) == 3  # before the first step, and after each of the two
+    assert [entry["step"] for entry in report.log_history if "eval_b_ce" in entry] == [0, 1, 2]
+
+
 def test_the_first_line_of_the_log_is_the_step_0_kl(tiny_llama_dir, pruned_cache, tmp_path, capsys):
     train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run"))
     lines = capsys.readouterr().err.splitlines()

@@ -71,6 +71,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    _evaluating = False
 
     def __init__(
         self,
@@ -322,11 +323,16 @@ class LabelAnnealingTrainer(GuardedTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=num_samples)  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in the base class; its time does not count as training time."""
-        start = time.perf_counter()
+        """As in the base class, which calls this once more for each of several datasets; its time does not count as
+        training time.
+        """
+        if self._evaluating:
+            return super().evaluate(*args, **kwargs)
+        start, self._evaluating = time.perf_counter(), True
         try:
             return super().evaluate(*args, **kwargs)
         finally:
+            self._evaluating = False
             self.pause(time.perf_counter() - start)
 
     # --- logs and checkpoints ---------------------------------------------------------------------------
