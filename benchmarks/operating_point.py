@@ -600,6 +600,7 @@ def main() -> None:
         metavar="P:RATE",
         help="only what coarser codecs add to the noise here",
     )
+    parser.add_argument("--bytes", nargs="*", default=[], metavar="P:RATE", help="only the bytes of these")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 128], help="rows of a confirmed step")
     parser.add_argument("--codec", default="{}", metavar="JSON", help="codec settings of what is confirmed")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -618,6 +619,16 @@ def main() -> None:
                 lines += confirm(subject, steps, chosen, args.rows, t, args.sizes)
         if args.json:
             args.json.write_text(json.dumps(lines, indent=1) + "\n")
+        return
+    if args.bytes:
+        for min_prob, rate in pairs_of(args.bytes):
+            found = store(Setting(min_prob, rate, replace(CodecConfig(), **json.loads(args.codec))), captured)
+            print(
+                f"p >= {min_prob:g}, draws at {rate}: {found.payload:.2f} B, {found.entries:.2f} entries, "
+                f"{found.draws:.2f} draws, mass {found.mass:.3f}: "
+                + ", ".join(f"{name} {size:.2f}" for name, size in found.sections.items()),
+                flush=True,
+            )
         return
     if args.rounding:
         lines = []
