@@ -59,6 +59,11 @@ class CacheRow:
         """int32 [P]: distribution p of `teacher` is the prediction of token `positions[p] + 1`."""
         return self.tokens.positions(self.which)
 
+    @cached_property
+    def label_ids(self) -> np.ndarray:
+        """int32 [P]: the token at `positions[p] + 1`, whose logprob is `teacher.label_logprobs[p]`."""
+        return self.tokens.label_ids(self.which)
+
     def __len__(self) -> int:
         return len(self.tokens)
 

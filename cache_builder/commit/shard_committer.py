@@ -115,6 +115,7 @@ class ShardCommitter:
             row.input_ids.nbytes
             + topk.token_ids.nbytes * 2
             + topk.log_tail_nodes.nbytes
+            + topk.label_logprobs.nbytes
             + topk.draws.offsets.nbytes
             + topk.draws.token_ids.nbytes * 2
             + 512

@@ -5,6 +5,7 @@ For every row of logits l, with p = softmax(l):
     head        the entries with p >= min_prob, at most max_k of them, always the likeliest one
     log p       of the head, natural log, normalised over the whole vocabulary
     A(beta)     log sum over the rest of exp(beta * log p), for every beta in `betas`
+    labels      log p of the token that comes next in the text, whether it is in the head or not
     draws       a few tokens of the rest with their log p (formats/logprobs/tail_draws.py), if there is a rate
 
 Every number is a sum of positive terms.  The tail is never a difference: where the head holds nearly all of
@@ -64,6 +65,8 @@ class ReducedRows(NamedTuple):
     """float32 [M]."""
     log_tail_nodes: torch.Tensor
     """float32 [N, B]; -inf where the rest of the vocabulary is empty or impossible."""
+    label_logprobs: torch.Tensor
+    """float32 [N]; where the label is in the head, the very number that stands there."""
     draw_counts: torch.Tensor
     """int32 [N]: row i owns the next `draw_counts[i]` draws."""
     draw_ids: torch.Tensor
@@ -95,16 +98,18 @@ def reduce_logits(
     min_prob: float,
     max_k: int,
     betas: Sequence[float],
+    labels_N: torch.Tensor,
     draw_rate: int = 0,
     starts_N: torch.Tensor | None = None,
 ) -> ReducedRows:
-    """Head, tail function and tail draws of every row of `logits_NV`.
+    """Head, tail function, label and tail draws of every row of `logits_NV`.
 
     Args:
         logits_NV: [N, V], any floating dtype, without padding columns; -inf marks impossible tokens.
         min_prob: smallest probability kept, 0 <= min_prob < 1.
         max_k: largest number of entries kept, at least 1.  Equal logits are ordered by ascending id.
         betas: increasing positive inverse temperatures of the tail nodes, 3/4 and 1 among them.
+        labels_N: int64, the token that comes next in the text.
         draw_rate: as in `formats.logprobs.tail_draws.TailDraws`; 0 draws nothing.
         starts_N: float64 in [0, 1), where the points of each row begin (`formats.logprobs.tail_draws.starts`); only
             needed to draw.
@@ -115,6 +120,7 @@ def reduce_logits(
     num_rows, vocab_size = logits_NV.shape
     assert 0.0 <= min_prob < 1.0 and max_k >= 1, (min_prob, max_k)
     assert 1.0 in betas and POWER in betas, betas
+    assert labels_N.shape == (num_rows,) and labels_N.dtype == torch.int64, labels_N
     if draw_rate:
         assert starts_N is not None and len(starts_N) == num_rows, starts_N
         assert starts_N.dtype == torch.float64, starts_N.dtype
@@ -127,6 +133,7 @@ def reduce_logits(
             min_prob,
             min(max_k, vocab_size),
             betas,
+            labels_N[start : start + step],
             draw_rate,
             starts_N[start : start + step],
         )
@@ -144,7 +151,7 @@ def concatenate_rows(
     if not parts:
         none = torch.zeros(0, device=device)
         nodes = torch.zeros(0, num_betas, device=device)
-        return ReducedRows(none.int(), none.int(), none, nodes, *no_draws(0, device))
+        return ReducedRows(none.int(), none.int(), none, nodes, none, *no_draws(0, device))
     return ReducedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -153,6 +160,7 @@ def _reduce_chunk(
     min_prob: float,
     max_k: int,
     betas: Sequence[float],
+    labels_N: torch.Tensor,
     draw_rate: int,
     starts_N: torch.Tensor,
 ) -> ReducedRows:
@@ -183,6 +191,7 @@ def _reduce_chunk(
         head_ids_NH[keep_NH].int(),
         (head_NH - log_z_N.unsqueeze(-1))[keep_NH],
         log_tail_NB,
+        logits_NV.gather(-1, labels_N.unsqueeze(-1)).squeeze(-1) - log_z_N,
         *drawn,
     )
 

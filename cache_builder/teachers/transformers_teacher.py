@@ -96,6 +96,7 @@ class TransformersTeacher:
             min_prob=self.config.min_prob,
             max_k=self.config.max_k,
             betas=TAIL_BETAS,
+            labels_N=input_ids_1L[0, keep + 1],
             draw_rate=self.config.draw_rate,
             starts_N=torch.from_numpy(starts(row.key, positions)).to(self._device),
         )

@@ -28,6 +28,9 @@ from formats.logprobs.topk import TAIL_BETAS
 TASK: PoolingTask = "token_embed"
 CONFIG_KEY = "anneal"
 POSITIONS_KEY = "anneal_positions"
+LABELS_KEY = "anneal_labels"
+"""int32 ids of the tokens that come next, one for each position asked for, as bytes.  They travel with the
+request because a step of a chunked prefill need not hold the successor of its last token."""
 ROW_KEY = "anneal_row"
 """The row's content key, from which its tail draws start; without it they start as those of no bytes."""
 CPU_LOGITS_BYTES = 1 << 26
@@ -57,6 +60,20 @@ def decode_positions(data: bytes, num_tokens: int) -> np.ndarray:
     return np.flatnonzero(bits)
 
 
+def encode_labels(label_ids: np.ndarray) -> bytes:
+    """The value of `LABELS_KEY`."""
+    return np.ascontiguousarray(label_ids, dtype="<i4").tobytes()
+
+
+def _label_ids(data: bytes | None, num_positions: int) -> np.ndarray:
+    """int64 [P]: the inverse of `encode_labels`; token 0 for requests of vLLM's own warm-up."""
+    if data is None:
+        return np.zeros(num_positions, np.int64)
+    ids = np.frombuffer(data, dtype="<i4").astype(np.int64)
+    assert len(ids) == num_positions, (len(ids), num_positions)
+    return ids
+
+
 class TeacherPooler(Pooler):
     """Projects and reduces the selected rows of every request."""
 
@@ -81,28 +98,31 @@ class TeacherPooler(Pooler):
         step_starts = np.concatenate([[0], np.cumsum(scheduled)])
 
         selected: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
         draw_starts: list[np.ndarray] = []
         for i, params in enumerate(pooling_metadata.pooling_params):
             first = seen[i] - scheduled[i]  # position in the row of the first token of this step
             asked = params.extra_kwargs or {}
             mask = asked.get(POSITIONS_KEY)
-            if mask is None:
-                positions = np.arange(first, min(seen[i], prompt[i] - 1))
-            else:
-                positions = decode_positions(mask, int(prompt[i]))
-                positions = positions[(positions >= first) & (positions < seen[i])]
+            every = np.arange(prompt[i] - 1) if mask is None else decode_positions(mask, int(prompt[i]))
+            here = (every >= first) & (every < seen[i])
+            positions = every[here]
+            ids = asked.get(LABELS_KEY)
+            labels.append(_label_ids(ids, len(every))[here])
             selected.append(positions - first + step_starts[i])
             draw_starts.append(starts(asked.get(ROW_KEY, b""), positions))
 
-        reduced = self._reduce(hidden_states, np.concatenate(selected), np.concatenate(draw_starts))
+        rows, ids, begin = (np.concatenate(parts) for parts in (selected, labels, draw_starts))
+        reduced = self._reduce(hidden_states, rows, ids, begin)
         return self._collect(reduced, [len(rows) for rows in selected], pooling_metadata)
 
     def _reduce(
-        self, hidden_states: torch.Tensor, rows: np.ndarray, draw_starts: np.ndarray
+        self, hidden_states: torch.Tensor, rows: np.ndarray, labels: np.ndarray, draw_starts: np.ndarray
     ) -> reduce.ReducedRows:
         """Project and reduce the given rows, at most a few tens of megabytes of logits at a time."""
         device = hidden_states.device
         index = torch.from_numpy(rows).to(device, non_blocking=True)
+        labels_N = torch.from_numpy(labels).to(device, non_blocking=True)
         starts_N = torch.from_numpy(draw_starts).to(device, non_blocking=True)
         budget = CPU_LOGITS_BYTES if device.type == "cpu" else CUDA_LOGITS_BYTES
         model = self._model[0]
@@ -120,6 +140,7 @@ class TeacherPooler(Pooler):
                     min_prob=self.settings["min_prob"],
                     max_k=self.settings["max_k"],
                     betas=TAIL_BETAS,
+                    labels_N=labels_N[start : start + step],
                     draw_rate=self.settings["draw_rate"],
                     starts_N=starts_N[start : start + step],
                 )
@@ -143,6 +164,7 @@ class TeacherPooler(Pooler):
                 reduced.token_ids[entries],
                 reduced.logprobs[entries],
                 reduced.log_tail_nodes[rows],
+                reduced.label_logprobs[rows],
                 reduced.draw_counts[rows],
                 reduced.draw_ids[drawn],
                 reduced.draw_logprobs[drawn],

@@ -140,7 +140,14 @@ class VLLMTeacher:
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
-        from cache_builder.teachers.vllm_pooler import POSITIONS_KEY, ROW_KEY, TASK, encode_positions
+        from cache_builder.teachers.vllm_pooler import (
+            LABELS_KEY,
+            POSITIONS_KEY,
+            ROW_KEY,
+            TASK,
+            encode_labels,
+            encode_positions,
+        )
 
         running: dict[str, _Member] = {}
         self._engine.sleep(level=0)
@@ -148,7 +155,8 @@ class VLLMTeacher:
             if len(member.positions) == 0:
                 member.result = TopKLogprobs.empty(self.vocab_size, self.config.draw_rate)
                 continue
-            asked = {ROW_KEY: member.row.key}
+            labels = member.row.label_ids(self.config.positions)
+            asked = {ROW_KEY: member.row.key, LABELS_KEY: encode_labels(labels)}
             # No mask means every position that has a next token.
             if len(member.positions) < len(member.row) - 1:
                 asked[POSITIONS_KEY] = encode_positions(member.positions, len(member.row))

@@ -1,7 +1,7 @@
 """What travels from the engine to the builder for one request: a single int32 tensor.
 
     num_positions, num_entries, num_draws
-    counts [P] | token_ids [M] | logprobs [M] | log_tail_nodes [P * B]
+    counts [P] | token_ids [M] | logprobs [M] | log_tail_nodes [P * B] | label_logprobs [P]
     draw_counts [P] | draw_ids [D] | draw_logprobs [D]
 
 Floats travel as their bits.  One flat tensor per request passes through vLLM's serialisation as a buffer, and
@@ -22,7 +22,7 @@ HEADER = 3
 
 
 def pack(rows: ReducedRows) -> torch.Tensor:
-    """int32 [3 + P * (2 + B) + 2M + 2D], on the device of `rows`."""
+    """int32 [3 + P * (3 + B) + 2M + 2D], on the device of `rows`."""
     header = torch.tensor(
         [len(rows.counts), len(rows.token_ids), len(rows.draw_ids)],
         dtype=torch.int32,
@@ -35,6 +35,7 @@ def pack(rows: ReducedRows) -> torch.Tensor:
             rows.token_ids,
             rows.logprobs.view(torch.int32),
             rows.log_tail_nodes.reshape(-1).view(torch.int32),
+            rows.label_logprobs.view(torch.int32),
             rows.draw_counts,
             rows.draw_ids,
             rows.draw_logprobs.view(torch.int32),
@@ -49,17 +50,18 @@ def unpack(packed: torch.Tensor, vocab_size: int, draw_rate: int = 0) -> TopKLog
     num_betas = len(TAIL_BETAS)
     lengths = [
         *(num_positions, num_entries, num_entries),
-        *(num_positions * num_betas, num_positions, num_draws, num_draws),
+        *(num_positions * num_betas, num_positions, num_positions, num_draws, num_draws),
     ]
     expected = HEADER + sum(lengths)
     assert flat.dtype == np.int32 and len(flat) == expected, (flat.dtype, len(flat), expected)
     parts = np.split(flat[HEADER:], np.cumsum(lengths[:-1]))
-    counts, token_ids, logprobs, tail, draw_counts, draw_ids, draw_logprobs = parts
+    counts, token_ids, logprobs, tail, labels, draw_counts, draw_ids, draw_logprobs = parts
     return TopKLogprobs(
         offsets=offsets_of(counts),
         token_ids=token_ids,
         logprobs=logprobs.view(np.float32),
         log_tail_nodes=tail.view(np.float32).reshape(num_positions, num_betas),
         vocab_size=vocab_size,
+        label_logprobs=labels.view(np.float32),
         draws=TailDraws(offsets_of(draw_counts), draw_ids, draw_logprobs.view(np.float32), draw_rate),
     )

@@ -1,6 +1,6 @@
 """How far two captures of the same positions lie apart, in nats.
 
-P: positions, N: entries that both heads hold, D: draws that both tails hold.
+P: positions, E: entries that both heads hold, S: draws that both tails hold, K: tail nodes.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,14 @@ class Deviation:
     """Differences between two captures."""
 
     logprobs: np.ndarray
-    """float64 [N]: |difference| of the logprobs of tokens in both heads."""
+    """float64 [E]: |difference| of the logprobs of tokens in both heads."""
     tails: np.ndarray
     """float64 [P', K]: |difference| of the tail function at the nodes, where the heads hold the same
     tokens."""
+    labels: np.ndarray
+    """float64 [P'']: |difference| of the labels' logprobs, where both are known."""
     draws: np.ndarray
-    """float64 [D]: |difference| of the logprobs of draws that both hold at a position; a token drawn twice
+    """float64 [S]: |difference| of the logprobs of draws that both hold at a position; a token drawn twice
     counts twice where it was drawn twice on both sides."""
     num_draws: int
     """Draws of the side that has more."""
@@ -68,6 +70,10 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
         )
     tails = np.where(np.isnan(tails), 0.0, tails)  # both are -inf: the head is the whole vocabulary
 
+    with np.errstate(invalid="ignore"):
+        labels = np.abs(one.label_logprobs.astype(np.float64) - other.label_logprobs)
+    labels = np.where(one.label_logprobs == other.label_logprobs, 0.0, labels)  # both may be -inf
+
     # Stored distributions sum to one only up to the codec's rounding; without this the KL could be negative.
     log_z_one, log_z_other = (side.log_partition(1.0).astype(np.float64) for side in (one, other))
     shares = log_p - log_z_one[position], log_q - log_z_other[position]
@@ -79,6 +85,7 @@ def compare(one: TopKLogprobs, other: TopKLogprobs) -> Deviation:
     return Deviation(
         logprobs=np.abs(log_p - log_q),
         tails=tails,
+        labels=labels[~np.isnan(labels)],
         draws=_draw_deviations(one.draws, other.draws, one.vocab_size),
         num_draws=max(len(one.draws.token_ids), len(other.draws.token_ids)),
         kl=inside + outside,

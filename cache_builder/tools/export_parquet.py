@@ -7,11 +7,12 @@ One row per captured position; the head is a pair of lists, likeliest token firs
     row             int64        number of the example in the cache
     position        int32        index i within the example; the distribution predicts token i + 1
     token_id        int32        token at `position`
-    target_id       int32        token at `position + 1`
-    loss            bool         whether that target carries cross-entropy
+    label_id        int32        token at `position + 1`
+    loss            bool         whether that label carries cross-entropy
     token_ids       list<int32>  head
     logprobs        list<float>  natural log, T = 1
-    target_logprob  float        logprob of the target; null where it is not in the head
+    label_logprob   float        logprob of the label, in the head or not; to 1/32 nat where it is not, and
+                                 -255/16 stands for all below (exact in a `float32` cache)
     log_tail        list<float>  A(beta) = log sum over the tail of exp(beta * logprob), at the betas that the
                                  file's metadata key `tail_betas` lists
     draw_ids        list<int32>  tokens drawn from the tail, each expected draw_rate * p^(3/4) times (the
@@ -34,7 +35,6 @@ import pyarrow as pa
 from formats.cache import CacheRow, TeacherCache
 from formats.disk.durable import fsync_directory, fsync_file, temporary_name
 from formats.errors import ConfigError
-from formats.logprobs.ragged import segment_of
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.progress import Progress, format_bytes
 
@@ -45,11 +45,11 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("position", pa.int32()),
         ("token_id", pa.int32()),
-        ("target_id", pa.int32()),
+        ("label_id", pa.int32()),
         ("loss", pa.bool_()),
         ("token_ids", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
-        ("target_logprob", pa.float32()),
+        ("label_logprob", pa.float32()),
         ("log_tail", pa.list_(pa.float32())),
         ("draw_ids", pa.list_(pa.int32())),
         ("draw_logprobs", pa.list_(pa.float32())),
@@ -154,29 +154,23 @@ def _table(group: list[tuple[int, CacheRow]]) -> pa.Table:
 
 
 def _columns(index: int, row: CacheRow) -> dict[str, Any]:
-    """The columns of one example. P: positions, N: head entries."""
+    """The columns of one example."""
     head = row.teacher.sorted()
     positions = row.positions
     num_positions = len(positions)
-    targets = row.input_ids[positions + 1]
     offsets = pa.array(head.offsets.astype(np.int32))
     drawn = head.draws
     draw_offsets = pa.array(drawn.offsets.astype(np.int32))
-    is_target = head.token_ids == np.repeat(targets, head.counts)
-    target_logprob = np.zeros(num_positions, np.float32)
-    has_target = np.zeros(num_positions, np.bool_)
-    at = segment_of(head.offsets)[is_target]
-    target_logprob[at], has_target[at] = head.logprobs[is_target], True
     return {
         "key": pa.array([row.key] * num_positions, pa.binary(16)),
         "row": pa.array(np.full(num_positions, index, np.int64)),
         "position": pa.array(positions),
         "token_id": pa.array(row.input_ids[positions]),
-        "target_id": pa.array(targets),
+        "label_id": pa.array(row.label_ids),
         "loss": pa.array(row.loss_mask[positions + 1]),
         "token_ids": pa.ListArray.from_arrays(offsets, pa.array(head.token_ids)),
         "logprobs": pa.ListArray.from_arrays(offsets, pa.array(head.logprobs)),
-        "target_logprob": pa.array(target_logprob, mask=~has_target),
+        "label_logprob": pa.array(head.label_logprobs),
         "log_tail": _lists(head.log_tail_nodes),
         "draw_ids": pa.ListArray.from_arrays(draw_offsets, pa.array(drawn.token_ids)),
         "draw_logprobs": pa.ListArray.from_arrays(draw_offsets, pa.array(drawn.logprobs)),

@@ -58,8 +58,9 @@ class VerifyReport:
     num_recomputed: int = 0
     """Rows computed again."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Deviations in nats: logprob_mean, logprob_max, tail_mean, tail_max, kl_mean, kl_max, worst_row, and
-    what is allowed: quantisation_mean, engine_noise, allowed_mean. With tail draws also draw_mean, draw_max
+    """Deviations in nats: logprob_mean, logprob_max, tail_mean, tail_max, label_mean, label_max (of the next
+    tokens), kl_mean, kl_max, worst_row, and what is allowed: quantisation_mean, engine_noise, allowed_mean,
+    label_allowed. With tail draws also draw_mean, draw_max
     and draw_allowed, in nats, of draws that both hold, and their share, draw_share."""
     num_only_one: int = 0
     """Entries that only one of the two heads holds."""
@@ -88,6 +89,8 @@ class VerifyReport:
                 "deviation in nats       mean        largest",
                 f"  logprobs        {f['logprob_mean']:10.6f}     {f['logprob_max']:10.6f}",
                 f"  tail function   {f['tail_mean']:10.6f}     {f['tail_max']:10.6f}",
+                f"  next tokens     {f['label_mean']:10.6f}     {f['label_max']:10.6f}   "
+                f"(allowed mean {f['label_allowed']:.6f})",
                 f"  KL per position {f['kl_mean']:10.6f}     {f['kl_max']:10.6f}",
                 f"allowed mean {f['allowed_mean']:.6f}: codec {f['quantisation_mean']:.6f} "
                 f"(measured on these rows) + two engines {f['engine_noise']:.6f}",
@@ -211,6 +214,9 @@ def _judge(
         "logprob_max": _max(found.logprobs),
         "tail_mean": _mean(found.tails),
         "tail_max": _max(found.tails),
+        "label_mean": _mean(found.labels),
+        "label_max": _max(found.labels),
+        "label_allowed": _mean(floor.labels) + noise,
         "kl_mean": _mean(found.kl),
         "kl_max": _max(found.kl),
         "worst_row": max(per_row, default=0.0),
@@ -219,6 +225,11 @@ def _judge(
         "allowed_mean": allowed,
     }
     problems = []
+    if not figures["label_mean"] <= figures["label_allowed"]:
+        problems.append(
+            f"logprobs of the next tokens must deviate by at most {figures['label_allowed']:.6f} nats on "
+            f"average, got {figures['label_mean']:.6f}; labels and rows do not belong together"
+        )
     if manifest.codec.draw_rate:
         figures["draw_mean"], figures["draw_max"] = _mean(found.draws), _max(found.draws)
         figures["draw_allowed"] = _mean(floor.draws) + noise

@@ -3,10 +3,16 @@
 Heads are sorted by token rank and stored as rank gaps; every number is split into byte planes (all low
 bytes, then all high bytes), plane after plane in one zstd frame whose blocks end with the sections, so that
 each section gets entropy tables of its own. Encoding and decoding are a few dozen numpy passes over a row,
-with no loop over positions or entries. P: positions, N: entries, K: tail nodes, S: tail draws.
+with no loop over positions or entries.
+
+The codec is told the *label* of every position, the token that comes next: where it is among the kept tokens
+its logprob is theirs and is not stored again.
+
+P: positions, E: kept entries, K: tail nodes, S: tail draws, U: labels that are not kept.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import zstandard
@@ -14,9 +20,11 @@ import zstandard
 from formats.codec.config import CodecConfig
 from formats.codec.quantise import (
     dequantise_draws,
+    dequantise_labels,
     dequantise_tails,
     probability_tables,
     quantise_draws,
+    quantise_labels,
     quantise_probabilities,
     quantise_tails,
 )
@@ -30,7 +38,9 @@ from formats.logprobs.topk import TopKLogprobs
 MAX_BODY_BYTES = (1 << 31) - 1
 MAX_ROW_POSITIONS = 1 << 22
 MASS_TOLERANCE = 0.02
-SECTIONS = ("counts", "ids", "probabilities", "tails", "draw_counts", "draw_ids", "draw_logprobs")
+LABEL_TOLERANCE = 1e-3
+"""Nats by which a label's logprob may differ from that of the kept entry that is it."""
+SECTIONS = ("counts", "ids", "probabilities", "tails", "labels", "draw_counts", "draw_ids", "draw_logprobs")
 
 
 def bytes_for(largest: int) -> int:
@@ -78,30 +88,39 @@ class Codec:
         self._draw_count_width = bytes_for(self._most_draws)
         self._exact = config.probabilities == "float32"
         self._number_width = 4 if self._exact else 2
+        self._label_width = 4 if self._exact else 1
         self._logprob_table, self._mass_table = probability_tables(config.sqrt_steps, config.linear_steps)
         self._compressor = zstandard.ZstdCompressor(
             level=config.zstd_level, write_checksum=True, write_content_size=True, write_dict_id=False
         )
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def body_bytes(self, num_positions: int, num_entries: int, num_draws: int = 0) -> int:
-        """Bytes of a row before compression."""
+    def body_bytes(
+        self, num_positions: int, num_entries: int, num_draws: int = 0, num_labels: int = 0
+    ) -> int:
+        """Bytes of a row before compression; `num_labels` counts the labels that are not kept."""
         per_position = self._count_width + self._number_width * len(TAIL_BETAS)
         if self.config.draw_rate:
             per_position += self._draw_count_width
         per_token = self._id_width + self._number_width
-        return num_positions * per_position + (num_entries + num_draws) * per_token
+        tokens = (num_entries + num_draws) * per_token
+        return num_positions * per_position + tokens + num_labels * self._label_width
 
     # --- encoding -----------------------------------------------------------------------------------------
 
-    def sections(self, topk: TopKLogprobs) -> tuple[bytes, ...]:
+    def sections(self, topk: TopKLogprobs, label_ids: np.ndarray) -> tuple[bytes, ...]:
         """The uncompressed sections of one row, in the order of `SECTIONS`; those of what the configuration
         leaves out are empty.
 
+        Args:
+            topk: of P positions, every label's logprob known.
+            label_ids: int [P]: the token that comes next at every position.
+
         Raises:
-            ValueError: the contents are invalid, unnormalised, or break `vocab_size` or `max_k`.
+            ValueError: the contents are invalid, unnormalised, or break `vocab_size` or `max_k`; a label's
+                logprob is unknown, or is not that of the kept entry that is it.
         """
-        self._check(topk)
+        labels = self._checked_labels(topk, label_ids)
         ranks, logprobs = self._by_rank(topk.token_ids, topk.logprobs, topk.offsets)
         gaps = np.diff(ranks, prepend=-1) - 1
         first = topk.offsets[:-1]
@@ -127,6 +146,7 @@ class Codec:
             to_planes(gaps, self._id_width),
             probabilities,
             tails,
+            labels,
             *self._draw_sections(topk.draws),
         )
 
@@ -151,6 +171,29 @@ class Codec:
         order = ragged.segment_order(ranks, offsets)
         return ranks[order].astype(np.int64), logprobs[order]
 
+    def _checked_labels(self, topk: TopKLogprobs, label_ids: np.ndarray) -> bytes:
+        """The section of the labels; checks everything else as well."""
+        self._check(topk)
+        if np.shape(label_ids) != (len(topk),):
+            raise ValueError(f"label_ids must be one per position ({len(topk)}), got {np.shape(label_ids)}")
+        logprobs = topk.label_logprobs
+        if np.isnan(logprobs).any():
+            raise ValueError("label_logprobs must be known to be stored, got NaN")
+        positions, entries = topk.kept_labels(label_ids)
+        known, kept = logprobs[positions], topk.logprobs[entries]
+        with np.errstate(invalid="ignore"):
+            same = (known == kept) | (np.abs(known - kept) <= LABEL_TOLERANCE)
+        if not same.all():
+            at = int(np.argmin(same))
+            raise ValueError(
+                "label_logprobs must be those of the tokens that come next, got "
+                f"{known[at]:.4g} for a kept token of {kept[at]:.4g}; check that rows are not shifted"
+            )
+        unkept = np.delete(logprobs, positions)
+        if self._exact:
+            return to_planes(unkept.view(np.uint32), 4)
+        return quantise_labels(unkept).tobytes()
+
     def _check(self, topk: TopKLogprobs) -> None:
         if topk.vocab_size != self.vocab_size:
             raise ValueError(f"vocab_size must be {self.vocab_size}, got {topk.vocab_size}")
@@ -163,7 +206,8 @@ class Codec:
             raise ValueError(
                 f"a head must have at most max_k = {self.max_k} entries, got {topk.counts.max()}"
             )
-        if self.body_bytes(len(topk), topk.num_entries, len(topk.draws.token_ids)) > MAX_BODY_BYTES:
+        sizes = (len(topk), topk.num_entries, len(topk.draws.token_ids), len(topk))
+        if self.body_bytes(*sizes) > MAX_BODY_BYTES:
             raise ValueError("a row's teacher must be below 2 GiB; use shorter rows or a smaller max_k")
         if not self._exact and len(topk):
             mass = np.exp(topk.log_partition(1.0).astype(np.float64))
@@ -174,13 +218,16 @@ class Codec:
                     "logprobs must be normalised over the whole vocabulary"
                 )
 
-    def encode(self, topk: TopKLogprobs) -> bytes:
+    def encode(self, topk: TopKLogprobs, label_ids: np.ndarray) -> bytes:
         """The payload of one row; empty for a row without positions.
+
+        Args:
+            topk, label_ids: see `sections`.
 
         Raises:
             ValueError: see `sections`.
         """
-        sections = [section for section in self.sections(topk) if section]
+        sections = [section for section in self.sections(topk, label_ids) if section]
         if len(topk) == 0:
             return b""
         stream = self._compressor.compressobj(size=sum(map(len, sections)))
@@ -194,12 +241,16 @@ class Codec:
 
     # --- decoding -----------------------------------------------------------------------------------------
 
-    def decode(self, payload: bytes | memoryview, num_positions: int) -> TopKLogprobs:
+    def decode(self, payload: bytes | memoryview, label_ids: np.ndarray) -> TopKLogprobs:
         """Inverse of `encode`; entries come in rank order.
+
+        Args:
+            label_ids: int [P]: the token that comes next at every position.
 
         Raises:
             CorruptShardError: the payload breaks a rule; nothing larger than the rules allow is allocated.
         """
+        num_positions = len(label_ids)
         if num_positions == 0:
             if len(payload):
                 raise CorruptShardError("a row without positions must have an empty payload")
@@ -210,7 +261,6 @@ class Codec:
         n = int(counts.sum())
         if int(counts.max()) > self.max_k or len(body) < self.body_bytes(num_positions, n):
             raise CorruptShardError("head sizes do not match the payload")
-        drawn = self._decode_draws(body, num_positions, n)
         offsets = ragged.offsets_of(counts)
         token_ids = self._decode_ids(from_planes(body, at, n, self._id_width), offsets, counts)
         at += n * self._id_width
@@ -218,6 +268,7 @@ class Codec:
         at += n * self._number_width
         stored = from_planes(body, at, num_positions * len(TAIL_BETAS), self._number_width)
         stored = stored.reshape(len(TAIL_BETAS), num_positions)
+        at += num_positions * len(TAIL_BETAS) * self._number_width
         if self._exact:
             logprobs = codes.view(np.float32)
             nodes = np.ascontiguousarray(stored.view(np.float32).T)
@@ -231,21 +282,44 @@ class Codec:
             nodes = dequantise_tails(
                 stored, self.vocab_size - counts, codes, offsets, self._mass_table, self.config.tail_steps
             )
-        return TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size, drawn)
+        unknown = np.full(num_positions, np.nan, np.float32)
+        none = TailDraws.none(num_positions)
+        topk = TopKLogprobs(offsets, token_ids, logprobs, nodes, self.vocab_size, none, unknown)
+        positions, entries = topk.kept_labels(label_ids)
+        num_labels = num_positions - len(positions)
+        drawn = self._decode_draws(body, at + num_labels * self._label_width, num_positions, n, num_labels)
+        labels = np.empty(num_positions, np.float32)
+        labels[positions] = logprobs[entries]
+        rest = np.ones(num_positions, np.bool_)
+        rest[positions] = False
+        labels[rest] = self._decode_labels(from_planes(body, at, num_labels, self._label_width))
+        return replace(topk, draws=drawn, label_logprobs=labels)
 
-    def _decode_draws(self, body: np.ndarray, num_positions: int, num_entries: int) -> TailDraws:
-        """The last three sections; checks that the body ends with them."""
+    def _decode_labels(self, stored: np.ndarray) -> np.ndarray:
+        if not self._exact:
+            return dequantise_labels(stored)
+        logprobs = stored.view(np.float32)
+        if not (logprobs <= 1e-3).all():
+            raise CorruptShardError("logprobs of labels must be at most 0")
+        return logprobs
+
+    def _decode_draws(
+        self, body: np.ndarray, at: int, num_positions: int, num_entries: int, num_labels: int
+    ) -> TailDraws:
+        """The last three sections, from body[at:]; checks that the body ends with them."""
         config = self.config
-        at = self.body_bytes(num_positions, num_entries)
         num_draws = 0
+        if len(body) < self.body_bytes(num_positions, num_entries, 0, num_labels):
+            raise CorruptShardError("labels that are not kept do not match the payload")
         if config.draw_rate:
             width = self._draw_count_width
-            counts = from_planes(body, at - num_positions * width, num_positions, width).astype(np.int64)
+            counts = from_planes(body, at, num_positions, width).astype(np.int64)
+            at += num_positions * width
             num_draws = int(counts.sum())
             if int(counts.max()) > self._most_draws:
                 raise CorruptShardError(f"a position must have at most {self._most_draws} draws")
-        if len(body) != self.body_bytes(num_positions, num_entries, num_draws):
-            raise CorruptShardError("head sizes or numbers of draws do not match the payload")
+        if len(body) != self.body_bytes(num_positions, num_entries, num_draws, num_labels):
+            raise CorruptShardError("head sizes, labels or numbers of draws do not match the payload")
         if not config.draw_rate:
             return TailDraws.none(num_positions)
         offsets = ragged.offsets_of(counts)
@@ -282,7 +356,8 @@ class Codec:
             )
         least = self.body_bytes(num_positions, num_positions)
         draws = num_positions * self._most_draws
-        most = min(MAX_BODY_BYTES, self.body_bytes(num_positions, num_positions * self.max_k, draws))
+        largest = self.body_bytes(num_positions, num_positions * self.max_k, draws, num_positions)
+        most = min(MAX_BODY_BYTES, largest)
         try:
             declared = zstandard.frame_content_size(payload)
             if not least <= declared <= most:
@@ -297,18 +372,17 @@ class Codec:
         return np.frombuffer(body, np.uint8)
 
 
-def section_bytes(codec: Codec, rows: Sequence[TopKLogprobs]) -> dict[str, float]:
-    """Compressed bytes of each section of the codec over some rows: compressed alone, scaled to the payloads'
-    sum."""
-    config = codec.config
-    names = SECTIONS[:4] + SECTIONS[4:] * (config.draw_rate > 0)
+def section_bytes(codec: Codec, rows: Sequence[tuple[TopKLogprobs, np.ndarray]]) -> dict[str, float]:
+    """Compressed bytes of each section of the codec over some rows and their label ids: compressed alone,
+    scaled to the payloads' sum."""
+    names = SECTIONS[:5] + SECTIONS[5:] * (codec.config.draw_rate > 0)
     alone = dict.fromkeys(names, 0)
     total = 0
     compressor = zstandard.ZstdCompressor(level=codec.config.zstd_level, write_content_size=False)
-    for row in rows:
+    for row, label_ids in rows:
         if len(row):
-            total += len(codec.encode(row))
-            for name, section in zip(SECTIONS, codec.sections(row), strict=True):
+            total += len(codec.encode(row, label_ids))
+            for name, section in zip(SECTIONS, codec.sections(row, label_ids), strict=True):
                 if section:
                     alone[name] += len(compressor.compress(section))
     scale = total / max(1, sum(alone.values()))

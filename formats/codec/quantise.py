@@ -15,8 +15,11 @@ Error: half a step.
 **Tail draws.** Their logprobs are stored in steps of 1/`draw_steps` nats: a loss looks at the ratio of the
 student's probability to it, so the error is relative. Error: half a step.
 
+**Labels.** The logprob of a position's next token is stored in steps of 1/16 nat where that token is not
+kept; one byte holds it down to -255/16 nats, and what is below is stored as that. Error: half a step.
+
 All predictions are integer arithmetic on stored codes, so every implementation reproduces them to the bit.
-P: positions, N: entries, K: nodes, S: draws.
+P: positions, E: kept entries, K: nodes, S: draws.
 """
 
 from functools import lru_cache
@@ -31,6 +34,10 @@ MASS_UNIT = 1 << 40
 LEAST_TAIL_MASS = 1 << 26
 """The least tail mass (in mass units, 2^-14) that predicts A(1): below it the quantised head knows
 nothing."""
+LABEL_STEPS = 16
+"""Steps per nat of a label's logprob."""
+LOWEST_LABEL = -255 / LABEL_STEPS
+"""What stands for this logprob and everything below."""
 MINUS_INFINITY = -32768
 LEAST_CODE = -32767
 
@@ -65,19 +72,19 @@ def probability_tables(sqrt_steps: int, linear_steps: int) -> tuple[np.ndarray, 
     return logprob, np.floor(prob * MASS_UNIT + 0.5).astype(np.int64)
 
 
-def quantise_probabilities(logprobs_N: np.ndarray, sqrt_steps: int, linear_steps: int) -> np.ndarray:
-    """uint16 codes [N] of logprobs (at most 0, -inf allowed)."""
-    logprobs = logprobs_N.astype(np.float64)
+def quantise_probabilities(logprobs_E: np.ndarray, sqrt_steps: int, linear_steps: int) -> np.ndarray:
+    """uint16 codes [E] of logprobs (at most 0, -inf allowed)."""
+    logprobs = logprobs_E.astype(np.float64)
     code = np.rint(sqrt_steps * np.exp(0.5 * logprobs) + linear_steps * np.exp(logprobs))
     code = np.where(np.isneginf(logprobs), 0, np.clip(code, 1, sqrt_steps + linear_steps))
     return code.astype(np.uint16)
 
 
 def _predict_one(
-    codes_N: np.ndarray, offsets: np.ndarray, mass_table: np.ndarray, tail_steps: int
+    codes_E: np.ndarray, offsets: np.ndarray, mass_table: np.ndarray, tail_steps: int
 ) -> np.ndarray:
     """int64 [P]: the predicted code of A(1), from the mass that the quantised head leaves."""
-    left = MASS_UNIT - ragged.segment_sum(mass_table[codes_N], offsets)
+    left = MASS_UNIT - ragged.segment_sum(mass_table[codes_E], offsets)
     left = np.clip(left, LEAST_TAIL_MASS, MASS_UNIT)
     return np.floor(tail_steps * np.log(left / MASS_UNIT) + 0.5).astype(np.int64)
 
@@ -90,7 +97,7 @@ def _free_node(num_tail_P: np.ndarray, tail_steps: int) -> np.ndarray:
 def quantise_tails(
     nodes_PK: np.ndarray,
     num_tail_P: np.ndarray,
-    codes_N: np.ndarray,
+    codes_E: np.ndarray,
     offsets: np.ndarray,
     mass_table: np.ndarray,
     tail_steps: int,
@@ -103,7 +110,7 @@ def quantise_tails(
     )
     known = {beta: code_PK[:, k] for k, beta in enumerate(TAIL_BETAS)}
     known[0.0] = _free_node(num_tail_P, tail_steps)
-    rows = [known[1.0] - _predict_one(codes_N, offsets, mass_table, tail_steps)]
+    rows = [known[1.0] - _predict_one(codes_E, offsets, mass_table, tail_steps)]
     for node, bias, weights in PREDICTIONS:
         rows.append(known[node] - _combine(known, bias, weights, tail_steps))
     return _zigzag(((np.stack(rows) + 32768) & 0xFFFF) - 32768)
@@ -130,7 +137,7 @@ def _combine(
 def dequantise_tails(
     stored_KP: np.ndarray,
     num_tail_P: np.ndarray,
-    codes_N: np.ndarray,
+    codes_E: np.ndarray,
     offsets: np.ndarray,
     mass_table: np.ndarray,
     tail_steps: int,
@@ -140,7 +147,7 @@ def dequantise_tails(
     known = {0.0: _free_node(num_tail_P, tail_steps).astype(np.int32)}
     for k, node in enumerate(NODE_ORDER):
         if k == 0:
-            prediction = _predict_one(codes_N, offsets, mass_table, tail_steps).astype(np.int32)
+            prediction = _predict_one(codes_E, offsets, mass_table, tail_steps).astype(np.int32)
         else:
             prediction = _combine(known, *PREDICTIONS[k - 1][1:], tail_steps)
         known[node] = ((prediction + difference[k] + 32768) & 0xFFFF) - 32768
@@ -158,3 +165,13 @@ def quantise_draws(logprobs_S: np.ndarray, steps: int) -> np.ndarray:
 def dequantise_draws(stored_S: np.ndarray, steps: int) -> np.ndarray:
     """float32 [S]: the inverse of `quantise_draws`."""
     return stored_S.astype(np.float32) / np.float32(-steps)
+
+
+def quantise_labels(logprobs_P: np.ndarray) -> np.ndarray:
+    """uint8 [P]: steps below 0 of logprobs, -inf allowed."""
+    return np.clip(np.rint(logprobs_P.astype(np.float64) * -LABEL_STEPS), 0, 255).astype(np.uint8)
+
+
+def dequantise_labels(stored_P: np.ndarray) -> np.ndarray:
+    """float32 [P]: the inverse of `quantise_labels`."""
+    return stored_P.astype(np.float32) / np.float32(-LABEL_STEPS)

@@ -112,8 +112,8 @@ class ShardWriter:
         """Add one example.
 
         Raises:
-            ValueError: `teacher` has another number of positions than the row, or invalid contents (which
-                may be noticed a few rows later).
+            ValueError: `teacher` has another number of positions than the row, or invalid contents, such as
+                labels whose logprob is unknown (which may be noticed a few rows later).
         """
         expected = len(row.positions(self._positions))
         if len(teacher) != expected:
@@ -174,7 +174,7 @@ class ShardWriter:
         self._waiting.clear()
 
     def _encode(self, codec: Codec, row: TokenRow, teacher: TopKLogprobs) -> None:
-        payload = codec.encode(teacher)
+        payload = codec.encode(teacher, row.label_ids(self._positions))
         self._counts["payload_bytes"] += len(payload)
         self._pending.append((row, payload))
         if len(self._pending) == self._rows_per_batch:
@@ -335,6 +335,6 @@ class ShardReader:
         """Row `index`, decoded; errors as for `row`."""
         tokens, payload = self.row(index)
         try:
-            return tokens, self.codec.decode(payload, len(tokens.positions(self.positions)))
+            return tokens, self.codec.decode(payload, tokens.label_ids(self.positions))
         except CorruptShardError as error:
             raise CorruptShardError(f"{self.name}: row {index}: {error}") from None

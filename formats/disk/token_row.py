@@ -67,3 +67,7 @@ class TokenRow:
         if which == "loss":
             return np.flatnonzero(self.loss_mask[1:]).astype(np.int32)
         raise ValueError(f"positions must be one of {', '.join(POSITION_MODES)}, got {which!r}")
+
+    def label_ids(self, which: str = "loss") -> np.ndarray:
+        """int32 [P]: the *label* of each of these positions, the token that comes next."""
+        return self.input_ids[self.positions(which) + 1]

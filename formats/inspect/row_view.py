@@ -40,8 +40,9 @@ def token_texts(cache: "TeacherCache") -> Callable[[int], str]:
 def view_row(cache: "TeacherCache", index: int) -> dict[str, Any]:
     """Row `index` as a JSON-ready dictionary.
 
-    Keys: row, key, num_tokens, tokens [{id, text, loss}], positions [{position, token, next_id, next_token,
-    next_prob (None outside the head), head_size, head_mass, entropy, top [{id, token, prob}]}].
+    Keys: row, key, num_tokens, tokens [{id, text, loss}], positions [{position, token, label_id, label,
+    label_logprob (None for an impossible token), label_kept, head_size, head_mass, entropy,
+    top [{id, token, prob}]}].
 
     Raises:
         IndexError: no such row.
@@ -51,19 +52,21 @@ def view_row(cache: "TeacherCache", index: int) -> dict[str, Any]:
     text = token_texts(cache)
     teacher = row.teacher.sorted()
     nats, mass = entropy(teacher), teacher.head_mass(1.0)
+    kept = np.zeros(len(teacher), np.bool_)
+    kept[teacher.kept_labels(row.label_ids)[0]] = True
     positions = []
     for p, position in enumerate(row.positions.tolist()):
         a, b = teacher.offsets[p : p + 2]
         ids, probs = teacher.token_ids[a:b], np.exp(teacher.logprobs[a:b].astype(np.float64))
-        next_id = int(row.input_ids[position + 1])
-        hit = np.flatnonzero(ids == next_id)
+        label_id, logprob = int(row.label_ids[p]), float(teacher.label_logprobs[p])
         positions.append(
             {
                 "position": position,
                 "token": text(int(row.input_ids[position])),
-                "next_id": next_id,
-                "next_token": text(next_id),
-                "next_prob": float(probs[hit[0]]) if len(hit) else None,
+                "label_id": label_id,
+                "label": text(label_id),
+                "label_logprob": logprob if np.isfinite(logprob) else None,
+                "label_kept": bool(kept[p]),
                 "head_size": int(b - a),
                 "head_mass": float(mass[p]),
                 "entropy": float(nats[p]),

@@ -81,20 +81,21 @@ def sampled_rows(cache: "TeacherCache", full: bool) -> np.ndarray:
 
 
 def _distributions(cache: "TeacherCache", rows: np.ndarray, num_positions: int) -> dict[str, Any]:
-    counts, drawn, masses, entropies, uncertain = [], [], [], [], []
+    counts, drawn, masses, entropies, uncertain, labels = [], [], [], [], [], []
     # Spread over the sample, so that the parts are not those of the first rows only.
     for_parts = set(rows[np.linspace(0, len(rows) - 1, min(PARTS_ROWS, len(rows))).astype(int)].tolist())
-    parts: list[TopKLogprobs] = []
+    parts: list[tuple[TopKLogprobs, np.ndarray]] = []
     for index in rows.tolist():
         row = cache[index]
         teacher = row.teacher
         if index in for_parts:
-            parts.append(teacher)
+            parts.append((teacher, row.label_ids))
         nats = entropy(teacher)
         counts.append(teacher.counts)
         drawn.append(teacher.draws.counts)
         masses.append(teacher.head_mass(1.0))
         entropies.append(nats)
+        labels.append(teacher.label_logprobs[row.loss_mask[row.positions + 1]])
         for p in np.argsort(-nats, kind="stable")[:NUM_UNCERTAIN].tolist():
             uncertain.append((float(nats[p]), index, int(row.positions[p]), float(masses[-1][p])))
     flat_counts = np.concatenate(counts) if counts else np.zeros(0, np.int64)
@@ -110,6 +111,7 @@ def _distributions(cache: "TeacherCache", rows: np.ndarray, num_positions: int) 
         "num_draws": distribution(np.concatenate(drawn)) if drawn and cache.manifest.codec.draw_rate else {},
         "head_mass": distribution(np.concatenate(masses) if masses else np.zeros(0)),
         "entropy": distribution(np.concatenate(entropies) if entropies else np.zeros(0)),
+        "label_nll": _label_nll(np.concatenate(labels) if labels else np.zeros(0)),
         "most_uncertain": [
             {"row": row, "position": position, "entropy": nats, "head_mass": mass}
             for nats, row, position, mass in uncertain[:NUM_UNCERTAIN]
@@ -117,10 +119,24 @@ def _distributions(cache: "TeacherCache", rows: np.ndarray, num_positions: int) 
     }
 
 
-def _parts(cache: "TeacherCache", rows: list[TopKLogprobs]) -> dict[str, Any]:
+def _label_nll(logprobs: np.ndarray) -> dict[str, Any]:
+    """Mean NLL in nats and perplexity of the teacher on these next tokens; None where one is impossible."""
+    if len(logprobs) == 0:
+        return {}
+    mean = float(-logprobs.astype(np.float64).mean())
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(mean))
+    return {
+        "positions": len(logprobs),
+        "mean": mean if np.isfinite(mean) else None,
+        "perplexity": perplexity if np.isfinite(perplexity) else None,
+    }
+
+
+def _parts(cache: "TeacherCache", rows: list[tuple[TopKLogprobs, np.ndarray]]) -> dict[str, Any]:
     """Bytes per position of each payload section, over some rows; estimated by compressing each section
     alone."""
-    positions = sum(len(row) for row in rows)
+    positions = sum(len(row) for row, _ in rows)
     if positions == 0:
         return {}
     sizes = section_bytes(cache.shard(0).codec, rows)

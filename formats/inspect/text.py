@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from formats.codec.quantise import LOWEST_LABEL
+
 BAR = 40
 PARTS = {
     "counts": "head sizes",
     "ids": "token ids",
     "probabilities": "probabilities",
     "tails": "tail function",
+    "labels": "next tokens",
     "draw_counts": "numbers of draws",
     "draw_ids": "drawn token ids",
     "draw_logprobs": "drawn logprobs",
@@ -108,6 +111,7 @@ def summary_text(summary: dict[str, Any]) -> str:
             _spread("entropy, nats", s["entropy"], 3),
         ]
     )
+    lines += _labels(s["label_nll"])
     lines += ["", "head sizes"]
     bins = s["head_size"]["histogram"]
     most = max(item["positions"] for item in bins)
@@ -128,6 +132,19 @@ def summary_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _labels(nll: dict[str, Any]) -> list[str]:
+    """What the teacher makes of the text itself."""
+    if not nll:
+        return []
+    mean = "infinite" if nll["mean"] is None else f"{nll['mean']:.4f}"
+    perplexity = "infinite" if nll["perplexity"] is None else f"{nll['perplexity']:.2f}"
+    return [
+        "",
+        f"next tokens that carry loss ({nll['positions']:,}): mean NLL of the teacher {mean} nats, "
+        f"perplexity {perplexity}",
+    ]
+
+
 def _quote(text: str, width: int) -> str:
     shown = repr(text)[1:-1]
     return f"'{shown}'" if len(shown) <= width else f"'{shown[: width - 3]}...'"
@@ -145,16 +162,15 @@ def row_text(view: dict[str, Any]) -> str:
     ]
     if not view["positions"]:
         return "\n".join([*lines, "no position of this row carries a teacher distribution"])
-    table = [("position", "token", "next", "p(next)", "entropy", "head", "top alternatives")]
+    table = [("position", "token", "next", "log p(next)", "entropy", "head", "top alternatives")]
     for item in view["positions"]:
-        prob = "-" if item["next_prob"] is None else f"{item['next_prob']:.3f}"
         top = "  ".join(f"{_quote(t['token'], 14)} {t['prob']:.3f}" for t in item["top"])
         table.append(
             (
                 str(item["position"]),
                 _quote(item["token"], 14),
-                _quote(item["next_token"], 14),
-                prob,
+                _quote(item["label"], 14),
+                _label(item),
                 f"{item['entropy']:.2f}",
                 str(item["head_size"]),
                 top,
@@ -165,4 +181,13 @@ def row_text(view: dict[str, Any]) -> str:
         "  ".join(cell.rjust(w) for cell, w in zip(row[:6], widths, strict=True)) + "  " + row[6]
         for row in table
     ]
-    return "\n".join([*lines, "", "p(next) is '-' where the next token is outside the head"])
+    return "\n".join(lines)
+
+
+def _label(item: dict[str, Any]) -> str:
+    """The logprob of the next token; where it is not kept, the lowest number stands for all below."""
+    logprob = item["label_logprob"]
+    if logprob is None:
+        return "-inf"
+    lowest = logprob == LOWEST_LABEL and not item["label_kept"]
+    return f"{'<= ' * lowest}{logprob:.2f}"

@@ -7,9 +7,10 @@ these the T-softmax of the head and its exact mass follow at any temperature:
 
     log Z_T = log(sum_head exp(beta * l_j) + exp(A(beta))),    p_T(j) = exp(beta * l_j) / Z_T,    beta = 1/T.
 
-It may also keep a few *tail draws*, single tokens of the tail (see `tail_draws.py`).
+It may also keep a few *tail draws*, single tokens of the tail (see `tail_draws.py`), and it keeps the
+logprob of its *label*, the token that actually comes next, whether that one is kept or not.
 
-No Python object per token: a few flat arrays. P: positions, N: entries of all heads, K: tail nodes.
+No Python object per token: a few flat arrays. P: positions, E: kept entries of all positions, K: tail nodes.
 """
 
 import hashlib
@@ -24,7 +25,12 @@ from formats.logprobs.tail_function import TAIL_BETAS
 
 MAX_VOCAB_SIZE = 1 << 20
 _Selection = slice | np.ndarray
-_FIELDS = (("offsets", np.int64), ("token_ids", np.int32), ("logprobs", np.float32))
+_FIELDS = (
+    ("offsets", np.int64),
+    ("token_ids", np.int32),
+    ("logprobs", np.float32),
+    ("label_logprobs", np.float32),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +44,18 @@ class TopKLogprobs:
     offsets: np.ndarray
     """int64 [P+1]: entries of position p are `offsets[p]:offsets[p + 1]`; starts at 0."""
     token_ids: np.ndarray
-    """int32 [N]: token ids, distinct within a position."""
+    """int32 [E]: token ids, distinct within a position."""
     logprobs: np.ndarray
-    """float32 [N]: natural log, temperature 1, normalised over the whole vocabulary."""
+    """float32 [E]: natural log, temperature 1, normalised over the whole vocabulary."""
     log_tail_nodes: np.ndarray
     """float32 [P, len(TAIL_BETAS)]: A(beta) at the nodes; -inf where the head is the whole vocabulary."""
     vocab_size: int
     """V: tokens the teacher can predict, without padding."""
     draws: TailDraws
     """Tokens drawn from the tail of each position; `TailDraws.none` where nothing was drawn."""
+    label_logprobs: np.ndarray
+    """float32 [P]: natural log, T = 1, of the token that comes next; -inf where it is impossible. NaN means
+    unknown: allowed here, for distributions made by hand, and refused by every writer."""
 
     def __post_init__(self) -> None:
         for name, dtype in _FIELDS:
@@ -67,6 +76,10 @@ class TopKLogprobs:
             raise ValueError(
                 f"log_tail_nodes must have shape {(len(self), len(TAIL_BETAS))}, got {nodes.shape}"
             )
+        if len(self.label_logprobs) != len(self):
+            raise ValueError(
+                f"label_logprobs must be one per position, got {len(self.label_logprobs)} for {len(self)}"
+            )
         if len(self.draws) != len(self):
             raise ValueError(f"draws must cover {len(self)} positions, got {len(self.draws)}")
         if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
@@ -77,7 +90,7 @@ class TopKLogprobs:
 
     @property
     def num_entries(self) -> int:
-        """N: entries of all heads."""
+        """E: kept entries of all positions."""
         return len(self.token_ids)
 
     @property
@@ -90,7 +103,7 @@ class TopKLogprobs:
         """No positions at all."""
         none, nodes = np.zeros(0), np.zeros((0, len(TAIL_BETAS)))
         return TopKLogprobs(
-            np.zeros(1, np.int64), none, none, nodes, vocab_size, TailDraws.none(0, draw_rate)
+            np.zeros(1, np.int64), none, none, nodes, vocab_size, TailDraws.none(0, draw_rate), none
         )
 
     # --- at a temperature -------------------------------------------------------------------------------
@@ -120,6 +133,15 @@ class TopKLogprobs:
         """float32 [P]: the probability P_T of the head at this temperature."""
         with np.errstate(over="ignore"):
             return 1 / (1 + np.exp(self.log_tail(temperature) - self.log_head(temperature)))
+
+    def kept_labels(self, label_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(positions whose label is kept, ascending; the entry that is it), int64 [at most P] each.
+
+        Args:
+            label_ids: int [P], the token that comes next at every position.
+        """
+        entries = np.flatnonzero(self.token_ids == np.repeat(label_ids, self.counts))
+        return np.searchsorted(self.offsets, entries, side="right") - 1, entries
 
     # --- selection --------------------------------------------------------------------------------------
 
@@ -152,6 +174,7 @@ class TopKLogprobs:
             logprobs=self.logprobs[entries],
             log_tail_nodes=self.log_tail_nodes[positions],
             draws=draws,
+            label_logprobs=self.label_logprobs[positions],
         )
 
     @staticmethod
@@ -173,6 +196,7 @@ class TopKLogprobs:
             np.concatenate([part.log_tail_nodes for part in parts]),
             sizes[0],
             TailDraws.concatenate([part.draws for part in parts]),
+            np.concatenate([part.label_logprobs for part in parts]),
         )
 
     def sorted(self) -> "TopKLogprobs":
@@ -186,7 +210,7 @@ class TopKLogprobs:
 
         Entries with p < min_prob, or beyond the `max_k` most probable, move into the tail *exactly*, at every
         node, and tokens are drawn among them at the same rate as among the others; the most probable entry
-        always stays. Ties are broken by ascending id.
+        always stays. Ties are broken by ascending id. What is known of the labels stays.
 
         Raises:
             ValueError: min_prob outside 0..1 or max_k below 1.
@@ -226,8 +250,8 @@ class TopKLogprobs:
         Raises:
             ValueError: offsets that fall, an empty head, ids outside the vocabulary or repeated within a
                 position, logprobs that are NaN or above 0 by more than rounding, tails that are NaN or above
-                log V, draws that are not tokens of the tail, are more than there can be, or have no
-                probability.
+                log V, labels' logprobs above 0 by more than rounding, draws that are not tokens of the tail,
+                are more than there can be, or have no probability.
         """
         counts = self.counts
         if (counts < 1).any() or (counts > self.vocab_size).any():
@@ -245,6 +269,8 @@ class TopKLogprobs:
                 raise ValueError("logprobs must not be above 0 or NaN")
         if not (self.log_tail_nodes <= np.log(self.vocab_size) + 1e-3).all():
             raise ValueError("tail nodes must not be above log(vocab_size) or NaN")
+        if (self.label_logprobs > 1e-3).any():
+            raise ValueError("label_logprobs must not be above 0")
         self.validate_draws()
         return self
 

@@ -59,11 +59,12 @@ def signed(z: int) -> int:
     return z // 2 if z % 2 == 0 else -(z + 1) // 2
 
 
-Position = tuple[dict[int, float], dict[float, float], list[tuple[int, float]]]
+Position = tuple[dict[int, float], dict[float, float], float, list[tuple[int, float]]]
 
 
-def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Position]:
-    """Per position: ({token id: logprob}, {beta: A(beta)}, its draws (id, logprob))."""
+def read_payload(payload: bytes, labels: list[int], shard: dict) -> list[Position]:
+    """Per position: ({token id: logprob}, {beta: A(beta)}, logprob of the label, draws (id, logprob))."""
+    num_positions = len(labels)
     if num_positions == 0:
         assert payload == b""
         return []
@@ -79,6 +80,16 @@ def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Positi
     gaps, at = planes(body, at, sum(sizes), width_of(vocab - 1))
     codes, at = planes(body, at, sum(sizes), 4 if exact else 2)
     tails, at = planes(body, at, len(BETAS) * num_positions, 4 if exact else 2)
+    kept, entry = [], 0
+    for n in sizes:
+        rank, ids = -1, []
+        for gap in gaps[entry : entry + n]:
+            rank += 1 + gap
+            ids.append(id_of_rank[rank])
+        kept.append(ids)
+        entry += n
+    num_unkept = sum(label not in ids for label, ids in zip(labels, kept, strict=True))
+    unkept, at = planes(body, at, num_unkept, 4 if exact else 1)
     draws: list[list[tuple[int, float]]] = [[] for _ in range(num_positions)]
     if codec["draw_rate"]:
         draws, at = read_draws(body, at, num_positions, shard, id_of_rank)
@@ -90,20 +101,24 @@ def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Positi
 
     found, entry = [], 0
     for p, n in enumerate(sizes):
-        rank, mass = -1, 0
-        head: dict[int, float] = {}
-        for k in range(n):
-            rank = gaps[entry] if k == 0 else rank + 1 + gaps[entry]
+        mass, head = 0, {}
+        for token in kept[p]:
             if exact:
-                head[id_of_rank[rank]] = as_float32(codes[entry])
+                head[token] = as_float32(codes[entry])
             else:
                 value = prob(codes[entry])
                 mass += math.floor(value * 2**40 + 0.5)
-                head[id_of_rank[rank]] = math.log(value) if value else -math.inf
+                head[token] = math.log(value) if value else -math.inf
             entry += 1
+        if labels[p] in head:
+            label = head[labels[p]]
+        else:
+            number = unkept.pop(0)
+            label = as_float32(number) if exact else -number / 16
+        assert all(logprob <= 0.001 for logprob in (*head.values(), label))
         if exact:
             tail = {beta: as_float32(tails[k * num_positions + p]) for k, beta in enumerate(BETAS)}
-            found.append((head, tail, draws[p]))
+            found.append((head, tail, label, draws[p]))
             continue
         left = min(max(2**40 - mass, 2**26), 2**40)
         t = {0.0: math.floor(steps * math.log(max(vocab - n, 1)) + 0.5)}
@@ -117,7 +132,7 @@ def read_payload(payload: bytes, num_positions: int, shard: dict) -> list[Positi
             t[beta] = (prediction + difference + 32768) % 65536 - 32768
         empty = {beta for beta in BETAS if t[beta] == -32768 or n == vocab}
         tail = {beta: -math.inf if beta in empty else t[beta] / steps for beta in BETAS}
-        found.append((head, tail, draws[p]))
+        found.append((head, tail, label, draws[p]))
     return found
 
 
@@ -177,7 +192,7 @@ def read_cache(directory: Path) -> list[dict]:
             assert digest.digest() == key
             loss = [i for i in range(len(ids) - 1) if mask[i + 1]]
             positions = list(range(len(ids) - 1)) if shard["positions"] == "all" else loss
-            teacher = read_payload(payload, len(positions), shard)
+            teacher = read_payload(payload, [ids[i + 1] for i in positions], shard)
             rows.append(
                 {"key": key, "input_ids": ids, "loss_mask": mask, "positions": positions, "teacher": teacher}
             )

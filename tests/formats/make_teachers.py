@@ -37,16 +37,29 @@ def dense_draws(rest_PV: np.ndarray, rate: int, starts_P: np.ndarray) -> TailDra
     return TailDraws(offsets, np.concatenate(ids), np.concatenate(values), rate)
 
 
+def labels_for(count: int, vocab_size: int) -> np.ndarray:
+    """int64 [count]: next tokens of positions that belong to no row, from all over the vocabulary."""
+    return (np.arange(count) * 7 + 3) % vocab_size
+
+
+def labels_of(topk: TopKLogprobs) -> np.ndarray:
+    """Those that `capture` took where it was told none."""
+    return labels_for(len(topk), topk.vocab_size)
+
+
 def capture(
     logits_PV: np.ndarray,
     min_prob: float = 1e-3,
     max_k: int = 128,
     draw_rate: int = 0,
     starts_P: np.ndarray | None = None,
+    label_ids: np.ndarray | None = None,
 ) -> TopKLogprobs:
-    """Heads and tails of dense logits, position by position; with `draw_rate`, tail draws whose points begin
-    at `starts_P`, by default evenly spread."""
+    """Heads, tails and labels (by default `labels_for`) of dense logits, position by position; with
+    `draw_rate`, tail draws whose points begin at `starts_P`, by default evenly spread."""
     logprobs_PV = log_softmax(logits_PV)
+    if label_ids is None:
+        label_ids = labels_for(*logprobs_PV.shape)
     ids, values, counts = [], [], []
     rest_PV = logprobs_PV.copy()
     for p, row in enumerate(logprobs_PV):
@@ -73,6 +86,7 @@ def capture(
         dense_draws(rest_PV, draw_rate, spread(len(counts)) if starts_P is None else starts_P)
         if draw_rate
         else TailDraws.none(len(counts)),
+        logprobs_PV[np.arange(len(counts)), label_ids],
     )
 
 
@@ -84,7 +98,15 @@ def spread(count: int) -> np.ndarray:
 def random_row(rng: np.random.Generator, length: int, vocab_size: int) -> TokenRow:
     mask = rng.random(length) < 0.6
     mask[:1] = False
-    return TokenRow(rng.integers(0, vocab_size, length), mask)
+    # Every third token is one that `random_teacher` finds likely, so that labels are kept and not kept.
+    likely = np.argsort(popularity(vocab_size))[rng.integers(0, min(3, vocab_size), length)]
+    ids = np.where(rng.random(length) < 1 / 3, likely, rng.integers(0, vocab_size, length))
+    return TokenRow(ids, mask)
+
+
+def popularity(vocab_size: int) -> np.ndarray:
+    """float64 [V]: a fixed order of tokens, so that heads share tokens as those of a language model do."""
+    return np.random.default_rng(vocab_size).permutation(vocab_size) + 1.0
 
 
 def random_teacher(
@@ -99,11 +121,10 @@ def random_teacher(
     if count == 0:
         return TopKLogprobs.empty(vocab_size, draw_rate)
     scale = rng.uniform(0.5, 6, (count, 1))
-    # A fixed order of popularity, so that heads share tokens as those of a language model do.
-    popularity = np.random.default_rng(vocab_size).permutation(vocab_size) + 1.0
-    logits = -scale * np.log(popularity) + rng.normal(size=(count, vocab_size))
+    logits = -scale * np.log(popularity(vocab_size)) + rng.normal(size=(count, vocab_size))
     begin = starts(row.key, row.positions(positions))
-    return capture(logits, draw_rate=draw_rate, starts_P=begin)
+    labels = row.label_ids(positions)
+    return capture(logits, draw_rate=draw_rate, starts_P=begin, label_ids=labels)
 
 
 def keys_in_worker(task: tuple[TeacherCache, int]) -> list[bytes]:

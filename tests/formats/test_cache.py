@@ -56,6 +56,8 @@ def assert_same_row(got, row: TokenRow, teacher: TopKLogprobs) -> None:
         assert (a == b).all()
     assert (got.teacher.log_tail_nodes == teacher.log_tail_nodes).all()
     assert got.teacher.draws.rate == teacher.draws.rate
+    assert (got.teacher.label_logprobs == teacher.label_logprobs).all()
+    assert got.label_ids.tolist() == [row.input_ids[p + 1] for p in got.positions]
     for a, b in zip(by_id(got.teacher.draws), by_id(teacher.draws), strict=True):
         assert (a == b).all()
 

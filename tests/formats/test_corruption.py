@@ -46,7 +46,14 @@ def contents(directory: Path) -> list[bytes]:
     seen = [json.dumps(cache.manifest.identity).encode(), cache.manifest.codec.to_dict().__repr__().encode()]
     for row in cache:
         t = row.teacher
-        arrays = (row.input_ids, row.loss_mask, *by_id(t), t.log_tail_nodes, *by_id(t.draws))
+        arrays = (
+            row.input_ids,
+            row.loss_mask,
+            *by_id(t),
+            t.log_tail_nodes,
+            t.label_logprobs,
+            *by_id(t.draws),
+        )
         seen.append(row.key + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays))
     return seen
 
@@ -248,7 +255,7 @@ def test_a_shard_of_another_rate_belongs_to_another_cache(cache_dir: Path):
 
 def test_full_validation_refuses_draws_inside_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Reading does not look for them: it would take longer than everything else."""
-    head, tail = capture(np.zeros((1, 8)), 1.0), CodecConfig(draw_rate=4)
+    head, tail = capture(np.zeros((1, 8)), 1.0, label_ids=np.array([1])), CodecConfig(draw_rate=4)
     row = TokenRow(np.arange(2), np.array([False, True]))
     for name, token, good in (("good", 5, True), ("bad", int(head.token_ids[0]), False)):
         drawn = TailDraws([0, 1], [token], head.logprobs, 4)

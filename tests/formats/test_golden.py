@@ -43,16 +43,22 @@ def test_golden_caches_hold_what_was_written(name: str):
         _, drawn_ids, drawn = by_id(row.teacher.draws)
         assert drawn_ids.tolist() == wanted["draw_ids"]
         drawn_before = np.array(wanted["draw_logprobs"], np.float32)
+        label, label_before = row.teacher.label_logprobs, np.array(wanted["label_logprobs"], np.float32)
+        kept, entries = row.teacher.kept_labels(row.label_ids)
+        assert (label[kept] == row.teacher.logprobs[entries]).all()
         if config.probabilities == "float32":
             assert (np.array(wanted["logprobs"], np.float32) == logprobs).all()
             assert (nodes.astype(np.float32) == row.teacher.log_tail_nodes).all()
             assert (drawn_before == drawn).all()
+            assert (label_before == label).all()
         else:
             assert (
                 np.abs(got_root - root) <= 0.5 / (config.sqrt_steps + config.linear_steps * root) + 1e-6
             ).all()
             assert row.teacher.log_tail_nodes == pytest.approx(nodes, abs=0.5 / config.tail_steps + 1e-5)
             assert drawn == pytest.approx(drawn_before, abs=0.5 / config.draw_steps + 1e-6)
+            rest = np.setdiff1d(np.arange(len(label)), kept)
+            assert label[rest] == pytest.approx(np.maximum(label_before[rest], -255 / 16), abs=1 / 32)
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -67,7 +73,8 @@ def test_what_was_read_is_written_again_to_the_byte(name: str):
         for index in range(len(reader)):
             payload = reader.row(index)[1]
             body = zstandard.ZstdDecompressor().decompress(payload) if len(payload) else b""
-            assert b"".join(reader.codec.sections(reader.teacher(index)[1])) == body
+            tokens, teacher = reader.teacher(index)
+            assert b"".join(reader.codec.sections(teacher, tokens.label_ids(reader.positions))) == body
             compared += len(body)
     assert compared > 400
 
@@ -82,7 +89,8 @@ def test_the_independent_reader_sees_the_same_numbers(name: str):
         assert plain["input_ids"] == row.input_ids.tolist()
         assert plain["positions"] == row.positions.tolist()
         assert len(plain["teacher"]) == len(row.teacher)
-        for p, (head, tail, drawn) in enumerate(plain["teacher"]):
+        for p, (head, tail, label, drawn) in enumerate(plain["teacher"]):
+            assert row.teacher.label_logprobs[p] == pytest.approx(label, rel=1e-6, abs=1e-7)
             ours_drawn = row.teacher.draws.slice(p, p + 1)
             assert ours_drawn.token_ids.tolist() == [token for token, _ in drawn]
             logprobs = [logprob for _, logprob in drawn]
@@ -120,6 +128,18 @@ def test_the_goldens_hold_draws_of_every_kind(name: str):
     else:
         for row in cache:
             assert (row.teacher.draws.counts[row.teacher.counts == 12] == 0).all()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_goldens_hold_labels_of_every_kind(name: str):
+    """Kept and not; not kept and below what a byte tells, in the compact ones."""
+    rows = list(TeacherCache(GOLDEN / name))
+    num_kept = sum(len(row.teacher.kept_labels(row.label_ids)[0]) for row in rows)
+    labels = np.concatenate([row.teacher.label_logprobs for row in rows])
+    assert 3 <= num_kept <= len(labels) - 3
+    before = np.concatenate([row["label_logprobs"] for row in expected_rows(name)])
+    if name != "lossless":
+        assert (labels[before < -16] == -255 / 16).all() and (before < -17).sum() >= 3
 
 
 def test_the_independent_reader_is_independent():

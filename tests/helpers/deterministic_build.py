@@ -38,18 +38,23 @@ def reduce_exactly(
     logits: np.ndarray,
     min_prob: float,
     max_k: int,
+    label_ids: np.ndarray | None = None,
     draw_rate: int = 0,
     starts: np.ndarray | None = None,
 ) -> TopKLogprobs:
-    """The head, tail nodes and tail draws of [P, V] logits, one position after the other, in float64."""
+    """The head, tail nodes, label and tail draws of [P, V] logits, one position after the other, in float64;
+    without `label_ids` the labels are unknown."""
     offsets, ids, values = [0], [], []
     tails: list[np.ndarray] = []
     nodes = np.zeros((len(logits), len(TAIL_BETAS)))
+    labels = np.full(len(logits), np.nan)
     for p, row in enumerate(logits):
         logprobs = row - np.logaddexp.reduce(row)
         order = np.argsort(-logprobs, kind="stable")
         size = max(1, min(max_k, int((np.exp(logprobs) >= min_prob).sum())))
         head, rest = order[:size], order[size:]
+        if label_ids is not None:
+            labels[p] = logprobs[label_ids[p]]
         ids.append(head)
         values.append(logprobs[head])
         offsets.append(offsets[-1] + size)
@@ -65,7 +70,7 @@ def reduce_exactly(
         rest_ids, rest_values = np.concatenate(tails, 1)
         drawn = tail_draws.draw(rest_offsets, rest_ids.astype(np.int32), rest_values, draw_rate, starts)
     return TopKLogprobs(
-        np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE, drawn
+        np.array(offsets), np.concatenate(ids), np.concatenate(values), nodes, VOCAB_SIZE, drawn, labels
     )
 
 
@@ -99,6 +104,7 @@ class SeededTeacher:
                 logits_of(row.input_ids)[at],
                 self._min_prob,
                 self._max_k,
+                row.label_ids(self._positions),
                 self._draw_rate,
                 begin,
             )

@@ -59,6 +59,15 @@ def assert_tail_is_right(topk: TopKLogprobs, dense: np.ndarray, *, atol: float):
             assert abs(topk.log_tail_nodes[p, node] - expected) < atol, (p, beta)
 
 
+def assert_labels_are_right(
+    topk: TopKLogprobs, dense: np.ndarray, label_ids: np.ndarray, *, atol: float
+) -> None:
+    """The dense logprob of every next token, and the very number of its entry where it is kept."""
+    np.testing.assert_allclose(topk.label_logprobs, dense[np.arange(len(dense)), label_ids], atol=atol)
+    positions, entries = topk.kept_labels(label_ids)
+    assert (topk.label_logprobs[positions] == topk.logprobs[entries]).all()
+
+
 def assert_draws_are_right(topk: TopKLogprobs, dense: np.ndarray, *, atol: float) -> None:
     """Draws are of the tail, have the dense values, and number what the tail's probabilities say, up to one
     for where the points of a position begin."""

@@ -32,11 +32,12 @@ def topk_of(
     min_prob: float = 0.0,
     max_k: int | None = None,
     draw_rate: int = 0,
+    label_ids: np.ndarray | None = None,
 ):
     """Heads of exact logprobs: p >= min_prob, at most max_k, always the best; tails summed directly.
 
     Each tail token is drawn floor(x) times and once more with the probability that is left of its expected
-    number x: the same tokens for the same logprobs.
+    number x: the same tokens for the same logprobs. Without `label_ids` [P] the labels are unknown.
     """
     from formats.logprobs.tail_draws import TailDraws
     from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
@@ -72,6 +73,9 @@ def topk_of(
             logprobs_PV[row, tokens],
             draw_rate,
         ),
+        np.full(len(logprobs_PV), np.nan)
+        if label_ids is None
+        else logprobs_PV[np.arange(len(logprobs_PV)), label_ids],
     )
 
 
@@ -137,5 +141,6 @@ def write_cache(
     ) as writer:
         for row in rows:
             logprobs = model_logprobs(model, row.input_ids)
-            writer.append(row, topk_of(logprobs[row.positions(positions)], min_prob, max_k, draw_rate))
+            at, labels = row.positions(positions), row.label_ids(positions)
+            writer.append(row, topk_of(logprobs[at], min_prob, max_k, draw_rate, labels))
     return path

@@ -298,7 +298,7 @@ def test_rows_shifted_by_one_are_refused_by_numbers(tiny_llama_dir, tmp_path):
     with CacheWriter(tmp_path / "c", identity=identity_of(tiny_llama_dir), vocab_size=1003) as writer:
         for row in random_rows(6, 1003):
             shifted = model_logprobs(model, row.input_ids)[row.positions() + 1]
-            writer.append(row, topk_of(shifted, max_k=128))
+            writer.append(row, topk_of(shifted, max_k=128, label_ids=row.label_ids()))
     refused(settings(tmp_path / "c", tiny_llama_dir, tmp_path / "run"), IdentityMismatchError, "shifted rows")
 
 
@@ -332,7 +332,8 @@ def test_another_vocabulary_is_refused(tiny_llama_dir, tmp_path):
     with CacheWriter(tmp_path / "c", identity=identity_of(tiny_llama_dir), vocab_size=500) as writer:
         for row in random_rows(4, 500):
             count = len(row.positions())
-            writer.append(row, topk_of(np.full((count, 500), np.log(1 / 500)), max_k=4))
+            flat = np.full((count, 500), np.log(1 / 500))
+            writer.append(row, topk_of(flat, max_k=4, label_ids=row.label_ids()))
     refused(
         settings(tmp_path / "c", tiny_llama_dir, tmp_path / "run"),
         IdentityMismatchError, "500 tokens", "1003",

@@ -27,15 +27,18 @@ def some_starts(num_rows: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(num_rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def labels_for(logits: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(logits), dtype=torch.int64)
+
+
 def drawn(logits, starts, *, min_prob=2.5e-3, max_k=128, rate=RATE) -> ReducedRows:
     """Reduce, and check all that has to hold whatever was drawn."""
-    reduced = reduce_logits(
-        logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS, draw_rate=rate, starts_N=starts
-    )
+    options = {"min_prob": min_prob, "max_k": max_k, "betas": TAIL_BETAS, "labels_N": labels_for(logits)}
+    reduced = reduce_logits(logits, draw_rate=rate, starts_N=starts, **options)
     assert reduced.draw_counts.dtype == reduced.draw_ids.dtype == torch.int32
     assert reduced.draw_logprobs.dtype == torch.float32
-    plain = reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS)
-    for name in ("counts", "token_ids", "logprobs", "log_tail_nodes"):
+    plain = reduce_logits(logits, **options)
+    for name in ("counts", "token_ids", "logprobs", "log_tail_nodes", "label_logprobs"):
         one, other = getattr(plain, name), getattr(reduced, name)
         assert torch.equal(one, other) or torch.isnan(one).any(), "draws must not change the rest"
     assert plain.draw_counts.tolist() == [0] * len(logits) and len(plain.draw_ids) == 0
@@ -234,6 +237,7 @@ def test_no_rows_and_no_starts():
         min_prob=0.1,
         max_k=5,
         betas=TAIL_BETAS,
+        labels_N=torch.zeros(0, dtype=torch.int64),
         draw_rate=8,
         starts_N=torch.zeros(0, dtype=torch.float64),
     )
@@ -241,5 +245,11 @@ def test_no_rows_and_no_starts():
     for starts in (None, torch.zeros(1, dtype=torch.float64), torch.zeros(2)):
         with pytest.raises(AssertionError):
             reduce_logits(
-                torch.zeros(2, 50), min_prob=0.1, max_k=5, betas=TAIL_BETAS, draw_rate=8, starts_N=starts
+                torch.zeros(2, 50),
+                min_prob=0.1,
+                max_k=5,
+                betas=TAIL_BETAS,
+                labels_N=torch.zeros(2, dtype=torch.int64),
+                draw_rate=8,
+                starts_N=starts,
             )

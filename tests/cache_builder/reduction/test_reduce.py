@@ -44,7 +44,7 @@ def split(reduced: ReducedRows):
 
 
 def check(logits: torch.Tensor, min_prob: float, max_k: int, *, atol: float = 2e-5) -> ReducedRows:
-    reduced = reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS)
+    reduced = reduce_rows(logits, min_prob=min_prob, max_k=max_k)
     assert reduced.counts.dtype == torch.int32 and reduced.token_ids.dtype == torch.int32
     assert reduced.log_tail_nodes.shape == (len(logits), len(TAIL_BETAS))
     expected = reference(logits.float().numpy(), min_prob, max_k)
@@ -53,7 +53,46 @@ def check(logits: torch.Tensor, min_prob: float, max_k: int, *, atol: float = 2e
         assert list(ids) == list(want[0]), f"row {row}"
         np.testing.assert_allclose(logprobs, want[1], atol=atol, rtol=1e-6)
         np.testing.assert_allclose(tail, want[2], atol=atol, rtol=3e-6)
+    check_labels(logits, labels_for(logits), reduced, atol=atol)
     return reduced
+
+
+def check_labels(logits: torch.Tensor, labels: torch.Tensor, reduced: ReducedRows, *, atol: float) -> None:
+    """The log-softmax of the dense row at the label; bit for bit the head's own number where it is there."""
+    dense = torch.log_softmax(logits.double(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(reduced.label_logprobs.double(), dense, atol=atol, rtol=1e-6)
+    assert reduced.label_logprobs.dtype == torch.float32
+    for label, logprob, (ids, logprobs, _) in zip(
+        labels.tolist(), reduced.label_logprobs.tolist(), split(reduced), strict=True
+    ):
+        if label in ids:
+            assert logprob == logprobs[list(ids).index(label)]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 40, 1002])
+@pytest.mark.parametrize(("min_prob", "max_k"), [(1e-3, 128), (0.0, 16), (0.5, 2)])
+def test_labels_of_every_rank(rank, min_prob, max_k):
+    """The likeliest token and the least likely one, in the head and far outside of it."""
+    for spread in (0.3, 3.0, 10.0):
+        logits = draw(6, 1003, spread)
+        labels = logits.argsort(-1, descending=True)[:, rank]
+        reduced = reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS, labels_N=labels)
+        check_labels(logits, labels, reduced, atol=2e-5)
+    logits[:, labels[0]] = -math.inf
+    reduced = reduce_logits(
+        logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS, labels_N=labels[:1].expand(6)
+    )
+    assert torch.isneginf(reduced.label_logprobs).all(), "an impossible label"
+
+
+def reduce_rows(logits: torch.Tensor, *, min_prob: float, max_k: int) -> ReducedRows:
+    """`reduce_logits` at all nodes with labels from all over the vocabulary."""
+    labels = labels_for(logits)
+    return reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS, labels_N=labels)
+
+
+def labels_for(logits: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(len(logits)) * 389 + 7) % logits.shape[1]
 
 
 def draw(num_rows: int, vocab_size: int, spread: float, seed: int = 0) -> torch.Tensor:
@@ -93,7 +132,7 @@ def test_whole_vocabulary_leaves_an_empty_tail(vocab_size):
 def test_by_hand():
     # p = 1/2, 1/4, 1/8, 1/8: with min_prob 0.2 the tail is the last two.
     logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log() + 17.0
-    ids, logprobs, tail = split(reduce_logits(logits, min_prob=0.2, max_k=9, betas=TAIL_BETAS))[0]
+    ids, logprobs, tail = split(reduce_rows(logits, min_prob=0.2, max_k=9))[0]
     assert list(ids) == [1, 3]
     np.testing.assert_allclose(logprobs, np.log([0.5, 0.25]), rtol=1e-6)
     expected = [math.log(2 * 0.125**beta) for beta in TAIL_BETAS]
@@ -103,8 +142,8 @@ def test_by_hand():
 def test_threshold_is_on_the_probability_not_on_the_ratio_to_the_likeliest():
     # 600 equal tokens have p = 1/600 each: all pass 1/1000, none passes 1/500, although all ratios are 1.
     logits = torch.full((1, 600), 3.0)
-    assert reduce_logits(logits, min_prob=1e-3, max_k=1000, betas=TAIL_BETAS).counts.tolist() == [600]
-    assert reduce_logits(logits, min_prob=2e-3, max_k=1000, betas=TAIL_BETAS).counts.tolist() == [1]
+    assert reduce_rows(logits, min_prob=1e-3, max_k=1000).counts.tolist() == [600]
+    assert reduce_rows(logits, min_prob=2e-3, max_k=1000).counts.tolist() == [1]
 
 
 def test_ties_at_the_cut_are_broken_by_id():
@@ -147,7 +186,7 @@ def test_unusable_logits_are_reported_not_hidden(bad, vocab_size, spread):
     """On either road to the head: the first case is flat enough for a top-k, the second is gathered."""
     logits = draw(3, vocab_size, spread)
     logits[1, 700] = bad
-    reduced = reduce_logits(logits, min_prob=1e-3, max_k=128, betas=TAIL_BETAS)
+    reduced = reduce_rows(logits, min_prob=1e-3, max_k=128)
     rows = split(reduced)
     assert np.isnan(rows[1][1]).any()
     assert not np.isnan(rows[0][1]).any() and not np.isnan(rows[2][1]).any()
@@ -166,9 +205,9 @@ def test_many_more_than_max_k_pass_the_threshold():
 def test_rows_do_not_influence_each_other():
     """A flat row sends its chunk down the top-k road; its neighbours must not notice."""
     logits = draw(8, 1003, 3.0)
-    alone = [split(reduce_logits(row[None], min_prob=1e-3, max_k=64, betas=TAIL_BETAS))[0] for row in logits]
+    alone = [split(reduce_rows(row[None], min_prob=1e-3, max_k=64))[0] for row in logits]
     logits = torch.cat([logits, torch.zeros(4, 1003)])
-    together = split(reduce_logits(logits, min_prob=1e-3, max_k=64, betas=TAIL_BETAS))
+    together = split(reduce_rows(logits, min_prob=1e-3, max_k=64))
     for one, other in zip(alone, together, strict=False):
         assert list(one[0]) == list(other[0])
         np.testing.assert_allclose(one[1], other[1], atol=2e-6)
@@ -177,16 +216,16 @@ def test_rows_do_not_influence_each_other():
 
 def test_chunks_join_in_order(monkeypatch):
     logits = draw(23, 1003, 2.0)
-    whole = reduce_logits(logits, min_prob=1e-3, max_k=128, betas=TAIL_BETAS)
+    whole = reduce_rows(logits, min_prob=1e-3, max_k=128)
     monkeypatch.setattr(reduce, "CPU_CHUNK_BYTES", 3 * 4 * 1003)
-    parts = reduce_logits(logits, min_prob=1e-3, max_k=128, betas=TAIL_BETAS)
+    parts = reduce_rows(logits, min_prob=1e-3, max_k=128)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
 def test_no_rows():
-    reduced = reduce_logits(torch.zeros(0, 50), min_prob=1e-3, max_k=5, betas=TAIL_BETAS)
-    assert [len(column) for column in reduced] == [0] * 7
+    reduced = reduce_rows(torch.zeros(0, 50), min_prob=1e-3, max_k=5)
+    assert [len(column) for column in reduced] == [0] * 8
     assert len(concatenate_rows([reduced, reduced], len(TAIL_BETAS)).counts) == 0
 
 
@@ -194,7 +233,7 @@ def test_the_input_is_left_alone():
     logits = draw(4, 1003, 2.0)
     before = logits.clone()
     for min_prob in (0.0, 1e-3):
-        reduce_logits(logits, min_prob=min_prob, max_k=32, betas=TAIL_BETAS)
+        reduce_rows(logits, min_prob=min_prob, max_k=32)
     assert torch.equal(logits, before)
 
 

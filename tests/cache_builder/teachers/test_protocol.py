@@ -63,7 +63,9 @@ def test_a_row_must_fit_the_model():
 
 def test_nan_is_named_with_its_row():
     tails, none = np.zeros((2, len(TAIL_BETAS))), TailDraws.none(2)
-    topk = TopKLogprobs(np.array([0, 1, 2]), np.array([0, 1]), np.array([-1.0, np.nan]), tails, 9, none)
+    topk = TopKLogprobs(
+        np.array([0, 1, 2]), np.array([0, 1]), np.array([-1.0, np.nan]), tails, 9, none, [-1, -1]
+    )
     with pytest.raises(TeacherError, match=r"NaN in row 4; .*--dtype"):
         check_numbers(topk, 4)
     fine = topk.slice(0, 1)

@@ -8,6 +8,7 @@ import torch
 from teacher_agreement import (
     assert_draws_are_right,
     assert_head_is_right,
+    assert_labels_are_right,
     assert_tail_is_right,
     dense_logprobs,
     random_rows,
@@ -42,6 +43,7 @@ def test_equals_the_dense_computation(name, positions, request):
         dense = dense_logprobs(model, row, at)
         assert_head_is_right(topk, dense, min_prob=1e-3, max_k=128, atol=5e-5)
         assert_tail_is_right(topk, dense, atol=5e-5)
+        assert_labels_are_right(topk, dense, row.label_ids(positions), atol=5e-5)
         assert_draws_are_right(topk, dense, atol=5e-5)
 
 

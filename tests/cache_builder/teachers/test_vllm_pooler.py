@@ -39,10 +39,12 @@ def answers(table: Table, rows: list[TokenRow], positions: str, steps: list[list
     from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates
 
     from cache_builder.teachers.vllm_pooler import (
+        LABELS_KEY,
         POSITIONS_KEY,
         ROW_KEY,
         TASK,
         TeacherPooler,
+        encode_labels,
         encode_positions,
     )
 
@@ -54,7 +56,8 @@ def answers(table: Table, rows: list[TokenRow], positions: str, steps: list[list
     for step in steps:
         params, hidden = [], []
         for i, tokens in step:
-            asked = {ROW_KEY: rows[i].key}
+            labels = rows[i].label_ids(positions)
+            asked = {ROW_KEY: rows[i].key, LABELS_KEY: encode_labels(labels)}
             if positions == "loss":
                 asked[POSITIONS_KEY] = encode_positions(rows[i].positions("loss"), len(rows[i]))
             params.append(PoolingParams(task=TASK, extra_kwargs=asked))
@@ -109,6 +112,17 @@ def test_chunks_draw_what_a_whole_prefill_draws(table, positions):
             assert one.draws.counts.tolist() == other.draws.counts.tolist()
             assert one.draws.token_ids.tolist() == other.draws.token_ids.tolist()
             np.testing.assert_allclose(one.draws.logprobs, other.draws.logprobs, atol=2e-6)
+            assert_labels_are_right(other, row, positions, table)
+
+
+def assert_labels_are_right(topk: TopKLogprobs, row: TokenRow, positions: str, table: Table) -> None:
+    """Of the token behind each position, also where a chunk ends between the two."""
+    at = row.positions(positions)
+    dense = torch.log_softmax(table.logits[LENGTHS.index(len(row))][at].double(), -1).numpy()
+    expected = dense[np.arange(len(at)), row.input_ids[at + 1]]
+    np.testing.assert_allclose(topk.label_logprobs, expected, atol=2e-5)
+    kept, entries = topk.kept_labels(row.input_ids[at + 1])
+    assert (topk.label_logprobs[kept] == topk.logprobs[entries]).all()
 
 
 @pytest.mark.parametrize("positions", ["all", "loss"])
@@ -120,7 +134,13 @@ def test_points_start_where_key_and_position_say(table, positions):
         logits = table.logits[i][at]
         begin = torch.from_numpy(starts(row.key, at))
         expected = reduce_logits(
-            logits, min_prob=2.5e-3, max_k=64, betas=TAIL_BETAS, draw_rate=RATE, starts_N=begin
+            logits,
+            min_prob=2.5e-3,
+            max_k=64,
+            betas=TAIL_BETAS,
+            labels_N=torch.from_numpy(row.label_ids(positions).astype(np.int64)),
+            draw_rate=RATE,
+            starts_N=begin,
         )
         expected = unpack(pack(expected), VOCAB_SIZE, RATE)
         assert topk.draws.token_ids.tolist() == expected.draws.token_ids.tolist()

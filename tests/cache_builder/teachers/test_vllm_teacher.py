@@ -16,6 +16,7 @@ import torch
 from teacher_agreement import (
     assert_draws_are_right,
     assert_head_is_right,
+    assert_labels_are_right,
     assert_tail_is_right,
     dense_logprobs,
     random_rows,
@@ -71,6 +72,7 @@ def test_fp32_equals_the_dense_computation(fp32):
         dense = dense_logprobs(model, row, positions)
         assert_head_is_right(topk.validate(), dense, min_prob=1e-3, max_k=128, atol=FP32_ATOL)
         assert_tail_is_right(topk, dense, atol=FP32_ATOL)
+        assert_labels_are_right(topk, dense, row.label_ids("all"), atol=FP32_ATOL)
         assert_draws_are_right(topk, dense, atol=FP32_ATOL)
 
 
@@ -84,6 +86,7 @@ def test_fp32_equals_transformers(fp32):
         _, largest, shared = shared_deviation(mine, theirs)
         assert largest < FP32_ATOL and shared > 0.99
         assert tail_deviation(mine, theirs).max() < FP32_ATOL
+        np.testing.assert_allclose(mine.label_logprobs, theirs.label_logprobs, atol=FP32_ATOL)
         same = [p for p in range(len(mine)) if ids_of(mine, p) == ids_of(theirs, p)]
         assert len(same) > 0.9 * len(mine)
 
@@ -116,6 +119,7 @@ def test_the_same_rows_give_the_same_bits_again(fp32):
         assert one.token_ids.tobytes() == other.token_ids.tobytes()
         assert one.logprobs.tobytes() == other.logprobs.tobytes()
         assert one.log_tail_nodes.tobytes() == other.log_tail_nodes.tobytes()
+        assert one.label_logprobs.tobytes() == other.label_logprobs.tobytes()
         assert one.draws.offsets.tobytes() == other.draws.offsets.tobytes()
         assert one.draws.token_ids.tobytes() == other.draws.token_ids.tobytes()
         assert one.draws.logprobs.tobytes() == other.draws.logprobs.tobytes()
@@ -127,7 +131,7 @@ def test_a_prefill_in_chunks_draws_what_a_whole_one_draws(fp32, monkeypatch):
     alone = [topk for row in rows for topk in teacher.prefill([row])]
     found = compare(TopKLogprobs.concatenate(captured), TopKLogprobs.concatenate(alone))
     assert len(found.draws) > 0.98 * found.num_draws > 1000
-    assert found.draws.max() < FP32_ATOL
+    assert found.draws.max() < FP32_ATOL and found.labels.max() < FP32_ATOL
 
 
 def test_waves_change_nothing_but_rounding(fp32, monkeypatch):
@@ -136,6 +140,7 @@ def test_waves_change_nothing_but_rounding(fp32, monkeypatch):
     for one, other in zip(captured, teacher.prefill(rows), strict=True):
         assert one.counts.tolist() == other.counts.tolist()
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=FP32_ATOL)
+        np.testing.assert_allclose(one.label_logprobs, other.label_logprobs, atol=FP32_ATOL)
 
 
 def test_loss_positions_are_those_of_all_that_the_mask_selects(fp32, monkeypatch):
@@ -150,6 +155,7 @@ def test_loss_positions_are_those_of_all_that_the_mask_selects(fp32, monkeypatch
         assert selected.token_ids.tolist() == expected.token_ids.tolist()
         np.testing.assert_allclose(selected.logprobs, expected.logprobs, atol=FP32_ATOL)
         np.testing.assert_allclose(selected.log_tail_nodes, expected.log_tail_nodes, atol=FP32_ATOL)
+        np.testing.assert_allclose(selected.label_logprobs, expected.label_logprobs, atol=FP32_ATOL)
         if len(expected):
             found = compare(selected, expected)
             assert len(found.draws) >= 0.9 * found.num_draws - 1 and (found.draws < FP32_ATOL).all()
@@ -209,6 +215,7 @@ def test_two_tensor_parallel_workers_agree_with_the_dense_computation(tiny_llama
         dense = dense_logprobs(model, row, row.positions("all"))
         assert_head_is_right(topk.validate(), dense, min_prob=1e-3, max_k=128, atol=FP32_ATOL)
         assert_tail_is_right(topk, dense, atol=FP32_ATOL)
+        assert_labels_are_right(topk, dense, row.label_ids("all"), atol=FP32_ATOL)
         assert_draws_are_right(topk, dense, atol=FP32_ATOL)
 
 
@@ -231,6 +238,8 @@ def test_bf16_is_within_the_noise_of_bf16(name, request):
         np.abs(one - exact.log_tail_nodes[:, 4]).mean()
         < 1.3 * np.abs(reference.log_tail_nodes[:, 4] - exact.log_tail_nodes[:, 4]).mean() + 1e-3
     )
+    labels = np.abs(captured.label_logprobs - exact.label_logprobs).mean()
+    assert labels < 1.3 * np.abs(reference.label_logprobs - exact.label_logprobs).mean() + 1e-4
     drawn, reference_drawn = compare(captured, exact).draws, compare(reference, exact).draws
     assert drawn.mean() < 1.3 * reference_drawn.mean() + 1e-3
     assert len(drawn) > 0.7 * len(reference_drawn) > 70

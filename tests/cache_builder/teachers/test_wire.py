@@ -17,6 +17,7 @@ def some_rows(num_rows: int, draw_rate: int = 8) -> ReducedRows:
         min_prob=1e-3,
         max_k=64,
         betas=TAIL_BETAS,
+        labels_N=torch.randint(0, 1003, (num_rows,), generator=generator),
         draw_rate=draw_rate,
         starts_N=torch.rand(num_rows, dtype=torch.float64, generator=generator),
     )
@@ -28,7 +29,7 @@ def test_round_trip(num_rows, draw_rate):
     rows = some_rows(num_rows, draw_rate)
     packed = pack(rows)
     assert packed.dtype == torch.int32 and packed.ndim == 1
-    assert len(packed) == 3 + num_rows * (2 + len(TAIL_BETAS)) + 2 * (
+    assert len(packed) == 3 + num_rows * (3 + len(TAIL_BETAS)) + 2 * (
         len(rows.token_ids) + len(rows.draw_ids)
     )
     topk = unpack(packed, 1003, draw_rate)
@@ -36,6 +37,7 @@ def test_round_trip(num_rows, draw_rate):
     assert topk.token_ids.tobytes() == rows.token_ids.numpy().tobytes()
     assert topk.logprobs.tobytes() == rows.logprobs.numpy().tobytes()
     assert topk.log_tail_nodes.tobytes() == rows.log_tail_nodes.numpy().tobytes()
+    assert topk.label_logprobs.tobytes() == rows.label_logprobs.numpy().tobytes()
     assert topk.draws.rate == draw_rate and topk.draws.counts.tolist() == rows.draw_counts.tolist()
     assert topk.draws.token_ids.tobytes() == rows.draw_ids.numpy().tobytes()
     assert topk.draws.logprobs.tobytes() == rows.draw_logprobs.numpy().tobytes()
@@ -49,6 +51,8 @@ def test_chunks_of_a_row_join_as_if_never_cut():
     joined = unpack(pack(concatenate_rows(parts, len(TAIL_BETAS))), 1003, 8)
     ids = np.concatenate([part.token_ids.numpy() for part in parts])
     assert joined.token_ids.tolist() == ids.tolist() and len(joined) == 9
+    labels = np.concatenate([part.label_logprobs.numpy() for part in parts])
+    assert joined.label_logprobs.tolist() == labels.tolist()
     assert joined.draws.counts.tolist() == [n for part in parts for n in part.draw_counts.tolist()]
     draws = np.concatenate([part.draw_ids.numpy() for part in parts])
     assert joined.draws.token_ids.tolist() == draws.tolist()
@@ -66,12 +70,14 @@ def test_special_floats_keep_their_bits():
         torch.tensor([0], dtype=torch.int32),
         torch.tensor([-0.0]),
         torch.full((1, len(TAIL_BETAS)), -torch.inf),
+        torch.tensor([-torch.inf]),
         torch.tensor([2], dtype=torch.int32),
         torch.tensor([0, 0], dtype=torch.int32),
         torch.tensor([-0.0, -torch.inf]),
     )
     topk = unpack(pack(rows), 1, 8)
     assert np.signbit(topk.logprobs[0]) and np.isneginf(topk.log_tail_nodes).all()
+    assert np.isneginf(topk.label_logprobs).all()
     assert np.signbit(topk.draws.logprobs[0]) and np.isneginf(topk.draws.logprobs[1])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from deterministic_build import SeededTeacher, make_config, make_source
+from deterministic_build import SeededTeacher, logits_of, make_config, make_source
 
 from cache_builder.build import build_cache
 from cache_builder.tools import export_parquet as export_module
@@ -35,7 +35,7 @@ def test_every_value_of_every_position(cache: Path, tmp_path: Path, monkeypatch)
     assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups > 2
     opened = TeacherCache(cache)
     assert len(lines) == report.num_positions == sum(len(row.positions) for row in opened.rows())
-    at = 0
+    at = num_kept = 0
     for index, row in enumerate(opened.rows()):
         head = row.teacher.sorted()
         for p, position in enumerate(row.positions):
@@ -43,7 +43,7 @@ def test_every_value_of_every_position(cache: Path, tmp_path: Path, monkeypatch)
             at += 1
             a, b = head.offsets[p], head.offsets[p + 1]
             assert (line["key"], line["row"], line["position"]) == (row.key, index, position)
-            assert (line["token_id"], line["target_id"]) == tuple(row.input_ids[position : position + 2])
+            assert (line["token_id"], line["label_id"]) == tuple(row.input_ids[position : position + 2])
             assert line["loss"] == row.loss_mask[position + 1]
             assert line["token_ids"] == head.token_ids[a:b].tolist()
             np.testing.assert_array_equal(np.float32(line["logprobs"]), head.logprobs[a:b])
@@ -51,11 +51,14 @@ def test_every_value_of_every_position(cache: Path, tmp_path: Path, monkeypatch)
             drawn = head.draws.slice(p, p + 1)
             assert line["draw_ids"] == drawn.token_ids.tolist()
             np.testing.assert_array_equal(np.float32(line["draw_logprobs"]), drawn.logprobs)
-            expected = dict(zip(line["token_ids"], line["logprobs"], strict=True)).get(line["target_id"])
-            assert line["target_logprob"] == expected
+            kept = dict(zip(line["token_ids"], line["logprobs"], strict=True)).get(line["label_id"])
+            assert line["label_logprob"] == head.label_logprobs[p] and kept in (None, line["label_logprob"])
+            dense = logits_of(row.input_ids)[position]
+            exact = dense[line["label_id"]] - np.logaddexp.reduce(dense)
+            assert line["label_logprob"] == pytest.approx(max(exact, -255 / 16), abs=1 / 32)
+            num_kept += kept is not None
     assert any(line["draw_ids"] for line in lines) == (opened.manifest.codec.draw_rate > 0)
-    assert any(line["target_logprob"] is None for line in lines)
-    assert any(line["target_logprob"] is not None for line in lines)
+    assert 0 < num_kept < len(lines)
 
 
 def test_the_file_describes_itself(cache: Path, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def cache(tiny_llama_dir: Path, tmp_path_factory) -> Path:
 
 
 def rewrite(source: Path, out: Path, change) -> Path:
-    """The same cache with changed distributions and honest checksums."""
+    """The same cache with changed distributions and honest checksums; labels that are kept are as the kept
+    tokens."""
     opened = TeacherCache(source)
     manifest = opened.manifest
     with CacheWriter(
@@ -66,7 +67,11 @@ def rewrite(source: Path, out: Path, change) -> Path:
         codec=manifest.codec,
     ) as writer:
         for index, row in enumerate(opened.rows()):
-            writer.append(row.tokens, change(index, row.teacher))
+            teacher = change(index, row.teacher)
+            positions, entries = teacher.kept_labels(row.label_ids)
+            labels = teacher.label_logprobs.copy()
+            labels[positions] = teacher.logprobs[entries]
+            writer.append(row.tokens, replace(teacher, label_logprobs=labels))
     return out
 
 
@@ -127,6 +132,22 @@ def test_shifted_rows_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Pat
     assert verify_cache(tmp_path / "c").ok  # every byte is as written
     report = verify_cache(tmp_path / "c", tiny_llama_dir, rows=4, engine="transformers")
     assert not report.ok and "shifted" in report.text()
+
+
+def test_labels_with_wrong_logprobs_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Every label that is not kept half a nat too low: nothing else is wrong."""
+
+    def lower(index: int, teacher: TopKLogprobs) -> TopKLogprobs:
+        return replace(teacher, label_logprobs=teacher.label_logprobs - np.float32(0.5))
+
+    rewrite(cache, tmp_path / "c", lower)
+    assert verify_cache(tmp_path / "c").ok
+    report = verify_cache(tmp_path / "c", tiny_llama_dir, rows=4, engine="transformers")
+    assert len(report.problems) == 1 and "labels and rows do not belong together" in report.problems[0]
+    sound = verify_cache(cache, tiny_llama_dir, rows=4, engine="transformers")
+    assert sound.ok and sound.figures["label_mean"] > 0 and "next tokens" in sound.text()
+    codec_alone = sound.figures["label_allowed"] - sound.figures["engine_noise"]
+    assert sound.figures["label_mean"] == pytest.approx(codec_alone, abs=1e-6), "the same engine"
 
 
 def test_draws_with_wrong_logprobs_are_found(cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -215,6 +236,14 @@ def test_compare_against_the_obvious_loop() -> None:
     assert sorted(found.logprobs) == pytest.approx(sorted(differences))
     np.testing.assert_allclose(found.kl, kl, atol=1e-5)
     assert found.num_only_one == alone > 0 and found.largest_only_one == pytest.approx(largest, rel=1e-5)
+    assert len(found.labels) == 0, "of logits without rows no label is known"
+    known = [reduce_exactly(logits_of(r.input_ids), 1e-2, 8, np.zeros(len(r), int)) for r in rows]
+    lower = [replace(one, label_logprobs=one.label_logprobs - np.float32(0.25)) for one in known]
+    impossible = [replace(one, label_logprobs=np.full(len(one), -np.inf)) for one in known]
+    sides = [TopKLogprobs.concatenate(side) for side in (known, lower, impossible)]
+    np.testing.assert_allclose(compare(sides[0], sides[1]).labels, 0.25, atol=1e-6)
+    assert (compare(sides[2], sides[2]).labels == 0).all()
+    assert np.isinf(compare(sides[0], sides[2]).labels).all()
     same = compare(exact, exact)
     assert same.kl.max() < 1e-6 and same.num_only_one == 0 and same.tails.max() == 0
     with pytest.raises(ValueError, match="same positions"):

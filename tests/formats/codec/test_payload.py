@@ -8,7 +8,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_teachers import by_id, capture, random_row, random_teacher
+from make_teachers import by_id, capture, labels_for, labels_of, random_row, random_teacher
 
 from formats import TAIL_BETAS, CodecConfig, TailDraws, TopKLogprobs
 from formats.codec.payload import SECTIONS, Codec, bytes_for, from_planes, section_bytes, to_planes
@@ -22,11 +22,15 @@ DEFAULT = CodecConfig()
 
 
 def roundtrip(
-    topk: TopKLogprobs, config: CodecConfig = DEFAULT, ranked: np.ndarray | None = None
+    topk: TopKLogprobs,
+    config: CodecConfig = DEFAULT,
+    ranked: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
 ) -> TopKLogprobs:
     """Through a codec of `config` that has the rate of draws of the positions."""
+    labels = labels_of(topk) if labels is None else labels
     codec = Codec(config_for(topk, config), topk.vocab_size, max(1, int(topk.counts.max(initial=1))), ranked)
-    return codec.decode(codec.encode(topk), len(topk))
+    return codec.decode(codec.encode(topk, labels), labels)
 
 
 def assert_same_ids(got: TopKLogprobs, expected: TopKLogprobs) -> None:
@@ -34,7 +38,12 @@ def assert_same_ids(got: TopKLogprobs, expected: TopKLogprobs) -> None:
         assert (a == b).all()
 
 
-def assert_within_bounds(got: TopKLogprobs, expected: TopKLogprobs, config: CodecConfig = DEFAULT) -> None:
+def assert_within_bounds(
+    got: TopKLogprobs,
+    expected: TopKLogprobs,
+    config: CodecConfig = DEFAULT,
+    labels: np.ndarray | None = None,
+) -> None:
     """The bounds of docs/format.md."""
     assert_same_ids(got, expected)
     root = np.exp(0.5 * by_id(expected)[2].astype(np.float64))
@@ -50,6 +59,13 @@ def assert_within_bounds(got: TopKLogprobs, expected: TopKLogprobs, config: Code
     inside = expected.log_tail_nodes[finite] > -32767 / config.tail_steps
     assert (difference[inside] <= 0.5 / config.tail_steps + 1e-4).all()
     assert_same_draws(got.draws, expected.draws, 0.5 / config.draw_steps)
+    labels = labels_of(expected) if labels is None else labels
+    positions, entries = got.kept_labels(labels)
+    assert positions.tolist() == expected.kept_labels(labels)[0].tolist()
+    assert (got.label_logprobs[positions] == got.logprobs[entries]).all()
+    rest = np.delete(np.arange(len(got)), positions)
+    truth = np.maximum(expected.label_logprobs[rest], -255 / 16)
+    assert (np.abs(got.label_logprobs[rest] - truth) <= 1 / 32).all()
 
 
 def assert_same_draws(got: TailDraws, expected: TailDraws, bound: float) -> None:
@@ -85,6 +101,12 @@ def hand_made(heads: list[list[tuple[int, float]]], tail_mass: list[float], voca
             np.array(nodes),
             vocab_size,
             TailDraws.none(len(counts)),
+            [
+                np.log(dict(head).get(label, mass / max(vocab_size - len(head), 1)))
+                for head, mass, label in zip(
+                    heads, tail_mass, labels_for(len(heads), vocab_size).tolist(), strict=True
+                )
+            ],
         )
 
 
@@ -130,6 +152,7 @@ def test_lossless_is_exact(name: str):
     for a, b in zip(by_id(got), by_id(expected), strict=True):
         assert (a == b).all()
     assert (got.log_tail_nodes == expected.log_tail_nodes).all()
+    assert got.label_logprobs.tobytes() == expected.label_logprobs.tobytes()
     assert_same_draws(got.draws, expected.draws, 0)
 
 
@@ -145,10 +168,11 @@ def test_compact_stays_within_its_bounds(name: str, ranked: bool):
 @pytest.mark.parametrize("config", [DEFAULT, LOSSLESS])
 def test_rows_without_positions_have_no_payload(config: CodecConfig):
     codec = Codec(config, 100, 10)
-    assert codec.encode(TopKLogprobs.empty(100)) == b""
-    assert len(codec.decode(b"", 0)) == 0
+    none = np.zeros(0, np.int32)
+    assert codec.encode(TopKLogprobs.empty(100), none) == b""
+    assert len(codec.decode(b"", none)) == 0
     with pytest.raises(CorruptShardError, match="empty payload"):
-        codec.decode(b"x", 0)
+        codec.decode(b"x", none)
 
 
 def test_impossible_tokens_stay_impossible():
@@ -178,13 +202,15 @@ def test_any_row_survives(seed: int, length: int, vocab_size: int, max_k: int, c
     row = random_row(rng, length, vocab_size)
     expected = random_teacher(rng, row, vocab_size, draw_rate=config.draw_rate).prune(1e-3, max_k)
     ranked = rng.permutation(vocab_size)[: vocab_size // 2].astype(np.int32)
-    got = roundtrip(expected, config, ranked)
+    labels = row.label_ids()
+    got = roundtrip(expected, config, ranked, labels)
     if config.probabilities == "float32":
         assert_same_ids(got, expected)
         assert (by_id(got)[2] == by_id(expected)[2]).all()
+        assert got.label_logprobs.tobytes() == expected.label_logprobs.tobytes()
         assert_same_draws(got.draws, expected.draws, 0)
     else:
-        assert_within_bounds(got, expected, config)
+        assert_within_bounds(got, expected, config, labels)
 
 
 def test_probability_codes_are_monotone_and_end_at_one():
@@ -197,15 +223,18 @@ def test_probability_codes_are_monotone_and_end_at_one():
 
 def test_decoding_is_deterministic_and_encoding_a_fixed_point():
     codec = Codec(DEFAULT, 900, 128)
-    first = codec.encode(CASES["ordinary"])
-    assert first == Codec(DEFAULT, 900, 128).encode(CASES["ordinary"])
-    again = codec.decode(first, 40)
-    assert_same_ids(codec.decode(codec.encode(again), 40), again)
-    assert (by_id(codec.decode(codec.encode(again), 40))[2] == by_id(again)[2]).all()
+    labels = labels_of(CASES["ordinary"])
+    first = codec.encode(CASES["ordinary"], labels)
+    assert first == Codec(DEFAULT, 900, 128).encode(CASES["ordinary"], labels)
+    again = codec.decode(first, labels)
+    twice = codec.decode(codec.encode(again, labels), labels)
+    assert_same_ids(twice, again)
+    assert (by_id(twice)[2] == by_id(again)[2]).all() and (twice.label_logprobs == again.label_logprobs).all()
 
 
 def test_frames_can_be_read_without_this_module():
-    payload = Codec(LOSSLESS, 31, 31).encode(whole_vocabulary())
+    whole = whole_vocabulary()
+    payload = Codec(LOSSLESS, 31, 31).encode(whole, labels_of(whole))
     body = zstandard.ZstdDecompressor().decompress(payload)
     assert len(body) == 5 * 1 + 5 * 31 * (1 + 4) + 7 * 5 * 4
     assert body[:5] == bytes([30] * 5)
@@ -216,13 +245,13 @@ def test_frames_can_be_read_without_this_module():
 def test_the_encoder_refuses_what_it_cannot_store():
     topk = CASES["ordinary"]
     with pytest.raises(ValueError, match="vocab_size"):
-        Codec(DEFAULT, 901, 128).encode(topk)
+        Codec(DEFAULT, 901, 128).encode(topk, labels_of(topk))
     with pytest.raises(ValueError, match="max_k"):
-        Codec(DEFAULT, 900, 2).encode(topk)
+        Codec(DEFAULT, 900, 2).encode(topk, labels_of(topk))
     nodes, none = np.full((1, 7), -3.0), TailDraws.none(1)
-    unnormalised = TopKLogprobs(np.array([0, 1]), np.array([1]), np.log([0.3]), nodes, 10, none)
+    unnormalised = TopKLogprobs(np.array([0, 1]), np.array([1]), np.log([0.3]), nodes, 10, none, [-3.0])
     with pytest.raises(ValueError, match="sum to 1"):
-        Codec(DEFAULT, 10, 5).encode(unnormalised)
+        Codec(DEFAULT, 10, 5).encode(unnormalised, np.array([0]))
 
 
 # --- hostile payloads -------------------------------------------------------------------------------------
@@ -233,19 +262,20 @@ def payload_of(body: bytes, **options: object) -> bytes:
 
 
 def good_body() -> bytes:
-    return zstandard.ZstdDecompressor().decompress(Codec(DEFAULT, 10, 4).encode(CASES_SMALL))
+    return zstandard.ZstdDecompressor().decompress(Codec(DEFAULT, 10, 4).encode(CASES_SMALL, SMALL_LABELS))
 
 
 CASES_SMALL = hand_made([[(3, 0.5), (7, 0.25)], [(0, 0.9)]], [0.25, 0.1], 10)
+SMALL_LABELS = labels_for(2, 10)
 
 
 def refused(payload: bytes, match: str, positions: int = 2) -> None:
     with pytest.raises(CorruptShardError, match=match):
-        Codec(DEFAULT, 10, 4).decode(payload, positions)
+        Codec(DEFAULT, 10, 4).decode(payload, labels_for(positions, 10))
 
 
 def test_the_small_payload_is_good():
-    assert_within_bounds(Codec(DEFAULT, 10, 4).decode(payload_of(good_body()), 2), CASES_SMALL)
+    assert_within_bounds(Codec(DEFAULT, 10, 4).decode(payload_of(good_body()), SMALL_LABELS), CASES_SMALL)
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_opened():
@@ -275,7 +305,7 @@ def test_unknown_sizes_missing_checksums_and_trailing_bytes_are_refused():
 
 def test_wrong_position_counts_are_refused():
     payload = payload_of(good_body())
-    for positions in (1, 3, 2000, 1 << 22, (1 << 22) + 1, 1 << 62):
+    for positions in (1, 3, 2000, 1 << 22, (1 << 22) + 1):
         refused(payload, "declare|head sizes|at most", positions)
 
 
@@ -296,18 +326,20 @@ def test_broken_bodies_are_refused():
 @pytest.mark.parametrize("name", ["ordinary", "draws"])
 def test_every_bit_flip_is_noticed(name: str):
     codec = Codec(config_for(CASES[name]), 900, 128)
-    payload = codec.encode(CASES[name])
-    decoded = codec.decode(payload, 40)
+    labels = labels_of(CASES[name])
+    payload = codec.encode(CASES[name], labels)
+    decoded = codec.decode(payload, labels)
     expected = by_id(decoded)
     for bit in range(0, 8 * len(payload), 7):
         flipped = bytearray(payload)
         flipped[bit // 8] ^= 1 << (bit % 8)
         try:
-            got = codec.decode(bytes(flipped), 40)
+            got = codec.decode(bytes(flipped), labels)
         except CorruptShardError:
             continue
         for a, b in zip(by_id(got), expected, strict=True):
             assert (a == b).all()
+        assert (got.label_logprobs == decoded.label_logprobs).all()
         assert_same_draws(got.draws, decoded.draws, 0)
 
 
@@ -376,15 +408,16 @@ def test_unknown_codec_keys_are_an_unsupported_version():
 
 
 def test_section_bytes_add_up_to_the_payloads():
-    basic, draws = SECTIONS[:4], ("draw_counts", "draw_ids", "draw_logprobs")
+    basic, draws = SECTIONS[:5], ("draw_counts", "draw_ids", "draw_logprobs")
     for name, sections in (("ordinary", basic), ("draws", basic + draws)):
         topk = CASES[name]
         codec = Codec(config_for(topk), 900, 128)
-        sizes = section_bytes(codec, [topk, TopKLogprobs.empty(900, topk.draws.rate)])
+        nothing = TopKLogprobs.empty(900, topk.draws.rate)
+        sizes = section_bytes(codec, [(topk, labels_of(topk)), (nothing, labels_of(nothing))])
         assert tuple(sizes) == sections and min(sizes.values()) > 0
-        assert sum(sizes.values()) == pytest.approx(len(codec.encode(topk)))
+        assert sum(sizes.values()) == pytest.approx(len(codec.encode(topk, labels_of(topk))))
         # The parts depend on the settings and not on what happens to be in the rows.
         assert section_bytes(codec, []) == dict.fromkeys(sections, 0)
     topk = CASES["nothing drawn"]
-    sizes = section_bytes(Codec(config_for(topk), 10, 4), [topk])
+    sizes = section_bytes(Codec(config_for(topk), 10, 4), [(topk, labels_of(topk))])
     assert tuple(sizes) == basic + draws and sizes["draw_ids"] == sizes["draw_logprobs"] == 0

@@ -21,6 +21,8 @@ COUNTS = [3, 0, 2]
 IDS = [299, 7, 7, 4, 260]
 LOGPROBS = [-30.0, -1.5, -1.5, 0.0, -0.25]
 NONE = TailDraws.none(3)
+LABELS = np.ones(3, np.int32)
+"""All kept: no bytes of their own."""
 
 
 def topk(drawn: TailDraws | None = None) -> TopKLogprobs:
@@ -29,7 +31,8 @@ def topk(drawn: TailDraws | None = None) -> TopKLogprobs:
         drawn = TailDraws(np.array([0, 3, 3, 5]), IDS, LOGPROBS, 2)
     each = np.log(0.25 / (VOCAB_SIZE - 1))
     nodes = np.tile([np.log(VOCAB_SIZE - 1) + beta * each for beta in TAIL_BETAS], (3, 1))
-    return TopKLogprobs(np.arange(4), np.ones(3), np.log(np.full(3, 0.75)), nodes, VOCAB_SIZE, draws=drawn)
+    kept = np.log(np.full(3, 0.75))
+    return TopKLogprobs(np.arange(4), np.ones(3), kept, nodes, VOCAB_SIZE, drawn, kept)
 
 
 def codec_of(kind: str, **changes: object) -> Codec:
@@ -37,12 +40,12 @@ def codec_of(kind: str, **changes: object) -> Codec:
 
 
 def body_of(kind: str) -> bytearray:
-    return bytearray(zstandard.ZstdDecompressor().decompress(codec_of(kind).encode(topk())))
+    return bytearray(zstandard.ZstdDecompressor().decompress(codec_of(kind).encode(topk(), LABELS)))
 
 
 def decode(kind: str, body: bytes) -> TopKLogprobs:
     payload = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(body))
-    return codec_of(kind).decode(payload, 3)
+    return codec_of(kind).decode(payload, LABELS)
 
 
 def start(kind: str, section: str) -> int:
@@ -79,10 +82,10 @@ def test_draws_follow_the_tails_by_hand():
 def test_ranks_order_draws():
     ranked = np.array([299, 4], np.int32)
     codec = Codec(CONFIGS["companded"], VOCAB_SIZE, 4, ranked)
-    body = zstandard.ZstdDecompressor().decompress(codec.encode(topk()))
+    body = zstandard.ZstdDecompressor().decompress(codec.encode(topk(), LABELS))
     # Tokens 299, 4, 7 and 260 have the ranks 0, 1, 8 (7 and one of the two before it) and 261.
     assert list(body[-20:-10]) == [0, 8, 0, 1, 4, 0, 0, 0, 0, 1]
-    got = codec.decode(codec.encode(topk()), 3).draws
+    got = codec.decode(codec.encode(topk(), LABELS), LABELS).draws
     assert got.token_ids.tolist() == [299, 7, 7, 4, 260]
 
 
@@ -103,15 +106,15 @@ def test_widths_follow_the_most_draws():
 def test_the_encoder_refuses_draws_of_another_rate(kind: str):
     for rate in (1, 3, 64):
         with pytest.raises(ValueError, match=f"must have rate {rate}, got 2"):
-            codec_of(kind, draw_rate=rate).encode(topk())
+            codec_of(kind, draw_rate=rate).encode(topk(), LABELS)
     with pytest.raises(ValueError, match="must have rate 0, got 2"):
-        codec_of(kind, draw_rate=0).encode(topk())
+        codec_of(kind, draw_rate=0).encode(topk(), LABELS)
     with pytest.raises(ValueError, match="must have rate 2, got 0"):
-        codec_of(kind).encode(topk(NONE))
+        codec_of(kind).encode(topk(NONE), LABELS)
     with pytest.raises(ValueError, match="must have rate 2, got 0"):
-        codec_of(kind).encode(TopKLogprobs.empty(VOCAB_SIZE))
-    assert codec_of(kind).encode(TopKLogprobs.empty(VOCAB_SIZE, 2)) == b""
-    assert codec_of(kind).decode(b"", 0).draws.rate == 2
+        codec_of(kind).encode(TopKLogprobs.empty(VOCAB_SIZE), LABELS[:0])
+    assert codec_of(kind).encode(TopKLogprobs.empty(VOCAB_SIZE, 2), LABELS[:0]) == b""
+    assert codec_of(kind).decode(b"", LABELS[:0]).draws.rate == 2
 
 
 @both
@@ -125,7 +128,7 @@ def test_the_encoder_refuses_draws_that_it_cannot_store(kind: str):
         (TailDraws([0, 2, 0, 0], [], [], 2), "0 to 11 draws"),
     ):
         with pytest.raises(ValueError, match=match):
-            codec_of(kind).encode(topk(drawn))
+            codec_of(kind).encode(topk(drawn), LABELS)
 
 
 # --- hostile payloads -------------------------------------------------------------------------------------
@@ -174,16 +177,16 @@ def test_gaps_of_three_bytes_that_would_wrap_32_bits_are_refused():
     nodes = np.full((1, 7), -3.0)
     count = 257
     drawn = TailDraws([0, count], np.full(count, 9), np.full(count, -5.0), 64)
-    row = TopKLogprobs([0, 1], [1], [0.0], nodes, size, draws=drawn)
+    row = TopKLogprobs([0, 1], [1], [0.0], nodes, size, drawn, [0.0])
     codec = Codec(CodecConfig(probabilities="float32", draw_rate=64), size, 1)
-    body = bytearray(zstandard.ZstdDecompressor().decompress(codec.encode(row)))
+    body = bytearray(zstandard.ZstdDecompressor().decompress(codec.encode(row, LABELS[:1])))
     at = len(body) - count * (3 + 4)
     gaps = np.array([(1 << 24) - 1] * 256 + [257])
     assert gaps.sum() % (1 << 32) == 1
     for k in range(3):
         body[at + k * count : at + (k + 1) * count] = ((gaps >> (8 * k)) & 255).astype(np.uint8).tobytes()
     with pytest.raises(CorruptShardError, match="drawn token id is outside"):
-        codec.decode(zstandard.ZstdCompressor(write_checksum=True).compress(bytes(body)), 1)
+        codec.decode(zstandard.ZstdCompressor(write_checksum=True).compress(bytes(body)), LABELS[:1])
 
 
 @both
@@ -217,25 +220,25 @@ def test_payloads_of_another_rate_or_without_draws_are_refused(kind: str):
     body = body_of(kind)
     payload = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(body))
     with pytest.raises(CorruptShardError, match=r"do not match|must declare"):
-        codec_of(kind, draw_rate=0).decode(payload, 3)
+        codec_of(kind, draw_rate=0).decode(payload, LABELS)
     with pytest.raises(CorruptShardError, match=r"do not match|at most"):
-        codec_of(kind, draw_rate=64).decode(payload, 3)  # counts of two bytes
-    without = codec_of(kind, draw_rate=0).encode(topk(NONE))
+        codec_of(kind, draw_rate=64).decode(payload, LABELS)  # counts of two bytes
+    without = codec_of(kind, draw_rate=0).encode(topk(NONE), LABELS)
     with pytest.raises(CorruptShardError, match=r"do not match|must declare"):
-        codec_of(kind).decode(without, 3)
+        codec_of(kind).decode(without, LABELS)
 
 
 @both
 def test_a_frame_that_declares_more_draws_than_there_can_be_is_not_opened(kind: str):
-    """A valid frame of a byte too many for heads of `max_k` and the most draws of every position."""
+    """A valid frame of a byte too many for heads of `max_k`, the most draws and an unkept label everywhere."""
     codec = codec_of(kind)
-    most = codec.body_bytes(3, 3 * 4, 3 * MOST)
+    most = codec.body_bytes(3, 3 * 4, 3 * MOST, 3)
     for size, match in ((most, "do not match|at most|head sizes"), (most + 1, "must declare")):
         with pytest.raises(CorruptShardError, match=match):
             decode(kind, bytes(size))
     bomb = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(1 << 26))
     with pytest.raises(CorruptShardError, match="must declare"):
-        codec.decode(bomb, 3)
+        codec.decode(bomb, LABELS)
 
 
 @both

@@ -20,7 +20,7 @@ CASES = {
         "draw_rate": 52,
     },
     "lossless": {
-        "lengths": [4, 1, 6],
+        "lengths": [4, 1, 6, 13],
         "vocab_size": 12,
         "positions": "all",
         "min_prob": 0.02,
@@ -66,6 +66,7 @@ def main() -> None:
             for row, teacher in written
         ]
         for row, (_, teacher) in zip(expected, written, strict=True):
+            row["label_logprobs"] = [float(f"{x:.9g}") for x in teacher.label_logprobs]
             offsets, ids, logprobs = by_id(teacher.draws)
             row["draw_counts"] = np.diff(offsets).tolist()
             row["draw_ids"] = ids.tolist()

@@ -79,7 +79,7 @@ def test_draws_are_parts_and_a_distribution_of_their_own(cache_dir: Path, tmp_pa
     assert summary["format_version"] == 1 and summary["settings"]["codec"]["draw_rate"] == 7
     counts = np.concatenate([row.teacher.draws.counts for row in cache])
     assert summary["num_draws"] == distribution(counts) and counts.max() > counts.min()
-    parts = ("counts", "ids", "probabilities", "tails")
+    parts = ("counts", "ids", "probabilities", "tails", "labels")
     assert tuple(summary["payload_parts"]) == (*parts, "draw_counts", "draw_ids", "draw_logprobs")
     sizes = [part["bytes_per_position"] for part in summary["payload_parts"].values()]
     assert min(sizes) > 0.1
@@ -107,7 +107,8 @@ def test_a_large_cache_is_sampled_and_says_so(cache_dir: Path, monkeypatch: pyte
 DOCUMENTED = {
     "path", "format_version", "identity", "settings", "num_shards", "num_rows", "num_tokens", "num_positions",
     "num_entries", "num_bytes", "num_payload_bytes", "bytes_per_token", "payload_bytes_per_position",
-    "columns", "payload_parts", "sample", "head_size", "num_draws", "head_mass", "entropy", "most_uncertain",
+    "columns", "payload_parts", "sample", "head_size", "num_draws", "head_mass", "entropy", "label_nll",
+    "most_uncertain",
 }  # fmt: skip
 
 
@@ -133,20 +134,63 @@ def test_row_view_shows_the_prediction_of_the_next_token(tmp_path: Path):
 
     words = ["a", "b", "c", "d"]
     tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="a"))
-    row = TokenRow(np.array([0, 1, 2]), np.array([False, False, True]))
-    logits = np.log([[0.1, 0.2, 0.6, 0.1]])
+    row = TokenRow(np.array([0, 1, 2]), np.array([False, True, True]))
+    logits = np.log([[0.1, 0.1, 0.2, 0.6], [0.1, 0.2, 0.6, 0.1]])
     with CacheWriter(tmp_path / "c", identity={}, vocab_size=4, max_k=2) as writer:
-        writer.append(row, capture(logits, 0.15, 2))
+        writer.append(row, capture(logits, 0.15, 2, label_ids=row.label_ids()))
         writer.add_file("tokenizer.json", tokenizer.to_str().encode())
     view = json.loads(inspect_cache(tmp_path / "c", row=0, as_json=True))
-    (position,) = view["positions"]
-    assert (position["position"], position["token"], position["next_token"]) == (1, "b", "c")
-    assert position["next_prob"] == pytest.approx(0.6, abs=1e-3)
+    first, position = view["positions"]
+    assert (position["position"], position["token"], position["label"]) == (1, "b", "c")
+    assert (first["label"], first["label_kept"], position["label_kept"]) == ("b", False, True)
+    assert position["label_logprob"] == pytest.approx(np.log(0.6), abs=1e-3)
+    assert first["label_logprob"] == round(16 * np.log(0.1)) / 16, "to a step of 1/16 nat"
     assert [(t["token"], round(t["prob"], 2)) for t in position["top"]] == [("c", 0.6), ("b", 0.2)]
-    assert "ab[c]" in inspect_cache(tmp_path / "c", row=0)
+    text = inspect_cache(tmp_path / "c", row=0)
+    assert "a[b][c]" in text and "log p(next)" in text and "-2.31" in text and "-0.51" in text
     for outside in (1, -2):
         with pytest.raises(ConfigError, match="--row"):
             inspect_cache(tmp_path / "c", row=outside)
+
+
+def test_perplexity_of_the_tokens_that_carry_loss(tmp_path: Path):
+    """In a cache of all positions too, and exactly where the cache is exact."""
+    written = write_cache(
+        tmp_path / "all", lengths=[30, 14], vocab_size=60, positions="all", codec=CodecConfig.lossless()
+    )
+    found = TeacherCache(tmp_path / "all").summary()["label_nll"]
+    nats = []
+    for row, teacher in written:
+        nats += [-teacher.label_logprobs[t - 1] for t in range(1, len(row)) if row.loss_mask[t]]
+    assert found["positions"] == len(nats) < 42
+    assert found["mean"] == pytest.approx(np.mean(nats), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
+    text = inspect_cache(tmp_path / "all")
+    assert f"mean NLL of the teacher {found['mean']:.4f} nats" in text
+    assert f"perplexity {found['perplexity']:.2f}" in text
+    # Stored in bytes, one after the other is off by at most 1/32 nat, and what a byte cannot tell is cut.
+    write_cache(tmp_path / "bytes", lengths=[30, 14], vocab_size=60, positions="all")
+    cut = np.minimum(nats, 255 / 16).mean()
+    assert TeacherCache(tmp_path / "bytes").summary()["label_nll"]["mean"] == pytest.approx(cut, abs=1 / 32)
+    assert TeacherCache(tmp_path / "bytes").summary()["label_nll"]["positions"] == len(nats)
+
+
+def test_what_a_byte_cannot_tell_is_shown_as_a_bound(tmp_path: Path):
+    row = TokenRow(np.array([0, 1]), np.array([False, True]))
+    for name, logprob, codec, shown, stored in (
+        ("bytes", -40.0, CodecConfig(), "<= -15.94", -255 / 16),
+        ("exact", -40.0, CodecConfig.lossless(), "-40.00", -40.0),
+        ("impossible", -np.inf, CodecConfig.lossless(), "-inf", None),
+    ):
+        teacher = capture(np.array([[0.0, logprob, -30.0]]), label_ids=row.label_ids())
+        with CacheWriter(tmp_path / name, identity={}, vocab_size=3, codec=codec) as writer:
+            writer.append(row, teacher)
+        assert f" {shown} " in inspect_cache(tmp_path / name, row=0)
+        view = json.loads(inspect_cache(tmp_path / name, row=0, as_json=True))
+        assert view["positions"][0]["label_logprob"] == (None if stored is None else pytest.approx(stored))
+    summary = json.loads(inspect_cache(tmp_path / "impossible", as_json=True))
+    assert summary["label_nll"] == {"positions": 1, "mean": None, "perplexity": None}
+    assert "infinite" in inspect_cache(tmp_path / "impossible")
 
 
 def test_picture(cache_dir: Path, tmp_path: Path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from make_teachers import capture, log_softmax, logsumexp
+from make_teachers import capture, labels_of, log_softmax, logsumexp
 
 from formats import TAIL_BETAS, TailDraws, TopKLogprobs
 
@@ -16,7 +16,7 @@ BETWEEN = (0.75, 1.5)
 def test_two_tokens_by_hand():
     # p = 3/4 and 1/4; only the first is kept, so the tail is the single token with l = log 1/4.
     tail = [[beta * math.log(0.25) for beta in TAIL_BETAS]]
-    topk = TopKLogprobs(np.array([0, 1]), np.array([1]), np.log([0.75]), np.array(tail), 2, TailDraws.none(1))
+    topk = TopKLogprobs([0, 1], [1], np.log([0.75]), np.array(tail), 2, TailDraws.none(1), [np.nan])
     assert topk.head_mass(1.0) == pytest.approx(0.75)
     # At T = 2 the weights are sqrt(3/4) and sqrt(1/4).
     assert topk.head_mass(2.0) == pytest.approx(math.sqrt(3) / (math.sqrt(3) + 1))
@@ -119,14 +119,8 @@ def test_prune_equals_a_capture_with_those_settings():
 
 
 def test_prune_breaks_ties_by_id_and_keeps_the_best():
-    topk = TopKLogprobs(
-        np.array([0, 3]),
-        np.array([9, 4, 6]),
-        np.log([0.2, 0.2, 0.2]),
-        np.zeros((1, 7)),
-        20,
-        TailDraws.none(1),
-    )
+    equal, none = np.log([0.2, 0.2, 0.2]), TailDraws.none(1)
+    topk = TopKLogprobs([0, 3], [9, 4, 6], equal, np.zeros((1, 7)), 20, none, [np.nan])
     assert topk.prune(0.9, 5).token_ids.tolist() == [4]
     assert topk.prune(0.0, 2).token_ids.tolist() == [4, 6]
 
@@ -150,6 +144,40 @@ def test_slice_take_concatenate():
 
 
 LOGITS = np.random.default_rng(6).normal(size=(9, 120)) * 2
+
+
+# --- labels -----------------------------------------------------------------------------------------------
+
+
+def test_labels_go_where_their_positions_go():
+    topk = capture(LOGITS, 1e-2, 9)
+    truth = log_softmax(LOGITS)[np.arange(9), labels_of(topk)].astype(np.float32)
+    assert (topk.label_logprobs == truth).all() and topk.label_logprobs.dtype == np.float32
+    assert (topk.slice(2, 7).label_logprobs == truth[2:7]).all()
+    assert (topk.take(np.array([5, 0, 5])).label_logprobs == truth[[5, 0, 5]]).all()
+    parts = [topk.slice(0, 3), topk.slice(3, 3), topk.slice(3, 9)]
+    assert (TopKLogprobs.concatenate(parts).label_logprobs == truth).all()
+    assert (topk.sorted().label_logprobs == truth).all()
+    for min_prob in (0.02, 1.0):  # pruning moves labels into the tail and forgets nothing of them
+        assert (topk.prune(min_prob, 3).label_logprobs == truth).all()
+    assert TopKLogprobs.empty(50).label_logprobs.shape == (0,)
+
+
+def test_unknown_labels_are_allowed_in_memory():
+    topk = broken(label_logprobs=[np.nan]).validate()
+    assert np.isnan(topk.prune(0.3).label_logprobs).all()
+    assert broken(label_logprobs=[-np.inf]).validate() is not None
+
+
+def test_kept_labels_by_hand():
+    topk = TopKLogprobs.concatenate([broken(), broken(token_ids=[7, 1]), broken(), broken(token_ids=[4, 3])])
+    for labels, positions, entries in (
+        ([2, 2, 5, 3], [0, 3], [1, 7]),
+        ([1, 1, 2, 4], [0, 1, 2, 3], [0, 3, 5, 6]),
+        ([9, 9, 9, 99], [], []),
+    ):
+        found = topk.kept_labels(np.array(labels))
+        assert [part.tolist() for part in found] == [positions, entries]
 
 
 # --- tail draws -------------------------------------------------------------------------------------------
@@ -207,14 +235,8 @@ def test_pruning_is_unbiased_over_many_positions():
 
 
 def test_pruning_never_draws_an_impossible_token():
-    topk = TopKLogprobs(
-        np.array([0, 2]),
-        np.array([3, 4]),
-        [0.0, -np.inf],
-        np.full((1, 7), -np.inf),
-        10,
-        TailDraws.none(1, 64),
-    )
+    nodes, none = np.full((1, 7), -np.inf), TailDraws.none(1, 64)
+    topk = TopKLogprobs([0, 2], [3, 4], [0.0, -np.inf], nodes, 10, none, [0.0])
     assert topk.prune(0.5).validate().draws.counts.tolist() == [0]
 
 
@@ -290,6 +312,7 @@ def broken(**changes: object) -> TopKLogprobs:
         "log_tail_nodes": np.full((1, 7), -2.0),
         "vocab_size": 10,
         "draws": TailDraws.none(1),
+        "label_logprobs": [-2.0],
     }
     return TopKLogprobs(**(good | changes))  # type: ignore[arg-type]
 
@@ -304,6 +327,7 @@ def broken(**changes: object) -> TopKLogprobs:
         ({"logprobs": np.array([0.5, -1])}, "above 0"),
         ({"log_tail_nodes": np.full((1, 7), np.nan)}, "tail"),
         ({"log_tail_nodes": np.full((1, 7), 9.0)}, "tail"),
+        ({"label_logprobs": [0.01]}, "label_logprobs must not be above 0"),
     ],
 )
 def test_validate_names_the_problem(changes: dict, message: str):
@@ -321,6 +345,9 @@ def test_validate_names_the_problem(changes: dict, message: str):
         {"logprobs": np.zeros(3)},
         {"log_tail_nodes": np.zeros((1, 6))},
         {"log_tail_nodes": np.zeros((2, 7))},
+        {"label_logprobs": []},
+        {"label_logprobs": [-1.0, -1.0]},
+        {"label_logprobs": [[-1.0]]},
         {"vocab_size": 0},
         {"vocab_size": (1 << 20) + 1},
         {"token_ids": np.zeros((1, 2))},
@@ -332,6 +359,6 @@ def test_arrays_that_do_not_fit_together_are_refused(changes: dict):
 
 
 def test_an_empty_head_is_invalid():
-    topk = TopKLogprobs(np.array([0, 0]), np.zeros(0), np.zeros(0), np.zeros((1, 7)), 5, TailDraws.none(1))
+    topk = TopKLogprobs([0, 0], [], [], np.zeros((1, 7)), 5, TailDraws.none(1), [0.0])
     with pytest.raises(ValueError, match="1 to 5 entries"):
         topk.validate()

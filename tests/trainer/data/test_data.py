@@ -35,7 +35,7 @@ def hand_made_cache(path, positions="loss"):
             for k, position in enumerate(row.positions(positions)):
                 logits[k, position + 4 * number] = 5.0  # the likeliest token is `position + 4 * row`
             logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-            writer.append(row, topk_of(logprobs, max_k=2))
+            writer.append(row, topk_of(logprobs, max_k=2, label_ids=row.label_ids(positions)))
     return path
 
 
@@ -175,7 +175,7 @@ def test_unusable_caches_are_refused(tmp_path, tiny_llama_dir):
         CachedDataset(tmp_path / "missing")
     writer = CacheWriter(tmp_path / "unfinished", identity={}, vocab_size=8, rows_per_shard=1)
     row = TokenRow([1, 2], [False, True])
-    writer.append(row, topk_of(np.log(np.full((1, 8), 1 / 8))))
+    writer.append(row, topk_of(np.log(np.full((1, 8), 1 / 8)), label_ids=row.label_ids()))
     with pytest.raises(IncompleteCacheError):
         CachedDataset(tmp_path / "unfinished")
     with CacheWriter(tmp_path / "empty", identity={}, vocab_size=8):

@@ -77,6 +77,7 @@ def test_from_topk_takes_the_tail_at_its_temperature(temperature):
         log_tail_nodes=nodes,
         vocab_size=8,
         draws=TailDraws.none(1),
+        label_logprobs=[np.nan],
     )
     batch = TeacherBatch.from_topk([4], topk, temperature)
     batch.validate(num_rows=5, vocab_size=8)
