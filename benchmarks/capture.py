@@ -37,8 +37,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
-from cache_builder.config import DEFAULT_TAIL_DRAWS
 from cache_builder.teachers.vllm_settings import child_environment, quiet_environment
+from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
 
 PRESETS = {
@@ -188,9 +188,7 @@ class Bench:
         config = TeacherConfig(
             model=self.model,
             dtype=self.args.dtype,
-            positions="all",
-            max_k=self.args.k,
-            draw_rate=DEFAULT_TAIL_DRAWS,
+            capture=CaptureSettings(positions="all", max_k=self.args.k),
             max_length=self.args.max_length + 1,
             engine_args=self.engine_args,
         )

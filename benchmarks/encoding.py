@@ -32,7 +32,7 @@ from formats.codec.rank_table import permutations, rank_by_frequency
 from formats.logprobs.ragged import rank_in_segment, segment_order, segment_sum
 from formats.logprobs.tail_draws import TailDraws, draw, starts
 from formats.logprobs.tail_function import TAIL_BETAS
-from trainer.loss.loss_draws import LARGEST_RATIO
+from trainer.loss.kl import LARGEST_RATIO, LARGEST_SHARE
 
 TEMPERATURES = (0.5, 0.75, 1.0, 2.0, 4.0)
 CHUNK = 128
@@ -59,6 +59,8 @@ class Captured:
     """Rows as an engine hands them over: generous heads, and draws at every rate."""
 
     rows: list[TopKLogprobs]
+    labels: list[np.ndarray]
+    """Of every row: the token that comes next at each position."""
     draws: dict[int, list[TailDraws]]
 
     def drawn(self, rate: int) -> list[TopKLogprobs]:
@@ -72,6 +74,7 @@ def capture(pair: Pair) -> Captured:
     """The `CAPTURE_K` most probable tokens and the tail of every position, one item per row."""
     rows, count = [], len(pair.token_ids_N)
     drawn: dict[int, list[TailDraws]] = {rate: [] for rate in DRAW_RATES}
+    successors_N = np.roll(pair.token_ids_N, -1)  # the last of a row is followed by the next row's first
     for start in range(0, count, ROW_TOKENS):
         parts = []
         tails: dict[int, list[TailDraws]] = {rate: [] for rate in DRAW_RATES}
@@ -85,8 +88,11 @@ def capture(pair: Pair) -> Captured:
             nodes = [np.log(np.exp(b * (rest - peak[:, None])).sum(1)) + b * peak for b in TAIL_BETAS]
             offsets = np.arange(CHUNK + 1) * CAPTURE_K
             none = TailDraws.none(CHUNK)
+            labels = teacher[np.arange(CHUNK), successors_N[a : a + CHUNK]]
             parts.append(
-                TopKLogprobs(offsets, ids.ravel(), values.ravel(), np.stack(nodes, 1), teacher.shape[1], none)
+                TopKLogprobs(
+                    offsets, ids.ravel(), values.ravel(), np.stack(nodes, 1), teacher.shape[1], none, labels
+                )
             )
             outside = np.isfinite(rest)
             ends = np.concatenate([[0], np.cumsum(outside.sum(1))])
@@ -96,7 +102,7 @@ def capture(pair: Pair) -> Captured:
         rows.append(TopKLogprobs.concatenate(parts))
         for rate, found in tails.items():
             drawn[rate].append(TailDraws.concatenate(found))
-    return Captured(rows, drawn)
+    return Captured(rows, np.split(successors_N, len(rows)), drawn)
 
 
 # --- encodings --------------------------------------------------------------------------------------------
@@ -143,10 +149,11 @@ def ours(min_prob: float, max_k: int = 128, draw_rate: int = 0, **settings: obje
         heads = [row.prune(min_prob, max_k) for row in captured.drawn(draw_rate)]
         ranked = rank_by_frequency(np.concatenate([head.token_ids for head in heads]), heads[0].vocab_size)
         codec = Codec(config, heads[0].vocab_size, max_k, ranked if config.rank_ids else None)
-        payloads = [codec.encode(head) for head in heads]
+        pairs = list(zip(heads, captured.labels, strict=True))
+        payloads = [codec.encode(head, labels) for head, labels in pairs]
         return [
-            Encoded(codec.decode(payload, len(head)), len(payload), "exact")
-            for payload, head in zip(payloads, heads, strict=True)
+            Encoded(codec.decode(payload, labels), len(payload), "exact")
+            for payload, (_, labels) in zip(payloads, pairs, strict=True)
         ]
 
     return encode
@@ -248,7 +255,9 @@ def gradient(encoded: Encoded, head: TopKLogprobs, student: np.ndarray, temperat
         probability = np.exp(beta * draws.logprobs.astype(np.float64) - log_z[at])
         student_tail = student[at, token] / (1 - student_covered[at])
         ratio = tail_mass[at] * student_tail / probability
-        pull = beta * draws.weights * probability * (ratio.clip(-LARGEST_RATIO, LARGEST_RATIO) - 1)
+        scale = draws.weights * probability
+        limited = np.minimum(ratio, np.maximum(LARGEST_SHARE / scale, LARGEST_RATIO))
+        pull = beta * scale * (limited - 1)
         spread = np.bincount(at, pull, minlength=len(head)) / (1 - student_covered)
         outside = student * spread[:, None]
         outside[rows, columns] = 0.0
@@ -384,7 +393,10 @@ def main() -> None:
             print(f"{name:44} {size}{columns}")
         heads = [row.prune(2e-3, 128) for row in rows]
         ranked = rank_by_frequency(np.concatenate([h.token_ids for h in heads]), heads[0].vocab_size)
-        parts = section_bytes(Codec(CodecConfig(), heads[0].vocab_size, 128, ranked), heads)
+        parts = section_bytes(
+            Codec(CodecConfig(), heads[0].vocab_size, 128, ranked),
+            list(zip(heads, captured.labels, strict=True)),
+        )
         streams = {name: size / tokens for name, size in entropy_of_streams(rows, 2e-3).items()}
         print(
             "p >= 2e-3, bytes/token by section: "

@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py [--model examples/tiny-base] [--steps 0 10 100] [--temperatures 0.5 1 2]
 
 The student starts as the teacher and drifts by plain fine-tuning. At each stop the gradient of the KL term
-alone with respect to *all parameters* is taken in these ways:
+alone with respect to *all parameters* is taken seven ways:
 
     online         KL(p || q) over the full vocabulary, both models run: the truth
     cache          our loss on our cache: written by CacheWriter with its default codec, read by TeacherCache
@@ -36,16 +36,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from fidelity_targets import MAX_K, MIN_PROB, capture, sampled_targets, topk_targets
 
-from cache_builder.config import DEFAULT_TAIL_DRAWS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+from fidelity_targets import capture, sampled_targets, topk_targets
+from teacher_batches import batch_from_topk
+
 from formats.cache import TeacherCache
+from formats.capture_settings import CaptureSettings
 from formats.codec.payload import CodecConfig
 from formats.disk.token_row import TokenRow
 from formats.logprobs.tail_draws import starts
 from formats.logprobs.topk import TopKLogprobs
 from formats.writer import CacheWriter
-from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.label_annealing_loss import label_annealing_loss
 
 METHODS = ("cache", "bucket only", "renormalised", "both sides", "zero-filled", "sampled")
@@ -90,7 +92,7 @@ def gradient_from_cache(
     batch, length = ids_BS.shape
     hidden = model.model(input_ids=ids_BS).last_hidden_state.flatten(0, 1)
     rows = np.arange(batch * length).reshape(batch, length)[:, :-1].reshape(-1)
-    teacher = TeacherBatch.from_topk(rows[kept_P], topk.take(kept_P), temperature, draws=draws)
+    teacher = batch_from_topk(rows[kept_P], topk.take(kept_P), temperature, draws)
     no_labels = torch.full((batch * length,), -100)
     label_annealing_loss(hidden, model.lm_head.weight, no_labels, teacher).loss.backward()
     return parameter_gradient(model)
@@ -119,8 +121,8 @@ def batch_gradients(
     seed: int,
     least_mass: float = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """Gradients of all methods, "online" and "ce" on one batch, over the positions whose head holds at least
-    `least_mass`."""
+    """Gradients of all methods, "online" and "ce" on one batch, over the positions whose kept tokens hold at
+    least `least_mass`."""
     with torch.no_grad():
         z = student(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double()
         logprobs = torch.log_softmax(teacher(input_ids=ids_BS).logits[:, :-1].flatten(0, 1).double(), -1)
@@ -154,15 +156,18 @@ def through_a_cache(
     teacher: Any,
     batches: list[torch.Tensor],
     folder: Path,
-    min_prob: float,
-    max_k: int,
-    draw_rate: int,
+    settings: CaptureSettings,
 ) -> list[TopKLogprobs]:
     """Every batch's teacher targets, written to a cache with its default codec and read back."""
     vocab_size = teacher.config.vocab_size
-    settings: dict[str, Any] = {"min_prob": min_prob, "max_k": max_k}
-    codec = CodecConfig(draw_rate=draw_rate)
-    with CacheWriter(folder, identity={}, vocab_size=vocab_size, codec=codec, **settings) as writer:
+    with CacheWriter(
+        folder,
+        identity={},
+        vocab_size=vocab_size,
+        min_prob=settings.min_prob,
+        max_k=settings.max_k,
+        codec=CodecConfig(draw_rate=settings.draw_rate),
+    ) as writer:
         for ids_BS in batches:
             for ids in ids_BS:
                 mask = np.ones(len(ids), dtype=bool)
@@ -170,8 +175,8 @@ def through_a_cache(
                 with torch.no_grad():
                     logits = teacher(input_ids=ids[None]).logits[0, :-1]
                 row = TokenRow(ids.numpy(), mask)
-                begin = starts(row.key, row.positions("loss"))
-                writer.append(row, capture(logits, min_prob, max_k, draw_rate, begin))
+                begin = starts(row.key, row.positions())
+                writer.append(row, capture(logits, settings, begin, row.label_ids()))
     cache = TeacherCache(folder)
     shards = cache.manifest.shards
     positions, entries, stored = (
@@ -181,7 +186,7 @@ def through_a_cache(
     mass = np.concatenate([row.teacher.head_mass(1.0) for row in cache])
     draws = np.concatenate([row.teacher.draws.counts for row in cache])
     print(
-        f"heads of p >= {min_prob:g}, at most {max_k}, draws at rate {draw_rate}: "
+        f"tokens of p >= {settings.min_prob:g}, at most {settings.max_k}, draws at rate {settings.draw_rate}: "
         f"{entries / positions:.1f} entries, {draws.mean():.1f} draws and {stored / positions:.1f} bytes per "
         f"position, mass {mass.mean():.3f}; {positions} positions in {len(batches)} batches\n"
     )
@@ -221,16 +226,14 @@ def measure(
     stops: list[int],
     temperatures: list[float],
     learning_rate: float,
-    min_prob: float = MIN_PROB,
-    max_k: int = MAX_K,
+    settings: CaptureSettings,
     least_mass: float = 0.0,
-    draw_rate: int = 0,
 ) -> dict[tuple[int, float, str], Result]:
     """Results per (steps of drift, temperature, method)."""
     student = copy.deepcopy(teacher)
     results: dict[tuple[int, float, str], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
-        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", min_prob, max_k, draw_rate)
+        caches = through_a_cache(teacher, held_out, Path(folder) / "cache", settings)
     done = 0
     for stop in stops:
         student.train()
@@ -279,15 +282,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="held-out batches, together one step")
     parser.add_argument("--rows", type=int, default=4, help="rows per batch")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
-    parser.add_argument("--min-prob", type=float, default=MIN_PROB, help="as in cache build")
-    parser.add_argument("--tail-draws", type=int, default=DEFAULT_TAIL_DRAWS, help="as in cache build")
-    parser.add_argument("--max-k", type=int, default=MAX_K, help="as in cache build")
+    parser.add_argument("--min-prob", type=float, default=CaptureSettings.min_prob, help="as in cache build")
+    parser.add_argument("--tail-draws", type=int, default=CaptureSettings.draw_rate, help="as in cache build")
+    parser.add_argument("--max-k", type=int, default=CaptureSettings.max_k, help="as in cache build")
     parser.add_argument(
         "--least-mass",
         type=float,
         default=0.0,
         metavar="P",
-        help="KL only at positions whose head holds so much, as nearly all of a large model's do",
+        help="KL only at positions whose kept tokens hold so much, as nearly all of a large model's do",
     )
     parser.add_argument("--json", type=Path, help="write every comparison here")
     args = parser.parse_args()
@@ -308,9 +311,7 @@ def main() -> None:
         stops=sorted(args.steps),
         temperatures=args.temperatures,
         learning_rate=args.learning_rate,
-        draw_rate=args.tail_draws,
-        min_prob=args.min_prob,
-        max_k=args.max_k,
+        settings=CaptureSettings(min_prob=args.min_prob, max_k=args.max_k, draw_rate=args.tail_draws),
         least_mass=args.least_mass,
     )
     print_report(results)

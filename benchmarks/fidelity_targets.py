@@ -6,35 +6,36 @@ N: positions, V: vocabulary, K: kept entries of a position.
 import numpy as np
 import torch
 
+from formats.capture_settings import CaptureSettings
 from formats.logprobs.tail_draws import TailDraws, draw
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
-MIN_PROB = 5e-3
-MAX_K = 128
+DEFAULT = CaptureSettings()
 
 
 def capture(
     logits_NV: torch.Tensor,
-    min_prob: float = MIN_PROB,
-    max_k: int = MAX_K,
-    draw_rate: int = 0,
+    settings: CaptureSettings = DEFAULT,
     starts_N: np.ndarray | None = None,
+    label_ids: np.ndarray | None = None,
 ) -> TopKLogprobs:
-    """Kept tokens (p >= min_prob, at most max_k, at least one), tail nodes and draws of full logits, in
-    float64."""
+    """Kept tokens (p >= min_prob, at most max_k, at least one), tail nodes, draws and labels of full logits, in
+    float64; without `starts_N` nothing is drawn, without `label_ids` the labels are unknown."""
     logprobs_NV = torch.log_softmax(logits_NV.double(), -1)
-    values_NK, ids_NK = logprobs_NV.topk(min(max_k, logprobs_NV.shape[1]), dim=-1)
-    keep_NK = values_NK >= np.log(min_prob)
+    values_NK, ids_NK = logprobs_NV.topk(min(settings.max_k, logprobs_NV.shape[1]), dim=-1)
+    keep_NK = values_NK >= np.log(settings.min_prob)
     keep_NK[:, 0] = True
     rest_NV = logprobs_NV.scatter(1, ids_NK, torch.where(keep_NK, -torch.inf, values_NK))
     nodes = torch.stack([torch.logsumexp(beta * rest_NV, -1) for beta in TAIL_BETAS], dim=1)
     drawn = TailDraws.none(len(logprobs_NV))
-    if draw_rate:
-        assert starts_N is not None
+    if settings.draw_rate and starts_N is not None:
         tail_NV = rest_NV > -torch.inf
         offsets = np.concatenate([[0], tail_NV.sum(1).cumsum(0).numpy()])
         ids = tail_NV.nonzero()[:, 1].numpy()
-        drawn = draw(offsets, ids, rest_NV[tail_NV].numpy(), draw_rate, starts_N)
+        drawn = draw(offsets, ids, rest_NV[tail_NV].numpy(), settings.draw_rate, starts_N)
+    labels = np.full(len(logprobs_NV), np.nan)
+    if label_ids is not None:
+        labels = logprobs_NV.numpy()[np.arange(len(labels)), label_ids]
     return TopKLogprobs(
         offsets=np.concatenate([[0], keep_NK.sum(1).cumsum(0).numpy()]),
         token_ids=ids_NK[keep_NK].numpy().astype(np.int32),
@@ -42,6 +43,7 @@ def capture(
         log_tail_nodes=nodes.numpy().astype(np.float32),
         vocab_size=logprobs_NV.shape[1],
         draws=drawn,
+        label_logprobs=labels,
     )
 
 

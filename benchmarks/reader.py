@@ -52,7 +52,17 @@ def random_teacher(rng: np.random.Generator, count: int) -> TopKLogprobs:
     rest = np.log(VOCAB_SIZE - sizes)
     each = np.log(tail_mass) - rest
     nodes = rest[:, None] + each[:, None] * np.array(TAIL_BETAS)
-    return TopKLogprobs(offsets, token_ids, np.log(weights), nodes, VOCAB_SIZE, TailDraws.none(count))
+    return TopKLogprobs(
+        offsets, token_ids, np.log(weights), nodes, VOCAB_SIZE, TailDraws.none(count), np.full(count, np.nan)
+    )
+
+
+def with_labels(rng: np.random.Generator, topk: TopKLogprobs, label_ids: np.ndarray) -> TopKLogprobs:
+    """The same with a logprob for every next token."""
+    labels = rng.uniform(-14, -6, len(topk)).astype(np.float32)
+    positions, entries = topk.kept_labels(label_ids)
+    labels[positions] = topk.logprobs[entries]
+    return replace(topk, label_logprobs=labels)
 
 
 def with_draws(rng: np.random.Generator, topk: TopKLogprobs) -> TopKLogprobs:
@@ -111,23 +121,25 @@ def main() -> None:
         with CacheWriter(directory, identity={}, **settings) as writer:
             for _ in range(args.rows):
                 row = TokenRow(rng.integers(0, VOCAB_SIZE, args.length), mask)
-                writer.append(row, random_teacher(rng, args.length - 1))
+                writer.append(row, with_labels(rng, random_teacher(rng, args.length - 1), row.label_ids()))
         positions = args.rows * (args.length - 1)
         print(f"written: {positions / (time.process_time() - start):,.0f} positions/s, generation included")
         cache = TeacherCache(directory)
         reader = cache.shard(0)
-        payloads = [bytes(reader.row(index)[1]) for index in range(args.rows)]
+        stored = [reader.row(index) for index in range(args.rows)]
+        payloads = [(bytes(payload), tokens.label_ids()) for tokens, payload in stored]
         count = args.length - 1
 
-        decode = best(lambda: consume(reader.codec.decode(payload, count) for payload in payloads))
+        decode = best(lambda: consume(reader.codec.decode(*payload) for payload in payloads))
         rate = positions / decode
         print(f"decode: {rate:,.0f} positions/s on one core at {ENTRIES} entries per position")
         settings = unseal(reader._file.metadata[b"anneal"])
         ranked_ids = from_text(settings["ranked_ids"], VOCAB_SIZE)
         drawn_codec = Codec(replace(cache.manifest.codec, draw_rate=DRAW_RATE), VOCAB_SIZE, 128, ranked_ids)
         drawn_rows = (with_draws(rng, reader.teacher(index)[1]) for index in range(args.rows))
-        drawn_payloads = [drawn_codec.encode(row) for row in drawn_rows]
-        drawn = best(lambda: consume(drawn_codec.decode(payload, count) for payload in drawn_payloads))
+        pairs = zip(drawn_rows, payloads, strict=True)
+        drawn_payloads = [(drawn_codec.encode(row, labels), labels) for row, (_, labels) in pairs]
+        drawn = best(lambda: consume(drawn_codec.decode(*payload) for payload in drawn_payloads))
         print(f"with {DRAWS} draws per position: {positions / drawn:,.0f} positions/s, {decode / drawn:.2f}x")
         sequential = best(lambda: consume(cache[index] for index in range(args.rows)))
         print(f"rows in order (map, key check, decode): {positions / sequential:,.0f} positions/s")
@@ -135,7 +147,7 @@ def main() -> None:
         randomly = best(lambda: consume(cache[index] for index in orders.pop()))
         print(f"rows at random: {randomly / sequential:.2f}x the time of rows in order")
 
-        plain = best(lambda: read_payload(payloads[0], count, settings), repeats=1)
+        plain = best(lambda: read_payload(payloads[0][0], payloads[0][1].tolist(), settings), repeats=1)
         slow = count / plain
         print(f"a per-entry Python decoder: {slow:,.0f} positions/s; ours is {rate / slow:,.0f}x as fast")
 

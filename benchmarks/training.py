@@ -86,7 +86,7 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
         cache = Path(folder) / "cache"
         num_rows = sizes["batch"] * (args.warmup + args.steps)
         write_cache(
-            cache, num_rows=num_rows, length=sizes["seq"], vocab_size=sizes["vocab"], head_size=args.head_size
+            cache, num_rows=num_rows, length=sizes["seq"], vocab_size=sizes["vocab"], num_kept=args.num_kept
         )
         for _ in range(args.rounds):
             for variant in STEP_VARIANTS:
@@ -96,7 +96,7 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
     print(
         f"\n## Steps: {runs['hf'][0]['parameters'] / 1e6:.1f}M parameters, "
         f"vocabulary {sizes['vocab']:,}, "
-        f"{sizes['batch']} x {sizes['seq']} tokens, head {args.head_size}, T = {args.temperature:g}, "
+        f"{sizes['batch']} x {sizes['seq']} tokens, {args.num_kept} kept, T = {args.temperature:g}, "
         f"{args.device} {args.dtype}, {args.rounds} x {args.steps} steps\n"
     )
     print("| variant | s/step | CPU s/step | peak GiB |\n|---|---:|---:|---:|")
@@ -131,7 +131,7 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
     common = {
         "vocab": args.loss_vocab,
         "hidden": args.loss_hidden,
-        "head-size": args.head_size,
+        "num-kept": args.num_kept,
         "device": args.device,
         "dtype": args.dtype,
         "loss-kernel": args.loss_kernel,
@@ -157,7 +157,7 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
     rows = {
         f"fused, {args.loss_rows:,} rows": (fused, fused["peak_bytes"]),
         f"fused, {args.dense_rows:,} rows": (fused_small, fused_small["peak_bytes"]),
-        f"fused without tail draws, {args.dense_rows:,} rows": (bucket, bucket["peak_bytes"]),
+        f"fused without draws, {args.dense_rows:,} rows": (bucket, bucket["peak_bytes"]),
         f"dense, {args.dense_rows:,} rows": (dense, dense["peak_bytes"]),
     }
     if "fused_torch" in found:
@@ -180,7 +180,7 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
     time_ratio = min(fused_small["cpu_seconds"]) / min(dense["cpu_seconds"])
     alike = min(bucket["cpu_seconds"]) / min(dense["cpu_seconds"])
     print(
-        f"CPU time at {args.dense_rows:,} rows, fused / dense: {time_ratio:.3f}; without tail draws, "
+        f"CPU time at {args.dense_rows:,} rows, fused / dense: {time_ratio:.3f}; without draws, "
         f"which the dense side has not: {alike:.3f}"
     )
     if "fused_torch" in found:
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all variants")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--loss-kernel", choices=("torch", "triton"), default="torch", help="of our loss")
-    parser.add_argument("--head-size", type=int, default=64, help="stored entries per position")
+    parser.add_argument("--num-kept", type=int, default=64, help="kept tokens per position")
     parser.add_argument("--rounds", type=int, default=2, help="processes per variant")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process")
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps per process")

@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -142,18 +143,20 @@ def dense_loss(hidden: Any, weight: Any, labels: Any, teacher: Any) -> torch.Ten
     """Cross-entropy and bucketed KL from [rows, V] logits, vectorised as trainers that build them do it."""
     log_q = F.log_softmax((hidden @ weight.t()).float(), -1)
     row = torch.repeat_interleave(teacher.rows, teacher.counts)
-    log_q_head = log_q[row, teacher.token_ids.long()]
+    log_q_kept = log_q[row, teacher.token_ids.long()]
     p = teacher.logprobs.exp()
-    mass_q = torch.zeros(len(log_q), device=log_q.device).index_add(0, row, log_q_head.exp())[teacher.rows]
+    mass_q = torch.zeros(len(log_q), device=log_q.device).index_add(0, row, log_q_kept.exp())[teacher.rows]
     tail = teacher.log_tail.exp() * (teacher.log_tail - torch.log1p(-mass_q))
-    kl = ((p * (teacher.logprobs - log_q_head)).sum() + tail.sum()) / len(teacher)
+    kl = ((p * (teacher.logprobs - log_q_kept)).sum() + tail.sum()) / len(teacher)
     return F.nll_loss(log_q, labels) + kl
 
 
 def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
-    from training_cache import random_heads
+    from training_cache import random_teacher
 
-    from trainer.data.teacher_batch import TeacherBatch
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+    from teacher_batches import batch_from_topk
+
     from trainer.loss.label_annealing_loss import label_annealing_loss
 
     torch.manual_seed(0)
@@ -164,9 +167,9 @@ def run_loss(sizes: argparse.Namespace) -> dict[str, Any]:
         torch.empty(sizes.vocab, sizes.hidden, device=device, dtype=dtype).normal_(std=0.04).requires_grad_()
     )
     labels = torch.randint(0, sizes.vocab, (sizes.rows,), device=device)
-    topk = random_heads(sizes.rows, sizes.vocab, sizes.head_size, seed=0)
-    draws = sizes.variant == "loss-fused"  # the dense side knows none
-    teacher = TeacherBatch.from_topk(range(sizes.rows), topk, 1.0, draws=draws).to(device)
+    topk = random_teacher(sizes.rows, sizes.vocab, sizes.num_kept, seed=0)
+    # The dense side knows no draws.
+    teacher = batch_from_topk(range(sizes.rows), topk, draws=sizes.variant == "loss-fused").to(device)
     peak = PeakMemory(device)
     seconds, cpu = [], []
     for _ in range(sizes.steps):
@@ -218,7 +221,7 @@ def run_loader(sizes: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", choices=(*TRAINING, *LOSSES, LOADER), required=True)
-    for name in ("vocab", "hidden", "intermediate", "layers", "heads", "seq", "batch", "rows", "head_size"):
+    for name in ("vocab", "hidden", "intermediate", "layers", "heads", "seq", "batch", "rows", "num_kept"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)

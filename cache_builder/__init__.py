@@ -28,7 +28,7 @@ _MODULES = {
     "TeacherError": "teachers.protocol",
     "TransformersTeacher": "teachers.transformers_teacher",
     "VLLMTeacher": "teachers.vllm_teacher",
-    "make_teacher": "teachers.protocol",
+    "make_teacher": "teachers.engines",
 }
 
 __all__ = sorted(_MODULES)

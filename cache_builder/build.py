@@ -11,29 +11,21 @@ not.
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cache_builder.commit.build_directory import (
-    State,
-    build_directory,
-    discard,
-    is_discarding,
-    open_output,
-    remove_build,
-    state_of,
-)
-from cache_builder.commit.capture import Capture, missing_shards
-from cache_builder.commit.claims import Claims, live_local_owner
+from cache_builder.commit.build_directory import BuildDirectory, State
+from cache_builder.commit.capture import Capture
 from cache_builder.commit.finish import finish
-from cache_builder.commit.plan import Plan, Settings, read_plan, settle_settings, write_plan
+from cache_builder.commit.plan import BuildSettings, Plan
 from cache_builder.commit.shard_committer import Step, no_step
 from cache_builder.commit.signals import BuildInterrupted, interruptible
 from cache_builder.commit.staging import StagedShard
 from cache_builder.config import BuildConfig
+from cache_builder.pace import WAVES_PER_SHARD
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
+from cache_builder.teachers.fast_dtype import dtype_note
 from formats.disk.manifest import Manifest
 from formats.errors import AnnealError, ConfigError
 from formats.identity.teacher_identity import TeacherIdentity
@@ -53,7 +45,8 @@ class BuildError(AnnealError):
 
 def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
     """The engine that the settings name."""
-    from cache_builder.teachers.protocol import TeacherConfig, make_teacher
+    from cache_builder.teachers.engines import make_teacher
+    from cache_builder.teachers.protocol import TeacherConfig
 
     return make_teacher(
         config.engine,
@@ -61,11 +54,9 @@ def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
             model=str(source.model_dir),
             dtype=config.dtype,
             head_dtype=config.head_dtype,
-            min_prob=config.min_prob,
-            max_k=config.max_k,
-            draw_rate=config.draw_rate,
-            positions=config.positions,
+            capture=config.capture,
             max_length=source.max_length,
+            wave_tokens=max(source.settings.tokens_per_shard // WAVES_PER_SHARD, 1),
             engine_args=dict(config.engine_args),
         ),
     )
@@ -96,69 +87,62 @@ def build_cache(
         BuildError: the disk is full or fails; what is committed stays, the same command resumes.
         BuildInterrupted: Ctrl-C or SIGTERM; likewise.
     """
-    out = config.directory
+    directory = BuildDirectory(config.directory)
     progress = progress or Progress()
     with interruptible():
         try:
-            return _build(config, out, progress, source, make_teacher, make_capture, step)
+            return _build(config, directory, progress, source, make_teacher, make_capture, step)
         except BuildInterrupted as signal:
-            signal.message = f"interrupted: {how_far(out)}"
+            signal.message = f"interrupted: {directory.how_far()}"
             raise
         except OSError as error:
-            if state_of(out) is State.FINISHED:  # another worker finished and cleared up under our hands
-                return _complete(out, was_complete=False)
+            if directory.state() is State.FINISHED:  # another worker cleared up under our hands
+                return _complete(directory, was_complete=False)
             raise BuildError(
-                f"writing to {error.filename or out} failed: {error.strerror or error}; {how_far(out)}"
+                f"writing to {error.filename or directory} failed: {error.strerror or error}; "
+                f"{directory.how_far()}"
             ) from error
         finally:
             progress.finish()
 
 
-def how_far(out: Path) -> str:
-    """`12 of 40 shards are on the disk; run the same command again to go on`."""
-    plan = None
-    with suppress(OSError, AnnealError):
-        plan = read_plan(out)
-    if plan is None:
-        return "no shard is on the disk; run the same command again"
-    num_done = len(plan.shards) - len(missing_shards(out, range(len(plan.shards))))
-    return f"{num_done} of {len(plan.shards)} shards are on the disk; run the same command again to go on"
-
-
 def _build(
     config: BuildConfig,
-    out: Path,
+    directory: BuildDirectory,
     progress: Progress,
     source: BuildSource | None,
     make_teacher: MakeTeacher,
     make_capture: Callable[..., Capture],
     step: Step,
 ) -> BuildReport:
-    state = state_of(out)
+    state = directory.state()
+    reopen = (lambda: open_source(config)) if source is None else None
     source = source or open_source(config)
     settings = source.settings
-    if state is not State.EMPTY and (config.overwrite or is_discarding(out)):
-        _refuse_if_busy(out)
-        discard(out)
-        progress.note(f"discarded {state.value} in {out}")
+    if state is not State.EMPTY and (config.overwrite or directory.is_discarding()):
+        _refuse_if_busy(directory)
+        directory.discard()
+        progress.note(f"discarded {state.value} in {directory}")
         state = State.EMPTY
     if state is State.FINISHED:
-        _require_same_cache(out, settings)
-        remove_build(out)
-        return _complete(out, was_complete=True)
-    existed = out.exists()
-    open_output(out)
-    if state_of(out) is State.FINISHED:
+        _require_same_cache(directory, settings)
+        directory.remove_working()
+        return _complete(directory, was_complete=True)
+    existed = directory.out.exists()
+    directory.prepare()
+    if directory.state() is State.FINISHED:
         # Another worker wrote the manifest and cleared up since we looked; what we just made is not a build.
-        remove_build(out)
-        return _complete(out, was_complete=True)
-    plan, planned_here = _plan(out, source, config, progress, existed=existed, step=step)
+        directory.remove_working()
+        return _complete(directory, was_complete=True)
+    source = _settle(directory, source, reopen, any_size=config.tokens_per_shard is None)
+    step("settings")
+    plan, planned_here = _plan(directory, source, config, progress, existed=existed, step=step)
     indices = _selected(config, plan)
     capture = make_capture(
-        out,
-        settings,
+        directory,
+        source.settings,
         plan,
-        lambda: make_teacher(config, source),
+        lambda: _started(make_teacher, config, source, progress),
         heartbeat_seconds=config.heartbeat_seconds,
         progress=progress,
         step=step,
@@ -166,17 +150,19 @@ def _build(
     try:
         manifest = _capture_and_finish(capture, indices, source, config.heartbeat_seconds, progress, step)
     except AnnealError:
-        if planned_here and not capture.started and not any(out.glob("shard-*")):
-            _leave_as_found(out, existed)  # no engine ran: the next command may well ask for another one
+        if planned_here and not capture.started and not directory.num_bytes():
+            directory.leave_as_found(
+                existed=existed
+            )  # no engine ran: the next command may well ask for another one
         raise
     finally:
         capture.close()
     progress.finish()
     if manifest is not None:
-        return _complete(out, was_complete=False, capture=capture)
-    left = missing_shards(out, range(len(plan.shards)))
+        return _complete(directory, was_complete=False, capture=capture)
+    left = directory.missing(range(len(plan.shards)))
     return BuildReport(
-        out=str(out),
+        out=str(directory),
         complete=False,
         was_complete=False,
         num_shards=len(plan.shards),
@@ -184,11 +170,20 @@ def _build(
         num_rows=plan.num_rows,
         num_tokens=plan.num_tokens,
         num_positions=plan.num_positions,
-        num_bytes=sum(path.stat().st_size for path in out.glob("shard-*.arrow")),
+        num_bytes=directory.num_bytes(),
         num_rows_captured=capture.num_rows,
         num_tokens_captured=capture.num_tokens,
         seconds=capture.seconds,
     )
+
+
+def _started(
+    make_teacher: MakeTeacher, config: BuildConfig, source: BuildSource, progress: Progress
+) -> "Teacher":
+    teacher = make_teacher(config, source)
+    if note := dtype_note(config.dtype, source.checkpoint_dtype, teacher.describe()):
+        progress.note(note)
+    return teacher
 
 
 def _capture_and_finish(
@@ -200,58 +195,78 @@ def _capture_and_finish(
     step: Step,
 ) -> Manifest | None:
     """Capture until all selected shards are there; the manifest if with them all shards are."""
-    out, plan = capture.out, capture.plan
+    directory, plan = capture.directory, capture.plan
     everything = range(len(plan.shards))
     while True:
-        num_done = sum(plan.shards[i].num_rows for i in set(indices) - set(missing_shards(out, indices)))
+        num_done = sum(plan.shards[i].num_rows for i in set(indices) - set(directory.missing(indices)))
         if num_done:
-            progress.note(f"resuming: {how_far(out).partition(';')[0]}")
+            progress.note(f"resuming: {directory.how_far().partition(';')[0]}")
         progress.start("capture", sum(plan.shards[i].num_rows for i in indices), num_done)
         capture.run(indices)
         progress.finish()
-        if missing_shards(out, everything):
+        if directory.missing(everything):
             return None
-        with Claims(build_directory(out) / "claims", heartbeat_seconds) as claims:
+        with directory.claims(heartbeat_seconds) as claims:
             while not claims.acquire(FINISH_CLAIM):
                 time.sleep(min(POLL_SECONDS, heartbeat_seconds))
-            result = finish(out, source.settings, plan, source.tokenizer_json, step=step)
+            result = finish(directory, source.settings, plan, source.tokenizer_json, step=step)
         if isinstance(result, Manifest):
             return result
         progress.note(f"captured again: {len(result)} shards whose bytes were damaged on the disk")
         indices = result
 
 
+def _settle(
+    directory: BuildDirectory,
+    source: BuildSource,
+    reopen: Callable[[], BuildSource] | None,
+    *,
+    any_size: bool,
+) -> BuildSource:
+    """Make the settings those of the build that is here. Workers that begin at once have each asked the clock for
+    the template's time; the first one's holds for all.
+
+    Raises:
+        ConfigError: a build with other settings is here; names them.
+    """
+    try:
+        settings = directory.settle_settings(source.settings, any_size=any_size)
+    except ConfigError:
+        if reopen is None or "template_time" not in source.settings.identity.preprocessing:
+            raise
+        source = reopen()
+        settings = directory.settle_settings(source.settings, any_size=any_size)
+    return replace(source, settings=settings)
+
+
 def _plan(
-    out: Path, source: BuildSource, config: BuildConfig, progress: Progress, *, existed: bool, step: Step
+    directory: BuildDirectory,
+    source: BuildSource,
+    config: BuildConfig,
+    progress: Progress,
+    *,
+    existed: bool,
+    step: Step,
 ) -> tuple[Plan, bool]:
-    """The plan in `out`, and whether it was made here and now; awaited while another worker is planning."""
-    settle_settings(out, source.settings)
-    step("settings")
-    if (plan := read_plan(out)) is not None:
+    """The plan in the directory, and whether it was made here and now; awaited while another worker is planning."""
+    if (plan := directory.read_plan()) is not None:
         return plan, False
-    with Claims(build_directory(out) / "claims", config.heartbeat_seconds) as claims:
+    with directory.claims(config.heartbeat_seconds) as claims:
         while not claims.acquire(PLAN_CLAIM):
             time.sleep(min(POLL_SECONDS, config.heartbeat_seconds))
-            if (plan := read_plan(out)) is not None:
+            if (plan := directory.read_plan()) is not None:
                 return plan, False
-        if (plan := read_plan(out)) is not None:
+        if (plan := directory.read_plan()) is not None:
             return plan, False
         try:
-            return _make_plan(out, source, progress, step), True
+            return _make_plan(directory, source, progress, step), True
         except AnnealError:
             # Bad input: leave the place as it was found.
-            _leave_as_found(out, existed)
+            directory.leave_as_found(existed=existed)
             raise
 
 
-def _leave_as_found(out: Path, existed: bool) -> None:
-    remove_build(out)
-    if not existed:
-        with suppress(OSError):
-            out.rmdir()
-
-
-def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -> Plan:
+def _make_plan(directory: BuildDirectory, source: BuildSource, progress: Progress, step: Step) -> Plan:
     progress.note(source.sample() if source.sample else "\n".join(source.announcements))
     rows = source.open_rows()
     progress.start("tokenise", None)
@@ -260,13 +275,17 @@ def _make_plan(out: Path, source: BuildSource, progress: Progress, step: Step) -
         progress.advance(shard.num_rows, shard.num_tokens)
         step(f"staged {index}")
 
-    plan = write_plan(out, rows, source.settings, describe=lambda: source.describe(rows), on_shard=staged)
+    plan = directory.write_plan(
+        rows, source.settings, describe=lambda: source.describe(rows), on_shard=staged
+    )
     progress.finish()
     step("planned")
     progress.note(
         f"planned {plan.num_rows} rows, {plan.num_tokens} tokens, {plan.num_positions} positions "
         f"in {len(plan.shards)} shards"
     )
+    if plan.notes:
+        progress.note("; ".join(plan.notes))
     return plan
 
 
@@ -281,35 +300,38 @@ def _selected(config: BuildConfig, plan: Plan) -> list[int]:
     return list(range(first, min(last, len(plan.shards))))
 
 
-def _require_same_cache(out: Path, settings: Settings) -> None:
+def _require_same_cache(directory: BuildDirectory, settings: BuildSettings) -> None:
     """A finished cache is only left alone when it is the one that this command would build."""
-    manifest = Manifest.read(out)
+    manifest = Manifest.read(directory.out)
     stored = TeacherIdentity.from_dict(manifest.identity).to_dict()
     # The engine recorded more of itself than can be asked for; compare what was asked for.
     wanted = settings.identity.to_dict()["teacher"]
     stored["teacher"] = {key: value for key, value in stored["teacher"].items() if key in wanted}
-    Settings(
+    BuildSettings(
         identity=TeacherIdentity.from_dict(stored),
+        capture=manifest.capture,
         codec=manifest.codec.to_dict(),
         rows_per_shard=settings.rows_per_shard,
         tokens_per_shard=settings.tokens_per_shard,
-    ).require_same(settings, out, "a finished cache")
+    ).require_same(settings, directory.out, "a finished cache")
 
 
-def _refuse_if_busy(out: Path) -> None:
+def _refuse_if_busy(directory: BuildDirectory) -> None:
     """Never pull a build away from under a worker that is alive on this machine."""
-    if pid := live_local_owner(build_directory(out) / "claims"):
+    if pid := directory.live_local_owner():
         raise ConfigError(
-            f"--overwrite needs a build that nobody works on, but process {pid} is building in {out}; "
+            f"--overwrite needs a build that nobody works on, but process {pid} is building in {directory}; "
             "stop it first"
         )
 
 
-def _complete(out: Path, *, was_complete: bool, capture: Capture | None = None) -> BuildReport:
-    manifest = Manifest.read(out)
+def _complete(
+    directory: BuildDirectory, *, was_complete: bool, capture: Capture | None = None
+) -> BuildReport:
+    manifest = Manifest.read(directory.out)
     shards = manifest.shards
     return BuildReport(
-        out=str(out),
+        out=str(directory),
         complete=True,
         was_complete=was_complete,
         num_shards=len(shards),

@@ -10,16 +10,18 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cache_builder.build import MakeTeacher, build_cache, start_engine
-from cache_builder.commit.capture import Capture, missing_shards
-from cache_builder.commit.plan import Plan, read_plan
+from cache_builder.commit.build_directory import BuildDirectory
+from cache_builder.commit.capture import Capture
+from cache_builder.commit.plan import Plan
 from cache_builder.config import BuildConfig
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
 from formats.errors import AnnealError, ConfigError
+from formats.install import how_to_install
 from formats.progress import Progress
 
 MAX_FAILURES = 3
@@ -60,14 +62,17 @@ class ShardWorker:
     """One engine; runs inside a Ray actor."""
 
     def __init__(self, config: BuildConfig, source: BuildSource, make_teacher: MakeTeacher) -> None:
-        plan = read_plan(config.directory)
+        directory = BuildDirectory(config.directory)
+        plan = directory.read_plan()
         if plan is None:
             raise AnnealError(
                 f"every worker must see the output directory, got no plan in {config.directory} "
                 "on this machine; use a shared file system"
             )
+        any_size = config.tokens_per_shard is None
+        source = replace(source, settings=directory.settle_settings(source.settings, any_size=any_size))
         self._capture = Capture(
-            config.directory,
+            directory,
             source.settings,
             plan,
             lambda: make_teacher(config, source),
@@ -92,7 +97,7 @@ class RayCapture(Capture):
     def run(self, indices: Any, *, wait: bool = True) -> None:
         import ray
 
-        pending = missing_shards(self.out, indices)[::-1]
+        pending = self.directory.missing(indices)[::-1]
         failures: dict[int, int] = {}
         busy: dict[Any, tuple[int, Any]] = {}
         idle = [self._start_worker() for _ in range(min(self._num_workers, len(pending)))]
@@ -160,13 +165,13 @@ def build_cache_with_ray(
     Raises:
         ConfigError: Ray is not installed, not reachable, or has no room.
         WorkerDied: workers keep dying on one shard.
-        As `build_cache` otherwise.
+        AnnealError: whatever `build_cache` raises.
     """
     try:
         import ray
     except ImportError:
         raise ConfigError(
-            "--ray needs the package ray; install it with `pip install 'anneal[ray]'`"
+            f"--ray needs the package ray, which is not installed; {how_to_install('ray')}"
         ) from None
     source = source or open_source(config)
     started_here = not ray.is_initialized()
@@ -187,9 +192,11 @@ def build_cache_with_ray(
         actor = ray.remote(num_cpus=size.num_cpus, num_gpus=size.num_gpus)(ShardWorker)
         portable = source.portable()
 
-        def make_capture(out: Any, settings: Any, plan: Plan, make: Any, **options: Any) -> Capture:
+        def make_capture(
+            directory: BuildDirectory, settings: Any, plan: Plan, make: Any, **options: Any
+        ) -> Capture:
             return RayCapture(
-                out,
+                directory,
                 settings,
                 plan,
                 make,

@@ -3,20 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cache_builder.teachers.protocol import DTYPES, ENGINES, HEAD_DTYPES
+from formats.capture_settings import CaptureSettings
 from formats.codec.payload import CodecConfig
-from formats.disk.token_row import POSITION_MODES
 from formats.errors import ConfigError
-from formats.logprobs.tail_draws import MAX_RATE
 
-ENGINES = ("vllm", "transformers")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-HEAD_DTYPES = ("float32", "model")
 DEFAULT_ROWS_PER_SHARD = 4096
-DEFAULT_TOKENS_PER_SHARD = 1 << 20
-DEFAULT_TAIL_DRAWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +35,14 @@ class BuildConfig:
     """Revision of a Hugging Face model; None is its main branch."""
     max_length: int | None = None
     """Longest row in tokens; None is 2048, or the model's context if that is shorter."""
-    min_prob: float = 5e-3
+    min_prob: float = CaptureSettings.min_prob
     """Entries with at least this probability are kept."""
-    max_k: int = 128
+    max_k: int = CaptureSettings.max_k
     """At most this many entries are kept per position."""
-    tail_draws: int | None = None
+    draw_rate: int = CaptureSettings.draw_rate
     """Tail tokens drawn per position: this rate times the sum of p^(3/4) over the tail (docs/method.md), 0
-    for none; None is 16."""
-    positions: str = "loss"
+    for none."""
+    positions: str = CaptureSettings.positions
     """`loss` captures positions whose next token carries loss, `all` every position that has a next token."""
     limit: int | None = None
     """Read only so many records of the corpus."""
@@ -56,6 +52,11 @@ class BuildConfig:
     """Split of a data set or directory; None is `train`."""
     seed: int | None = None
     """With `limit`: draw the records at random with this seed instead of taking the first ones."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables that the chat template gets for every conversation, such as `enable_thinking`."""
+    template_time: str | None = None
+    """The instant that a chat template with `strftime_now` tells, in ISO form; None is the one that the build in `out`
+    has recorded, or now."""
     dtype: str = "auto"
     """Numerical type of the engine's weights."""
     head_dtype: str = "float32"
@@ -66,8 +67,9 @@ class BuildConfig:
     """How the payloads are encoded."""
     rows_per_shard: int = DEFAULT_ROWS_PER_SHARD
     """A shard ends after so many rows..."""
-    tokens_per_shard: int = DEFAULT_TOKENS_PER_SHARD
-    """... or before it would exceed so many tokens. One shard is what a killed worker costs."""
+    tokens_per_shard: int | None = None
+    """... or before it would exceed so many tokens. One shard is what a killed worker costs; None expects
+    twenty seconds of this machine (`pace.py`), or is what an unfinished build in `out` was begun with."""
     overwrite: bool = False
     """Discard the cache or the unfinished build that `out` holds. Never touches a directory of another
     kind."""
@@ -81,12 +83,9 @@ class BuildConfig:
             object.__setattr__(self, name, str(getattr(self, name)))
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given, got an empty string")
-        rate = self.tail_draws
-        if rate is not None and (type(rate) is not int or not 0 <= rate <= MAX_RATE):
-            raise ConfigError(f"tail_draws must be a whole number from 0 to {MAX_RATE}, got {rate!r}")
+        _ = self.capture
         for name, value, allowed in (
             ("engine", self.engine, ENGINES),
-            ("positions", self.positions, POSITION_MODES),
             ("dtype", self.dtype, DTYPES),
             ("head_dtype", self.head_dtype, HEAD_DTYPES),
         ):
@@ -94,32 +93,43 @@ class BuildConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name, least in (
             ("max_length", 2),
-            ("max_k", 1),
             ("rows_per_shard", 1),
             ("tokens_per_shard", 1),
             ("limit", 1),
         ):
             number = getattr(self, name)
-            if number is None and name in ("limit", "max_length"):
+            if number is None and name in ("limit", "max_length", "tokens_per_shard"):
                 continue
             if type(number) is not int or number < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {number!r}")
-        if not (isinstance(self.min_prob, int | float) and 0 <= self.min_prob < 1):
-            raise ConfigError(f"min_prob must be at least 0 and below 1, got {self.min_prob!r}")
         if not (math.isfinite(self.heartbeat_seconds) and self.heartbeat_seconds > 0):
             raise ConfigError(f"heartbeat_seconds must be above 0, got {self.heartbeat_seconds!r}")
         if not all(isinstance(key, str) for key in self.engine_args):
             raise ConfigError(f"engine_args must map names to values, got {self.engine_args!r}")
         object.__setattr__(self, "engine_args", dict(self.engine_args))
+        if not all(isinstance(key, str) for key in self.chat_template_kwargs):
+            raise ConfigError(
+                f"chat_template_kwargs must map names to values, got {self.chat_template_kwargs!r}"
+            )
+        object.__setattr__(self, "chat_template_kwargs", dict(self.chat_template_kwargs))
+        if self.template_time is not None:
+            try:
+                datetime.fromisoformat(self.template_time)
+            except (TypeError, ValueError):
+                raise ConfigError(
+                    f"template_time must be a time such as 2026-11-25T08:00, got {self.template_time!r}"
+                ) from None
         if self.shards is not None:
             first, last = self.shards
             if not 0 <= first < last:
                 raise ConfigError(f"shards must be first:last with 0 <= first < last, got {first}:{last}")
 
     @property
-    def draw_rate(self) -> int:
-        """`tail_draws` with its default filled in."""
-        return DEFAULT_TAIL_DRAWS if self.tail_draws is None else self.tail_draws
+    def capture(self) -> CaptureSettings:
+        """What of every prediction is stored; the checks of these settings are there."""
+        return CaptureSettings(
+            positions=self.positions, min_prob=self.min_prob, max_k=self.max_k, draw_rate=self.draw_rate
+        )
 
     @property
     def directory(self) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from formats.capture_settings import CaptureSettings
 from formats.identity.teacher_identity import TeacherIdentity, short
 from formats.progress import format_bytes, format_seconds
 
@@ -80,6 +81,7 @@ class BuildReport:
             f"{self.num_positions} positions, {self.num_shards} shards, "
             f"{format_bytes(self.num_bytes)} ({self.bytes_per_token:.1f} bytes/token)"
         )
+        lines += records_line(self.identity.get("corpus", {}))
         return "\n".join(lines)
 
 
@@ -122,6 +124,7 @@ class PlanReport:
         share = 100 * self.num_positions / max(self.num_tokens, 1)
         lines = [
             *([self.sample] if self.sample else self.announcements),
+            *records_line({"counts": self.corpus, "notes": self.corpus.get("notes", [])}),
             f"rows       {self.num_rows}",
             f"tokens     {self.num_tokens}",
             f"positions  {self.num_positions} ({share:.1f} % of the tokens)",
@@ -135,12 +138,18 @@ class PlanReport:
         return "\n".join(lines)
 
 
+def records_line(corpus: Mapping[str, Any]) -> list[str]:
+    """What became of the records, as one line; none if nobody counted them."""
+    if "num_records" not in corpus.get("counts", {}):
+        return []
+    told = "; ".join(corpus.get("notes", ())) or "none skipped, none cut"
+    return [f"records    {corpus['counts']['num_records']}: {told}"]
+
+
 def rough_bytes(
     num_tokens: int,
     num_positions: int,
-    min_prob: float,
-    max_k: int,
-    draw_rate: int = 0,
+    capture: CaptureSettings,
 ) -> int:
     """A guess at the size of a cache from settings alone, within a factor of about two.
 
@@ -148,6 +157,6 @@ def rough_bytes(
     follow a power law; a sharper model takes less. Tail draws take 2.1 bytes each, of which there are about
     1.5 times the rate; ids and mask five bytes per token.
     """
-    per_position = 70.0 * (1e-3 / max(min_prob, 1e-6)) ** 0.64
-    per_position = min(per_position, 3.0 * max_k + 8) + 3.3 * draw_rate
+    per_position = 70.0 * (1e-3 / max(capture.min_prob, 1e-6)) ** 0.64
+    per_position = min(per_position, 3.0 * capture.max_k + 8) + 3.3 * capture.draw_rate
     return round(num_tokens * 5 + num_positions * per_position)

@@ -7,16 +7,22 @@ the weights and of the corpus.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.plan import Settings
+from cache_builder import pace
+from cache_builder.commit.build_directory import BuildDirectory
+from cache_builder.commit.plan import BuildSettings
 from cache_builder.config import BuildConfig
 from cache_builder.corpus.corpus import CorpusConfig, open_corpus
-from cache_builder.rows.tokenise import TokenisedRows, tokenise
+from cache_builder.rows.template import tells_the_time
+from cache_builder.rows.tokenise import TokenisedRows, tokenise, uses_chat_template
 from cache_builder.rows.tokenizer_files import load_tokenizer, model_context, resolve_max_length
+from cache_builder.teachers.model_config import checkpoint_dtype, read_model_config
 from formats.disk.token_row import TokenRow
+from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from formats.identity.teacher_identity import TeacherIdentity
 
@@ -29,7 +35,7 @@ NEUTRAL_ENGINE_ARGS = frozenset({"gpu_memory_utilization", "disable_log_stats"})
 class BuildSource:
     """What a build works from."""
 
-    settings: Settings
+    settings: BuildSettings
     """Identity, codec and shard sizes."""
     model_dir: Path
     """Where the engine loads the teacher from."""
@@ -41,6 +47,8 @@ class BuildSource:
     """What was counted by the iterable that `open_rows` returned."""
     tokenizer_json: bytes | None
     """Contents of the cache's tokenizer.json; None for a tokenizer that has no such form."""
+    checkpoint_dtype: str | None = None
+    """Type that the weights are stored in, where it is known."""
     announcements: tuple[str, ...] = ()
     """Sentences for the user before the work starts."""
     sample: Callable[[], str] | None = None
@@ -53,6 +61,18 @@ class BuildSource:
 
 def _nothing(rows: Iterable[TokenRow]) -> Mapping[str, Any]:
     return {}
+
+
+def expected_shard_tokens(config: BuildConfig, model_dir: Path) -> int:
+    """Tokens that this machine's engine should prefill in some twenty seconds."""
+    import torch
+
+    bytes_per_weight = 4 if checkpoint_dtype(read_model_config(str(model_dir))) == "float32" else 2
+    num_gpus = int(config.engine_args.get("tensor_parallel_size", 1)) if torch.cuda.is_available() else 0
+    speed = pace.tokens_per_second(
+        pace.num_weights(model_dir, bytes_per_weight), num_gpus=num_gpus, num_cores=pace.num_cores()
+    )
+    return pace.shard_tokens(speed)
 
 
 def engine_version(engine: str) -> str:
@@ -93,9 +113,16 @@ def open_source(config: BuildConfig) -> BuildSource:
         split=config.split,
         limit=config.limit,
         seed=config.seed,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
     corpus = open_corpus(corpus_config)
-    rows = tokenise(corpus, tokenizer)  # refuses what does not fit before anything is hashed
+    instant = _template_time(config, uses_chat_template(corpus, tokenizer) and tells_the_time(tokenizer))
+    if instant is not None:
+        corpus_config = replace(corpus_config, template_time=instant)
+        corpus = corpus.reconfigured(corpus_config)
+    num_outputs = _vocab_size(model_dir)
+    # Refuses what does not fit before anything is hashed.
+    rows = tokenise(corpus, tokenizer, num_outputs=num_outputs)
     model = ModelFingerprint.of(model_dir)
     arguments = {k: v for k, v in sorted(config.engine_args.items()) if k not in NEUTRAL_ENGINE_ARGS}
     identity = TeacherIdentity(
@@ -121,23 +148,71 @@ def open_source(config: BuildConfig) -> BuildSource:
             "format": corpus.format,
             "text_column": config.text_column,
             "append_eos": corpus_config.append_eos,
+            # Named only where they decide something, so that other caches keep their identity.
+            **({"chat_template_kwargs": config.chat_template_kwargs} if config.chat_template_kwargs else {}),
+            **({"template_time": instant.isoformat()} if instant else {}),
         },
     )
     return BuildSource(
-        settings=Settings(
+        settings=BuildSettings(
             identity=identity,
-            codec=replace(config.codec, draw_rate=config.draw_rate).to_dict(),
+            capture=config.capture,
+            codec=replace(config.codec, draw_rate=config.capture.draw_rate).to_dict(),
             rows_per_shard=config.rows_per_shard,
-            tokens_per_shard=config.tokens_per_shard,
+            tokens_per_shard=config.tokens_per_shard or expected_shard_tokens(config, model_dir),
         ),
         model_dir=model_dir,
         max_length=max_length,
-        open_rows=lambda: tokenise(corpus, tokenizer),
-        describe=lambda used: used.stats.to_dict() if isinstance(used, TokenisedRows) else {},
+        open_rows=lambda: tokenise(corpus, tokenizer, num_outputs=num_outputs),
+        describe=_counted,
         tokenizer_json=tokenizer_file(tokenizer),
+        checkpoint_dtype=checkpoint_dtype(read_model_config(str(model_dir))),
         announcements=tuple(rows.describe()),
         sample=lambda: _sample(corpus, tokenizer, corpus_config),
     )
+
+
+def _counted(rows: Iterable[TokenRow]) -> Mapping[str, Any]:
+    """Everything that was dropped, cut or altered: as numbers, and as sentences."""
+    if not isinstance(rows, TokenisedRows):
+        return {}
+    return {**rows.stats.to_dict(), "notes": rows.stats.notes()}
+
+
+def _template_time(config: BuildConfig, is_told: bool) -> datetime | None:
+    """The instant that the chat template tells throughout a build: as asked for, as recorded, or now.
+
+    Raises:
+        ConfigError: an instant is asked for that no row would show.
+    """
+    if config.template_time is not None:
+        if not is_told:
+            raise ConfigError(
+                "template_time needs a chat template that reads strftime_now, got none; leave it out"
+            )
+        return datetime.fromisoformat(config.template_time)
+    if not is_told:
+        return None
+    recorded = None if config.overwrite else BuildDirectory(config.directory).recorded_identity()
+    told = recorded.preprocessing.get("template_time") if recorded is not None else None
+    if isinstance(told, str):  # a merged cache may have several
+        return datetime.fromisoformat(told)
+    return datetime.now().replace(microsecond=0)
+
+
+def _vocab_size(model_dir: Path) -> int | None:
+    """Tokens the model predicts, as both engines count them; None where nothing says."""
+    model_config = read_model_config(str(model_dir))
+    found = (model_config.get("text_config") or model_config).get("vocab_size")
+    if type(found) is int:
+        return found
+    # A file may leave out what equals the default of its class, as Gemma 3's does.
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size)
+    except Exception:  # an unknown architecture surfaces as any of several classes
+        return None
 
 
 def _sample(corpus: Any, tokenizer: Any, config: CorpusConfig) -> str:

@@ -3,6 +3,9 @@
 python docs/make_cli_reference.py > docs/cli.md
 """
 
+import runpy
+from pathlib import Path
+
 import typer
 
 import cli
@@ -41,7 +44,8 @@ def main() -> None:
     for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
         for child, leaf in getattr(command, "commands", {"": command}).items():
             sections.append(describe(f"{name} {child}".strip(), leaf))
-    print("\n\n".join(sections))
+    wrap_page = runpy.run_path(str(Path(__file__).with_name("wrap_pages.py")))["wrap_page"]
+    print(wrap_page("\n\n".join(sections)), end="")
 
 
 if __name__ == "__main__":

@@ -8,64 +8,23 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from formats.cache_row import CacheRow
 from formats.disk.byte_source import open_store
 from formats.disk.manifest import Manifest, ShardInfo, read_manifest_bytes
 from formats.disk.shard import ShardReader
-from formats.disk.token_row import TokenRow
+from formats.disk.token_row import KEY_BYTES, TokenRow
 from formats.errors import CorruptShardError, FormatError
 from formats.logprobs.tail_function import TAIL_BETAS
-from formats.logprobs.topk import TopKLogprobs
 
 if TYPE_CHECKING:
     from formats.identity.teacher_identity import TeacherIdentity
 
 MAX_OPEN_SHARDS = 64
-
-
-@dataclass(frozen=True, eq=False)
-class CacheRow:
-    """A training example with its teacher. L: tokens, P: positions with a stored distribution."""
-
-    tokens: TokenRow
-    """Token ids and loss mask."""
-    teacher: TopKLogprobs
-    """One distribution per position, in order."""
-    which: str = "loss"
-    """The cache's position mode, `loss` or `all`."""
-
-    @property
-    def input_ids(self) -> np.ndarray:
-        """int32 [L]."""
-        return self.tokens.input_ids
-
-    @property
-    def loss_mask(self) -> np.ndarray:
-        """bool [L]."""
-        return self.tokens.loss_mask
-
-    @property
-    def key(self) -> bytes:
-        """The row's content key, 16 bytes."""
-        return self.tokens.key
-
-    @cached_property
-    def positions(self) -> np.ndarray:
-        """int32 [P]: distribution p of `teacher` is the prediction of token `positions[p] + 1`."""
-        return self.tokens.positions(self.which)
-
-    @cached_property
-    def label_ids(self) -> np.ndarray:
-        """int32 [P]: the token at `positions[p] + 1`, whose logprob is `teacher.label_logprobs[p]`."""
-        return self.tokens.label_ids(self.which)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class TeacherCache:
@@ -181,8 +140,11 @@ class TeacherCache:
             KeyError: no such row.
         """
         keys, order = self._keys
-        at = int(np.searchsorted(keys, np.bytes_(key)))
-        if at == len(keys) or keys[at] != np.bytes_(key):
+        # numpy drops zero bytes at the end of its strings, so both sides must be of its making; among keys of
+        # one length that confuses none.
+        wanted = np.array([key], keys.dtype)[0]
+        at = int(np.searchsorted(keys, wanted))
+        if len(key) != KEY_BYTES or at == len(keys) or keys[at] != wanted:
             raise KeyError(f"no row with content key {key.hex()} in {self.path}")
         return int(order[at])
 

@@ -41,3 +41,7 @@ class IncompleteCacheError(FormatError):
 
 class IdentityMismatchError(AnnealError):
     """The cache was built with another model, tokenizer, template, corpus or setting."""
+
+
+class DivergenceError(AnnealError):
+    """A loss, gradient, weight or evaluation is not finite: the run stops, and nothing of it is published."""

@@ -8,6 +8,8 @@ import time
 from typing import Any, TextIO
 
 PLAIN_INTERVAL_SECONDS = 10.0
+FIRST_LINE_SECONDS = 2.0
+"""After the start of the work the first line comes this early, if there is anything to tell."""
 
 
 class Progress:
@@ -16,8 +18,14 @@ class Progress:
     def note(self, text: str) -> None:
         """One line of information."""
 
-    def start(self, what: str, total: int | None, done: int = 0) -> None:
-        """Begin a phase of `total` rows (None: unknown), of which `done` were finished earlier."""
+    def start(self, what: str, total: int | None, done: int = 0, *, unit: str = "row") -> None:
+        """Begin a phase of `total` rows (None: unknown), of which `done` were finished earlier.
+
+        What is counted may be something else than rows: `unit` names one of it.
+        """
+
+    def running(self) -> None:
+        """What the phase waited for is there, such as an engine: the clock of its rates starts now."""
 
     def advance(self, num_rows: int, num_tokens: int = 0) -> None:
         """Some rows passed through the engine or the tokeniser."""
@@ -38,7 +46,7 @@ class ConsoleProgress(Progress):
         self._stream = stream or sys.stderr
         self._interval = interval_seconds
         self._bar: Any = None
-        self._what, self._done = "", 0
+        self._what, self._unit, self._done = "", "row", 0
         self._total: int | None = None
         self._rows = self._tokens = self._bytes = self._written = 0
         self._first: tuple[float, int, int] | None = None
@@ -51,9 +59,9 @@ class ConsoleProgress(Progress):
         if self._bar is not None:
             self._bar.refresh()
 
-    def start(self, what: str, total: int | None, done: int = 0) -> None:
+    def start(self, what: str, total: int | None, done: int = 0, *, unit: str = "row") -> None:
         self.finish()
-        self._what, self._total, self._done = what, total, done
+        self._what, self._unit, self._total, self._done = what, unit, total, done
         self._rows = self._tokens = self._bytes = self._written = 0
         self._first = None
         self._printed = time.monotonic()
@@ -64,17 +72,22 @@ class ConsoleProgress(Progress):
                 desc=what,
                 total=total,
                 initial=done,
-                unit="row",
+                unit=unit,
                 file=self._stream,
                 dynamic_ncols=True,
                 leave=False,
             )
 
+    def running(self) -> None:
+        now = time.monotonic()
+        self._first = (now, self._rows, self._tokens)
+        self._printed = now - self._interval + min(FIRST_LINE_SECONDS, self._interval)
+
     def advance(self, num_rows: int, num_tokens: int = 0) -> None:
         self._rows += num_rows
         self._tokens += num_tokens
         if self._first is None:
-            # The clock of the rates starts with the first rows: before them the engine was starting.
+            # Nobody said when the work began: the clock of the rates starts with the first rows.
             self._first = (time.monotonic(), self._rows, self._tokens)
         if self._bar is not None:
             self._bar.update(num_rows)
@@ -83,7 +96,7 @@ class ConsoleProgress(Progress):
             self._printed = time.monotonic()
             total = f" of {self._total}" if self._total is not None else ""
             rates = f", {self._rates()}{self._left()}" if self._rows > self._first[1] else ""  # not yet known
-            self.note(f"{self._what}: {self._done + self._rows}{total} rows{rates}")
+            self.note(f"{self._what}: {self._done + self._rows}{total} {self._unit}s{rates}")
 
     def wrote(self, num_bytes: int, num_tokens: int) -> None:
         self._bytes += num_bytes
@@ -97,9 +110,9 @@ class ConsoleProgress(Progress):
     def _rates(self) -> str:
         began, rows, tokens = self._first or (time.monotonic(), 0, 0)
         elapsed = max(time.monotonic() - began, 1e-3)
-        text = (
-            f"{(self._rows - rows) / elapsed:.1f} rows/s, {(self._tokens - tokens) / elapsed:,.0f} tokens/s"
-        )
+        text = f"{(self._rows - rows) / elapsed:.1f} {self._unit}s/s"
+        if self._tokens:
+            text += f", {(self._tokens - tokens) / elapsed:,.0f} tokens/s"
         return text + (f", {self._bytes / self._written:.1f} bytes/token" if self._written else "")
 
     def _left(self) -> str:

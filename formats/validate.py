@@ -1,17 +1,14 @@
 """Checking a whole cache, shard by shard: what to run on a cache from somebody else."""
 
 import hashlib
-from typing import TYPE_CHECKING
 
+from formats.cache_row import ReadableCache
 from formats.errors import CorruptShardError
-
-if TYPE_CHECKING:
-    from formats.cache import TeacherCache
 
 _BLOCK = 1 << 22
 
 
-def validate(cache: "TeacherCache", full: bool) -> None:
+def validate(cache: ReadableCache, full: bool) -> None:
     """Every file is there with the right size, settings and row count; `full` reads every byte.
 
     With `full`, each shard's SHA-256 and each row's content key, payload checksum and contents are checked

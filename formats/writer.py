@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from formats.capture_settings import CaptureSettings
 from formats.codec.config import CodecConfig
 from formats.disk.durable import atomic_write_bytes, commit_exclusive, temporary_name
-from formats.disk.manifest import Manifest, ShardInfo, check_name
+from formats.disk.manifest import Manifest, ShardInfo, check_name, shard_name
 from formats.disk.shard import ROWS_PER_BATCH, ShardWriter
 from formats.disk.token_row import TokenRow
 from formats.errors import FormatError
@@ -24,15 +25,18 @@ from formats.logprobs.topk import TopKLogprobs
 ROWS_PER_SHARD = 4096
 
 
-def shard_name(number: int) -> str:
-    """`shard-00000.arrow`, `shard-00001.arrow`, ..."""
-    return f"shard-{number:05d}.arrow"
-
-
 class CacheWriter:
     """Appends rows and rolls over to a new shard every `rows_per_shard`; `close` writes the manifest.
 
     Without `close` (or when the `with` block raises) there is no manifest and hence no cache.
+
+    Args:
+        directory: new or empty.
+        identity: a `TeacherIdentity`, or its `to_dict()`.
+        vocab_size: V of the teacher.
+        positions, min_prob, max_k: what the teacher's distributions are, see `CaptureSettings`; 0 says that
+            no entry was left out for its probability.
+        codec: how to encode them, with the rate of their draws.
 
     Raises:
         FormatError: the directory exists and is not empty.
@@ -46,9 +50,9 @@ class CacheWriter:
         *,
         identity: Any,
         vocab_size: int,
-        positions: str = "loss",
+        positions: str = CaptureSettings.positions,
         min_prob: float = 0.0,
-        max_k: int = 128,
+        max_k: int = CaptureSettings.max_k,
         codec: CodecConfig | None = None,
         rows_per_shard: int = ROWS_PER_SHARD,
         rows_per_batch: int = ROWS_PER_BATCH,

@@ -1,6 +1,7 @@
 """The house rules that keep the parts apart, read from the source's imports."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,40 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "vllm", "transformers", "datasets", "ray"}
+IN_AND_OUT = re.compile(r"\bin\b[,;.].*\bout\b", re.DOTALL)
+
+FLOORS = {
+    "formats": [
+        *("errors", "install", "progress", "capture_settings", "logprobs", "codec", "disk", "identity"),
+        *("cache_row", "validate", "inspect.statistics", "inspect.summary", "cache", "writer", "inspect"),
+    ],
+    "cache_builder": [
+        *(
+            "teachers.protocol",
+            "config",
+            "report",
+            "pace",
+            "corpus",
+            "rows",
+            "reduction",
+            "teachers",
+            "commit",
+        ),
+        *("source", "build", "build_on_ray", "tools"),
+    ],
+    "trainer": [
+        *("checks", "checkpoint", "loading", "retention.settings"),
+        *("config", "config_file", "schedule", "preflight", "recipe", "data", "loss"),
+        *("loop.signals", "loop.output_head", "loop.measure", "running", "retention", "loop"),
+        *("preflight.continuation", "preflight.before_start", "result"),
+        *("merging", "evaluation", "bench", "inputs", "run"),
+    ],
+}
+"""The rooms of each package from the ground up: a room imports from rooms on its left, and from nothing on its right.
+
+A room is a sub-package or a module beside it. A module of a room may have a floor of its own, below its room: settings
+that a person writes for a step, and the parts of the loop that know no Trainer.
+"""
 
 
 def imports_of(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -50,6 +85,109 @@ def test_packages_keep_their_distance(package: str, forbidden: set[str]) -> None
         if (hit := imports_of(path) & forbidden)
     }
     assert not broken
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Every module of a package by its dotted name; a sub-package's own name stands for its `__init__`."""
+    found = {}
+    for path in sources(package):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def arrows(package: str) -> dict[str, set[str]]:
+    """Which modules of its own package each one imports, wherever the import stands: at the top, in a function,
+    behind `TYPE_CHECKING`, and as a name to be looked up later (`importlib` with a literal)."""
+    known = modules(package)
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} must import by full names"
+                targets = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {target if target in known else str(node.module) for target in targets}
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                found |= {word.value for word in node.args if isinstance(word, ast.Constant)}
+        graph[name] = (found & set(known)) - {name}
+    return graph
+
+
+def floor(package: str, module: str) -> int:
+    """The place of a module's room in `FLOORS`; the package's own face is above everything."""
+    if module == package:
+        return len(FLOORS[package])
+    parts = module.split(".")[1:]
+    for room in (".".join(parts[:2]), parts[0]):
+        if room in FLOORS[package]:
+            return FLOORS[package].index(room)
+    raise AssertionError(f"{module} is in no room of FLOORS[{package!r}]: say on which floor it stands")
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The sets of modules that reach each other (strongly connected components of more than one)."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        pending = [start]
+        while pending:
+            for following in graph[pending.pop()] - seen:
+                seen.add(following)
+                pending.append(following)
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    return {
+        frozenset(other for other in reach[module] if module in reach[other])
+        for module in graph
+        if module in reach[module]
+    }
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_arrows_point_down(package: str) -> None:
+    upward = {
+        (module, target)
+        for module, targets in arrows(package).items()
+        for target in targets
+        if floor(package, target) > floor(package, module)
+    }
+    assert sorted(upward) == [], "a room imports from one above it"
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_floors_name_what_is_there(package: str) -> None:
+    names = {name.removeprefix(f"{package}.") for name in modules(package)}
+    assert [room for room in FLOORS[package] if room not in names] == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_circles(package: str) -> None:
+    found = [sorted(circle) for circle in circles(arrows(package))]
+    assert not found, "modules import each other in a circle"
+
+
+def test_circles_are_found() -> None:
+    """The search itself, on a graph whose circles are known."""
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set(), "f": {"g"}, "g": {"f", "e"}}
+    assert circles(graph) == {frozenset("abc"), frozenset("fg")}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_say_what_comes_in_and_what_goes_out(package: str) -> None:
+    rooms = [
+        path for path in sources(package) if path.name == "__init__.py" and path.parent != ROOT / package
+    ]
+    assert rooms
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in rooms
+        if not IN_AND_OUT.search(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+    ]
+    assert silent == [], "the docstring of a room says `... in, ... out`"
 
 
 def test_cli_imports_heavy_packages_only_inside_commands() -> None:

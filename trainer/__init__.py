@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "BenchSettings": "bench.settings",
     "CachedDataset": "data.dataset",
     "Comparison": "evaluation.compare",
     "Ewc": "retention.ewc",
@@ -17,10 +18,11 @@ _HOME = {
     "LabelAnnealingOutput": "loss.label_annealing_loss",
     "LabelAnnealingTrainer": "loop.label_annealing_trainer",
     "LoraSettings": "config",
-    "MergeConfig": "merging.settings",
-    "MergeReport": "merging.merge_models",
+    "MergeConfig": "merging.methods",
+    "MergedModel": "merging.merge_models",
     "MixedCache": "config",
     "OutputHead": "loop.output_head",
+    "bench_models": "bench.bench",
     "compare": "evaluation.compare",
     "count_targets": "data.collator",
     "Sfa": "retention.sfa",
@@ -30,9 +32,10 @@ _HOME = {
     "TrainReport": "run",
     "evaluate": "evaluation.evaluate",
     "label_annealing_loss": "loss.label_annealing_loss",
+    "load_bench": "bench.paired",
     "load_config": "config_file",
     "merge": "merging.merge_models",
-    "shift_labels": "loss.label_annealing_loss",
+    "paired": "bench.paired",
     "split_batch": "data.collator",
     "train": "run",
 }

@@ -48,3 +48,20 @@ def check_fraction(name: str, value: Any, advice: str) -> None:
     check_number(name, value)
     if not 0 < value <= 1:
         raise ConfigError(f"{name} must be above 0 and at most 1, got {value:g}; {advice}")
+
+
+def check_optional_text(name: str, value: Any, what: str) -> None:
+    """Refuse what is neither null nor a non-empty text."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ConfigError(f"{name} must be {what}, got {value!r}")
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Refuse what is neither a non-empty text nor a non-empty list of them."""
+    entries = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(entries, list | tuple)
+        or not entries
+        or not all(isinstance(e, str) and e for e in entries)
+    ):
+        raise ConfigError(f"{name} must be a text or a list of texts, got {value!r}")

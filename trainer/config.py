@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from formats.errors import ConfigError
-from trainer.checks import check_at_least, check_flag, check_number, check_one_of, check_path
+from trainer.checks import (
+    check_at_least,
+    check_flag,
+    check_number,
+    check_one_of,
+    check_optional_text,
+    check_path,
+    check_texts,
+)
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 KL_DIRECTIONS = ("forward", "reverse")
@@ -67,10 +75,13 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check_at_least("lora.r", self.r, 1, "16 is a usual rank", integer=True)
         check_number("lora.alpha", self.alpha)
+        if self.alpha == 0:
+            raise ConfigError("lora.alpha must not be 0, which would train nothing; 2 * r is a usual scale")
         check_at_least("lora.dropout", self.dropout, 0.0, "0 turns dropout off")
         if self.dropout >= 1:
             raise ConfigError(f"lora.dropout must be below 1, got {self.dropout:g}")
         check_flag("lora.merge", self.merge)
+        check_texts("lora.target_modules", self.target_modules)
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
@@ -137,6 +148,9 @@ class TrainConfig:
     float32 and let `training.bf16` compute in bfloat16."""
     save_dtype: str = "same"
     """Dtype of the saved model; `same` is the dtype in which the initial model is stored."""
+    verify_saved: bool = True
+    """Load the saved model once, on the CPU in float32, and publish it only if it computes what the trained
+    one does. False saves the time, and the memory of one more copy of the model."""
     loss_kernel: str = "torch"
     """`torch`, or `triton` on CUDA: less memory traffic in the loss, the same function. Never timed yet."""
     attn_implementation: str | None = None
@@ -150,6 +164,10 @@ class TrainConfig:
         check_path("cache", self.cache, "a cache directory, such as one made by `anneal cache build`")
         check_path("model", self.model, "the initial model, the one that built the cache (--model)")
         check_path("out", self.out, "the directory for the result (--out)")
+        check_optional_text("revision", self.revision, "a branch, tag or commit of a hub model")
+        check_optional_text(
+            "attn_implementation", self.attn_implementation, "the name of an attention kernel"
+        )
         check_at_least("kl_coef", self.kl_coef, 0.0, "0 is direct fine-tuning, 1 is the usual start")
         check_number("temperature", self.temperature)
         if self.temperature < SMALLEST_TEMPERATURE:
@@ -170,6 +188,7 @@ class TrainConfig:
             "packing",
             "group_by_length",
             "keep_checkpoints",
+            "verify_saved",
         ):
             check_flag(name, getattr(self, name))
         check_one_of("loss_kernel", self.loss_kernel, LOSS_KERNELS)

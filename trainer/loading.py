@@ -1,13 +1,27 @@
 """Loading models, tokenizers and caches: quietly, with one-line errors and with the identity check."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.teacher_identity import require_same_teacher
+
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+"""What transformers raises for files that are missing, broken, or of a kind that it does not know."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def quiet_transformers() -> None:
@@ -33,7 +47,6 @@ def load_model(model_dir: Path, *, dtype: str, attn_implementation: str | None =
     Raises:
         ConfigError: transformers cannot load it; the message gives the reason in one line.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
@@ -41,9 +54,23 @@ def load_model(model_dir: Path, *, dtype: str, attn_implementation: str | None =
         options["attn_implementation"] = attn_implementation
     try:
         return AutoModelForCausalLM.from_pretrained(model_dir, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"--model must be a causal language model, got {model_dir}: {reason}") from None
+    except LOADING_ERRORS as error:
+        raise ConfigError(
+            f"--model must be a causal language model, got {model_dir}: {one_line(error)}"
+        ) from None
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside DDP, `torch.compile` and peft wrappers."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -56,24 +83,30 @@ def load_tokenizer(model_dir: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except LOADING_ERRORS as error:
         raise ConfigError(
-            f"a model directory must hold its tokenizer, got none in {model_dir}: {reason}"
+            f"a model directory must hold its tokenizer, got none in {model_dir}: {one_line(error)}"
         ) from None
 
 
-def stored_dtype(model_dir: Path) -> str:
-    """The dtype in which a model is stored, from config.json; float32 when it does not say."""
-    import json
+def require_plain_weights(model_dir: Path, what: str) -> None:
+    """Refuse quantised weights: no step moves them, no average lies between them, no adapter merges exactly.
 
-    config: Mapping[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    Raises:
+        ConfigError: config.json says that the weights are quantised, or is not JSON.
+    """
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"config.json must be JSON, got {model_dir / 'config.json'}: {one_line(error)}"
+        ) from None
     nested = config.get("text_config") or {}
-    for entry in (config, nested):
-        name = entry.get("dtype") or entry.get("torch_dtype")
-        if name:
-            return str(name).removeprefix("torch.")
-    return "float32"
+    if any(entry.get(key) for entry in (config, nested) for key in QUANTISED_KEYS):
+        raise ConfigError(
+            f"{what} must have plain weights, got quantised ones in {model_dir}; train and merge before "
+            "quantising"
+        )
 
 
 def open_cache(path: str, model_dir: Path, tokenizer: Any, *, check_identity: bool = True) -> TeacherCache:
@@ -90,20 +123,3 @@ def open_cache(path: str, model_dir: Path, tokenizer: Any, *, check_identity: bo
         except IdentityMismatchError as error:
             raise IdentityMismatchError(f"{path}: {error}") from None
     return cache
-
-
-def require_vocabulary(cache: TeacherCache, num_outputs: int, *, allow_padding: bool) -> int | None:
-    """Check that the model predicts the cache's vocabulary; returns V if its head is padded beyond it.
-
-    Raises:
-        IdentityMismatchError: another vocabulary.
-    """
-    size = cache.manifest.vocab_size
-    if num_outputs == size:
-        return None
-    if allow_padding and num_outputs > size:
-        return size
-    raise IdentityMismatchError(
-        f"a cache serves models of its own vocabulary, got {size} tokens and a model of {num_outputs}: "
-        f"{cache.path}; use the model that built it"
-    )

@@ -2,7 +2,7 @@
 
 It is the paper's (cosine, 5 % warm-up, small rate, no weight decay) at a batch size that fits a usual
 machine; `examples/paper.yaml` is the paper's own. Everything can be overridden under `training:`, names
-unchanged.
+unchanged; `trainer.preflight.arguments` says what becomes of each.
 """
 
 import dataclasses
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from formats.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.config_file import refuse_unknown
+from trainer.preflight import best_model, combinations
+from trainer.preflight.arguments import ARGUMENTS, FORMER, PASSED, refuse_argument, takes_null
+from trainer.preflight.combinations import word
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -39,66 +42,77 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
 }
 
-RESERVED: Mapping[str, str] = {
-    "output_dir": "use --out",
-    "remove_unused_columns": "it would drop the teacher's columns",
-    "resume_from_checkpoint": "run the same command again: an interrupted run continues by itself",
-    "label_smoothing_factor": "label smoothing is not part of label annealing",
-    "label_names": "the batch's columns are fixed",
-    "use_liger_kernel": "the loss is fused already",
-    "deepspeed": "use FSDP: training.fsdp: true",
-    "enable_jit_checkpoint": "SIGTERM saves and stops without it",
-    "auto_find_batch_size": "it would change the batch that the loss is averaged over; choose a size",
-}
-"""Arguments that this trainer settles itself, and what to do instead."""
 
-RUNTIME_ARGUMENTS = (
-    "logging_",
-    "report_to",
-    "dataloader_",
-    "disable_tqdm",
-    "save_",
-    "eval_",
-    "run_name",
-    "ddp_",
-)
-"""Beginnings of names that may change between an interrupted run and its continuation."""
-
-
-def device_defaults() -> dict[str, Any]:
-    """What depends on this machine."""
+def on_gpu(training: Mapping[str, Any]) -> bool:
+    """Whether a run of these arguments is on a GPU."""
     import torch
 
-    if torch.cuda.is_available():
-        return {"bf16": torch.cuda.is_bf16_supported(), "dataloader_num_workers": 2}
+    return torch.cuda.is_available() and not training.get("use_cpu")
+
+
+def device_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What depends on this machine, and on what was typed for it."""
+    import torch
+
+    if on_gpu(training):
+        bf16 = torch.cuda.is_bf16_supported() and not training.get("fp16")
+        return {"bf16": bf16, "dataloader_num_workers": 2}
     return {"use_cpu": True, "dataloader_num_workers": 0}
 
 
-def resolve_training(config: TrainConfig) -> dict[str, Any]:
-    """`config.training` over the defaults, every name checked.
+def check_names(training: Mapping[str, Any]) -> None:
+    """Refuse names and values of `training` that TrainingArguments or this trainer does not have.
 
     Raises:
-        ConfigError: a name that TrainingArguments does not have, or one that this trainer settles itself.
+        ConfigError: names the first one and what to write instead.
     """
-    from transformers import TrainingArguments
+    import transformers
 
-    known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init}
-    refuse_unknown(config.training, known, "training.")
-    for name, advice in RESERVED.items():
-        if config.training.get(name):
-            raise ConfigError(f"training.{name} is not available here: {advice}")
-    given = dict(config.training)
-    if given.get("train_sampling_strategy") not in (None, "random", "sequential"):
-        raise ConfigError(
-            "training.train_sampling_strategy must be random or sequential, "
-            f"got {given['train_sampling_strategy']!r}; use group_by_length: true for length-grouped batches"
-        )
-    resolved = {**DEFAULTS, **device_defaults(), **given}
-    if str(resolved["eval_strategy"]) not in ("no", "IntervalStrategy.NO") and not config.eval_caches:
+    installed = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments) if entry.init}
+    for name, advice in FORMER.items():
+        if name in training and name not in installed:
+            raise ConfigError(f"training.{name} is not a setting here: {advice}")
+    refuse_unknown(training, installed, "training.")
+    for name, value in training.items():
+        if name not in ARGUMENTS:
+            raise ConfigError(
+                f"training.{name} is new in transformers {transformers.__version__} and not known here; remove it"
+            )
+        if value is not None:
+            refuse_argument(name, value)
+
+
+def resolve_training(config: TrainConfig) -> dict[str, Any]:
+    """`config.training` over the defaults, every name, value and combination checked.
+
+    Raises:
+        ConfigError: a name or value that cannot be honoured, or one that would have no effect beside the others.
+    """
+    check_names(config.training)
+    given = {k: v for k, v in config.training.items() if v is not None or takes_null(k)}
+    resolved = {**DEFAULTS, **device_defaults(given), **given}
+    if word(resolved["eval_strategy"]) != "no" and not config.eval_caches:
         raise ConfigError(
             "training.eval_strategy needs eval_caches, got none; add `eval_caches: {name: CACHE}`"
         )
-    return resolved
+    best_model.settle(given, resolved, config.eval_caches)
+    combinations.refuse_idle(given, resolved, has_evaluation=bool(config.eval_caches))
+    combinations.check_processes(resolved)
+    combinations.check_arithmetic(
+        resolved, dtype=config.dtype, full_fine_tuning=config.lora is None, on_gpu=on_gpu(resolved)
+    )
+    combinations.check_reporters(resolved["report_to"])
+    return _without_idle_defaults(given, resolved)
+
+
+def _without_idle_defaults(given: Mapping[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    """Without the defaults that do not apply beside what was typed, so that these settings can be given again."""
+    if word(resolved["lr_scheduler_type"]) in combinations.NO_WARMUP:
+        resolved["warmup_steps"] = 0
+    for name, strategy in (("save_steps", "save_strategy"), ("logging_steps", "logging_strategy")):
+        if name not in given and word(resolved.get(strategy, "steps")) != "steps":
+            resolved.pop(name)
+    return {name: getattr(value, "value", value) for name, value in resolved.items()}
 
 
 def training_arguments(resolved: Mapping[str, Any], out: Path) -> "TrainingArguments":
@@ -109,10 +123,15 @@ def training_arguments(resolved: Mapping[str, Any], out: Path) -> "TrainingArgum
     """
     from transformers import TrainingArguments
 
-    arguments = dict(resolved)
+    arguments = {name: value for name, value in resolved.items() if ARGUMENTS[name].handling == PASSED}
     arguments.setdefault("disable_tqdm", not sys.stderr.isatty())
+    settled: dict[str, Any] = {
+        "output_dir": str(out),
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+    }
     try:
-        return TrainingArguments(output_dir=str(out), remove_unused_columns=False, **arguments)
-    except (ValueError, TypeError, ImportError) as error:
+        return TrainingArguments(**settled, **arguments)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"training: {reason}") from None

@@ -1,37 +1,48 @@
 """`train`: from a cache and a model to a directory that transformers and vLLM load.
 
-Order: settings, identity, model, output directory, then the Trainer; so a mistake costs seconds and leaves
-nothing behind. An interrupted run (SIGTERM, Ctrl-C, power cut) continues when the same command is given
-again.
+Order: settings, identity, model, a dry save, output directory, then the Trainer; so a mistake costs seconds
+and leaves nothing behind. An interrupted run (SIGTERM, Ctrl-C, power cut) continues when the same command is
+given again.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from formats.cache import TeacherCache
-from formats.identity.fingerprint import resolve_model
+from formats.errors import AnnealError
 from trainer.config import TrainConfig
+from trainer.data.dataset import CachedDataset
+from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of
 from trainer.loading import (
-    load_model,
-    load_tokenizer,
-    open_cache,
     quiet_transformers,
-    require_vocabulary,
-    stored_dtype,
 )
-from trainer.loss.logits import passes_of
+from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.loop.progress import AnnealProgress
+from trainer.loop.step0 import Step0Check, Step0Report
+from trainer.loss.chunks import logits_type
+from trainer.preflight.before_start import check_before_start
+from trainer.preflight.continuation import run_facts
+from trainer.preflight.liger import settle_liger
 from trainer.recipe import resolve_training, training_arguments
+from trainer.result.dry_save import dry_save
+from trainer.result.model_card import model_card
 from trainer.result.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
-    from trainer.loop.step0 import Step0Report
+from trainer.result.saving import ResultLayout, save_result
+from trainer.result.verify_saved import check_saved, live_predictions
+from trainer.retention.ewc import Ewc
+from trainer.retention.fisher_file import remove_fisher
+from trainer.retention.l2 import L2
+from trainer.retention.method import RetentionMethod
+from trainer.retention.sfa import Sfa
 
 
 @dataclass(kw_only=True)
@@ -49,7 +60,7 @@ class TrainReport:
     step0: dict[str, Any] | None = None
     """The check before the first update (`Step0Report.to_dict()`)."""
     last: dict[str, float] = field(default_factory=dict)
-    """The last training log line: loss, ce, kl, head_mass, ..."""
+    """The last training log line: loss, ce, kl, kept_mass, ..."""
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Evaluation cache -> ce, perplexity, kl, num_tokens."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
@@ -76,140 +87,97 @@ def train(config: TrainConfig) -> TrainReport:
     Start it under `torchrun` or `accelerate launch` for several processes; every one calls this function.
 
     Raises:
-        ConfigError: settings, model or output directory do not fit.
+        ConfigError: settings, model or output directory do not fit; or the model could not be saved again.
         FormatError: a cache is missing, unfinished or broken.
         IdentityMismatchError: a cache was built with another model, tokenizer or template, or the KL before
             the first update is above `config.step0_threshold`.
+        DivergenceError: the loss, a gradient or a weight is not finite; nothing is published.
+        AnnealError: the saved model does not compute what the trained one does; it is not published.
     """
+    with ExitStack() as opened:
+        return _train(config, opened)
+
+
+def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
+    """`train`, which closes what is entered into `opened_run`."""
     started = time.perf_counter()
     resolved = resolve_training(config)
-    on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
-    passes_of(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
+    require_loss_kernel(config, resolved)
     quiet_transformers()
-    fisher_paths = [config.ewc.cache] if config.ewc is not None else []
-    others = (*(cache.path for cache in config.caches), *config.eval_caches.values(), *fisher_paths)
-    for path in (config.cache, *others):
-        TeacherCache(path)  # the cheapest mistakes first
-    model_dir = resolve_model(config.model, config.revision)
-    tokenizer = load_tokenizer(model_dir)
-    check = not config.allow_different_student
-    cache = open_cache(config.cache, model_dir, tokenizer, check_identity=check)
-    mixed = [open_cache(entry.path, model_dir, tokenizer, check_identity=check) for entry in config.caches]
-    held_out = {
-        name: open_cache(path, model_dir, tokenizer, check_identity=check)
-        for name, path in config.eval_caches.items()
-    }
-    known_text = [open_cache(path, model_dir, tokenizer, check_identity=check) for path in fisher_paths]
-
-    from trainer.data.dataset import CachedDataset
-
-    # Without a KL term nobody reads the teacher's payloads, so they are not decoded either.
-    def rows(opened: TeacherCache, loss: str) -> CachedDataset:
-        loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
-        return CachedDataset(opened, config.temperature, loss, *tail)
-
-    forward = config.kl_direction == "forward"
-    tail = (config.tail_draws and forward,)
-
-    train_dataset = rows(cache, "both")
-    mixed_datasets = [
-        (rows(opened, entry.loss), entry.weight) for opened, entry in zip(mixed, config.caches, strict=True)
-    ]
-    first_check = CachedDataset(cache, config.temperature, "both", *tail)
-    eval_datasets = {name: CachedDataset(opened) for name, opened in held_out.items()}
-    fisher_rows = CachedDataset(known_text[0], loss="ce") if known_text else None
-
-    model = load_model(model_dir, dtype=config.dtype, attn_implementation=config.attn_implementation)
-    num_outputs = int(model.get_output_embeddings().weight.shape[0]) if model.get_output_embeddings() else 0
-    vocab_size = None
-    for opened in (cache, *mixed, *held_out.values(), *known_text):
-        vocab_size = require_vocabulary(opened, num_outputs, allow_padding=config.allow_different_student)
-    if config.lora is not None:
-        from trainer.result.lora import attach_adapters
-
-        model = attach_adapters(model, config.lora)
-
-    from trainer.retention.methods import methods_of
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    retention = methods_of(config, fisher_rows, int(resolved["seed"]), say)
-
+    inputs = open_inputs(config)
+    rows = rows_of(config, inputs)
+    student = load_student(config, inputs)
+    for dataset in rows.with_teacher:
+        dataset.vocab_size = student.vocab_size
+    retention = retention_methods(config, rows, int(resolved["seed"]))
+    saves = str(resolved["save_strategy"]) not in ("no", "SaveStrategy.NO")
     out = Path(config.out)
+    dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
     args = training_arguments(resolved, out)
-    settings = config.to_dict() | {"training": resolved}
-    identity = cache.identity.to_dict()
     with args.main_process_first():
-        directory = RunDirectory.open(out, settings, identity)
-
-    trainer = _make_trainer(
-        config, model, args, tokenizer, train_dataset, mixed_datasets, eval_datasets, retention
-    )
-    trainer.head.vocab_size = vocab_size
-    from trainer.loop.step0 import Step0Check
-
-    def on_report(report: "Step0Report") -> None:
-        if args.process_index == 0:
-            say(report.line())
-            directory.write_record(step0=report.to_dict())
-        directory.record["step0"] = report.to_dict()
-
-    trainer.add_callback(
-        Step0Check(
-            trainer,
-            first_check,
-            on_report,
-            num_rows=config.step0_rows,
-            threshold=config.step0_threshold,
-            different_student=config.allow_different_student,
-        )
-    )
-    if directory.checkpoint is not None and args.process_index == 0:
-        say(f"continuing from {directory.checkpoint.name}")
-    with trainer.stop_request:
-        trainer.train(resume_from_checkpoint=str(directory.checkpoint) if directory.checkpoint else None)
-    state = trainer.state
-    logged = [entry for entry in state.log_history if "ce" in entry]
-    report = TrainReport(
-        out=out,
-        num_steps=state.global_step,
-        max_steps=state.max_steps,
-        seconds=time.perf_counter() - started,
-        step0=directory.record.get("step0"),
-        last=dict(logged[-1]) if logged else {},
-        log_history=list(state.log_history),
-        resumed_from=int(directory.checkpoint.name.split("-")[-1]) if directory.checkpoint else None,
-        interrupted_by=_interruption(trainer),
-    )
+        settings = config.to_dict() | {"training": resolved}
+        identity = inputs.target.identity.to_dict()
+        directory = RunDirectory.open(out, settings, identity, owner=args.process_index == 0)
+    opened_run.enter_context(directory)
+    settle_liger(args, student.model)
+    trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention)
+    check_before_start(trainer)
+    directory.require_same_run(run_facts(trainer, config, *facts_of(config, inputs)))
+    check_before_first_step(trainer, config, rows, directory)
+    run_steps(trainer, directory)
+    report = report_of(trainer, directory, started)
     if report.interrupted_by is None:
-        report.evaluation = _evaluate(trainer, eval_datasets)
-        _publish(trainer, directory, config, model_dir, resolved, cache, report)
+        report.evaluation = evaluate_rows(trainer, rows.evaluation)
+        publish(trainer, directory, config, inputs, student.layout, rows, resolved, report)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _make_trainer(
+def say(line: str) -> None:
+    """One line for the user, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- before the model --------------------------------------------------------------------------------------
+
+
+def require_loss_kernel(config: TrainConfig, resolved: Mapping[str, Any]) -> None:
+    """Refuse a loss kernel that this machine does not have."""
+    on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
+    logits_type(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
+
+
+def retention_methods(config: TrainConfig, rows: Rows, seed: int) -> list[RetentionMethod]:
+    """The methods that the settings ask for, in the order in which they act."""
+    methods: list[RetentionMethod] = []
+    if config.l2 is not None:
+        methods.append(L2(config.l2))
+    if config.ewc is not None:
+        assert rows.fisher is not None
+        methods.append(Ewc(config.ewc, rows.fisher, seed=seed, say=say))
+    if config.sfa is not None:
+        methods.append(Sfa(config.sfa))
+    return methods
+
+
+# --- the model, and the run around it ----------------------------------------------------------------------
+
+
+def make_trainer(
     config: TrainConfig,
-    model: Any,
-    args: Any,
+    student: Student,
+    args: TrainingArguments,
     tokenizer: Any,
-    train_dataset: Any,
-    mixed: list[tuple[Any, float]],
-    eval_datasets: dict[str, Any],
-    retention: list[Any],
-) -> "LabelAnnealingTrainer":
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
-    from trainer.loop.progress import AnnealProgress
-
+    rows: Rows,
+    retention: list[RetentionMethod],
+) -> LabelAnnealingTrainer:
+    """The Trainer with this program's progress lines instead of its own."""
     trainer = LabelAnnealingTrainer(
-        model,
+        student.model,
         args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_datasets or None,
-        mixed=mixed,
+        train_dataset=rows.training,
+        eval_dataset=rows.evaluation or None,
+        mixed=rows.mixed,
         kl_coef=config.kl_coef,
         kl_direction=config.kl_direction,
         loss_kernel=config.loss_kernel,  # type: ignore[arg-type]
@@ -219,25 +187,76 @@ def _make_trainer(
         retention=retention,
         processing_class=tokenizer,
     )
+    trainer.head.vocab_size = student.vocab_size
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AnnealProgress(bar=not args.disable_tqdm))
     return trainer
 
 
-def _interruption(trainer: "LabelAnnealingTrainer") -> str | None:
-    """The signal that ended the run early, agreed on by all ranks: the last step may still have completed
-    it.
-    """
-    if trainer.state.global_step >= trainer.state.max_steps:
-        return None
-    return trainer.stop_request.signal_name or "a signal to another process"
+def check_before_first_step(
+    trainer: LabelAnnealingTrainer, config: TrainConfig, rows: Rows, directory: RunDirectory
+) -> None:
+    """Have the model proven to be its own teacher when everything is placed, and record what was found."""
+    first = trainer.args.process_index == 0
+
+    def on_report(report: Step0Report) -> None:
+        if first:
+            say(report.line())
+            directory.write_record(step0=report.to_dict())
+        directory.record["step0"] = report.to_dict()
+
+    check = Step0Check(
+        trainer,
+        rows.first_check,
+        on_report,
+        num_rows=config.step0_rows,
+        threshold=config.step0_threshold,
+        different_student=config.allow_different_student,
+    )
+    trainer.add_callback(check)
 
 
-def _evaluate(trainer: "LabelAnnealingTrainer", datasets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def run_steps(trainer: LabelAnnealingTrainer, directory: RunDirectory) -> None:
+    """Train to the end, or to a signal, from the newest checkpoint if there is one."""
+    checkpoint = directory.checkpoint
+    if checkpoint is not None and trainer.args.process_index == 0:
+        say(f"continuing from {checkpoint.name}")
+    with trainer.stop_request:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+# --- after the last step -----------------------------------------------------------------------------------
+
+
+def report_of(trainer: LabelAnnealingTrainer, directory: RunDirectory, started: float) -> TrainReport:
+    """What the steps came to."""
+    state = trainer.state
+    logged = [entry for entry in state.log_history if "ce" in entry]
+    # The signal is agreed on by all ranks; the last step may still have completed the run.
+    stopped = state.global_step < state.max_steps
+    return TrainReport(
+        out=directory.path,
+        num_steps=state.global_step,
+        max_steps=state.max_steps,
+        seconds=time.perf_counter() - started,
+        step0=directory.record.get("step0"),
+        last=dict(logged[-1]) if logged else {},
+        log_history=list(state.log_history),
+        resumed_from=int(directory.checkpoint.name.split("-")[-1]) if directory.checkpoint else None,
+        interrupted_by=(trainer.stop_request.signal_name or "a signal to another process")
+        if stopped
+        else None,
+    )
+
+
+def evaluate_rows(
+    trainer: LabelAnnealingTrainer, datasets: Mapping[str, CachedDataset]
+) -> dict[str, dict[str, Any]]:
+    """Name -> ce, perplexity, kl, num_tokens of the trained model. Collective."""
     results = {}
     for name, dataset in datasets.items():
-        found = trainer.measure_rows(trainer.get_eval_dataloader(dataset))
+        found = trainer.measure_rows(trainer.get_eval_dataloader(dataset)).require_finite(name)
         results[name] = {
             "ce": found.ce,
             "perplexity": found.perplexity,
@@ -247,34 +266,48 @@ def _evaluate(trainer: "LabelAnnealingTrainer", datasets: Mapping[str, Any]) -> 
     return results
 
 
-def _publish(
-    trainer: "LabelAnnealingTrainer",
+def publish(
+    trainer: LabelAnnealingTrainer,
     directory: RunDirectory,
     config: TrainConfig,
-    model_dir: Path,
+    inputs: Inputs,
+    layout: ResultLayout | None,
+    rows: Rows,
     resolved: Mapping[str, Any],
-    cache: TeacherCache,
     report: TrainReport,
 ) -> None:
-    """Save model, tokenizer and card to the staging directory, then give them their place. Collective."""
-    import shutil
+    """Save model, tokenizer and card to the staging directory, prove them, give them their place. Collective.
 
-    from trainer.result.model_card import model_card
-    from trainer.result.saving import save_result
-    from trainer.retention.fisher_file import remove_fisher
-
+    Raises:
+        AnnealError: the saved model is not the trained one; it is set aside.
+    """
     first = trainer.args.process_index == 0
+    refusal: AnnealError | None = None
+    live = live_predictions(trainer, rows.training) if config.verify_saved else None
     if first:
         shutil.rmtree(directory.staging, ignore_errors=True)
         directory.staging.mkdir()
     trainer.accelerator.wait_for_everyone()
-    dtype = stored_dtype(model_dir) if config.save_dtype == "same" else config.save_dtype
-    save_result(trainer, directory.staging, model_dir, lora=config.lora, dtype=dtype)
+    try:
+        save_result(trainer, directory.staging, inputs.model_dir, config.lora, layout)
+        if first and live is not None:
+            check = check_saved(live, directory.staging, layout.coarsest if layout else torch.float32)
+            say(check.line())
+            directory.record["saved"] = check.to_dict()
+            check.require_passed()
+    except AnnealError as error:
+        refusal = AnnealError(
+            f"{error}; nothing was published, the weights are in {directory.set_aside()}"
+            if first
+            else str(error)
+        )
+    agree(trainer, refusal)
     if first:
+        identity = inputs.target.identity
         card = model_card(
             config,
-            cache_id=cache.identity.digest(),
-            identity=cache.identity.to_dict(),
+            cache_id=identity.digest(),
+            identity=identity.to_dict(),
             training=resolved,
             step0=report.step0,
             num_steps=report.num_steps,
@@ -283,7 +316,7 @@ def _publish(
         )
         (directory.staging / "README.md").write_text(card, encoding="utf-8")
         directory.publish(
-            cache=cache.identity.digest(),
+            cache=identity.digest(),
             num_steps=report.num_steps,
             last=report.last,
             evaluation=report.evaluation,
@@ -293,3 +326,14 @@ def _publish(
             for checkpoint in directory.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def agree(trainer: LabelAnnealingTrainer, refusal: AnnealError | None) -> None:
+    """Raise on every process what one of them has found. Collective."""
+    refused = torch.tensor(int(refusal is not None), device=trainer.args.device)
+    if trainer.args.world_size > 1:
+        refused = trainer.accelerator.reduce(refused, reduction="sum")
+    if refusal is not None:
+        raise refusal
+    if int(refused):
+        raise AnnealError("the first process refused the result; see its message")

@@ -8,15 +8,13 @@ renewing its claim.
 
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache_builder.commit.build_directory import build_directory, shard_name
+from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.claims import Claims
-from cache_builder.commit.engine_record import settle_engine
-from cache_builder.commit.plan import Plan, Settings
-from cache_builder.commit.shard_committer import ShardCommitter, Step, claim_name, no_step, sweep_partials
-from cache_builder.commit.staging import read_staged
+from cache_builder.commit.engine_record import EngineRecord
+from cache_builder.commit.plan import BuildSettings, Plan
+from cache_builder.commit.shard_committer import ShardCommitter, Step, claim_name, no_step
 from formats.disk.manifest import ShardInfo
 from formats.errors import AnnealError
 from formats.progress import Progress
@@ -31,19 +29,13 @@ class EngineStartError(AnnealError):
     """The engine did not start: not installed, unknown settings, not enough memory."""
 
 
-def missing_shards(out: Path, indices: Iterable[int]) -> list[int]:
-    """Those of `indices` that are not committed yet."""
-    present = {path.name for path in out.glob("shard-*.arrow")}
-    return [index for index in indices if shard_name(index) not in present]
-
-
 class Capture:
     """The work of one process: owns the engine, which starts with the first claimed shard."""
 
     def __init__(
         self,
-        out: Path,
-        settings: Settings,
+        directory: BuildDirectory,
+        settings: BuildSettings,
         plan: Plan,
         make_teacher: Callable[[], "Teacher"],
         *,
@@ -51,7 +43,7 @@ class Capture:
         progress: Progress | None = None,
         step: Step = no_step,
     ) -> None:
-        self.out, self.settings, self.plan = out, settings, plan
+        self.directory, self.settings, self.plan = directory, settings, plan
         self._make_teacher = make_teacher
         self._teacher: Teacher | None = None
         self._heartbeat = heartbeat_seconds
@@ -84,7 +76,7 @@ class Capture:
                     f"the engine must start, got {type(error).__name__}: {reason}"
                 ) from error
             self.started = True
-            settle_engine(self.out, self._teacher)
+            self.directory.settle_engine(EngineRecord.of(self._teacher))
         return self._teacher
 
     def run(self, indices: Iterable[int], *, wait: bool = True) -> None:
@@ -100,14 +92,15 @@ class Capture:
             OSError: the disk is full or fails.
         """
         wanted = list(indices)
-        sweep_partials(self.out)
-        with Claims(build_directory(self.out) / "claims", self._heartbeat) as claims:
+        self.directory.sweep_partials()
+        with self.directory.claims(self._heartbeat) as claims:
             index = self._claim(wanted, claims, set(), wait)
             if index is None:
                 return
             teacher = self.teacher()
+            self._progress.running()
             committer = ShardCommitter(
-                self.out,
+                self.directory,
                 self.settings,
                 teacher.vocab_size,
                 claims,
@@ -124,13 +117,13 @@ class Capture:
     def _claim(self, wanted: list[int], claims: Claims, in_flight: set[int], wait: bool) -> int | None:
         """The next shard that is ours; None when nothing is left to do."""
         while True:
-            left = [index for index in missing_shards(self.out, wanted) if index not in in_flight]
+            left = [index for index in self.directory.missing(wanted) if index not in in_flight]
             for index in left:
                 name = claim_name(index)
                 if not claims.acquire(name):
                     continue
                 self._step(f"claimed {index}")
-                if (self.out / shard_name(index)).exists():  # committed since the directory was listed
+                if self.directory.shard_path(index).exists():  # committed since the directory was listed
                     claims.release(name)
                     continue
                 return index
@@ -139,7 +132,7 @@ class Capture:
             time.sleep(min(MAX_POLL_SECONDS, self._heartbeat))
 
     def _prefill(self, index: int, teacher: "Teacher", committer: ShardCommitter) -> None:
-        rows = read_staged(build_directory(self.out), index, self.plan.shards[index])
+        rows = self.directory.read_rows(self.plan, index)
         committer.begin(index)
         # One shard is one unit for the engine: its numbers must not depend on what came before.
         for row, topk in zip(rows, teacher.prefill(rows), strict=True):

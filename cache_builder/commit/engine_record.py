@@ -1,4 +1,4 @@
-"""`_build/engine.json`: what the first engine of a build said of itself. Every later one must say the same.
+"""What the first engine of a build said of itself. Every later one must say the same.
 
 Settings can be compared before an engine starts; the type it really runs in, and its vocabulary, only
 afterwards. Two machines with different engine versions would otherwise mix their noise in one cache without a
@@ -6,60 +6,64 @@ trace.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_builder.commit.build_directory import build_directory
-from formats.disk.durable import commit_exclusive, temporary_name
 from formats.errors import IdentityMismatchError
 from formats.identity.teacher_identity import TeacherIdentity, short
 
 if TYPE_CHECKING:
     from cache_builder.teachers.protocol import Teacher
 
-ENGINE_NAME = "engine.json"
 
+@dataclass(frozen=True)
+class EngineRecord:
+    """Description and vocabulary of an engine, as `_build/engine.json` keeps them."""
 
-def settle_engine(out: Path, teacher: "Teacher") -> None:
-    """Record this engine as that of the build, or prove that it equals the recorded one.
+    description: Mapping[str, Any]
+    """See `Teacher.describe`."""
+    vocab_size: int
+    """V: tokens the engine predicts, without padding."""
 
-    Raises:
-        IdentityMismatchError: another kind of engine captured the first shards.
-    """
-    path = build_directory(out) / ENGINE_NAME
-    mine = {"description": teacher.describe(), "vocab_size": int(teacher.vocab_size)}
-    mine = json.loads(json.dumps(mine))
-    if not path.exists():
-        temporary = temporary_name(path)
-        temporary.write_text(json.dumps(mine, indent=1))
-        commit_exclusive(temporary, path)
-    recorded = json.loads(path.read_text())
-    if recorded == mine:
-        return
-    before, now = flatten(recorded), flatten(mine)
-    parts = [
-        f"{key}: {short(before.get(key))} there, {short(now.get(key))} now"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    raise IdentityMismatchError(
-        f"all shards of a cache come from equal engines, but {out} was begun with another "
-        f"({'; '.join(parts)}); use the same engine, or start over with --overwrite"
-    )
+    @classmethod
+    def of(cls, teacher: "Teacher") -> "EngineRecord":
+        """What a running engine says of itself."""
+        return cls.from_bytes(cls(teacher.describe(), int(teacher.vocab_size)).to_bytes())
 
+    def to_bytes(self) -> bytes:
+        """JSON text of engine.json."""
+        return json.dumps(asdict(self), indent=1).encode()
 
-def flatten(record: dict[str, Any]) -> dict[str, Any]:
-    """The description's entries and the vocabulary size side by side."""
-    return {**record["description"], "vocab_size": record["vocab_size"]}
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "EngineRecord":
+        """The inverse of `to_bytes`."""
+        return cls(**json.loads(data))
 
+    def require_same(self, other: "EngineRecord", out: Path) -> None:
+        """Raise unless `other` may go on with what this engine began.
 
-def read_engine(out: Path) -> dict[str, Any]:
-    """The recorded engine of a build that has committed at least one shard."""
-    return json.loads((build_directory(out) / ENGINE_NAME).read_text())
+        Raises:
+            IdentityMismatchError: names what differs.
+        """
+        before, now = self._flat(), other._flat()
+        parts = [
+            f"{key}: {short(before.get(key))} there, {short(now.get(key))} now"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+        if parts:
+            raise IdentityMismatchError(
+                f"all shards of a cache come from equal engines, but {out} was begun with another "
+                f"({'; '.join(parts)}); use the same engine, or start over with --overwrite"
+            )
 
+    def _flat(self) -> dict[str, Any]:
+        return {**self.description, "vocab_size": self.vocab_size}
 
-def identity_with_engine(identity: TeacherIdentity, record: dict[str, Any]) -> TeacherIdentity:
-    """The identity of the finished cache: what was asked for, completed by what the engine said of itself."""
-    data = identity.to_dict()
-    data["teacher"] = {**record["description"], **data["teacher"]}
-    return TeacherIdentity.from_dict(data)
+    def completing(self, identity: TeacherIdentity) -> TeacherIdentity:
+        """The identity of the finished cache: what was asked for, completed by what the engine said."""
+        data = identity.to_dict()
+        data["teacher"] = {**self.description, **data["teacher"]}
+        return TeacherIdentity.from_dict(data)

@@ -1,30 +1,23 @@
-"""The plan of a build: settings first, then the list of shards; each file is written once, never changed.
+"""The plan of a build as two values: settings first, then the list of shards. Each is settled once.
 
-    _build/settings.json       identity, codec and shard sizes; committed exclusively, so the first command
-                               decides and every other is compared with it
-    _build/plan.json           the shards, with their counts and the hashes of their staged rows; its
-                               presence ends planning
-
-An interrupted planning starts again and overwrites the staged rows with the same bytes.
+`BuildDirectory` keeps them in `_build/settings.json` and `_build/plan.json`.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.build_directory import build_directory
-from cache_builder.commit.staging import StagedShard, cut, stage
-from formats.disk.durable import atomic_write_bytes, commit_exclusive, temporary_name
-from formats.disk.token_row import TokenRow
+from cache_builder.commit.staging import StagedShard
+from formats.capture_settings import CaptureSettings
 from formats.disk.unfinished_build import PLAN_NAME
 from formats.errors import ConfigError, CorpusError, FormatError
 from formats.identity.teacher_identity import Difference, TeacherIdentity, short
 
-SETTINGS_NAME = "settings.json"
 FORMAT = "anneal-build"
-VERSION = 1
+VERSION = 2
+"""Of the files of an unfinished build."""
 
 OPTION_OF = {
     ("teacher", "weights"): "model weights",
@@ -46,11 +39,13 @@ OPTION_OF = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BuildSettings:
     """What two commands must share to work on one cache."""
 
     identity: TeacherIdentity
-    """Everything that decides which numbers are stored."""
+    """Everything that decides which numbers are stored; two builds are compared by it and the codec."""
+    capture: CaptureSettings
+    """What of every prediction is stored, for those who do it; `identity` records the same."""
     codec: Mapping[str, Any]
     """How they are encoded."""
     rows_per_shard: int
@@ -58,17 +53,13 @@ class Settings:
     tokens_per_shard: int
     """Limit of tokens per shard."""
 
-    @property
-    def positions(self) -> str:
-        """Which positions are captured."""
-        return str(self.identity.preprocessing["positions"])
-
     def to_bytes(self) -> bytes:
         """JSON text of settings.json."""
         content = {
             "format": FORMAT,
             "version": VERSION,
             "identity": self.identity.to_dict(),
+            "capture": self.capture.to_dict(),
             "codec": dict(self.codec),
             "rows_per_shard": self.rows_per_shard,
             "tokens_per_shard": self.tokens_per_shard,
@@ -76,21 +67,22 @@ class Settings:
         return json.dumps(content, indent=1).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Settings":
+    def from_bytes(cls, data: bytes) -> "BuildSettings":
         """The inverse of `to_bytes`.
 
         Raises:
             FormatError: written by another version, or damaged.
         """
-        content = _parse(data, SETTINGS_NAME)
+        content = _parse(data, "settings.json")
         return cls(
             identity=TeacherIdentity.from_dict(content["identity"]),
+            capture=CaptureSettings(**content["capture"]),
             codec=content["codec"],
             rows_per_shard=content["rows_per_shard"],
             tokens_per_shard=content["tokens_per_shard"],
         )
 
-    def differences(self, other: "Settings") -> list[str]:
+    def differences(self, other: "BuildSettings") -> list[str]:
         """Each setting in which `other` differs, as a phrase `--max-length: 2048 there, 1024 now`."""
         found: list[Difference] = self.identity.differences(other.identity)
         found += [
@@ -109,7 +101,7 @@ class Settings:
             for d in found
         ]
 
-    def require_same(self, other: "Settings", out: Path, what: str) -> None:
+    def require_same(self, other: "BuildSettings", out: Path, what: str) -> None:
         """Raise unless `other` would build the same cache.
 
         Raises:
@@ -130,6 +122,11 @@ class Plan:
     """In row order."""
     corpus: Mapping[str, Any]
     """What the tokeniser counted: records, rows, truncated, skipped, ..."""
+
+    @property
+    def notes(self) -> list[str]:
+        """One sentence for each thing that was left out or altered."""
+        return list(self.corpus.get("notes", ()))
 
     @property
     def num_rows(self) -> int:
@@ -165,6 +162,15 @@ class Plan:
         )
 
 
+def identity_with_counts(identity: TeacherIdentity, plan: Plan) -> TeacherIdentity:
+    """The identity of the finished cache with what became of the corpus's records, for people to read."""
+    data = identity.to_dict()
+    counts = {name: value for name, value in plan.corpus.items() if name != "notes"}
+    if counts:
+        data["corpus"] = {**data["corpus"], "counts": counts, "notes": plan.notes}
+    return TeacherIdentity.from_dict(data)
+
+
 def _parse(data: bytes, name: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
@@ -176,58 +182,6 @@ def _parse(data: bytes, name: str) -> dict[str, Any]:
             f"_build/{name} must be of build version {VERSION}, got another one; start over with --overwrite"
         )
     return content
-
-
-def settle_settings(out: Path, settings: Settings) -> None:
-    """Make `settings` those of the build in `out`, or prove that they already are.
-
-    Raises:
-        ConfigError: a build with other settings is there; names them.
-    """
-    path = build_directory(out) / SETTINGS_NAME
-    if not path.exists():
-        temporary = temporary_name(path)
-        temporary.write_bytes(settings.to_bytes())
-        commit_exclusive(temporary, path)
-    Settings.from_bytes(path.read_bytes()).require_same(settings, out, "an unfinished build")
-
-
-def read_plan(out: Path) -> Plan | None:
-    """The plan of the build in `out`; None while it is being made."""
-    try:
-        return Plan.from_bytes((build_directory(out) / PLAN_NAME).read_bytes())
-    except FileNotFoundError:
-        return None
-
-
-def write_plan(
-    out: Path,
-    rows: Iterable[TokenRow],
-    settings: Settings,
-    *,
-    describe: Callable[[], Mapping[str, Any]] = dict,
-    on_shard: Callable[[int, StagedShard], None] = lambda index, shard: None,
-) -> Plan:
-    """Tokenise the corpus into staged rows and commit the plan. Memory: one shard of tokens.
-
-    Args:
-        rows: the corpus, read once.
-        describe: called at the end, what the tokeniser counted.
-        on_shard: called after each staged shard.
-
-    Raises:
-        CorpusError: there is nothing to capture.
-        OSError: the disk is full or fails.
-    """
-    build = build_directory(out)
-    shards: list[StagedShard] = []
-    for group in cut(rows, settings.rows_per_shard, settings.tokens_per_shard):
-        shards.append(stage(build, len(shards), group, settings.positions))
-        on_shard(len(shards) - 1, shards[-1])
-    plan = Plan(shards=tuple(shards), corpus=describe())
-    require_work(plan.num_positions, plan.num_rows)
-    atomic_write_bytes(build / PLAN_NAME, plan.to_bytes())
-    return plan
 
 
 def require_work(num_positions: int, num_rows: int) -> None:

@@ -9,24 +9,17 @@ Per shard: write `_build/partial/.../shard-N`, write its note, then `commit_excl
 """
 
 import contextlib
-import json
-import os
-import shutil
 import threading
-import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache_builder.commit.build_directory import build_directory, shard_name
-from cache_builder.commit.claims import Claims, died_here, this_process
-from cache_builder.commit.plan import Settings
+from cache_builder.commit.build_directory import BuildDirectory
+from cache_builder.commit.claims import Claims
+from cache_builder.commit.plan import BuildSettings
 from formats.codec.payload import CodecConfig
-from formats.disk.durable import atomic_write_bytes, commit_exclusive
 from formats.disk.manifest import ShardInfo
 from formats.disk.shard import ShardWriter
 from formats.disk.token_row import TokenRow
@@ -42,22 +35,9 @@ def no_step(name: str) -> None:
     """The default `step`: fault tests put theirs here, to stop a process between any two operations."""
 
 
-def note_path(out: Path, index: int, sha256: str) -> Path:
-    """Where the counts of a shard with these contents are kept until the manifest takes them over."""
-    return build_directory(out) / "notes" / f"{index:05d}-{sha256[:32]}.json"
-
-
 def claim_name(index: int) -> str:
     """Name of the claim on a shard."""
     return f"shard-{index:05d}"
-
-
-def sweep_partials(out: Path) -> None:
-    """Delete unfinished shard files of processes of this machine that are gone."""
-    for directory in (build_directory(out) / "partial").glob("*"):
-        with contextlib.suppress(OSError, ValueError):
-            if died_here({"process": json.loads((directory / "owner.json").read_text())}):
-                shutil.rmtree(directory, ignore_errors=True)
 
 
 class ShardCommitter:
@@ -69,8 +49,8 @@ class ShardCommitter:
 
     def __init__(
         self,
-        out: Path,
-        settings: Settings,
+        directory: BuildDirectory,
+        settings: BuildSettings,
         vocab_size: int,
         claims: Claims,
         *,
@@ -78,7 +58,7 @@ class ShardCommitter:
         on_commit: Callable[[ShardInfo, bool], None] = lambda info, created: None,
         queue_bytes: int | None = None,
     ) -> None:
-        self._out, self._settings, self._vocab_size = out, settings, vocab_size
+        self.directory, self._settings, self._vocab_size = directory, settings, vocab_size
         self._codec = CodecConfig(**settings.codec)
         self._claims, self._step, self._on_commit = claims, step, on_commit
         self._limit, self._weight = queue_bytes or QUEUE_BYTES, 0
@@ -192,17 +172,14 @@ class _OpenShard:
 
     def __init__(self, owner: ShardCommitter, index: int) -> None:
         self._owner, self._index = owner, index
-        build = build_directory(owner._out)
-        self._directory = build / "partial" / f"{index:05d}-{uuid.uuid4().hex[:12]}"
-        self._directory.mkdir(parents=True)
-        (self._directory / "owner.json").write_text(json.dumps(this_process()))
-        self._path = self._directory / shard_name(index)
-        self._which = owner._settings.positions
+        self._path = owner.directory.new_partial(index)
+        capture = owner._settings.capture
+        self._which = capture.positions
         self._writer = ShardWriter(
             self._path,
             vocab_size=owner._vocab_size,
             positions=self._which,
-            max_k=min(int(owner._settings.identity.preprocessing["max_k"]), owner._vocab_size),
+            max_k=capture.max_k,
             codec=owner._codec,
         )
 
@@ -222,13 +199,11 @@ class _OpenShard:
 
     def commit(self) -> None:
         owner, index = self._owner, self._index
-        info = self._writer.close(shard_name(index))
+        info = self._writer.close(self._path.name)
         owner._step(f"written {index}")
-        note = note_path(owner._out, index, info.sha256)
-        note.parent.mkdir(exist_ok=True)
-        atomic_write_bytes(note, json.dumps(asdict(info)).encode())
+        owner.directory.write_note(index, info)
         owner._step(f"noted {index}")
-        created = commit_exclusive(self._path, owner._out / shard_name(index))
+        created = owner.directory.commit_shard(index, self._path)
         owner._step(f"committed {index}")
         owner._claims.release(claim_name(index))
         self.drop()
@@ -238,6 +213,4 @@ class _OpenShard:
         """Remove what is left of the temporary file."""
         with contextlib.suppress(Exception):  # pyarrow may complain about a file it could not finish
             self._writer.abort()
-        with contextlib.suppress(OSError):
-            (self._directory / "owner.json").unlink(missing_ok=True)
-            os.rmdir(self._directory)
+        self._owner.directory.drop_partial(self._path)

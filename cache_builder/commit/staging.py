@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from formats.disk.durable import atomic_write_bytes
+from formats.disk.manifest import ShardInfo
 from formats.disk.token_row import TokenRow
 from formats.errors import CorruptShardError
 
@@ -36,6 +37,11 @@ class StagedShard:
     """Positions that will be captured."""
     sha256: str
     """SHA-256 of the staged file, checked whenever it is read."""
+
+    def describes(self, info: ShardInfo) -> bool:
+        """Whether a captured shard has the counts that were planned."""
+        planned = (self.num_rows, self.num_tokens, self.num_positions)
+        return (info.num_rows, info.num_tokens, info.num_positions) == planned
 
 
 def rows_name(index: int) -> str:

@@ -8,13 +8,15 @@ their names or place: a corpus may be moved or copied.
 
 import hashlib
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from cache_builder.corpus.fields import known_columns
 from cache_builder.corpus.files import DEFAULT_SPLIT, find_files
 from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
 from cache_builder.corpus.layouts import Layout, recognise
@@ -50,6 +52,10 @@ class CorpusConfig:
     has one and has not added it itself. Chat is left to the chat template."""
     batch_size: int = 512
     """Records tokenised at a time. Changes speed and memory, never the rows."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables that the chat template gets for every conversation; a record may set others, or overrule them."""
+    template_time: datetime | None = None
+    """The instant that the template's `strftime_now` tells; None is that of the tokenisation."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", str(self.source))
@@ -101,6 +107,11 @@ class Corpus:
         optional = (column for column in self.layout.optional if column in self.columns)
         return (*self.layout.required, *optional)
 
+    @property
+    def unread_columns(self) -> tuple[str, ...]:
+        """Those of `columns` that say nothing about what is trained; nobody looks into them."""
+        return tuple(column for column in self.columns if column not in self.read_columns)
+
     def __iter__(self) -> Iterator[Record]:
         """The records in order, after `limit` and `seed`.
 
@@ -108,7 +119,9 @@ class Corpus:
             CorpusError: a file cannot be read, or a line of it cannot be parsed.
         """
         config = self.config
-        records = self._all_records({*self.layout.required, *self.layout.optional})
+        layout = self.layout
+        known = frozenset() if layout.is_chosen else known_columns()
+        records = self._all_records({*layout.required, *layout.optional, *known})
         if config.limit is None:
             yield from records
         elif config.seed is None:

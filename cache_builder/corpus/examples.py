@@ -4,34 +4,27 @@ A layout and a tokenizer decide the kind for a whole corpus: Alpaca is a convers
 a chat template, else prompt + completion.
 """
 
-import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from cache_builder.corpus.field import CHAT, is_given
+from cache_builder.corpus.fields import names, refuse_columns
 from cache_builder.corpus.layouts import Layout
+from cache_builder.corpus.messages import Message, Turns, from_sharegpt, read_turns
 from cache_builder.corpus.readers import Record
+from cache_builder.corpus.ready_tokens import Tokens, tokens_of
+from cache_builder.corpus.tool_calls import json_value, tools_of
+from cache_builder.corpus.values import kind_of, optional_string, sequence_of, string_of
 from formats.errors import CorpusError
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-Message = dict[str, Any]
+RESERVED_ARGUMENTS = frozenset(
+    {"messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"}
+    | {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+    | {"return_assistant_tokens_mask", "strftime_now"}
+)
+"""Arguments of `apply_chat_template` that are not the data's to choose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +32,7 @@ class Text:
     """A document; every token but the first is a target."""
 
     text: str
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,248 +41,181 @@ class PromptCompletion:
 
     prompt: str
     completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages for the chat template; the assistant turns from `first_target` on are the targets."""
-
-    messages: list[Message]
-    tools: list[Any] | None
-    first_target: int
     where: str
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """Ready token ids; `loss_mask` None makes every token but the first a target."""
+class Conversation:
+    """Messages for the chat template, and what else it gets."""
 
-    input_ids: np.ndarray
-    loss_mask: np.ndarray | None
+    messages: list[Message]
+    tools: list[Any] | None
+    first_target: int
+    """The assistant's turns before it are part of the prompt."""
+    where: str
+    without_loss: frozenset[int] = frozenset()
+    """Turns that a field of the data excepts from the loss."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template."""
+    template: str | None = None
+    """The template that the record asks for."""
+
+    def answers(self) -> list[int]:
+        """The assistant's turns that are not part of the prompt."""
+        return [
+            index
+            for index, message in enumerate(self.messages)
+            if message["role"] == "assistant" and index >= self.first_target
+        ]
+
+    def targets(self) -> list[int]:
+        """Those that carry loss: no field excepts them, and they hold something to learn."""
+        return [
+            index
+            for index in self.answers()
+            if index not in self.without_loss and not is_empty_turn(self.messages[index])
+        ]
 
 
 Example = Text | PromptCompletion | Conversation | Tokens
+
+
+def is_empty_turn(message: Message) -> bool:
+    """Whether a turn has nothing but its end: training it would teach to end at once."""
+    return not message["content"].strip() and not any(
+        is_given(message.get(name)) for name in names("turn calls", "turn content")
+    )
 
 
 def convert(record: Record, layout: Layout, *, has_chat_template: bool, vocab_size: int) -> Example:
     """The training example in `record`.
 
     Raises:
-        CorpusError: a column is missing, null or of the wrong type; the message names the row.
+        CorpusError: a column is missing, null or of the wrong type, or asks for something that is not done here;
+            the message names the row.
     """
+    is_chat = layout.kind == CHAT or (layout.name == "Alpaca" and has_chat_template)
+    read = (*layout.required, *layout.optional)
+    if layout.name == "Alpaca" and not is_chat:
+        read = (*layout.required, "input", *names("system"))
+    if not layout.is_chosen:
+        refuse_columns(record.values, CHAT if is_chat else layout.kind, read, record.where)
     match layout.name:
         case "text":
-            return Text(_string(record, layout.required[0]))
+            return Text(string_of(record, layout.required[0]), record.where)
         case "prompt + completion":
-            return PromptCompletion(_string(record, "prompt"), _string(record, "completion"))
-        case "prompt + completion (chat)":
-            prompt = _messages(_sequence(record, "prompt"), record, "prompt")
-            completion = _messages(_sequence(record, "completion"), record, "completion")
-            return Conversation(prompt + completion, _tools(record), len(prompt), record.where)
-        case "messages":
-            column = layout.required[0]
-            return Conversation(
-                _messages(_sequence(record, column), record, column), _tools(record), 0, record.where
+            return PromptCompletion(
+                string_of(record, "prompt"), string_of(record, "completion"), record.where
             )
-        case "ShareGPT":
-            turns = [_from_sharegpt(turn, record) for turn in _sequence(record, "conversations")]
-            messages = _system(record) + _messages(turns, record, "conversations")
-            return Conversation(messages, _tools(record), 0, record.where)
-        case "Alpaca":
-            return _alpaca(record, has_chat_template)
         case "input_ids":
-            return _tokens(record, vocab_size)
+            return tokens_of(record, vocab_size)
+        case "Alpaca" if not is_chat:
+            return _headed_text(record)
         case _:
-            raise AssertionError(layout.name)
+            return _conversation(record, layout)
 
 
-def _value(record: Record, column: str) -> Any:
-    if column not in record.values:
-        found = ", ".join(record.values) or "none"
-        raise CorpusError(f"every record must have the column {column!r}, got only {found} in {record.where}")
-    return record.values[column]
+def _conversation(record: Record, layout: Layout) -> Conversation:
+    prompt, turns = Turns(), Turns()
+    if layout.name == "Alpaca":
+        turns = read_turns(_alpaca_turns(record), record, "history")
+    elif layout.name == "prompt + completion (chat)":
+        prompt = read_turns(sequence_of(record, "prompt"), record, "prompt", are_context=True)
+        turns = read_turns(sequence_of(record, "completion"), record, "completion")
+    else:
+        column = layout.required[0]
+        found = sequence_of(record, column)
+        if layout.name == "ShareGPT":
+            found = [from_sharegpt(turn, record.where) for turn in found]
+        turns = read_turns(found, record, column)
+    system = _system(record, [*prompt, *turns])
+    messages = [*system, *prompt, *turns]
+    offset = len(messages) - len(turns)
+    return Conversation(
+        messages,
+        _tools(record),
+        len(system) + len(prompt),
+        record.where,
+        frozenset(index + offset for index in turns.without_loss),
+        _arguments(record),
+        record.values.get("chat_template") or None,
+    )
 
 
-def _string(record: Record, column: str) -> str:
-    value = _value(record, column)
-    if not isinstance(value, str):
-        raise CorpusError(
-            f"{column} must be a string, got {_kind(value)} in {record.where}; mend or drop the record"
-        )
-    return _unicode(value, column, record.where)
-
-
-def _unicode(text: str, column: str, where: str) -> str:
-    """`text` itself, unless it holds half a surrogate pair: JSON can express it, no tokenizer can read it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"{column} must be valid Unicode, got an unpaired surrogate at character {error.start + 1} of "
-            f"{where}; mend or drop the record"
-        ) from None
-    return text
-
-
-def _optional_string(record: Record, column: str) -> str:
-    """The string in an optional column; a missing or null one is empty."""
-    return "" if record.values.get(column) is None else _string(record, column)
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _sequence(record: Record, column: str) -> list[Any]:
-    """A list, or the JSON text of one, as CSV files hold it."""
-    value = _value(record, column)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
+def _system(record: Record, turns: list[Message]) -> list[Message]:
+    """The system prompt in a column of its own as a message, unless the conversation opens with the same."""
+    given = {text for column in names("system") if (text := optional_string(record, column))}
+    if len(given) > 1:
+        raise CorpusError(f"a conversation has one system prompt, got two in {record.where}; drop a column")
+    if not given:
+        return []
+    text = given.pop()
+    if turns[0]["role"] == "system":
+        if turns[0]["content"] != text:
             raise CorpusError(
-                f"{column} must be a list, got the string {value!r:.40} in {record.where}"
-            ) from None
-    if isinstance(value, np.ndarray):
-        return list(value)
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise CorpusError(
-            f"{column} must be a list, got {_kind(value)} in {record.where}; mend or drop the record"
-        )
-    return list(value)
+                f"a conversation has one system prompt, got one in a column and another as message 1 of "
+                f"{record.where}; drop one"
+            )
+        return []
+    return [{"role": "system", "content": text}]
 
 
 def _tools(record: Record) -> list[Any] | None:
-    """Tool descriptions for the chat template; column files (Parquet, CSV) hold them as JSON text."""
-    if record.values.get("tools") in (None, "", []):
-        return None
-    tools = _sequence(record, "tools")
-    if all(isinstance(tool, str) for tool in tools):
-        with contextlib.suppress(ValueError):
-            tools = [json.loads(tool) for tool in tools]
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise CorpusError(f"tools must be a list of JSON schemas, got another list in {record.where}")
-    return tools or None
+    found = [tools for column in names("tools") if (tools := tools_of(record, column, record.where))]
+    if len(found) > 1:
+        raise CorpusError(f"tools stand in one column, got {' and '.join(names('tools'))} in {record.where}")
+    return found[0] if found else None
 
 
-def _system(record: Record) -> list[Message]:
-    text = _optional_string(record, "system")
-    return [{"role": "system", "content": text}] if text else []
-
-
-def _messages(turns: list[Any], record: Record, column: str) -> list[Message]:
-    """Checked messages. Null fields, which column files put into every message, are taken out."""
-    if not turns:
-        raise CorpusError(
-            f"{column} must hold at least one message, got none in {record.where}; drop the record"
-        )
-    messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
-        where = f"message {number} of {record.where}"
-        if not isinstance(turn, Mapping):
+def _arguments(record: Record) -> dict[str, Any]:
+    """Variables of the template that this record sets."""
+    arguments: dict[str, Any] = {}
+    for column in names("template arguments"):
+        value = record.values.get(column)
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = None
+        if is_given(record.values.get(column)):
+            if not isinstance(value, Mapping):
+                raise CorpusError(f"{column} must be an object, got {kind_of(value)} in {record.where}")
+            arguments |= json_value(value, column, record.where)
+    for column in names("one template argument"):
+        if is_given(value := record.values.get(column)):
+            if column in arguments and arguments[column] != value:
+                raise CorpusError(f"{column} must be given once, got two values in {record.where}")
+            arguments[column] = json_value(value, column, record.where)
+    for name in arguments:
+        if name in RESERVED_ARGUMENTS:
             raise CorpusError(
-                f"a message must be an object with role and content, got {_kind(turn)} in {where}"
+                f"chat_template_kwargs cannot set {name}, got it in {record.where}; take it out"
             )
-        message = {key: value for key, value in turn.items() if value is not None}
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not role:
-            raise CorpusError(
-                f"role must be a string such as user or assistant, got {_kind(role)} in {where}"
-            )
-        if content is None and message.get("tool_calls"):
-            content = ""
-        elif isinstance(content, list):
-            content = _join_parts(content, where)
-        if not isinstance(content, str):
-            raise CorpusError(
-                f"content must be a string, got {_kind(content)} in {where}; mend or drop the record"
-            )
-        messages.append({**message, "content": _unicode(content, "content", where)})
-    return messages
+    return arguments
 
 
-def _join_parts(parts: list[Any], where: str) -> str:
-    """The text of a content given in parts; anything but text is refused, never dropped."""
-    for part in parts:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            kind = part.get("type", "part") if isinstance(part, Mapping) else _kind(part)
-            raise CorpusError(f"content must be text, got a part of type {kind} in {where}; drop the record")
-    return "".join(part["text"] for part in parts)
+def _question(record: Record) -> tuple[str, str, str]:
+    return string_of(record, "instruction"), optional_string(record, "input"), string_of(record, "output")
 
 
-def _from_sharegpt(turn: Any, record: Record) -> Message:
-    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-        raise CorpusError(
-            f"a ShareGPT turn must be an object with from and value, got {turn!r:.80} in {record.where}"
-        )
-    speaker = turn["from"]
-    if speaker not in ROLES:
-        raise CorpusError(f"from must be one of {', '.join(ROLES)}, got {speaker!r} in {record.where}")
-    return {"role": ROLES[speaker], "content": turn["value"]}
+def _alpaca_turns(record: Record) -> list[Message]:
+    turns: list[Message] = []
+    if is_given(record.values.get("history")):
+        for pair in sequence_of(record, "history"):
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise CorpusError(
+                    f"history must be a list of [question, answer], got another in {record.where}"
+                )
+            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    instruction, given, output = _question(record)
+    question = f"{instruction}\n\n{given}" if given else instruction
+    return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
 
 
-def _alpaca(record: Record, has_chat_template: bool) -> Example:
-    instruction, output = _string(record, "instruction"), _string(record, "output")
-    given = _optional_string(record, "input")
-    if has_chat_template:
-        question = f"{instruction}\n\n{given}" if given else instruction
-        messages = [
-            *_system(record),
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": output},
-        ]
-        return Conversation(messages, None, len(messages) - 1, record.where)
-    system = _optional_string(record, "system")
-    prompt = f"{system}\n\n" if system else ""
+def _headed_text(record: Record) -> PromptCompletion:
+    instruction, given, output = _question(record)
+    system = _system(record, [{"role": "user"}])
+    prompt = f"{system[0]['content']}\n\n" if system else ""
     prompt += f"### Instruction:\n{instruction}\n\n"
     prompt += f"### Input:\n{given}\n\n" if given else ""
-    return PromptCompletion(f"{prompt}### Response:\n", output)
-
-
-def _integers(record: Record, column: str) -> np.ndarray:
-    values = _sequence(record, column)
-    try:
-        array = np.array(values) if values else np.zeros(0, dtype=np.int64)
-    except ValueError:  # lists of several lengths
-        array = np.array(None)
-    if array.ndim != 1 or array.dtype.kind not in "iub":
-        raise CorpusError(f"{column} must be a list of integers, got other values in {record.where}")
-    return array.astype(np.int64)
-
-
-def _tokens(record: Record, vocab_size: int) -> Tokens:
-    """Ready ids, padding taken out. Labels stand at the token they name (unshifted), as in `transformers`."""
-    ids = _integers(record, "input_ids")
-    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise CorpusError(
-            f"input_ids must lie in 0..{vocab_size - 1} (the tokenizer's vocabulary), got {ids.min()} to "
-            f"{ids.max()} in {record.where}; tokenise the corpus with this model's tokenizer"
-        )
-    columns = {
-        name: _integers(record, name)
-        for name in ("labels", "loss_mask", "attention_mask")
-        if record.values.get(name) is not None
-    }
-    for name, values in columns.items():
-        if len(values) != len(ids):
-            raise CorpusError(
-                f"{name} must be as long as input_ids ({len(ids)}), got {len(values)} in {record.where}"
-            )
-        if name != "labels" and not np.isin(values, (0, 1)).all():
-            raise CorpusError(f"{name} must hold zeros and ones, got other values in {record.where}")
-    mask: np.ndarray | None = None
-    if "labels" in columns:
-        mask = columns["labels"] != -100
-        if (columns["labels"][mask] != ids[mask]).any():
-            raise CorpusError(
-                f"labels must equal input_ids or be -100 (they are not shifted), got others in {record.where}"
-            )
-    if "loss_mask" in columns:
-        mask = (columns["loss_mask"] == 1) & (True if mask is None else mask)
-    if "attention_mask" in columns:
-        attended = columns["attention_mask"] == 1
-        used = np.flatnonzero(attended)
-        if len(used) and not attended[used[0] : used[-1] + 1].all():
-            raise CorpusError(f"attention_mask must be one run of ones, got gaps in {record.where}")
-        ids, mask = ids[attended], None if mask is None else mask[attended]
-    return Tokens(ids, mask)
+    return PromptCompletion(f"{prompt}### Response:\n", output, record.where)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from cache_builder.corpus.column_values import plain, plain_untyped
 from cache_builder.corpus.readers import Record
 from formats.errors import CorpusError
 
@@ -85,13 +86,27 @@ class HubSource:
         """
         number = 0
         try:
+            kinds = _types(self.dataset)
             for number, values in enumerate(self.dataset, 1):
+                values = {
+                    name: plain(value, kinds[name], decoded=True) if name in kinds else plain_untyped(value)
+                    for name, value in values.items()
+                }
                 yield Record(values, self.repository, number)
         except Exception as error:  # network, decoding and casting errors of many libraries
             raise CorpusError(
                 f"the data set must be readable to its end, got {self.repository} after row {number}: "
                 f"{_reason(error)}; run the same command again"
             ) from error
+
+
+def _types(dataset: Any) -> dict[str, Any]:
+    """Arrow types by column, as far as the data set tells them before it is read."""
+    features = dataset.features
+    if features is None:
+        return {}
+    schema = features.arrow_schema
+    return dict(zip(schema.names, schema.types, strict=True))
 
 
 def _reason(error: Exception) -> str:

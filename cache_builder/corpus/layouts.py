@@ -2,16 +2,22 @@
 
 The first known layout whose required columns are all there wins, richest first: a data set with `messages`
 and a derived `text` column is a chat data set. `--text-column` overrules. Optional columns (`input`,
-`system`, `tools`, `labels`) are looked up in every record, and may be missing or null.
+`system`, `tools`, `labels`) are looked up in every record, and may be missing or null; so are the columns that
+would ask for something else (`fields.py`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cache_builder.corpus.field import CHAT, IDS, PAIR, TEXT
+from cache_builder.corpus.fields import names, refuse_unknown_layout
+from cache_builder.corpus.ready_tokens import MASKS, READ_COLUMNS
 from formats.errors import CorpusError
 
 ALL_TOKENS = "every token but the first"
+CHAT_COLUMNS = names("system", "tools", "template arguments", "one template argument", "template")
+"""What a conversation may have beside its turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,8 @@ class Layout:
 
     name: str
     """Announced name."""
+    kind: str
+    """`input_ids`, `chat`, `pair` or `text`: which known columns mean something (`fields.py`)."""
     required: tuple[str, ...]
     """Columns that every record must have."""
     optional: tuple[str, ...] = ()
@@ -30,6 +38,8 @@ class Layout:
     """Examples longer than a row are split into several, not truncated."""
     uses_chat_template: bool = False
     """Records cannot be read without a chat template."""
+    is_chosen: bool = False
+    """The user chose the column, whatever else there is."""
 
 
 def _always(values: Mapping[str, Any]) -> bool:
@@ -40,7 +50,9 @@ def _is_sharegpt(values: Mapping[str, Any]) -> bool:
     turns = values["conversations"]
     if isinstance(turns, str):
         return '"from"' in turns
-    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+    if not isinstance(turns, list) or not turns:
+        return False
+    return "from" in turns[0] if isinstance(turns[0], dict) else '"from"' in str(turns[0])
 
 
 def _is_list(value: Any) -> bool:
@@ -52,23 +64,27 @@ def _is_chat_pair(values: Mapping[str, Any]) -> bool:
 
 
 def _is_unmasked(values: Mapping[str, Any]) -> bool:
-    return "labels" not in values and "loss_mask" not in values
+    return not any(column in values for column in MASKS)
 
 
-def _text(column: str) -> Layout:
-    return Layout(name="text", required=(column,), loss=ALL_TOKENS, splits=True)
+def _text(column: str, *, is_chosen: bool = False) -> Layout:
+    return Layout(
+        name="text", kind=TEXT, required=(column,), loss=ALL_TOKENS, splits=True, is_chosen=is_chosen
+    )
 
 
 _IDS = Layout(
     name="input_ids",
+    kind=IDS,
     required=("input_ids",),
-    optional=("labels", "loss_mask", "attention_mask"),
-    loss="as labels or loss_mask say",
+    optional=READ_COLUMNS,
+    loss="as labels and masks say",
 )
 _MESSAGES = Layout(
     name="messages",
+    kind=CHAT,
     required=("messages",),
-    optional=("tools",),
+    optional=CHAT_COLUMNS,
     loss="assistant turns",
     uses_chat_template=True,
 )
@@ -78,26 +94,31 @@ LAYOUTS: tuple[tuple[Layout, Callable[[Mapping[str, Any]], bool]], ...] = (
     (_IDS, _always),
     (_MESSAGES, _always),
     (
-        replace(_MESSAGES, name="ShareGPT", required=("conversations",), optional=("system", "tools")),
+        replace(_MESSAGES, name="ShareGPT", required=("conversations",)),
         _is_sharegpt,
     ),
     (replace(_MESSAGES, required=("conversations",)), _always),
     (
         Layout(
             name="prompt + completion (chat)",
+            kind=CHAT,
             required=("prompt", "completion"),
-            optional=("tools",),
+            optional=CHAT_COLUMNS,
             loss="assistant turns of the completion",
             uses_chat_template=True,
         ),
         _is_chat_pair,
     ),
-    (Layout(name="prompt + completion", required=("prompt", "completion"), loss="completion"), _always),
+    (
+        Layout(name="prompt + completion", kind=PAIR, required=("prompt", "completion"), loss="completion"),
+        _always,
+    ),
     (
         Layout(
             name="Alpaca",
+            kind=PAIR,
             required=("instruction", "output"),
-            optional=("input", "system"),
+            optional=("input", "history", *CHAT_COLUMNS),
             loss="output",
         ),
         _always,
@@ -122,10 +143,11 @@ def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layo
             raise CorpusError(
                 f"text_column must be a column of the corpus, got {text_column}; columns: {found}"
             )
-        return _text(text_column)
+        return _text(text_column, is_chosen=True)
     for layout, condition in LAYOUTS:
         if all(column in values for column in layout.required) and condition(values):
             return layout
+    refuse_unknown_layout(values)
     raise CorpusError(
         f"the corpus must have the columns of a known layout ({RECOGNISED}), got columns: {found}; "
         "rename them, or pass --text-column NAME"

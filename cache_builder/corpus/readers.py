@@ -3,7 +3,8 @@
 Each reader holds one record (JSON Lines, CSV), one batch of columns (Parquet, Arrow) or one document (text)
 at a time, so memory does not grow with the file. The exception is a `.json` file with one big array, which
 has to be parsed at once. Values keep the type that the file gives them: nothing is guessed, so a CSV cell
-`42` stays the text "42". Every error names the file and the line or row.
+`42` stays the text "42"; what column files add to nested records is taken out (`column_values.py`). Every
+error names the file and the line or row.
 """
 
 import codecs
@@ -18,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import zstandard
 
+from cache_builder.corpus.column_values import plain
 from formats.errors import CorpusError
 
 # Suffix -> family. Only one family may occur in a corpus: their columns would not agree.
@@ -268,9 +270,11 @@ def _rows_of(batches: Iterator[Any], path: Path, names: list[str]) -> Iterator[R
     number = 0
     for batch in batches:
         batch = batch.select(names)
+        kinds = dict(zip(names, batch.schema.types, strict=True))
         for start in range(0, batch.num_rows, BATCH_ROWS):
-            for values in batch.slice(start, BATCH_ROWS).to_pylist():
+            for values in batch.slice(start, BATCH_ROWS).to_pylist(maps_as_pydicts="strict"):
                 number += 1
+                values = {name: plain(value, kinds[name]) for name, value in values.items()}
                 yield Record(values, path.name, number)
 
 

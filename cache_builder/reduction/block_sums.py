@@ -1,6 +1,6 @@
 """The two passes over the vocabulary: maxima of blocks, and sums of blocks at every tail node.
 
-A block is a residue class: with K blocks, block k holds the ids k, k + K, k + 2K, ...  Any partition would
+A block is a residue class: with G blocks, block g holds the ids g, g + G, g + 2G, ...  Any partition would
 do, and this one turns both reductions into sums of whole vectors, with nothing to add up across a vector
 register.
 
@@ -10,7 +10,7 @@ kernel, and where that fails the plain operations run instead.  ANNEAL_COMPILE=1
 which proves the path where no GPU is and was not faster on the CPU it was tried on; ANNEAL_COMPILE=0
 compiles nowhere.
 
-N: rows, V: vocabulary, S: entries in a block, K: blocks of a row, B: tail nodes.
+N: rows, V: vocabulary, G: blocks of a row, J: entries in a block, K: tail nodes.
 """
 
 import os
@@ -24,11 +24,11 @@ CPU_CACHE_BYTES = 1 << 21
 """fp32 bytes of logits that a pass works on at a time, per thread of a CPU.  More falls out of its caches,
 less pays for the calls."""
 BLOCK = 32
-"""S: long enough that block data are small, short enough that few entries are gathered."""
+"""J: long enough that block data are small, short enough that few entries are gathered."""
 
 
 def num_blocks(vocab_size: int) -> int:
-    """K: as few as hold the vocabulary.  The last stripe of K ids may be short."""
+    """G: as few as hold the vocabulary.  The last stripe of G ids may be short."""
     return -(-vocab_size // BLOCK)
 
 
@@ -61,39 +61,39 @@ def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> tuple[t
     num_rows, vocab_size = logits_NV.shape
     step = rows_per_pass(num_rows, vocab_size, logits_NV.device.type)
     blocks = num_blocks(vocab_size)
-    maxima_NK = logits_NV.new_empty(num_rows, blocks)
-    sums_NBK = logits_NV.new_empty(num_rows, len(betas), blocks)
+    maxima_NG = logits_NV.new_empty(num_rows, blocks)
+    sums_NKG = logits_NV.new_empty(num_rows, len(betas), blocks)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
-        maxima_NK[rows] = block_maxima(logits_NV[rows])
-        sums_NBK[rows] = block_sums(logits_NV[rows], maxima_NK[rows].amax(-1), betas)
-    return maxima_NK, sums_NBK
+        maxima_NG[rows] = block_maxima(logits_NV[rows])
+        sums_NKG[rows] = block_sums(logits_NV[rows], maxima_NG[rows].amax(-1), betas)
+    return maxima_NG, sums_NKG
 
 
 def block_maxima(logits_NV: torch.Tensor) -> torch.Tensor:
-    """float32 [N, K]: the maximum of every block."""
+    """float32 [N, G]: the maximum of every block."""
     vocab_size = logits_NV.shape[1]
     blocks = num_blocks(vocab_size)
     whole = vocab_size // blocks
-    maxima_NK = logits_NV[:, : whole * blocks].unflatten(1, (whole, blocks)).amax(1)
+    maxima_NG = logits_NV[:, : whole * blocks].unflatten(1, (whole, blocks)).amax(1)
     short = vocab_size - whole * blocks
     if short:
-        maxima_NK[:, :short] = torch.maximum(maxima_NK[:, :short], logits_NV[:, whole * blocks :])
-    return maxima_NK
+        maxima_NG[:, :short] = torch.maximum(maxima_NG[:, :short], logits_NV[:, whole * blocks :])
+    return maxima_NG
 
 
 def block_sums(logits_NV: torch.Tensor, max_N: torch.Tensor, betas: Sequence[float]) -> torch.Tensor:
-    """float32 [N, B, K]: sums of exp(beta * (l - max)) over every block."""
+    """float32 [N, K, G]: sums of exp(beta * (l - max)) over every block."""
     vocab_size = logits_NV.shape[1]
     blocks = num_blocks(vocab_size)
     whole = vocab_size // blocks
-    stripes_NSK = logits_NV[:, : whole * blocks].unflatten(1, (whole, blocks))
-    sums_NBK = _sums_of(stripes_NSK, max_N, tuple(betas))
+    stripes_NJG = logits_NV[:, : whole * blocks].unflatten(1, (whole, blocks))
+    sums_NKG = _sums_of(stripes_NJG, max_N, tuple(betas))
     short = vocab_size - whole * blocks
     if short:
-        rest_N1K = logits_NV[:, whole * blocks :].unsqueeze(1)
-        sums_NBK[:, :, :short] += eager_sums(rest_N1K, max_N, tuple(betas))
-    return sums_NBK
+        rest_N1G = logits_NV[:, whole * blocks :].unsqueeze(1)
+        sums_NKG[:, :, :short] += eager_sums(rest_N1G, max_N, tuple(betas))
+    return sums_NKG
 
 
 def compiles_on(device_type: str) -> bool:
@@ -102,16 +102,16 @@ def compiles_on(device_type: str) -> bool:
     return setting == "1" or (setting != "0" and device_type != "cpu")
 
 
-def _sums_of(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
-    if compiles_on(x_NSK.device.type):
+def _sums_of(x_NJG: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
+    if compiles_on(x_NJG.device.type):
         fused = _fused_sums(betas)
         if fused is not None:
             try:
-                return fused(x_NSK, max_N)
+                return fused(x_NJG, max_N)
             except Exception as error:  # no compiler, no Triton, an unsupported device: slower, not wrong
                 _FAILED.add(betas)
                 warnings.warn(f"torch.compile failed, reducing without it: {error}"[:300], stacklevel=2)
-    return eager_sums(x_NSK, max_N, betas)
+    return eager_sums(x_NJG, max_N, betas)
 
 
 _FAILED: set[tuple[float, ...]] = set()
@@ -121,11 +121,11 @@ _FAILED: set[tuple[float, ...]] = set()
 def _compiled(betas: tuple[float, ...]) -> Callable[..., torch.Tensor]:
     plan = power_plan(betas)
 
-    def sums(x_NSK: torch.Tensor, max_N: torch.Tensor) -> torch.Tensor:
-        shifted_NSK = x_NSK - max_N[:, None, None]
+    def sums(x_NJG: torch.Tensor, max_N: torch.Tensor) -> torch.Tensor:
+        shifted_NJG = x_NJG - max_N[:, None, None]
         powers: list[torch.Tensor] = []
         for beta, pair in zip(betas, plan, strict=True):
-            powers.append((shifted_NSK * beta).exp() if pair is None else powers[pair[0]] * powers[pair[1]])
+            powers.append((shifted_NJG * beta).exp() if pair is None else powers[pair[0]] * powers[pair[1]])
         return torch.stack([power.sum(1) for power in powers], 1)
 
     return torch.compile(sums, dynamic=True)
@@ -149,22 +149,22 @@ def scratch(num_buffers: int, shape: torch.Size, device: torch.device) -> torch.
     return kept[:needed].view(num_buffers, *shape)
 
 
-def eager_sums(x_NSK: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
-    """float32 [N, B, K]: sums over S of exp(beta * (x - max)), by plain operations on scratch memory."""
+def eager_sums(x_NJG: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
+    """float32 [N, K, G]: sums over J of exp(beta * (x - max)), by plain operations on scratch memory."""
     plan = power_plan(betas)
     buffers, slots = _assign_buffers(plan)
-    powers = scratch(buffers, x_NSK.shape, x_NSK.device)
-    sums_NBK = x_NSK.new_empty(len(x_NSK), len(betas), x_NSK.shape[2])
+    powers = scratch(buffers, x_NJG.shape, x_NJG.device)
+    sums_NKG = x_NJG.new_empty(len(x_NJG), len(betas), x_NJG.shape[2])
     for node, pair in enumerate(plan):
-        power_NSK = powers[slots[node]]
+        power_NJG = powers[slots[node]]
         if pair is None:
             beta = betas[node]
-            torch.add((max_N * -beta)[:, None, None], x_NSK, alpha=beta, out=power_NSK)
-            power_NSK.exp_()
+            torch.add((max_N * -beta)[:, None, None], x_NJG, alpha=beta, out=power_NJG)
+            power_NJG.exp_()
         else:
-            torch.mul(powers[slots[pair[0]]], powers[slots[pair[1]]], out=power_NSK)
-        torch.sum(power_NSK, 1, out=sums_NBK[:, node])
-    return sums_NBK
+            torch.mul(powers[slots[pair[0]]], powers[slots[pair[1]]], out=power_NJG)
+        torch.sum(power_NJG, 1, out=sums_NKG[:, node])
+    return sums_NKG
 
 
 @lru_cache

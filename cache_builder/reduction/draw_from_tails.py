@@ -5,7 +5,7 @@ end, block after block, and a block's share of that line is its sum at beta = 3/
 look at the vocabulary. Each point is looked up among the blocks; only the few blocks that are hit are read,
 and the point is looked up among their entries.
 
-N: rows, K: blocks of a row, S: entries in a block, W: points of the row that has most, D: draws of all rows.
+N: rows, S: draws of all rows, G: blocks of a row, J: entries in a block, W: points of the row that has most.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from formats.logprobs.tail_draws import POWER, most_draws
 class BlockedTail(NamedTuple):
     """The vocabulary without the heads, block by block."""
 
-    sums_NK: torch.Tensor
+    sums_NG: torch.Tensor
     """float32: sums over the blocks of exp(POWER * (l - max))."""
     entries: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    """float32 [D, S]: the logits of a block for every (row [D], block [D]); -inf where an entry is in the
+    """float32 [S, J]: the logits of a block for every (row [S], block [S]); -inf where an entry is in the
     head or outside the vocabulary."""
 
 
@@ -33,9 +33,9 @@ class Draws(NamedTuple):
     counts: torch.Tensor
     """int32 [N]."""
     token_ids: torch.Tensor
-    """int32 [D], a token that was drawn twice twice."""
+    """int32 [S], a token that was drawn twice twice."""
     logprobs: torch.Tensor
-    """float32 [D]."""
+    """float32 [S]."""
 
 
 def no_draws(num_rows: int, device: torch.device | str = "cpu") -> Draws:
@@ -44,14 +44,14 @@ def no_draws(num_rows: int, device: torch.device | str = "cpu") -> Draws:
     return Draws(torch.zeros(num_rows, dtype=torch.int32, device=device), none.int(), none)
 
 
-def block_entries(logits_NV: torch.Tensor, rows_D: torch.Tensor, blocks_D: torch.Tensor) -> torch.Tensor:
-    """float32 [D, S]: the entries of these blocks of these rows, -inf outside the vocabulary."""
+def block_entries(logits_NV: torch.Tensor, rows_S: torch.Tensor, blocks_S: torch.Tensor) -> torch.Tensor:
+    """float32 [S, J]: the entries of these blocks of these rows, -inf outside the vocabulary."""
     vocab_size = logits_NV.shape[1]
-    strides_S = num_blocks(vocab_size) * torch.arange(BLOCK, device=logits_NV.device)
-    ids_DS = blocks_D.unsqueeze(-1) + strides_S
-    outside_DS = ids_DS >= vocab_size
-    values_DS = logits_NV[rows_D.unsqueeze(-1), ids_DS.clamp_(max=vocab_size - 1)]
-    return values_DS.masked_fill_(outside_DS, -torch.inf)
+    strides_J = num_blocks(vocab_size) * torch.arange(BLOCK, device=logits_NV.device)
+    ids_SJ = blocks_S.unsqueeze(-1) + strides_J
+    outside_SJ = ids_SJ >= vocab_size
+    values_SJ = logits_NV[rows_S.unsqueeze(-1), ids_SJ.clamp_(max=vocab_size - 1)]
+    return values_SJ.masked_fill_(outside_SJ, -torch.inf)
 
 
 def draw_from_tails(
@@ -76,8 +76,8 @@ def draw_from_tails(
     """
     device = max_N.device
     scale_N = rate * (POWER * (max_N.double() - log_z_N)).exp()
-    ends_NK = tail.sums_NK.double().mul_(scale_N.unsqueeze(-1)).cumsum(-1)
-    totals_N = ends_NK[:, -1]
+    ends_NG = tail.sums_NG.double().mul_(scale_N.unsqueeze(-1)).cumsum(-1)
+    totals_N = ends_NG[:, -1]
     needed_N = (totals_N.nan_to_num(0.0, 0.0, 0.0) - starts_N).ceil()
     width = int(needed_N.clamp_(0, most_draws(vocab_size, rate)).amax())
     if width == 0:
@@ -85,20 +85,20 @@ def draw_from_tails(
     points_NW = starts_N.unsqueeze(-1) + torch.arange(width, device=device)
     hits_NW = points_NW < totals_N.unsqueeze(-1)  # NaN compares false
     # Right of equal ends: a block of expected number zero ends where it begins, and no point picks it.
-    blocks_NW = torch.searchsorted(ends_NK, points_NW, right=True)
-    rows_D, nth_D = hits_NW.nonzero(as_tuple=True)
-    blocks_D = blocks_NW[rows_D, nth_D]
-    begins_D = ends_NK[rows_D, (blocks_D - 1).clamp_(min=0)].masked_fill_(blocks_D == 0, 0.0)
-    shares_D = (points_NW[rows_D, nth_D] - begins_D) / (ends_NK[rows_D, blocks_D] - begins_D)
+    blocks_NW = torch.searchsorted(ends_NG, points_NW, right=True)
+    rows_S, nth_S = hits_NW.nonzero(as_tuple=True)
+    blocks_S = blocks_NW[rows_S, nth_S]
+    begins_S = ends_NG[rows_S, (blocks_S - 1).clamp_(min=0)].masked_fill_(blocks_S == 0, 0.0)
+    shares_S = (points_NW[rows_S, nth_S] - begins_S) / (ends_NG[rows_S, blocks_S] - begins_S)
 
-    entries_DS = tail.entries(rows_D, blocks_D)
-    running_DS = (POWER * (entries_DS.double() - max_N[rows_D].unsqueeze(-1))).exp_().cumsum(-1)
-    total_D1 = running_DS[:, -1:]
-    picked_D = (running_DS <= shares_D.unsqueeze(-1) * total_D1).sum(-1)
-    last_D = (running_DS < total_D1).sum(-1)  # the last entry that adds anything: rounding picks none beyond
-    picked_D = torch.minimum(picked_D, last_D)
+    entries_SJ = tail.entries(rows_S, blocks_S)
+    running_SJ = (POWER * (entries_SJ.double() - max_N[rows_S].unsqueeze(-1))).exp_().cumsum(-1)
+    total_S1 = running_SJ[:, -1:]
+    picked_S = (running_SJ <= shares_S.unsqueeze(-1) * total_S1).sum(-1)
+    last_S = (running_SJ < total_S1).sum(-1)  # the last entry that adds anything: rounding picks none beyond
+    picked_S = torch.minimum(picked_S, last_S)
     return Draws(
         hits_NW.sum(-1, dtype=torch.int32),
-        (blocks_D + tail.sums_NK.shape[1] * picked_D).int(),
-        entries_DS.gather(-1, picked_D.unsqueeze(-1)).squeeze(-1) - log_z_N[rows_D],
+        (blocks_S + tail.sums_NG.shape[1] * picked_S).int(),
+        entries_SJ.gather(-1, picked_S.unsqueeze(-1)).squeeze(-1) - log_z_N[rows_S],
     )

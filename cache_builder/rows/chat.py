@@ -13,124 +13,112 @@ Such a turn is trained as the whole conversation shows it, if that is an ending 
 Any other difference is an error that names the row: its mask would be a guess. Cost: two renderings per turn.
 """
 
-import contextlib
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
-from cache_builder.corpus.examples import Conversation, Message
+from cache_builder.corpus.examples import Conversation
 from cache_builder.rows.encoding import Encoded, encode_spans
-from formats.errors import ConfigError, CorpusError
-
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-Span = tuple[int, int]
-
-
-@contextlib.contextmanager
-def _named_errors(conversation: Conversation) -> Iterator[None]:
-    """Whatever a template raises, as an error that names the row."""
-    import jinja2
-
-    try:
-        yield
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CorpusError(
-            f"the chat template must accept every conversation, got {reason!r} for {conversation.where}; "
-            "mend or drop the record"
-        ) from error
+from cache_builder.rows.shown import require_shown, unread_fields
+from cache_builder.rows.template import ChatTemplate, Span
+from formats.errors import CorpusError
 
 
-@dataclass
 class ChatEncoder:
     """Conversations to token ids and loss masks through a tokenizer's chat template.
+
+    Args:
+        arguments: variables of the template, for every conversation.
+        instant: what the template's `strftime_now` tells; None asks the clock once.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
     """
 
-    tokenizer: Any
-    num_shortened_turns: int = 0
-    """Assistant turns that the template showed shortened so far."""
-    _special_texts: tuple[str, ...] = field(init=False, default=())
-
-    def __post_init__(self) -> None:
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                "messages need a chat template, got a tokenizer without one; use a chat model's tokenizer, "
-                "or bring prompt and completion strings"
-            )
-        added = self.tokenizer.added_tokens_decoder.values()
+    def __init__(
+        self, tokenizer: Any, arguments: Mapping[str, Any] | None = None, instant: datetime | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, arguments, instant)
+        self.num_shortened_turns = 0
+        """Assistant turns that the template showed shortened so far."""
+        self.num_empty_turns = 0
+        """Assistant turns of nothing but white space, beside others that are trained."""
+        self.num_turns_without_loss = 0
+        """Assistant turns that the data excepts from the loss."""
+        self.unread_fields: Counter[str] = Counter()
+        """Messages by a field of theirs that the template does not read."""
+        added = tokenizer.added_tokens_decoder.values()
         self._special_texts = tuple(token.content for token in added if token.special)
 
     @property
     def has_markers(self) -> bool:
         """Whether the template marks the assistant's text itself."""
-        template = self.tokenizer.chat_template
-        templates = template.values() if isinstance(template, dict) else [template]
-        return all(_GENERATION.search(text) for text in templates)
+        return self.template.has_markers
 
     def encode(self, conversations: list[Conversation]) -> list[Encoded]:
         """One `Encoded` per conversation, special tokens exactly where the template writes them.
 
         Raises:
-            CorpusError: the template refuses a conversation, or its turns cannot be told apart.
+            CorpusError: the template refuses a conversation or drops a part of it, or its turns cannot be told
+                apart.
         """
-        texts, spans = [], []
+        texts, spans, blank = [], [], []
         for conversation in conversations:
             text, ranges = self.target_spans(conversation)
             texts.append(text)
             spans.append(ranges)
-        encoded = encode_spans(self.tokenizer, texts, spans, add_special_tokens=False)
-        return [Encoded(ids, mask, splittable=False) for ids, mask in encoded]
+            blank.append(self._count_turns(conversation))
+        encoded = encode_spans(self.tokenizer, texts, spans)
+        return [
+            Encoded(ids, mask, splittable=False, where=conversation.where, is_empty=is_empty)
+            for (ids, mask), conversation, is_empty in zip(encoded, conversations, blank, strict=True)
+        ]
+
+    def _count_turns(self, conversation: Conversation) -> bool:
+        """Count what of the answers is not trained; True if that is all of them, for being empty."""
+        answers, targets = conversation.answers(), conversation.targets()
+        excepted = conversation.without_loss & set(answers)
+        num_empty = len(answers) - len(targets) - len(excepted)
+        if num_empty and not targets:
+            return True
+        self.num_empty_turns += num_empty
+        self.num_turns_without_loss += len(excepted)
+        return False
 
     def target_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The rendered conversation and the character ranges that the assistant is to produce."""
+        conversation = self.template.prepared(conversation)
+        marked: list[Span] = []
         if self.has_markers:
-            text, spans = self._marked_spans(conversation)
-            if conversation.first_target == 0:
-                return text, spans
-            turns = [
-                index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"
-            ]
-            if len(turns) == len(spans):
-                wanted = zip(turns, spans, strict=True)
-                return text, [span for index, span in wanted if index >= conversation.first_target]
-        return self.incremental_spans(conversation)
+            full, marked = self.template.marked_spans(conversation)
+        else:
+            full = self.template.render(conversation)
+        require_shown(self.template, conversation, full)
+        for name in unread_fields(self.template, conversation):
+            self.unread_fields[name] += sum(name in message for message in conversation.messages)
+        if self.has_markers:
+            turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+            targets = set(conversation.targets())
+            if targets == set(turns):
+                return full, marked
+            if len(turns) == len(marked):
+                return full, [span for i, span in zip(turns, marked, strict=True) if i in targets]
+        return full, self.incremental_spans(conversation, full)
 
-    def _marked_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """What `apply_chat_template(return_assistant_tokens_mask=True)` does, short of the tokens."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        # Annotated as a string there; it returns the texts and, for each, its ranges.
-        render: Any = render_jinja_template
-        with _named_errors(conversation):
-            rendered, spans = render(
-                conversations=[conversation.messages],
-                tools=conversation.tools,
-                chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        return rendered[0], [(start, end) for start, end in spans[0]]
-
-    def incremental_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The rendered conversation and its assistant turns, found by rendering its beginnings."""
-        messages = conversation.messages
-        full = self._render(messages, conversation)
+    def incremental_spans(self, conversation: Conversation, full: str) -> list[Span]:
+        """The turns of the assistant in the rendered conversation, found by rendering its beginnings."""
         spans: list[Span] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < conversation.first_target:
-                continue
+        for index in conversation.targets():
             spans.append(self._turn_span(full, index, conversation))
             if len(spans) > 1 and spans[-1][0] < spans[-2][1]:
                 raise self._unstable(index, conversation)
-        return full, spans
+        return spans
 
     def _turn_span(self, full: str, index: int, conversation: Conversation) -> Span:
         messages = conversation.messages
-        upto = self._render(messages[: index + 1], conversation)
+        upto = self.template.render(conversation, messages[: index + 1])
         start = self._turn_start(full, upto, index, conversation)
         turn = upto[start:]
         if not full.startswith(turn, start):
@@ -147,8 +135,9 @@ class ChatEncoder:
             if not content or content not in upto:
                 raise self._unstable(index, conversation)
             return upto.rindex(content)
-        before = self._render(conversation.messages[:index], conversation)
-        prompted = self._render(conversation.messages[:index], conversation, add_generation_prompt=True)
+        beginning = conversation.messages[:index]
+        before = self.template.render(conversation, beginning)
+        prompted = self.template.render(conversation, beginning, generation_prompt=True)
         if not all(text.startswith(before) for text in (full, upto, prompted)):
             raise self._unstable(index, conversation)
         if full.startswith(prompted) and upto.startswith(prompted):
@@ -173,14 +162,6 @@ class ChatEncoder:
     def _without_trailing_space(self, turn: str) -> str:
         stripped = turn.rstrip()
         return stripped if stripped.endswith(self._special_texts) else turn
-
-    def _render(self, messages: list[Message], conversation: Conversation, **options: Any) -> str:
-        with _named_errors(conversation):
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tools=conversation.tools, tokenize=False, **options
-            )
-        assert isinstance(rendered, str)
-        return rendered
 
     def _unstable(self, index: int, conversation: Conversation) -> CorpusError:
         return CorpusError(

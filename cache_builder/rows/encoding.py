@@ -25,15 +25,25 @@ class Encoded:
     """bool [N]."""
     splittable: bool
     """Longer than a row: split into several (documents) or truncate."""
+    where: str
+    """The record's place."""
+    is_empty: bool = False
+    """Nothing but white space and special tokens to learn: the record is skipped."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The tokens that the tokenizer puts around every plain text of its own accord."""
+    """The tokens that the tokenizer puts around every plain text of its own accord.
+
+    Text that already went through a chat template, or was decoded from tokens, brings them along: what stands in
+    the text is not added again.
+    """
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     eos: int | None
+    texts: dict[int, str]
+    """How each of them is written in a text, if it can be."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialTokens":
@@ -42,11 +52,19 @@ class SpecialTokens:
         full = list(tokenizer("a")["input_ids"])
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
-                end = start + len(bare)
-                return cls(tuple(full[:start]), tuple(full[end:]), tokenizer.eos_token_id)
-        raise ConfigError(
-            "the tokenizer must only add tokens before or after a text, got one that changes the text"
-        )
+                prefix, suffix = tuple(full[:start]), tuple(full[start + len(bare) :])
+                break
+        else:
+            raise ConfigError(
+                "the tokenizer must only add tokens before or after a text, got one that changes the text"
+            )
+        eos = tokenizer.eos_token_id
+        texts = {}
+        for token in {*prefix, *suffix, *([] if eos is None else [eos])}:
+            text = tokenizer.convert_ids_to_tokens(token)
+            if list(tokenizer(text, add_special_tokens=False)["input_ids"]) == [token]:
+                texts[token] = text
+        return cls(prefix, suffix, eos, texts)
 
     def appended_eos(self, wanted: bool) -> tuple[int, ...]:
         """The end-of-sequence token to append, unless there is none or the tokenizer adds it itself."""
@@ -54,40 +72,70 @@ class SpecialTokens:
             return ()
         return (self.eos,)
 
+    def around(self, text: str, *, append_eos: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens to put before and after `text`: those that it does not bring itself, white space apart."""
+        start, end = text.lstrip(), text.rstrip()
+        before, after = self.prefix, self.suffix
+        for size in range(len(before), 0, -1):
+            written = self._written(before[-size:])
+            if written and start.startswith(written):
+                before = before[:-size]
+                break
+        for size in range(len(after), 0, -1):
+            written = self._written(after[:size])
+            if written and end.endswith(written):
+                after = after[size:]
+                break
+        eos = self.appended_eos(append_eos)
+        if eos and not (self.texts.get(eos[0]) and end.endswith(self.texts[eos[0]])):
+            after = (*after, *eos)
+        return before, after
 
-def encode_documents(tokenizer: Any, texts: list[str], special: SpecialTokens) -> list[np.ndarray]:
-    """Token ids of each text as `tokenizer(text)` gives them, special tokens included; int32 [N] each."""
+    def _written(self, tokens: tuple[int, ...]) -> str:
+        """The text that stands for `tokens`; empty if one of them cannot be written."""
+        written = [self.texts.get(token, "") for token in tokens]
+        return "".join(written) if all(written) else ""
+
+    def is_blank(self, text: str) -> bool:
+        """Whether nothing but white space and these tokens stands in `text`."""
+        for written in self.texts.values():
+            text = text.replace(written, "")
+        return not text.strip()
+
+
+def encode_documents(
+    tokenizer: Any, texts: list[str], special: SpecialTokens, *, append_eos: bool
+) -> list[np.ndarray]:
+    """Token ids of each text with the special tokens around it; int32 [N] each."""
     short = [text for text in texts if len(text) <= PIECE_CHARS]
-    encoded = iter(tokenizer(short, verbose=False)["input_ids"] if short else ())
-    return [
-        np.array(next(encoded), dtype=np.int32)
-        if len(text) <= PIECE_CHARS
-        else _encode_long(tokenizer, text, special)
-        for text in texts
-    ]
+    encoded = iter(tokenizer(short, add_special_tokens=False, verbose=False)["input_ids"] if short else ())
+    documents = []
+    for text in texts:
+        ids = next(encoded) if len(text) <= PIECE_CHARS else _encode_long(tokenizer, text)
+        before, after = special.around(text, append_eos=append_eos)
+        documents.append(np.array([*before, *ids, *after], dtype=np.int32))
+    return documents
 
 
-def _encode_long(tokenizer: Any, text: str, special: SpecialTokens) -> np.ndarray:
-    pieces = [np.array(special.prefix, dtype=np.int32)]
+def _encode_long(tokenizer: Any, text: str) -> list[int]:
+    pieces: list[int] = []
     start = 0
     while start < len(text):
         end = min(start + PIECE_CHARS, len(text))
         if end < len(text):
             end = text.rfind("\n", start + 1, end) + 1 or end
-        ids = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
-        pieces.append(np.array(ids, dtype=np.int32))
+        pieces += tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
         start = end
-    pieces.append(np.array(special.suffix, dtype=np.int32))
-    return np.concatenate(pieces)
+    return pieces
 
 
 def encode_spans(
-    tokenizer: Any, texts: list[str], spans: list[list[tuple[int, int]]], *, add_special_tokens: bool
+    tokenizer: Any, texts: list[str], spans: list[list[tuple[int, int]]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids (int32 [N]) of each text and the mask (bool [N]) of the tokens that touch one of its spans.
 
     A span is a half-open range of characters. A token that straddles the start of a span belongs to it: it
-    cannot be predicted without predicting a character of the span.
+    cannot be predicted without predicting a character of the span. No special tokens are added.
 
     Raises:
         ConfigError: the tokenizer cannot say which characters a token covers.
@@ -97,7 +145,7 @@ def encode_spans(
             "a corpus with a loss on parts of its text needs a fast tokenizer (tokenizer.json), got "
             f"{type(tokenizer).__name__}; convert the tokenizer, or bring input_ids with a loss_mask"
         )
-    batch = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+    batch = tokenizer(texts, add_special_tokens=False, verbose=False)
     result = []
     for encoding, ranges in zip(batch.encodings, spans, strict=True):
         ids = np.array(encoding.ids, dtype=np.int32)

@@ -3,22 +3,24 @@
 Documents longer than a row are split. Every row after the first starts with the tokens that the tokenizer
 puts before a text (BOS), then repeats the last token of the row before, without loss: so each token of a
 document is a target exactly once, with a context, at the price of one or two tokens per row. Everything else
-is truncated on the right. Rows without a target are skipped. All of it is counted; nothing is shuffled, and
+is truncated on the right. Empty records, and rows without a target, are skipped. All of it is counted
+(`counts.py`); nothing is shuffled, and
 the same corpus, tokenizer and settings give the same rows.
 
 N: tokens of a document, L: tokens of a row.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from cache_builder.corpus.corpus import Corpus, CorpusConfig
-from cache_builder.corpus.examples import Conversation, Example, PromptCompletion, Text, Tokens, convert
+from cache_builder.corpus.examples import Conversation, Example, PromptCompletion, Text, convert
 from cache_builder.corpus.readers import Record
+from cache_builder.corpus.ready_tokens import Tokens
 from cache_builder.rows.chat import ChatEncoder
+from cache_builder.rows.counts import TokeniseStats
 from cache_builder.rows.encoding import Encoded, SpecialTokens, encode_documents, encode_spans
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError, CorpusError
@@ -26,70 +28,50 @@ from formats.errors import ConfigError, CorpusError
 MAX_BATCH_CHARS = 1 << 22
 
 
-@dataclass
-class TokeniseStats:
-    """What happened to the records so far."""
-
-    num_records: int = 0
-    """Records read."""
-    num_rows: int = 0
-    """Rows handed out."""
-    num_tokens: int = 0
-    """Tokens in those rows."""
-    num_targets: int = 0
-    """Tokens that carry loss in those rows."""
-    num_split: int = 0
-    """Documents split into several rows."""
-    num_truncated: int = 0
-    """Records cut off at `max_length`."""
-    num_truncated_tokens: int = 0
-    """Tokens lost by that."""
-    num_too_short: int = 0
-    """Records skipped because they have fewer than two tokens (or no text at all)."""
-    num_without_target: int = 0
-    """Records skipped because no token of them carries loss: there was no target, or it was cut off."""
-    num_shortened_turns: int = 0
-    """Assistant turns that the chat template shortens when more turns follow (it drops their reasoning)."""
-
-    def to_dict(self) -> dict[str, int]:
-        """All counts by name."""
-        return asdict(self)
-
-    def notes(self) -> list[str]:
-        """One sentence for each thing that was left out or altered; empty if nothing was."""
-        remarks = (
-            (self.num_split, "documents split into several rows"),
-            (self.num_truncated, f"records truncated ({self.num_truncated_tokens} tokens cut off)"),
-            (self.num_too_short, "records skipped: fewer than two tokens"),
-            (self.num_without_target, "records skipped: no token carries loss"),
-            (self.num_shortened_turns, "earlier assistant turns shortened by the chat template"),
-        )
-        return [f"{count} {remark}" for count, remark in remarks if count]
-
-
-def tokenise(corpus: Corpus, tokenizer: Any, config: CorpusConfig | None = None) -> "TokenisedRows":
+def tokenise(
+    corpus: Corpus, tokenizer: Any, config: CorpusConfig | None = None, *, num_outputs: int | None = None
+) -> "TokenisedRows":
     """The rows of a corpus, one at a time; `.stats` counts along.
 
     `config` defaults to the corpus's own. Errors in a record surface when it is reached.
+
+    Args:
+        num_outputs: rows of the model's output head, where known: no token may lie beyond them.
 
     Raises:
         ConfigError: the tokenizer lacks what the layout needs, or `max_length` leaves no room for text.
         CorpusError: a record is malformed, or the whole corpus gives no row.
     """
-    return TokenisedRows(corpus, tokenizer, config or corpus.config)
+    return TokenisedRows(corpus, tokenizer, config or corpus.config, num_outputs)
+
+
+def uses_chat_template(corpus: Corpus, tokenizer: Any) -> bool:
+    """Whether records become text through the tokenizer's chat template."""
+    return corpus.layout.uses_chat_template or (corpus.format == "Alpaca" and bool(tokenizer.chat_template))
 
 
 class TokenisedRows(Iterator[TokenRow]):
     """Iterator over token rows, with statistics."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Any, config: CorpusConfig) -> None:
+    def __init__(
+        self, corpus: Corpus, tokenizer: Any, config: CorpusConfig, num_outputs: int | None = None
+    ) -> None:
         self.stats = TokeniseStats()
         """Counts up to the row handed out last."""
         self._corpus, self._tokenizer, self._config = corpus, tokenizer, config
         self._special = SpecialTokens.of(tokenizer)
         self._has_template = bool(tokenizer.chat_template)
-        uses_template = corpus.layout.uses_chat_template or (corpus.format == "Alpaca" and self._has_template)
-        self._chat = ChatEncoder(tokenizer) if uses_template else None
+        self._num_outputs = num_outputs
+        uses_template = uses_chat_template(corpus, tokenizer)
+        self._chat = (
+            ChatEncoder(tokenizer, config.chat_template_kwargs, config.template_time)
+            if uses_template
+            else None
+        )
+        if config.chat_template_kwargs and not uses_template:
+            raise ConfigError(
+                f"template arguments need messages and a chat template, got {corpus.format}; leave them out"
+            )
         least = len(self._special.prefix) + 2
         if config.max_length < least:
             raise ConfigError(
@@ -109,6 +91,8 @@ class TokenisedRows(Iterator[TokenRow]):
             self._corpus.announcement(),
             f"format: {layout.name} (columns {columns}), loss on {layout.loss}",
         ]
+        if unread := self._corpus.unread_columns:
+            lines.append(f"columns not read: {', '.join(unread)}")
         eos = self._special.appended_eos(config.append_eos)
         if self._chat is not None:
             how = "the template's generation markers" if self._chat.has_markers else "incremental rendering"
@@ -136,6 +120,7 @@ class TokenisedRows(Iterator[TokenRow]):
             ]
             for encoded in self._encode(examples):
                 stats.num_records += 1
+                self._require_outputs(encoded)
                 for row in self._cut(encoded):
                     stats.num_rows += 1
                     stats.num_tokens += len(row)
@@ -145,51 +130,80 @@ class TokenisedRows(Iterator[TokenRow]):
             skipped = "; ".join(stats.notes()) or "none"
             raise CorpusError(
                 "the corpus must give at least one row of two tokens with a loss, got none from "
-                f"{stats.num_records} records ({skipped})"
+                f"{stats.num_records} record{'s' * (stats.num_records != 1)} ({skipped})"
             )
 
     def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """A batch of one kind of example; the layout fixes the kind."""
         if isinstance(examples[0], Text):
-            return self._encode_text([example.text for example in examples if isinstance(example, Text)])
+            return self._encode_text([example for example in examples if isinstance(example, Text)])
         if isinstance(examples[0], PromptCompletion):
             return self._encode_completions([e for e in examples if isinstance(e, PromptCompletion)])
         if isinstance(examples[0], Conversation):
             assert self._chat is not None
             encoded = self._chat.encode([e for e in examples if isinstance(e, Conversation)])
-            self.stats.num_shortened_turns = self._chat.num_shortened_turns
+            stats, chat = self.stats, self._chat
+            stats.num_shortened_turns = chat.num_shortened_turns
+            stats.num_empty_turns = chat.num_empty_turns
+            stats.num_turns_without_loss = chat.num_turns_without_loss
+            stats.unread_fields = dict(chat.unread_fields)
             return encoded
         return [_encode_tokens(example) for example in examples if isinstance(example, Tokens)]
 
-    def _encode_text(self, texts: list[str]) -> list[Encoded]:
-        eos = np.array(self._special.appended_eos(self._config.append_eos), dtype=np.int32)
-        encoded = []
-        for text, ids in zip(texts, encode_documents(self._tokenizer, texts, self._special), strict=True):
-            if not text:
-                ids = ids[:0]  # an empty document must not teach the model to end at once
-            elif len(eos) and ids[-1] != eos[0]:
-                ids = np.concatenate([ids, eos])
-            encoded.append(Encoded(ids, np.arange(len(ids)) > 0, splittable=True))
-        return encoded
+    def _encode_text(self, examples: list[Text]) -> list[Encoded]:
+        texts = [example.text for example in examples]
+        encoded = encode_documents(self._tokenizer, texts, self._special, append_eos=self._config.append_eos)
+        return [
+            Encoded(
+                ids,
+                np.arange(len(ids)) > 0,
+                splittable=True,
+                where=example.where,
+                is_empty=self._special.is_blank(example.text),
+            )
+            for ids, example in zip(encoded, examples, strict=True)
+        ]
 
     def _encode_completions(self, examples: list[PromptCompletion]) -> list[Encoded]:
         """Prompt and completion as one string; a token with a character of the completion is a target."""
-        eos = np.array(self._special.appended_eos(self._config.append_eos), dtype=np.int32)
         texts = [example.prompt + example.completion for example in examples]
         spans = [[(len(e.prompt), len(text))] for e, text in zip(examples, texts, strict=True)]
-        suffix = len(self._special.suffix)
         encoded = []
-        for ids, mask in encode_spans(self._tokenizer, texts, spans, add_special_tokens=True):
-            if suffix:
-                mask[-suffix:] = True  # the tokenizer's own end-of-sequence token ends the completion
-            if len(eos) and len(ids) and ids[-1] != eos[0]:
-                ids, mask = np.concatenate([ids, eos]), np.concatenate([mask, [True]])
-            encoded.append(Encoded(ids, mask, splittable=False))
+        for example, text, (ids, mask) in zip(
+            examples, texts, encode_spans(self._tokenizer, texts, spans), strict=True
+        ):
+            before, after = self._special.around(text, append_eos=self._config.append_eos)
+            # What ends the sequence ends the completion, whoever puts it there.
+            ends = [np.zeros(len(before), np.bool_), mask, np.ones(len(after), np.bool_)]
+            encoded.append(
+                Encoded(
+                    np.array([*before, *ids, *after], dtype=np.int32),
+                    np.concatenate(ends),
+                    splittable=False,
+                    where=example.where,
+                    is_empty=self._special.is_blank(example.completion),
+                )
+            )
         return encoded
+
+    def _require_outputs(self, encoded: Encoded) -> None:
+        """Refuse a token that the model cannot predict, while it is known which record it comes from."""
+        if self._num_outputs is None or not len(encoded.input_ids):
+            return
+        highest = int(encoded.input_ids.max())
+        if highest >= self._num_outputs:
+            token = self._tokenizer.convert_ids_to_tokens(highest)
+            raise CorpusError(
+                f"token ids must be from 0 to {self._num_outputs - 1} (the rows of the model's output head), got "
+                f"{highest} ({token}) in {encoded.where}; use the tokenizer that belongs to the model"
+            )
 
     def _cut(self, encoded: Encoded) -> Iterator[TokenRow]:
         ids, mask, stats = encoded.input_ids, encoded.loss_mask, self.stats
         max_length = self._config.max_length
+        if encoded.is_empty:
+            stats.num_empty += 1
+            return
         if len(ids) < 2:
             stats.num_too_short += 1
             return
@@ -230,8 +244,8 @@ def split_document(
 def _encode_tokens(example: Tokens) -> Encoded:
     ids = example.input_ids.astype(np.int32)
     if example.loss_mask is None:
-        return Encoded(ids, np.arange(len(ids)) > 0, splittable=True)
-    return Encoded(ids, example.loss_mask.astype(np.bool_), splittable=False)
+        return Encoded(ids, np.arange(len(ids)) > 0, splittable=True, where=example.where)
+    return Encoded(ids, example.loss_mask.astype(np.bool_), splittable=False, where=example.where)
 
 
 def batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

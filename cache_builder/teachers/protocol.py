@@ -1,4 +1,4 @@
-"""What a teacher is, and how to get one.
+"""What a teacher is, and what it is told.
 
 A teacher turns token rows into packed logprobs: for every position whose next token is selected, the adaptive
 head and the tail function of the model's prediction at that position.  Row position i predicts token i + 1.
@@ -7,12 +7,11 @@ Two engines implement it: `vllm` (fast, the default) and `transformers` (the rea
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from formats.disk.token_row import POSITION_MODES, TokenRow
+from formats.capture_settings import CaptureSettings
+from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError, ConfigError
-from formats.logprobs.tail_draws import MAX_RATE
 from formats.logprobs.topk import TopKLogprobs
 
 Engine = Literal["vllm", "transformers"]
@@ -36,22 +35,19 @@ class TeacherConfig:
     model: str
     """Directory of the model, or its Hugging Face name."""
     dtype: str = "auto"
-    """Weights and activations: `auto` is the type the checkpoint was saved in."""
+    """Weights and activations: `auto` is the type the checkpoint was saved in, or float32 on a CPU that has no
+    instructions for that type (`fast_dtype.py`)."""
     head_dtype: str = "float32"
     """Type of the output projection: `float32`, or `model` for the type of the weights.  16-bit logits
     between 16 and 32 come in steps of 0.125 (bf16), which would be the largest error of the whole
     capture."""
-    min_prob: float = 5e-3
-    """Entries with at least this probability are kept."""
-    max_k: int = 128
-    """At most this many entries are kept at a position."""
-    draw_rate: int = 0
-    """Expected draws of a tail token over the power 3/4 of its probability (`formats/logprobs/tail_draws.py`); 0 draws
-    none."""
-    positions: str = "loss"
-    """`loss`: positions whose next token carries loss; `all`: every position that has a next token."""
+    capture: CaptureSettings = field(default_factory=CaptureSettings)
+    """Which positions, and what of each of them."""
     max_length: int = 2048
     """Longest row in tokens."""
+    wave_tokens: int | None = None
+    """At most so many tokens are handed to vLLM at a time, in effect what progress waits for; None is sixteen
+    of its steps. Rows of one wave share steps, so the last bits of their numbers depend on it."""
     seed: int = 0
     """Passed to the engine; prefill draws no random numbers."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
@@ -66,16 +62,6 @@ class TeacherConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.head_dtype not in HEAD_DTYPES:
             raise ConfigError(f"head_dtype must be one of {', '.join(HEAD_DTYPES)}, got {self.head_dtype!r}")
-        if not 0.0 <= self.min_prob < 1.0:
-            raise ConfigError(f"min_prob must be at least 0 and below 1, got {self.min_prob}")
-        if self.max_k < 1:
-            raise ConfigError(f"max_k must be at least 1, got {self.max_k}")
-        if type(self.draw_rate) is not int or not 0 <= self.draw_rate <= MAX_RATE:
-            raise ConfigError(
-                f"draw_rate must be a whole number from 0 to {MAX_RATE}, got {self.draw_rate!r}"
-            )
-        if self.positions not in POSITION_MODES:
-            raise ConfigError(f"positions must be one of {', '.join(POSITION_MODES)}, got {self.positions!r}")
         if self.max_length < 2:
             raise ConfigError(f"max_length must be at least 2, got {self.max_length}")
         object.__setattr__(self, "engine_args", dict(self.engine_args))
@@ -91,7 +77,7 @@ class Teacher(Protocol):
     """Tokens the model can predict, without an engine's padding."""
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
-        """One `TopKLogprobs` per row, in order; its length is `len(row.positions(config.positions))`.
+        """One `TopKLogprobs` per row, in order; its length is `len(row.positions(config.capture.positions))`.
 
         Rows are read as they are needed.  The same rows give the same bits again on the same machine.  The
         tail draws of a position depend on the row's content key and the position alone, beside its logits.
@@ -109,23 +95,6 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Release the model and stop its processes.  Further calls do nothing."""
         ...
-
-
-def make_teacher(engine: str, config: TeacherConfig) -> Teacher:
-    """Load the model in the named engine.
-
-    Raises:
-        ConfigError: unknown engine, an engine that is not installed, or settings it does not accept.
-    """
-    if engine == "vllm":
-        from cache_builder.teachers.vllm_teacher import VLLMTeacher
-
-        return VLLMTeacher(config)
-    if engine == "transformers":
-        from cache_builder.teachers.transformers_teacher import TransformersTeacher
-
-        return TransformersTeacher(config)
-    raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
 
 
 def check_row(row: TokenRow, number: int, *, max_length: int, vocab_size: int) -> None:
@@ -160,51 +129,3 @@ def check_numbers(topk: TopKLogprobs, number: int) -> TopKLogprobs:
             "try --dtype bfloat16 or float32"
         )
     return topk
-
-
-def checkpoint_dtype(model_config: Mapping[str, Any]) -> str:
-    """The type the weights were saved in, from a parsed config.json; float32 when it does not say."""
-    for part in (model_config, model_config.get("text_config") or {}):
-        for key in ("dtype", "torch_dtype"):
-            name = str(part.get(key) or "").removeprefix("torch.")
-            if name in DTYPES[1:]:
-                return name
-    return "float32"
-
-
-def attention_softcap(model_config: Mapping[str, Any]) -> float | None:
-    """The bound on attention scores (Gemma 2), from a parsed config.json; None where the model has none."""
-    for part in (model_config, model_config.get("text_config") or {}):
-        if part.get("attn_logit_softcapping"):
-            return float(part["attn_logit_softcapping"])
-    return None
-
-
-def read_model_config(model: str) -> dict[str, Any]:
-    """The model's config.json, from a directory or the Hugging Face cache.
-
-    Raises:
-        ConfigError: there is none, or it is not valid.
-    """
-    import json
-
-    directory = Path(model)
-    if directory.is_dir():
-        path = directory / "config.json"
-        if not path.is_file():
-            raise ConfigError(f"a model directory must hold config.json, got {directory} without it")
-    else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(model, "config.json"))
-        except Exception as error:
-            raise ConfigError(
-                f"model must be a directory or an available Hugging Face name, got {model!r} "
-                f"({type(error).__name__})"
-            ) from error
-    try:
-        parsed = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"config.json must be valid JSON, got {path}: {error}") from error
-    return parsed

@@ -13,19 +13,14 @@ import numpy as np
 import torch
 
 from cache_builder.reduction.reduce import reduce_logits
-from cache_builder.teachers.protocol import (
-    TeacherConfig,
-    attention_softcap,
-    check_numbers,
-    check_row,
-    checkpoint_dtype,
-    read_model_config,
-)
+from cache_builder.teachers.fast_dtype import resolve_dtype
+from cache_builder.teachers.model_config import attention_softcap, checkpoint_dtype, read_model_config
+from cache_builder.teachers.protocol import TeacherConfig, check_numbers, check_row
 from cache_builder.teachers.wire import pack, unpack
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
 from formats.logprobs.tail_draws import starts
-from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
+from formats.logprobs.topk import TopKLogprobs
 
 LOADING_ARGS = ("attn_implementation", "device", "revision", "trust_remote_code")
 
@@ -57,7 +52,9 @@ class TransformersTeacher:
             args["trust_remote_code"] = args["trust_remote_code"].lower() in ("1", "true", "yes")
         self._device = torch.device(args.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
         model_config = read_model_config(config.model)
-        dtype = checkpoint_dtype(model_config) if config.dtype == "auto" else config.dtype
+        dtype = resolve_dtype(
+            config.dtype, checkpoint_dtype(model_config), on_cpu=self._device.type == "cpu", softcap=None
+        )
         if (cap := attention_softcap(model_config)) is not None:
             # transformers' default kernel accepts such a model and leaves the softcap out without a word.
             chosen = args.setdefault("attn_implementation", "eager")
@@ -93,22 +90,19 @@ class TransformersTeacher:
         assert logits_PV.shape == (len(positions), self.vocab_size), logits_PV.shape
         reduced = reduce_logits(
             logits_PV,
-            min_prob=self.config.min_prob,
-            max_k=self.config.max_k,
-            betas=TAIL_BETAS,
+            self.config.capture,
             labels_N=input_ids_1L[0, keep + 1],
-            draw_rate=self.config.draw_rate,
             starts_N=torch.from_numpy(starts(row.key, positions)).to(self._device),
         )
-        return unpack(pack(reduced).cpu(), self.vocab_size, self.config.draw_rate)
+        return unpack(pack(reduced).cpu(), self.vocab_size, self.config.capture.draw_rate)
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
         """See `Teacher.prefill`."""
         for number, row in enumerate(rows):
             check_row(row, number, max_length=self.config.max_length, vocab_size=self.vocab_size)
-            positions = row.positions(self.config.positions)
+            positions = row.positions(self.config.capture.positions)
             if len(positions) == 0:
-                yield TopKLogprobs.empty(self.vocab_size, self.config.draw_rate)
+                yield TopKLogprobs.empty(self.vocab_size, self.config.capture.draw_rate)
             else:
                 yield check_numbers(self._predict(row, positions), number)
 

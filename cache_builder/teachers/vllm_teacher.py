@@ -22,14 +22,9 @@ import numpy as np
 
 from cache_builder.reduction.block_sums import compiles_on
 from cache_builder.teachers.engine_log import EngineLog
-from cache_builder.teachers.protocol import (
-    TeacherConfig,
-    TeacherError,
-    check_numbers,
-    check_row,
-    checkpoint_dtype,
-    read_model_config,
-)
+from cache_builder.teachers.fast_dtype import resolve_dtype
+from cache_builder.teachers.model_config import attention_softcap, checkpoint_dtype, read_model_config
+from cache_builder.teachers.protocol import TeacherConfig, TeacherError, check_numbers, check_row
 from cache_builder.teachers.vllm_settings import (
     child_environment,
     engine_arguments,
@@ -84,11 +79,18 @@ class VLLMTeacher:
         self.config = config
         self._engine: Any = None
         model_config = read_model_config(config.model)
-        self._dtype = checkpoint_dtype(model_config) if config.dtype == "auto" else config.dtype
         quiet_environment(config.debug, local=Path(config.model).is_dir())
         self._log = EngineLog(shown=config.debug)
         with self._log.inherited():
             vllm = import_vllm()
+            from vllm.platforms import current_platform
+
+            self._dtype = resolve_dtype(
+                config.dtype,
+                checkpoint_dtype(model_config),
+                on_cpu=current_platform.is_cpu(),
+                softcap=attention_softcap(model_config),
+            )
             architectures = teacher_architectures(model_config)
             refuse_ignored_softcap(model_config, self._dtype)
             arguments = engine_arguments(config, dtype=self._dtype, architectures=architectures)
@@ -96,6 +98,8 @@ class VLLMTeacher:
         settings = self._engine.vllm_config
         self.vocab_size = int(settings.model_config.get_vocab_size())
         self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
+        if config.wave_tokens is not None:
+            self._wave_tokens = min(self._wave_tokens, config.wave_tokens)
         self._head_dtype = str(settings.model_config.head_dtype).removeprefix("torch.")
         self._numeric = _numeric_settings(settings)
         self._num_requests = 0
@@ -125,7 +129,7 @@ class VLLMTeacher:
         tokens = 0
         for number, row in enumerate(rows):
             check_row(row, number, max_length=self.config.max_length, vocab_size=self.vocab_size)
-            member = _Member(number, row, row.positions(self.config.positions))
+            member = _Member(number, row, row.positions(self.config.capture.positions))
             needed = len(row) if len(member.positions) else 0
             if wave and tokens + needed > self._wave_tokens:
                 yield wave
@@ -153,9 +157,9 @@ class VLLMTeacher:
         self._engine.sleep(level=0)
         for member in wave:
             if len(member.positions) == 0:
-                member.result = TopKLogprobs.empty(self.vocab_size, self.config.draw_rate)
+                member.result = TopKLogprobs.empty(self.vocab_size, self.config.capture.draw_rate)
                 continue
-            labels = member.row.label_ids(self.config.positions)
+            labels = member.row.label_ids(self.config.capture.positions)
             asked = {ROW_KEY: member.row.key, LABELS_KEY: encode_labels(labels)}
             # No mask means every position that has a next token.
             if len(member.positions) < len(member.row) - 1:
@@ -184,7 +188,7 @@ class VLLMTeacher:
                 raise TeacherError(f"the vLLM engine must keep running, got {cause}") from error
             for output in outputs:
                 member = running.pop(output.request_id)
-                result = unpack(output.outputs.data, self.vocab_size, self.config.draw_rate)
+                result = unpack(output.outputs.data, self.vocab_size, self.config.capture.draw_rate)
                 assert len(result) == len(member.positions), (len(result), len(member.positions))
                 member.result = result
 

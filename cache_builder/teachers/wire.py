@@ -1,13 +1,13 @@
 """What travels from the engine to the builder for one request: a single int32 tensor.
 
     num_positions, num_entries, num_draws
-    counts [P] | token_ids [M] | logprobs [M] | log_tail_nodes [P * B] | label_logprobs [P]
-    draw_counts [P] | draw_ids [D] | draw_logprobs [D]
+    counts [P] | token_ids [E] | logprobs [E] | log_tail_nodes [P * K] | label_logprobs [P]
+    draw_counts [P] | draw_ids [S] | draw_logprobs [S]
 
 Floats travel as their bits.  One flat tensor per request passes through vLLM's serialisation as a buffer, and
 numpy views give it back: no Python object per token on either side.
 
-P: positions, M: head entries, B: tail nodes, D: tail draws.
+P: positions, E: kept entries, K: tail nodes, S: tail draws.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ HEADER = 3
 
 
 def pack(rows: ReducedRows) -> torch.Tensor:
-    """int32 [3 + P * (3 + B) + 2M + 2D], on the device of `rows`."""
+    """int32 [3 + P * (3 + K) + 2E + 2S], on the device of `rows`."""
     header = torch.tensor(
         [len(rows.counts), len(rows.token_ids), len(rows.draw_ids)],
         dtype=torch.int32,
@@ -43,7 +43,7 @@ def pack(rows: ReducedRows) -> torch.Tensor:
     )
 
 
-def unpack(packed: torch.Tensor, vocab_size: int, draw_rate: int = 0) -> TopKLogprobs:
+def unpack(packed: torch.Tensor, vocab_size: int, draw_rate: int) -> TopKLogprobs:
     """The inverse of `pack`; the arrays are views of `packed` where the layout allows it."""
     flat = packed.numpy()
     num_positions, num_entries, num_draws = (int(number) for number in flat[:HEADER])

@@ -1,6 +1,6 @@
 """`anneal cache build --dry-run`: the whole corpus through the tokenizer, and nothing else."""
 
-from cache_builder.commit.build_directory import state_of
+from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.plan import require_work
 from cache_builder.commit.staging import cut
 from cache_builder.config import BuildConfig
@@ -18,7 +18,7 @@ def plan_build(
         ConfigError, CorpusError: as `build_cache`.
     """
     progress = progress or Progress()
-    state = state_of(config.directory)
+    state = BuildDirectory(config.directory).state()
     source = source or open_source(config)
     settings = source.settings
     rows = source.open_rows()
@@ -29,7 +29,7 @@ def plan_build(
         num_rows += len(group)
         tokens = sum(len(row) for row in group)
         num_tokens += tokens
-        num_positions += sum(len(row.positions(settings.positions)) for row in group)
+        num_positions += sum(len(row.positions(settings.capture.positions)) for row in group)
         progress.advance(len(group), tokens)
     progress.finish()
     require_work(num_positions, num_rows)
@@ -43,9 +43,7 @@ def plan_build(
         estimated_bytes=rough_bytes(
             num_tokens,
             num_positions,
-            config.min_prob,
-            config.max_k,
-            int(settings.codec.get("draw_rate", 0)),
+            settings.capture,
         ),
         identity=settings.identity,
         corpus=source.describe(rows),

@@ -13,7 +13,7 @@ stored with the real codec and read back. Reported for every pair of threshold a
 Recommended is the cheapest pair with an angle below one degree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from cache_builder.build import MakeTeacher, start_engine
 from cache_builder.commit.capture import EngineStartError
 from cache_builder.commit.plan import require_work
 from cache_builder.config import BuildConfig
+from cache_builder.report import records_line
 from cache_builder.source import BuildSource, open_source
 from cache_builder.tools.deviation import compare
 from cache_builder.tools.expected_angle import STEP_TOKENS, UNCERTAINTY, expected_angle
@@ -80,6 +81,8 @@ class EstimateReport:
     """Tokens of the whole corpus."""
     num_positions: int
     """Positions that a build would capture."""
+    corpus: Mapping[str, Any]
+    """What the tokeniser counted."""
     num_sampled_rows: int
     """Rows that went through the engine."""
     num_sampled_positions: int
@@ -111,6 +114,7 @@ class EstimateReport:
         lines = [
             f"corpus: {self.num_rows} rows, {self.num_tokens} tokens, {self.num_positions} positions; "
             f"sample: {self.num_sampled_rows} rows, {self.num_sampled_positions} positions",
+            *records_line({"counts": self.corpus, "notes": self.corpus.get("notes", [])}),
             "min_prob  draws at  bytes/pos.       total  entries  draws  missed mass (95 %)  "
             "codec KL (nats)  angle (degrees)",
         ]
@@ -179,12 +183,13 @@ def estimate_cache(
         raise ConfigError(f"step_tokens must be at least 1, got {step_tokens}")
     progress = progress or Progress()
     source = source or open_source(config)
-    sample, num_rows, num_tokens, num_positions = _sample(source, config, rows, seed, progress)
+    everything = source.open_rows()
+    sample, num_rows, num_tokens, num_positions = _sample(everything, config, rows, seed, progress)
     generous = replace(
         config,
         min_prob=min(GENEROUS_MIN_PROB, config.min_prob, *min_probs),
         max_k=max(GENEROUS_MAX_K, config.max_k),
-        tail_draws=max(*tail_draws, config.draw_rate),
+        draw_rate=max(*tail_draws, config.draw_rate),
     )
     captured = _capture(generous, source, sample, make_teacher, progress)
     asked = (config.min_prob, config.draw_rate)
@@ -200,6 +205,7 @@ def estimate_cache(
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_positions=num_positions,
+        corpus=source.describe(everything),
         num_sampled_rows=len(sample),
         num_sampled_positions=sum(len(topk) for topk in captured),
         step_tokens=step_tokens,
@@ -210,14 +216,14 @@ def estimate_cache(
 
 
 def _sample(
-    source: BuildSource, config: BuildConfig, size: int, seed: int, progress: Progress
+    rows: Iterable[TokenRow], config: BuildConfig, size: int, seed: int, progress: Progress
 ) -> tuple[list[TokenRow], int, int, int]:
     """Rows drawn uniformly in one pass (reservoir sampling), and the counts of the whole corpus."""
     generator = np.random.default_rng(seed)
     chosen: list[tuple[int, TokenRow]] = []
     num_rows = num_tokens = num_positions = 0
     progress.start("tokenise", None)
-    for row in source.open_rows():
+    for row in rows:
         if len(chosen) < size:
             chosen.append((num_rows, row))
         elif (slot := int(generator.integers(num_rows + 1))) < size:
@@ -286,10 +292,10 @@ def _estimate(
     num_positions: int,
     step_tokens: int,
 ) -> Estimate:
-    max_k = min(config.max_k, captured[0].vocab_size)
-    pruned = [at_rate(topk, rate).prune(min_prob, max_k) for topk in captured]
+    capture = replace(config.capture, min_prob=min_prob, draw_rate=rate)
+    pruned = [at_rate(topk, rate).prune(capture.min_prob, capture.max_k) for topk in captured]
     codec = replace(config.codec, draw_rate=rate)
-    stored = stored_and_read(sample, pruned, positions=config.positions, max_k=max_k, codec=codec)
+    stored = stored_and_read(sample, pruned, capture, codec)
     exact = TopKLogprobs.concatenate(pruned)
     missed = 1.0 - exact.head_mass(1.0)
     per_position = stored.info.num_bytes / max(len(exact), 1)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.build_directory import State, state_of
+from cache_builder.commit.build_directory import BuildDirectory, State
 from formats.cache import TeacherCache
 from formats.disk.durable import fsync_directory
 from formats.disk.manifest import MANIFEST_NAME
@@ -118,7 +118,7 @@ def pull_cache(
     """
     progress = progress or Progress()
     out = Path(out).expanduser()
-    if state_of(out) is not State.EMPTY:
+    if BuildDirectory(out).state() is not State.EMPTY:
         raise ConfigError(f"a pull needs a new or empty directory, got {out}; choose another")
     from huggingface_hub import snapshot_download
 

@@ -16,27 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.commit.build_directory import (
-    State,
-    build_directory,
-    discard,
-    open_output,
-    remove_build,
-    shard_name,
-    state_of,
-)
+from cache_builder.commit.build_directory import BuildDirectory, State
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes, commit_exclusive
+from formats.disk.durable import atomic_write_bytes
 from formats.disk.manifest import Manifest, ShardInfo
 from formats.disk.shard import ShardReader, ShardWriter
 from formats.disk.token_row import KEY_BYTES
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import sha256_json
-from formats.identity.teacher_identity import Difference, TeacherIdentity
+from formats.identity.teacher_identity import DESCRIPTIVE, Difference, TeacherIdentity
 from formats.progress import Progress, format_bytes
 
 MERGE_NAME = "merge"
-CORPUS_LIKE = frozenset({("preprocessing", "format"), ("preprocessing", "text_column")})
+CORPUS_LIKE = frozenset(
+    {("preprocessing", key) for key in ("format", "text_column", "chat_template_kwargs", "template_time")}
+)
 """Parts of the preprocessing that follow from the corpus; they may differ."""
 
 
@@ -89,7 +83,7 @@ def merge_caches(
     for other in opened[1:]:
         _require_mergeable(opened[0], other)
     try:
-        return _merge(opened, Path(out).expanduser(), progress)
+        return _merge(opened, BuildDirectory(Path(out).expanduser()), progress)
     except OSError as error:
         raise AnnealError(
             f"a merge must be able to write, got {error.strerror or error} in {error.filename or out}; "
@@ -99,8 +93,8 @@ def merge_caches(
         progress.finish()
 
 
-def _merge(opened: Sequence[TeacherCache], out: Path, progress: Progress) -> MergeReport:
-    _take_output(out)
+def _merge(opened: Sequence[TeacherCache], directory: BuildDirectory, progress: Progress) -> MergeReport:
+    _take_output(directory)
     keep = _first_occurrences(opened)
     shards: list[ShardInfo] = []
     num_copied = num_duplicates = 0
@@ -115,20 +109,18 @@ def _merge(opened: Sequence[TeacherCache], out: Path, progress: Progress) -> Mer
             if not mask.any():
                 continue
             if mask.all():
-                shards.append(_copy(Path(cache.path) / info.name, info, out, len(shards)))
+                shards.append(_copy(Path(cache.path) / info.name, info, directory, len(shards)))
                 num_copied += 1
             else:
-                shards.append(_rewrite(cache.shard(number), mask, cache.manifest, out, len(shards)))
+                shards.append(_rewrite(cache.shard(number), mask, cache.manifest, directory, len(shards)))
     files = {}
     for name in opened[0].manifest.files:
-        data = opened[0].file(name)
-        atomic_write_bytes(out / name, data)
-        files[name] = hashlib.sha256(data).hexdigest()
+        files[name] = directory.write_file(name, opened[0].file(name))
     identity = _merged_identity([cache.identity for cache in opened])
-    replace(opened[0].manifest, identity=identity.to_dict(), shards=shards, files=files).write(out)
-    remove_build(out)
+    replace(opened[0].manifest, identity=identity.to_dict(), shards=shards, files=files).write(directory.out)
+    directory.remove_working()
     return MergeReport(
-        out=str(out),
+        out=str(directory),
         num_caches=len(opened),
         num_rows=int(keep.sum()),
         num_duplicates=num_duplicates,
@@ -159,15 +151,17 @@ def _require_mergeable(first: TeacherCache, other: TeacherCache) -> None:
         )
 
 
-def _take_output(out: Path) -> None:
-    state = state_of(out)
-    interrupted = state is State.UNFINISHED and (build_directory(out) / MERGE_NAME).exists()
-    if interrupted:
-        discard(out)
+def _take_output(directory: BuildDirectory) -> None:
+    state = directory.state()
+    marker = directory.working / MERGE_NAME
+    if state is State.UNFINISHED and marker.exists():
+        directory.discard()
     elif state is not State.EMPTY:
-        raise ConfigError(f"a merge needs a new or empty directory, got {out}, which holds {state.value}")
-    open_output(out)
-    atomic_write_bytes(build_directory(out) / MERGE_NAME, b"")
+        raise ConfigError(
+            f"a merge needs a new or empty directory, got {directory}, which holds {state.value}"
+        )
+    directory.prepare()
+    atomic_write_bytes(marker, b"")
 
 
 def _first_occurrences(caches: Sequence[TeacherCache]) -> np.ndarray:
@@ -180,19 +174,21 @@ def _first_occurrences(caches: Sequence[TeacherCache]) -> np.ndarray:
     return keep
 
 
-def _copy(source: Path, info: ShardInfo, out: Path, index: int) -> ShardInfo:
-    temporary = build_directory(out) / shard_name(index)
+def _copy(source: Path, info: ShardInfo, directory: BuildDirectory, index: int) -> ShardInfo:
+    temporary = directory.working / directory.shard_path(index).name
     shutil.copyfile(source, temporary)
     with open(temporary, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != info.sha256:
         raise AnnealError(f"{source} does not match its SHA-256 in the manifest; copy or build it again")
-    commit_exclusive(temporary, out / shard_name(index))
-    return replace(info, name=shard_name(index))
+    directory.commit_shard(index, temporary)
+    return replace(info, name=temporary.name)
 
 
-def _rewrite(reader: ShardReader, mask: np.ndarray, manifest: Manifest, out: Path, index: int) -> ShardInfo:
-    temporary = build_directory(out) / shard_name(index)
+def _rewrite(
+    reader: ShardReader, mask: np.ndarray, manifest: Manifest, directory: BuildDirectory, index: int
+) -> ShardInfo:
+    temporary = directory.working / directory.shard_path(index).name
     writer = ShardWriter(
         temporary,
         vocab_size=manifest.vocab_size,
@@ -202,8 +198,8 @@ def _rewrite(reader: ShardReader, mask: np.ndarray, manifest: Manifest, out: Pat
     )
     for row in np.flatnonzero(mask):
         writer.append(*reader.teacher(int(row)))
-    info = writer.close(shard_name(index))
-    commit_exclusive(temporary, out / shard_name(index))
+    info = writer.close(temporary.name)
+    directory.commit_shard(index, temporary)
     return info
 
 
@@ -214,8 +210,18 @@ def _merged_identity(identities: Sequence[TeacherIdentity]) -> TeacherIdentity:
     data["corpus"] = {
         "source": " + ".join(str(corpus.get("source", "unknown")) for corpus in corpora),
         "fingerprint": sha256_json([corpus.get("fingerprint") for corpus in corpora]),
-        "merged": [{key: value for key, value in corpus.items() if key != "source"} for corpus in corpora],
+        "merged": [
+            {key: value for key, value in corpus.items() if ("corpus", key) not in DESCRIPTIVE}
+            for corpus in corpora
+        ],
     }
+    if all("num_records" in corpus.get("counts", ()) for corpus in corpora):
+        data["corpus"]["counts"] = {"num_records": sum(corpus["counts"]["num_records"] for corpus in corpora)}
+        data["corpus"]["notes"] = [
+            f"{corpus.get('source', 'unknown')}: {note}"
+            for corpus in corpora
+            for note in corpus.get("notes", ())
+        ]
     for _, key in CORPUS_LIKE:
         values = [identity.preprocessing.get(key) for identity in identities]
         if len({str(value) for value in values}) > 1:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from formats.capture_settings import CaptureSettings
 from formats.codec.payload import CodecConfig
 from formats.disk.byte_source import open_store
 from formats.disk.manifest import ShardInfo
@@ -27,9 +28,7 @@ class Stored:
 def stored_and_read(
     rows: Sequence[TokenRow],
     topk: Sequence[TopKLogprobs],
-    *,
-    positions: str,
-    max_k: int,
+    capture: CaptureSettings,
     codec: CodecConfig,
 ) -> Stored:
     """Write one shard of these rows, read it back, delete it.
@@ -42,7 +41,11 @@ def stored_and_read(
     with tempfile.TemporaryDirectory(prefix="anneal-") as scratch:
         path = Path(scratch) / "shard-00000.arrow"
         writer = ShardWriter(
-            path, vocab_size=topk[0].vocab_size, positions=positions, max_k=max_k, codec=codec
+            path,
+            vocab_size=topk[0].vocab_size,
+            positions=capture.positions,
+            max_k=capture.max_k,
+            codec=codec,
         )
         for row, distributions in zip(rows, topk, strict=True):
             writer.append(row, distributions)

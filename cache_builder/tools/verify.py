@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from cache_builder.rows.tokenizer_files import load_tokenizer
-from cache_builder.teachers.protocol import TeacherConfig, make_teacher
+from cache_builder.teachers.engines import make_teacher
+from cache_builder.teachers.protocol import TeacherConfig
 from cache_builder.tools.deviation import compare
 from cache_builder.tools.round_trip import stored_and_read
 from formats.cache import CacheRow, TeacherCache
@@ -150,7 +151,7 @@ def verify_cache(
     stored = [opened[int(index)] for index in np.sort(chosen)]
     name = engine or OTHER_ENGINE.get(str(teacher.get("engine")), "transformers")
     progress.note(f"computing {len(stored)} rows again with {name}")
-    config = _teacher_config(opened, model_dir, engine_args or {})
+    config = _teacher_config(opened, stored, model_dir, engine_args or {})
     running = make_teacher(name, config)
     progress.start("recompute", len(stored))
     try:
@@ -167,20 +168,17 @@ def verify_cache(
     )
 
 
-def _teacher_config(cache: TeacherCache, model_dir: Path, engine_args: Mapping[str, Any]) -> TeacherConfig:
-    """The settings of the capture, for another engine."""
-    recorded, manifest = cache.identity, cache.manifest
-    teacher = recorded.teacher
-    head = str(teacher.get("requested_head_dtype", "float32"))
+def _teacher_config(
+    cache: TeacherCache, rows: list[CacheRow], model_dir: Path, engine_args: Mapping[str, Any]
+) -> TeacherConfig:
+    """The settings of the capture, for another engine and these rows."""
+    teacher = cache.identity.teacher
     return TeacherConfig(
         model=str(model_dir),
         dtype=str(teacher.get("dtype") or teacher.get("requested_dtype", "auto")),
-        head_dtype=head,
-        min_prob=manifest.min_prob,
-        max_k=manifest.max_k,
-        draw_rate=manifest.codec.draw_rate,
-        positions=manifest.positions,
-        max_length=int(recorded.preprocessing.get("max_length", 2048)),
+        head_dtype=str(teacher.get("requested_head_dtype", "float32")),
+        capture=cache.manifest.capture,
+        max_length=max([2, *(len(row) for row in rows)]),
         engine_args=engine_args,
     )
 
@@ -197,9 +195,8 @@ def _judge(
     read_back = stored_and_read(
         [row.tokens for row in stored],
         again,
-        positions=manifest.positions,
-        max_k=manifest.max_k,
-        codec=manifest.codec,
+        manifest.capture,
+        manifest.codec,
     ).topk
     floor = compare(TopKLogprobs.concatenate(read_back), TopKLogprobs.concatenate(again))
     found = compare(

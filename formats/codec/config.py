@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from formats.capture_settings import MAX_RATE
 from formats.errors import DEVELOPMENT_CACHE, ConfigError, UnsupportedVersionError
-from formats.logprobs.tail_draws import MAX_RATE
 
 PROBABILITY_KINDS = ("companded", "float32")
 
@@ -31,7 +31,8 @@ class CodecConfig:
     zstd_level: int = 12
     """Compression level, 1 to 19: reading is equally fast for all of them, writing is not."""
     draw_rate: int = 0
-    """Expected draws of a tail token over the power 3/4 of its probability; 0 draws none."""
+    """Expected draws of a tail token over the power 3/4 of its probability; 0 stores none. It is the rate
+    of the capture (`CaptureSettings`)."""
     draw_steps: int = 16
     """Steps per nat of a drawn token's logprob: its error is at most half a step, a relative error of p."""
 

@@ -9,12 +9,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from formats.capture_settings import CaptureSettings
 from formats.codec.config import CodecConfig
 from formats.disk.durable import atomic_write_bytes
 from formats.disk.sealed_json import seal, unseal
-from formats.disk.token_row import POSITION_MODES
 from formats.disk.unfinished_build import build_progress
-from formats.errors import DEVELOPMENT_CACHE, FormatError, IncompleteCacheError, UnsupportedVersionError
+from formats.errors import (
+    DEVELOPMENT_CACHE,
+    ConfigError,
+    FormatError,
+    IncompleteCacheError,
+    UnsupportedVersionError,
+)
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import MAX_VOCAB_SIZE
 
@@ -27,6 +33,11 @@ MAX_MANIFEST_BYTES = 1 << 28
 MAX_COUNT = 1 << 53
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def shard_name(number: int) -> str:
+    """`shard-00000.arrow`, `shard-00001.arrow`, ...: ours; the format allows any names."""
+    return f"shard-{number:05d}.arrow"
 
 
 def check_name(name: Any) -> str:
@@ -114,10 +125,10 @@ class Manifest:
     def __post_init__(self) -> None:
         if not isinstance(self.identity, dict) or not isinstance(self.files, dict):
             raise FormatError("identity and files must be JSON objects")
-        if self.positions not in POSITION_MODES:
-            raise FormatError(f"positions must be one of {', '.join(POSITION_MODES)}, got {self.positions!r}")
-        if type(self.min_prob) not in (int, float) or not 0 <= self.min_prob <= 1:
-            raise FormatError(f"min_prob must be from 0 to 1, got {self.min_prob!r}")
+        try:
+            _ = self.capture
+        except ConfigError as error:
+            raise FormatError(f"{error}, in the manifest") from None
         if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise FormatError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, got {self.vocab_size!r}")
         if type(self.max_k) is not int or not 1 <= self.max_k <= self.vocab_size:
@@ -127,6 +138,16 @@ class Manifest:
         names = [shard.name for shard in self.shards] + list(self.files)
         if len(set(names)) != len(names):
             raise FormatError("every file may be listed once in the manifest, got a repeated name")
+
+    @property
+    def capture(self) -> CaptureSettings:
+        """How the cache was captured."""
+        return CaptureSettings(
+            positions=self.positions,
+            min_prob=self.min_prob,
+            max_k=self.max_k,
+            draw_rate=self.codec.draw_rate,
+        )
 
     @property
     def num_rows(self) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 from formats.errors import CorruptShardError, FormatError
 
 _FIRST_LINE = re.compile(rb'\{"digest": "([0-9a-f]{64})",\n')
-FIRST_LINE_BYTES = 80
 
 
 def seal(content: dict[str, Any], *, indent: int | None = None) -> bytes:

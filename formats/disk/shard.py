@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from formats.capture_settings import POSITION_MODES, CaptureSettings
 from formats.codec.config import CodecConfig
 from formats.codec.payload import Codec
 from formats.codec.rank_table import from_text, rank_by_frequency, to_text
@@ -24,7 +25,7 @@ from formats.disk.arrow_file import ArrowFile, Batch
 from formats.disk.byte_source import Source
 from formats.disk.manifest import FORMAT, VERSION, ShardInfo, check_version
 from formats.disk.sealed_json import seal, unseal
-from formats.disk.token_row import KEY_BYTES, POSITION_MODES, TokenRow, content_key
+from formats.disk.token_row import KEY_BYTES, TokenRow, content_key
 from formats.errors import CorruptShardError, FormatError
 from formats.logprobs.ragged import offsets_of
 from formats.logprobs.tail_function import TAIL_BETAS
@@ -81,8 +82,8 @@ class ShardWriter:
         path: str | Path,
         *,
         vocab_size: int,
-        positions: str = "loss",
-        max_k: int = 128,
+        positions: str = CaptureSettings.positions,
+        max_k: int = CaptureSettings.max_k,
         codec: CodecConfig | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
     ) -> None:

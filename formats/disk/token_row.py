@@ -9,8 +9,11 @@ from functools import cached_property
 
 import numpy as np
 
+from formats.capture_settings import POSITION_MODES
+
 KEY_BYTES = 16
-POSITION_MODES = ("loss", "all")
+IGNORED = -100
+"""The label of a token that carries no loss, as torch and transformers have it."""
 
 
 def content_key(input_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:

@@ -27,6 +27,7 @@ from formats.identity.fingerprint import (
 SECTIONS = ("teacher", "tokenizer", "corpus", "preprocessing")
 DESCRIPTIVE = frozenset(
     {("teacher", "name"), ("teacher", "revision"), ("corpus", "source"), ("tokenizer", "name")}
+    | {("corpus", "counts"), ("corpus", "notes")}
 )
 """Recorded so that people recognise a cache; not part of the identity."""
 
@@ -133,39 +134,6 @@ class TeacherIdentity:
             for section in sections
             for key in sorted({*mine[section], *theirs[section]})
             if (section, key) not in skip and mine[section].get(key) != theirs[section].get(key)
-        ]
-
-    def require(self, other: "TeacherIdentity", sections: Iterable[str] = SECTIONS) -> None:
-        """Raise unless `other` agrees in the given sections.
-
-        Raises:
-            IdentityMismatchError: names every part that differs.
-        """
-        refuse(self.differences(other, sections))
-
-    def require_same_model(self, fingerprint: ModelFingerprint) -> None:
-        """Raise unless the weights and the configuration are those the cache was built with.
-
-        Raises:
-            IdentityMismatchError: names the part that differs.
-        """
-        refuse(self._disagreements("teacher", {"weights": fingerprint.weights, "config": fingerprint.config}))
-
-    def require_same_tokenizer(self, fingerprint: TokenizerFingerprint | Mapping[str, Any]) -> None:
-        """Raise unless vocabulary, pipeline, special tokens and chat template agree.
-
-        Raises:
-            IdentityMismatchError: names the part that differs.
-        """
-        given = dict(fingerprint) if isinstance(fingerprint, Mapping) else dict(vars(fingerprint))
-        refuse(self._disagreements("tokenizer", given))
-
-    def _disagreements(self, section: str, given: Mapping[str, Any]) -> list[Difference]:
-        recorded = getattr(self, section)
-        return [
-            Difference(section, key, recorded.get(key), value)
-            for key, value in given.items()
-            if recorded.get(key) != value
         ]
 
 

@@ -1,23 +1,22 @@
-"""The distributions of a cache as one picture. Needs matplotlib (`pip install anneal[plot]`)."""
+"""The distributions of a cache as one picture. Needs matplotlib (the extra `plot`)."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from formats.cache_row import ReadableCache
 from formats.errors import ConfigError
 from formats.inspect.statistics import entropy
 from formats.inspect.summary import sampled_rows
-
-if TYPE_CHECKING:
-    from formats.cache import TeacherCache
+from formats.install import how_to_install
 
 INK, BLUE, PALE = "#1f2933", "#2b6cb0", "#c3dafe"
 
 
 def plot_cache(
-    cache: "TeacherCache", summary: dict[str, Any], path: str | os.PathLike[str], *, full: bool = False
+    cache: ReadableCache, summary: dict[str, Any], path: str | os.PathLike[str], *, full: bool = False
 ) -> None:
     """Write head sizes, covered mass, entropy and bytes by part to `path` (PNG, SVG or PDF by its suffix).
 
@@ -28,7 +27,7 @@ def plot_cache(
         import matplotlib
     except ImportError:
         raise ConfigError(
-            "--plot needs matplotlib, which is not installed; pip install 'anneal[plot]'"
+            f"--plot needs matplotlib, which is not installed; {how_to_install('plot')}"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -5,20 +5,18 @@ are shown.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from formats.cache_row import ReadableCache
 from formats.inspect.statistics import entropy
-
-if TYPE_CHECKING:
-    from formats.cache import TeacherCache
 
 TOKENIZER_FILE = "tokenizer.json"
 NUM_ALTERNATIVES = 4
 
 
-def token_texts(cache: "TeacherCache") -> Callable[[int], str]:
+def token_texts(cache: ReadableCache) -> Callable[[int], str]:
     """A function from token id to its text, `#id` where the cache carries no tokenizer or the id is
     unknown."""
     if TOKENIZER_FILE not in cache.manifest.files:
@@ -37,7 +35,7 @@ def token_texts(cache: "TeacherCache") -> Callable[[int], str]:
     return text
 
 
-def view_row(cache: "TeacherCache", index: int) -> dict[str, Any]:
+def view_row(cache: ReadableCache, index: int) -> dict[str, Any]:
     """Row `index` as a JSON-ready dictionary.
 
     Keys: row, key, num_tokens, tokens [{id, text, loss}], positions [{position, token, label_id, label,

@@ -5,18 +5,16 @@ decoding, so a large cache is sampled: rows evenly spread, up to `SAMPLE_POSITIO
 reads all.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from formats.cache_row import ReadableCache
 from formats.codec.payload import section_bytes
 from formats.disk.manifest import VERSION
 from formats.disk.token_row import KEY_BYTES
 from formats.inspect.statistics import distribution, entropy, head_size_histogram
 from formats.logprobs.topk import TopKLogprobs
-
-if TYPE_CHECKING:
-    from formats.cache import TeacherCache
 
 SAMPLE_POSITIONS = 100_000
 SAMPLE_ROWS = 1_000
@@ -25,7 +23,7 @@ NUM_UNCERTAIN = 10
 COUNTS = ("num_rows", "num_tokens", "num_positions", "num_entries", "num_bytes", "num_payload_bytes")
 
 
-def summarise(cache: "TeacherCache", *, full: bool = False) -> dict[str, Any]:
+def summarise(cache: ReadableCache, *, full: bool = False) -> dict[str, Any]:
     """Identity, settings, counts, bytes and distributions of a cache.
 
     Args:
@@ -70,7 +68,7 @@ def _columns(totals: dict[str, int], num_rows: int) -> dict[str, dict[str, float
     return {name: {"bytes": size, "bytes_per_token": size / tokens} for name, size in sizes.items()}
 
 
-def sampled_rows(cache: "TeacherCache", full: bool) -> np.ndarray:
+def sampled_rows(cache: ReadableCache, full: bool) -> np.ndarray:
     """Row indices to decode, ascending and evenly spread."""
     count = len(cache)
     if full or count == 0:
@@ -80,7 +78,7 @@ def sampled_rows(cache: "TeacherCache", full: bool) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
 
 
-def _distributions(cache: "TeacherCache", rows: np.ndarray, num_positions: int) -> dict[str, Any]:
+def _distributions(cache: ReadableCache, rows: np.ndarray, num_positions: int) -> dict[str, Any]:
     counts, drawn, masses, entropies, uncertain, labels = [], [], [], [], [], []
     # Spread over the sample, so that the parts are not those of the first rows only.
     for_parts = set(rows[np.linspace(0, len(rows) - 1, min(PARTS_ROWS, len(rows))).astype(int)].tolist())
@@ -133,7 +131,7 @@ def _label_nll(logprobs: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _parts(cache: "TeacherCache", rows: list[tuple[TopKLogprobs, np.ndarray]]) -> dict[str, Any]:
+def _parts(cache: ReadableCache, rows: list[tuple[TopKLogprobs, np.ndarray]]) -> dict[str, Any]:
     """Bytes per position of each payload section, over some rows; estimated by compressing each section
     alone."""
     positions = sum(len(row) for row, _ in rows)

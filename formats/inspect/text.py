@@ -3,8 +3,11 @@
 from typing import Any
 
 from formats.codec.quantise import LOWEST_LABEL
+from formats.progress import format_bytes
 
 BAR = 40
+RECORDS = {("corpus", "counts"), ("corpus", "notes")}
+"""Parts of the identity that have lines of their own."""
 PARTS = {
     "counts": "head sizes",
     "ids": "token ids",
@@ -15,15 +18,6 @@ PARTS = {
     "draw_ids": "drawn token ids",
     "draw_logprobs": "drawn logprobs",
 }
-
-
-def human_bytes(size: float) -> str:
-    """1,234 B, 56.7 KiB, 8.9 MiB, ..."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    raise AssertionError
 
 
 def _short(value: Any) -> str:
@@ -52,7 +46,11 @@ def _identity(identity: dict[str, Any]) -> list[str]:
     lines = []
     for section, content in identity.items():
         pairs = content.items() if isinstance(content, dict) else [("", content)]
-        shown = [f"{key} {_short(value)}".strip() for key, value in pairs if value not in (None, "", {}, [])]
+        shown = [
+            f"{key} {_short(value)}".strip()
+            for key, value in pairs
+            if value not in (None, "", {}, []) and (section, key) not in RECORDS
+        ]
         line = f"  {section:<14}"
         for item in shown:
             if len(line) + len(item) > 108:
@@ -61,6 +59,15 @@ def _identity(identity: dict[str, Any]) -> list[str]:
             line += item + ", "
         lines.append(line.rstrip(", "))
     return lines
+
+
+def _records(corpus: dict[str, Any]) -> list[str]:
+    """What became of the records of the corpus, a line each; nothing in caches that did not count them."""
+    counts = corpus.get("counts")
+    if not isinstance(counts, dict) or "num_records" not in counts:
+        return []
+    notes = corpus.get("notes") or ["none skipped, none cut"]
+    return ["", f"records of the corpus: {counts['num_records']:,}", *(f"  {note}" for note in notes)]
 
 
 def _spread(name: str, values: dict[str, Any], digits: int) -> tuple[str, ...]:
@@ -76,19 +83,20 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"teacher cache {s['path']} (format {s['format_version']})",
         f"  {s['num_rows']:,} rows, {s['num_tokens']:,} tokens, "
         f"{s['num_positions']:,} positions with a teacher, "
-        f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {human_bytes(s['num_bytes'])}",
+        f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {format_bytes(s['num_bytes'])}",
         f"  vocabulary {settings['vocab_size']:,}; heads: p >= {settings['min_prob']:g}, "
         f"at most {settings['max_k']:,}; {_tail(settings['codec'])}positions: {settings['positions']}",
         "",
         "identity",
         *_identity(s["identity"]),
+        *_records(s["identity"].get("corpus", {})),
         "",
         "bytes per token",
     ]
     columns = [
-        (name, f"{c['bytes_per_token']:.2f}", human_bytes(c["bytes"])) for name, c in s["columns"].items()
+        (name, f"{c['bytes_per_token']:.2f}", format_bytes(c["bytes"])) for name, c in s["columns"].items()
     ]
-    lines += _table([*columns, ("total", f"{s['bytes_per_token']:.2f}", human_bytes(s["num_bytes"]))])
+    lines += _table([*columns, ("total", f"{s['bytes_per_token']:.2f}", format_bytes(s["num_bytes"]))])
     if s["payload_parts"]:
         lines += ["", "payload, bytes per position"]
         parts = [

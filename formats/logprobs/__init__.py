@@ -1,1 +1,1 @@
-"""What is known of a position: kept tokens with their logprobs, the tail's function, draws from the tail."""
+"""What is known of a position: logprobs in, kept tokens, the tail's function and draws from the tail out."""

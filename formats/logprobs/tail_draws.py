@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from formats.capture_settings import MAX_RATE
 from formats.logprobs import ragged
 
 POWER = 0.75
-MAX_RATE = 64
 _GOLDEN = (5**0.5 - 1) / 2
 
 

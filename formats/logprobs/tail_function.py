@@ -8,8 +8,8 @@ is all that the T-softmax needs to know about them. It is captured from the full
 `TAIL_BETAS` (exact there, whatever the distribution), and A(0) = log(V - n) costs nothing. A is a
 log-sum-exp of linear functions, hence convex: between two nodes it lies below their chord and above the
 continued chords of the two neighbouring intervals. `interpolate` uses a cubic Hermite piece with
-three-point slopes, clipped to that bracket; `bracket` returns the bracket itself, a bound that no
-distribution can break. Cost: O(P) for any number of nodes.
+three-point slopes, clipped to that bracket, which no distribution can leave. Cost: O(P) for any number of
+nodes.
 
 P: positions, K: nodes.
 """
@@ -60,24 +60,6 @@ def _bracket(x: np.ndarray, y: np.ndarray, beta: float, i: int) -> tuple[np.ndar
 
 def _locate(x: np.ndarray, beta: float) -> int:
     return min(max(int(np.searchsorted(x, beta, side="right")) - 1, 0), len(x) - 2)
-
-
-def bracket(
-    log_tail_nodes_PK: np.ndarray, num_tail_P: np.ndarray, temperature: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """float64 (lower [P], upper [P]): A(1/temperature) lies between them for *every* tail with these nodes.
-
-    Equal at a node. -inf, -inf where the tail is empty.
-    """
-    beta = check_temperature(temperature)
-    x, y = _nodes(log_tail_nodes_PK, num_tail_P)
-    node = np.flatnonzero(x == beta)
-    if len(node):
-        return y[:, node[0]].copy(), y[:, node[0]].copy()
-    gone = ~np.isfinite(y).all(axis=1)
-    lower, upper = _bracket(x, np.where(gone[:, None], 0.0, y), beta, _locate(x, beta))
-    lower[gone] = upper[gone] = -np.inf
-    return lower, upper
 
 
 def interpolate(log_tail_nodes_PK: np.ndarray, num_tail_P: np.ndarray, temperature: float) -> np.ndarray:

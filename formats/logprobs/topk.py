@@ -116,10 +116,6 @@ class TopKLogprobs:
         """
         return tail_function.interpolate(self.log_tail_nodes, self.vocab_size - self.counts, temperature)
 
-    def log_tail_bounds(self, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-        """float64 (lower [P], upper [P]) that A(1/temperature) cannot leave, by convexity."""
-        return tail_function.bracket(self.log_tail_nodes, self.vocab_size - self.counts, temperature)
-
     def log_head(self, temperature: float) -> np.ndarray:
         """float32 [P]: log sum_head exp(l_j / temperature), unnormalised."""
         beta = np.float32(tail_function.check_temperature(temperature))

@@ -13,12 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from fidelity import METHODS, measure
 from fidelity_targets import capture, sampled_targets, topk_targets
 
+from formats.capture_settings import CaptureSettings
+
 VOCAB_SIZE = 400
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    """Wide random weights: heads of many sizes, and a tail that carries mass."""
+    """Wide random weights: few or many tokens are kept, and the tail carries mass."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -46,7 +48,7 @@ def results(teacher):
         stops=[0, 4],
         temperatures=[0.5, 1.0, 2.0],
         learning_rate=1e-3,
-        draw_rate=8,
+        settings=CaptureSettings(draw_rate=8),
     )
 
 
@@ -54,11 +56,13 @@ def results(teacher):
 def test_at_the_initial_weights_only_the_cache_pulls_nowhere(results, temperature):
     """The other targets move a model off itself; the cache leaves what the codec rounds off."""
     norms = {m: min(one.relative_to_ce for one in results[0, temperature, m].batches) for m in METHODS}
-    assert norms["bucket only"] < 5e-3
+    assert max(norms["bucket only"], norms["both sides"]) < 5e-3  # the tail left out is no push, yet
     ours = max(one.relative_to_ce for one in results[0, temperature, "cache"].batches)
     assert ours < 5e-3
     assert norms["sampled"] > 20 * ours
-    if temperature > 0.5:  # at T = 0.5 these heads hold nearly everything: cutting the tail off is harmless
+    if (
+        temperature > 0.5
+    ):  # at T = 0.5 the kept tokens hold nearly everything: cutting the tail off is harmless
         assert min(norms["renormalised"], norms["zero-filled"]) > 10 * ours
 
 

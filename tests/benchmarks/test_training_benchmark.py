@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "training.py"
 def test_loss_benchmark(tmp_path):
     """1,024 rows over 16,000 tokens: the dense side needs several tensors of 64 MiB, ours one chunk."""
     raw = tmp_path / "raw.json"
-    command = [sys.executable, str(SCRIPT), "--only", "loss", "--rounds", "1", "--head-size", "16"]
+    command = [sys.executable, str(SCRIPT), "--only", "loss", "--rounds", "1", "--num-kept", "16"]
     command += ["--loss-vocab", "16000", "--loss-hidden", "32", "--loss-rows", "1024", "--dense-rows", "1024"]
     done = subprocess.run([*command, "--json", str(raw)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

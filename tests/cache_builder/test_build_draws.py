@@ -9,10 +9,11 @@ import pytest
 from deterministic_build import SeededTeacher, Stop, contents, make_config, make_source, stop_at
 
 from cache_builder import BuildConfig, build_cache, estimate_cache, plan_build
-from cache_builder.config import DEFAULT_TAIL_DRAWS
-from cache_builder.teachers.protocol import TeacherConfig, make_teacher
+from cache_builder.teachers.engines import make_teacher
+from cache_builder.teachers.protocol import TeacherConfig
 from cache_builder.tools.deviation import compare
 from formats.cache import TeacherCache
+from formats.capture_settings import CaptureSettings
 from formats.errors import ConfigError
 
 
@@ -32,7 +33,7 @@ def manifest_of(cache: TeacherCache) -> dict:
 
 def test_a_cache_has_draws_unless_told_otherwise(config: BuildConfig, cache: TeacherCache) -> None:
     cache.validate(full=True)
-    assert config.tail_draws is None and config.draw_rate == DEFAULT_TAIL_DRAWS == 16
+    assert config.draw_rate == CaptureSettings.draw_rate == 16
     assert manifest_of(cache)["version"] == 1 and manifest_of(cache)["codec"]["draw_rate"] == 16
     counts = np.concatenate([row.teacher.draws.counts for row in cache.rows()])
     expected = np.concatenate([16 * np.exp(row.teacher.log_tail(4 / 3)) for row in cache.rows()])
@@ -42,9 +43,7 @@ def test_a_cache_has_draws_unless_told_otherwise(config: BuildConfig, cache: Tea
 def test_stored_draws_are_those_of_the_teacher(cache: TeacherCache, tiny_llama_dir: Path) -> None:
     settings = TeacherConfig(
         model=str(tiny_llama_dir),
-        min_prob=cache.manifest.min_prob,
-        max_k=cache.manifest.max_k,
-        draw_rate=DEFAULT_TAIL_DRAWS,
+        capture=cache.manifest.capture,
         max_length=64,
     )
     teacher = make_teacher("transformers", settings)
@@ -57,7 +56,7 @@ def test_stored_draws_are_those_of_the_teacher(cache: TeacherCache, tiny_llama_d
 
 
 def test_none_changes_nothing_else(config: BuildConfig, cache: TeacherCache, tmp_path: Path) -> None:
-    build_cache(replace(config, out=str(tmp_path / "c"), tail_draws=0))
+    build_cache(replace(config, out=str(tmp_path / "c"), draw_rate=0))
     plain = TeacherCache(tmp_path / "c")
     assert manifest_of(plain)["version"] == 1 and manifest_of(plain)["codec"]["draw_rate"] == 0
     for one, other in zip(plain.rows(), cache.rows(), strict=True):
@@ -68,7 +67,7 @@ def test_none_changes_nothing_else(config: BuildConfig, cache: TeacherCache, tmp
 
 
 def test_as_many_as_asked_for(config: BuildConfig, cache: TeacherCache, tmp_path: Path) -> None:
-    build_cache(replace(config, out=str(tmp_path / "c"), tail_draws=64))
+    build_cache(replace(config, out=str(tmp_path / "c"), draw_rate=64))
     more = TeacherCache(tmp_path / "c")
     many, few = (sum(len(row.teacher.draws.token_ids) for row in c.rows()) for c in (more, cache))
     assert many == pytest.approx(4 * few, rel=0.02)
@@ -97,22 +96,24 @@ def test_another_rate_into_the_same_directory_is_refused(
     for held in (unfinished, config):
         before = contents(Path(held.out))
         with pytest.raises(ConfigError) as caught:
-            build_cache(replace(held, tail_draws=asked))
+            build_cache(replace(held, draw_rate=asked))
         assert words in str(caught.value) and "--overwrite" in str(caught.value)
         assert "\n" not in str(caught.value) and contents(Path(held.out)) == before
-    assert build_cache(replace(config, tail_draws=16)).was_complete, "16 is what the default was"
+    assert build_cache(replace(config, draw_rate=16)).was_complete, "16 is what the default was"
 
 
 @pytest.mark.parametrize("rate", [-1, 65, 8.0, True, "8"])
 def test_a_rate_that_cannot_be_is_one_line(config: BuildConfig, rate) -> None:
-    with pytest.raises(ConfigError, match=f"tail_draws must be a whole number from 0 to 64, got {rate!r}"):
-        replace(config, tail_draws=rate)
+    with pytest.raises(
+        ConfigError, match=rf"draw_rate \(--tail-draws\) must be a whole number from 0 to 64, got {rate!r}"
+    ):
+        replace(config, draw_rate=rate)
 
 
 def test_a_teacher_that_does_not_draw_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tail draws must have rate 8, got 0") as caught:
         build_cache(
-            make_config(tmp_path / "c", tail_draws=8),
+            make_config(tmp_path / "c", draw_rate=8),
             source=make_source(30, draw_rate=8),
             make_teacher=lambda config, source: SeededTeacher(),
         )
@@ -120,7 +121,7 @@ def test_a_teacher_that_does_not_draw_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_counts_the_draws(config: BuildConfig, tmp_path: Path) -> None:
-    planned = [plan_build(replace(config, out=str(tmp_path / "c"), tail_draws=rate)) for rate in (0, 8, 16)]
+    planned = [plan_build(replace(config, out=str(tmp_path / "c"), draw_rate=rate)) for rate in (0, 8, 16)]
     sizes = [plan.estimated_bytes / planned[0].num_positions for plan in planned]
     assert 20 < sizes[1] - sizes[0] < 40 and sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], abs=1)
     assert not (tmp_path / "c").exists()
@@ -129,8 +130,8 @@ def test_a_dry_run_counts_the_draws(config: BuildConfig, tmp_path: Path) -> None
 def test_an_estimate_of_a_real_model(config: BuildConfig, cache: TeacherCache) -> None:
     """The table's line at the settings of the build weighs what the build's draws weigh."""
     reports = [
-        estimate_cache(replace(config, tail_draws=rate), rows=100, min_probs=(config.min_prob,))
-        for rate in (0, None)
+        estimate_cache(replace(config, draw_rate=rate), rows=100, min_probs=(config.min_prob,))
+        for rate in (0, 16)
     ]
     (plain,), (line,) = (report.estimates for report in reports)
     num_draws = sum(len(row.teacher.draws.token_ids) for row in cache.rows())

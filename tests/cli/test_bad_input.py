@@ -313,7 +313,7 @@ def test_compare_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     words = ("--source", cache, "--target", cache, "--plot", tmp_path / "p.png")
     code, printed, err = anneal("compare", tiny_llama_dir, *words)
-    assert (code, printed) == (1, "") and "pip install 'anneal[plot]'" in one_line(err)
+    assert (code, printed) == (1, "") and "pip install 'label-annealing[plot]'" in one_line(err)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -91,10 +91,19 @@ def test_rows_are_found_by_content(written):
         cache.index_of(bytes(16))
 
 
-def test_keys_with_zero_bytes_are_not_confused():
+def test_keys_that_end_in_zero_bytes_are_found(tmp_path: Path):
     """numpy strips trailing zero bytes from its byte strings; the index must not."""
-    row = TokenRow(np.zeros(0), np.zeros(0, bool))
-    assert len(row.key) == 16
+    candidates = (TokenRow(np.array([n, 1]), np.array([False, True])) for n in range(100_000))
+    rows = [row for row, _ in zip((r for r in candidates if r.key[-1] == 0), range(3), strict=False)]
+    assert len(rows) == 3
+    with CacheWriter(tmp_path / "c", identity={}, vocab_size=50) as writer:
+        for row in (TokenRow(np.array([1, 2]), np.array([False, True])), *rows):
+            writer.append(row, random_teacher(np.random.default_rng(0), row, 50))
+    cache = TeacherCache(tmp_path / "c")
+    assert [cache.index_of(row.key) for row in rows] == [1, 2, 3]
+    for other in (rows[0].key[:-1], rows[0].key[:-1] + b"\1", rows[0].key + b"\0", b""):
+        with pytest.raises(KeyError):
+            cache.index_of(other)
 
 
 def test_all_positions(tmp_path: Path):

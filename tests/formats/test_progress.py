@@ -43,6 +43,25 @@ def test_plain_lines_at_intervals_with_rates_and_time_left(clock: Clock) -> None
     assert len(lines) == 4
 
 
+def test_the_clock_of_the_rates_starts_when_the_engine_is_up(clock: Clock) -> None:
+    """Slow from the first row on: 216 tokens/s are shown as such, and the first rows bring the first line."""
+    stream = io.StringIO()
+    shown = ConsoleProgress(stream, interval_seconds=10)
+    shown.start("capture", 100)
+    clock.now += 60  # the engine starts
+    shown.running()
+    clock.now += 5
+    shown.advance(4, 1080)
+    clock.now += 5
+    shown.advance(4, 1080)
+    clock.now += 5
+    shown.advance(4, 1080)
+    assert stream.getvalue().splitlines() == [
+        "capture: 4 of 100 rows, 0.8 rows/s, 216 tokens/s, 2 min 0 s left",
+        "capture: 12 of 100 rows, 0.8 rows/s, 216 tokens/s, 1 min 50 s left",
+    ]
+
+
 def test_a_terminal_gets_a_bar() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -43,6 +43,16 @@ OPENED_THOUGHT = CHATML.replace("assistant\\n' }}{% endif %}", "assistant\\n<thi
 # No beginning of a conversation is rendered as within the whole.
 UNSTABLE = "{{ '[' + (messages | length | string) + ']' }}" + CHATML
 
+# Tools and their calls as JSON, in the manner of Qwen and Hermes.
+TOOLS = (
+    "{% if tools %}{{ '<tools>' + tools | tojson + '</tools>\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{% for c in m.tool_calls or [] %}{% set f = c.function or c %}"
+    "{{ '<call>{\"name\": \"' + f.name + '\", \"arguments\": ' + f.arguments | tojson + '}' }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.commit.plan import Settings
+from cache_builder.commit.plan import BuildSettings
 from cache_builder.config import BuildConfig
 from cache_builder.source import BuildSource
+from formats.capture_settings import CaptureSettings
 from formats.codec.payload import CodecConfig
 from formats.disk.token_row import TokenRow
 from formats.identity.teacher_identity import TeacherIdentity
@@ -144,8 +145,11 @@ def make_source(
         preprocessing=settings,
     )
     return BuildSource(
-        settings=Settings(
+        settings=BuildSettings(
             identity=identity,
+            capture=CaptureSettings(
+                **{name: settings[name] for name in ("positions", "min_prob", "max_k")}, draw_rate=draw_rate
+            ),
             codec=CodecConfig(draw_rate=draw_rate).to_dict(),
             rows_per_shard=rows_per_shard,
             tokens_per_shard=1 << 20,
@@ -166,7 +170,7 @@ def make_config(out: Path, **changes: Any) -> BuildConfig:
         "model": "seeded",
         "out": str(out),
         "heartbeat_seconds": 0.2,
-        "tail_draws": 0,
+        "draw_rate": 0,
     }
     return BuildConfig(**{**values, **changes})
 

@@ -34,7 +34,7 @@ def topk_of(
     draw_rate: int = 0,
     label_ids: np.ndarray | None = None,
 ):
-    """Heads of exact logprobs: p >= min_prob, at most max_k, always the best; tails summed directly.
+    """Kept tokens of exact logprobs: p >= min_prob, at most max_k, always the best; tails summed directly.
 
     Each tail token is drawn floor(x) times and once more with the probability that is left of its expected
     number x: the same tokens for the same logprobs. Without `label_ids` [P] the labels are unknown.

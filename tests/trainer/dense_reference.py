@@ -1,7 +1,7 @@
 """The slow, obvious loss: every logit at once, in float64, differentiated by plain autograd.
 
 Nothing here is shared with the product. Tests hold the fused loss to these functions for ever.
-N: rows, D: hidden size, V: vocabulary, K: rows with teacher targets.
+N: rows, D: hidden size, V: vocabulary, P: positions with teacher targets.
 """
 
 from __future__ import annotations
@@ -46,74 +46,11 @@ def bucketed_kl_row(student_logits, ids, logprobs, log_tail, temperature, revers
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum()
 
 
-def tail_shape_row(student_logits, ids, teacher_mean, noise, features, temperature, tail_mass):
-    """What the tail moments of one row add to its KL: value, and by autograd the gradient.
-
-    At T = 1 half the squared distance of the two tails' mean features in the inverse of the regularised
-    covariance under the student's tail, a metric that is held fixed; less what noise alone would give, by
-    whose share the gradient is reduced too. At another T the student's tail, reweighted by the solution found
-    at T = 1 (damped), is a fixed target.
-    """
-    beta = 1.0 / temperature
-    outside = torch.ones(len(student_logits), dtype=torch.bool)
-    outside[ids] = False
-    if not outside.any():
-        return student_logits.sum() * 0
-    u = features[outside].to(student_logits)
-    tail = torch.softmax(student_logits[outside], 0)
-    mean = (tail[:, None] * u).sum(0)
-    centred = u - mean
-    covariance = sum(tail[j] * torch.outer(centred[j], centred[j]) for j in range(len(u)))
-    ridge = 0.02 * covariance.diagonal().mean() + noise / 0.02 + 1e-6
-    metric = torch.linalg.inv(covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype)).detach()
-    shift = teacher_mean - mean
-    expected = (torch.minimum(noise, covariance.diagonal().mean()) * metric.trace()).detach()
-    gain = shift @ metric @ shift
-    kept = max(0.0, 1 - expected / gain.item()) if gain.item() > 0 else 0.0
-    if temperature == 1.0:
-        deviation = kept * (tail * (centred @ metric @ shift) ** 2).sum().sqrt().detach()
-        scale = tail_mass * min(1.0, 4.0 / deviation) * 0.5
-        return scale * (gain.detach() - expected + kept * (gain - gain.detach()))
-    a = kept * (metric @ shift).detach()
-    hot = torch.softmax(beta * student_logits[outside], 0)
-    x = beta * (u @ a)
-    x = x - (hot.detach() * x).sum()
-    damping = 1 / (1 + (hot.detach() * x * x).sum()).sqrt()
-    pull = -tail_mass * (hot.detach() * damping * x * hot.log()).sum()
-    value = tail_mass * 0.5 * beta**2 * damping * (gain - expected)
-    return value.detach() + pull - pull.detach()
-
-
-def reweighting_row(student_logits, ids, teacher_mean, noise, features, temperature):
-    """x of every token outside the head: the tail moments say that the teacher's tail is q~ (1 + x)."""
-    student_logits = student_logits.detach()
-    beta = 1.0 / temperature
-    outside = torch.ones(len(student_logits), dtype=torch.bool)
-    outside[ids] = False
-    u = features[outside].to(student_logits)
-    tail, hot = (torch.softmax(b * student_logits[outside], 0) for b in (1.0, beta))
-    centred = u - tail @ u
-    covariance = centred.T @ torch.diag(tail) @ centred
-    ridge = 0.02 * covariance.diagonal().mean() + noise / 0.02 + 1e-6
-    solved = torch.linalg.solve(
-        covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype), teacher_mean - tail @ u
-    )
-    gain = (teacher_mean - tail @ u) @ solved
-    inverse = torch.linalg.inv(covariance + ridge * torch.eye(u.shape[1], dtype=u.dtype))
-    expected = torch.minimum(noise, covariance.diagonal().mean()) * inverse.trace()
-    x = beta * max(0.0, 1 - expected / gain) * ((u - hot @ u) @ solved)
-    deviation = (hot * x * x).sum().sqrt()
-    x = x * min(1.0, 4.0 / deviation) if temperature == 1.0 else x / (1 + deviation**2).sqrt()
-    spread = torch.zeros_like(student_logits)
-    spread[outside] = x
-    return spread
-
-
-def drawn_tail_row(student_logits, ids, drawn, log_p, weights, x, temperature, tail_mass):
+def drawn_tail_row(student_logits, ids, drawn, log_p, weights, temperature, tail_mass):
     """What the draws of one row estimate: sum over the tail of p (r - 1 - log r), r = (1 - P) q~ / p.
 
-    `log_p` are the logarithms of the draws' p at the temperature. With (1 + x) r for the first r; where that
-    is above 10 or below -10 it goes on with the logarithm, so that its slope stays.
+    `log_p` are the logarithms of the draws' p at the temperature. Where the first r is above 10 and its share,
+    r p / pi, above 1 it goes on with the logarithm, so that its slope stays.
     """
     outside = torch.ones(len(student_logits), dtype=torch.bool)
     outside[ids] = False
@@ -121,9 +58,10 @@ def drawn_tail_row(student_logits, ids, drawn, log_p, weights, x, temperature, t
     total = student_logits.sum() * 0
     for token, log_probability, weight in zip(drawn.tolist(), log_p, weights, strict=True):
         log_ratio = tail_mass.log() + log_share[token] - log_probability
-        first = (1 + x[token]) * log_ratio.exp()
-        if first.abs() > 10:
-            first = first.sign().detach() * 10 * (1 + (first.abs() / 10).log())
+        first = log_ratio.exp()
+        limit = max(10.0, 1.0 / (weight * log_probability.exp()).item())
+        if first > limit:
+            first = limit * (1 + (first / limit).log())
         total = total + weight * log_probability.exp() * (first - 1 - log_ratio)
     return total
 
@@ -161,31 +99,20 @@ def dense_loss(
             if reverse:
                 continue
             ids, student = teacher.token_ids[entries].long(), logits[row]
-            log_head = torch.logsumexp(teacher.logprobs[entries].to(logits) / teacher.temperature, 0)
-            log_z = torch.logaddexp(log_head, teacher.log_tail[k].to(logits))
+            log_kept = torch.logsumexp(teacher.logprobs[entries].to(logits) / teacher.temperature, 0)
+            log_z = torch.logaddexp(log_kept, teacher.log_tail[k].to(logits))
             tail_mass = (teacher.log_tail[k].to(logits) - log_z).exp()
-            inside, x = logits.new_zeros(()), torch.zeros_like(student)
-            if teacher.features is not None:
-                features = teacher.features.double() / 32
-                moments = (teacher.tail_mean[k].to(logits), teacher.tail_noise[k].to(logits), features)
-                inside = tail_shape_row(student, ids, *moments, teacher.temperature, tail_mass)
-                if len(ids) < len(student):
-                    x = reweighting_row(student, ids, *moments, teacher.temperature)
             if teacher.draw_offsets is not None:
                 draws = slice(*teacher.draw_offsets[k : k + 2].tolist())
-                estimate = drawn_tail_row(
+                sum_kl = sum_kl + drawn_tail_row(
                     student,
                     ids,
                     teacher.draw_ids[draws].long(),
                     teacher.draw_logprobs[draws].to(logits) / teacher.temperature - log_z,
                     teacher.draw_weights[draws].to(logits),
-                    x,
                     teacher.temperature,
                     tail_mass,
                 )
-                # The estimate is of the whole divergence inside the tail; from the moments comes a gradient.
-                inside = estimate + inside - inside.detach()
-            sum_kl = sum_kl + inside
     ce = sum_ce / (int(labelled.sum()) or 1 if num_ce is None else num_ce)
     kl = sum_kl / ((len(teacher) if teacher is not None else 1) or 1 if num_kl is None else num_kl)
     return DenseResult(ce + kl_coef * kl, ce, kl)
@@ -201,18 +128,16 @@ def online_two_model_kl(student_logits, teacher_logits, temperature, reverse=Fal
 
 
 def teacher_from_logits(
-    teacher_logits, rows, counts, temperature, dtype=torch.float64, features=None, noise=0.0, draws=None
+    teacher_logits, rows, counts, temperature, dtype=torch.float64, draws=None
 ) -> TeacherBatch:
     """Exact targets: the `counts[k]` most likely tokens of each row and the exact tail at this temperature.
 
-    `draws` are (number of draws of each token [K, V], expected number of draws of each token [K, V]); those
-    of heads are left out.
-
-    `teacher_logits` [K, V] in float64; a count of V keeps everything and leaves a tail of -inf. With int8
-    `features` [V, F], also the exact mean feature of each tail.
+    `teacher_logits` [P, V] in float64; a count of V keeps everything and leaves a tail of -inf. `draws` are
+    (number of draws of each token [P, V], expected number of draws of each token [P, V]); those of kept
+    tokens are left out.
     """
     logprobs = torch.log_softmax(teacher_logits.double(), dim=-1)
-    ids, values, tails, offsets, means = [], [], [], [0], []
+    ids, values, tails, offsets = [], [], [], [0]
     for k, count in enumerate(counts):
         order = torch.argsort(logprobs[k], descending=True)
         ids.append(order[:count])
@@ -220,22 +145,16 @@ def teacher_from_logits(
         rest = logprobs[k][order[count:]] / temperature
         tails.append(torch.logsumexp(rest, 0) if len(rest) else torch.tensor(-torch.inf, dtype=torch.float64))
         offsets.append(offsets[-1] + count)
-        if features is not None:
-            shape = torch.softmax(logprobs[k][order[count:]], 0)
-            means.append((shape[:, None] * features[order[count:]].double() / 32).sum(0))
-    shape = {}
-    if features is not None:
-        shape = {"tail_mean": torch.stack(means).to(dtype), "features": features}
-        shape["tail_noise"] = torch.full((len(counts),), noise, dtype=dtype)
+    columns = {}
     none = torch.empty(0, dtype=torch.float64)
     if draws is not None:
         drawn, expected = draws[0].clone(), draws[1]
-        for k, head in enumerate(ids):
-            drawn[k, head] = 0
+        for k, kept in enumerate(ids):
+            drawn[k, kept] = 0
         row, token = drawn.nonzero(as_tuple=True)
         times = drawn[row, token]
         row, token = row.repeat_interleave(times), token.repeat_interleave(times)
-        shape |= {
+        columns = {
             "draw_offsets": torch.cat([torch.zeros(1).long(), drawn.sum(1).cumsum(0)]),
             "draw_ids": token.int(),
             "draw_logprobs": logprobs[row, token].to(dtype),
@@ -248,7 +167,7 @@ def teacher_from_logits(
         logprobs=torch.cat([none, *values]).to(dtype),
         log_tail=torch.stack(tails).to(dtype) if tails else none.to(dtype),
         temperature=temperature,
-        **shape,
+        **columns,
     )
 
 

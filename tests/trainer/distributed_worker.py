@@ -4,6 +4,7 @@ Weights are float64 unless a spec says otherwise: what remains between two ways 
 1e-13, and a missing row or a wrong denominator cannot hide in rounding.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def run(spec: dict) -> dict:
         "log": trainer.state.log_history,
         "metrics": metrics,
     }
+
+
+def relative_difference(mine: dict, other: dict) -> float:
+    """The largest over steps of |g - g'| / |g|, over all parameters together."""
+    worst = 0.0
+    for left, right in zip(mine["gradients"], other["gradients"], strict=True):
+        assert left.keys() == right.keys()
+        difference = math.sqrt(sum(float(((left[k] - right[k]) ** 2).sum()) for k in left))
+        worst = max(worst, difference / math.sqrt(sum(float((left[k] ** 2).sum()) for k in left)))
+    return worst
 
 
 def run_all(specs: list[dict]) -> None:

@@ -28,12 +28,10 @@ def make_case(
     *,
     padding=0,
     temperature=1.0,
-    max_head=12,
+    max_kept=12,
     with_bias=False,
     sharpness=2.0,
     seed=0,
-    num_features=0,
-    noise=0.0,
     drift=None,
     draw_rate=0.0,
     **options,
@@ -55,12 +53,9 @@ def make_case(
     has_teacher = torch.rand(num_rows, generator=generator) < 0.7
     has_teacher[0] = True
     rows = has_teacher.nonzero().squeeze(1)
-    counts = torch.randint(1, min(max_head, vocab_size) + 1, (len(rows),), generator=generator).tolist()
+    counts = torch.randint(1, min(max_kept, vocab_size) + 1, (len(rows),), generator=generator).tolist()
     teacher_logits = normal(len(rows), vocab_size) * sharpness
     bias = normal(vocab_size + padding) if with_bias else None
-    features = None
-    if num_features:
-        features = (normal(vocab_size, num_features) * 32).round().clamp(-127, 127).to(torch.int8)
     if drift is not None:
         student_logits = dense_logits(hidden, weight, bias=bias, vocab_size=vocab_size, **options)[rows]
         teacher_logits = student_logits + drift * normal(len(rows), vocab_size)
@@ -68,9 +63,7 @@ def make_case(
     if draw_rate:
         expected = draw_rate * torch.softmax(teacher_logits, -1) ** 0.75
         draws = torch.poisson(expected, generator=generator).long(), expected
-    teacher = teacher_from_logits(
-        teacher_logits, rows, counts, temperature, features=features, noise=noise, draws=draws
-    )
+    teacher = teacher_from_logits(teacher_logits, rows, counts, temperature, draws=draws)
     if padding:
         options["vocab_size"] = vocab_size
     return Case(hidden, weight, labels, teacher, bias, options)

@@ -1,6 +1,7 @@
 """A training run that kills its own process where it is told to.
 
-KILL_AT=stage:step and SLOW=seconds come from the environment. Stages: `step` (after an optimizer step),
+KILL_AT=stage:step and HOLD=file come from the environment. With HOLD the process waits, when step 3 is done but
+not yet looked at, until the file is there; it says so in file.held. Stages: `step` (after an optimizer step),
 `weights`, `optimizer`, `marker`, `rename` (while the checkpoint of that step is saved), `publish` (while
 the result takes its place).
 """
@@ -60,14 +61,18 @@ def arrange(stage: str, step: int) -> None:
         before(run_directory.os, "replace", lambda source, target: Path(source).name == "tokenizer.json")
 
 
-def slow_down(seconds: float) -> None:
-    original = LabelAnnealingTrainer.training_step
+def hold(file: Path) -> None:
+    """Wait for `file` behind step 3: whatever the test does meanwhile has happened at that step."""
+    original = StepControl.on_step_end
 
-    def training_step(self, *args, **kwargs):
-        time.sleep(seconds)
-        return original(self, *args, **kwargs)
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            file.with_suffix(".held").touch()
+            while not file.exists():
+                time.sleep(0.02)
+        return original(self, args, state, control, **kwargs)
 
-    LabelAnnealingTrainer.training_step = training_step
+    StepControl.on_step_end = on_step_end
 
 
 def settings(model: str, cache: str, out: str, overrides: list[str]):
@@ -84,8 +89,8 @@ def run(model: str, cache: str, out: str, overrides: list[str]) -> None:
     if "KILL_AT" in os.environ:
         stage, step = os.environ["KILL_AT"].split(":")
         arrange(stage, int(step))
-    if "SLOW" in os.environ:
-        slow_down(float(os.environ["SLOW"]))
+    if "HOLD" in os.environ:
+        hold(Path(os.environ["HOLD"]))
     report = train(settings(model, cache, out, overrides))
     result = {"num_steps": report.num_steps, "interrupted_by": report.interrupted_by}
     print(json.dumps(result | {"log_history": report.log_history}))

@@ -128,7 +128,7 @@ def test_training_names_are_those_of_transformers():
         ({"label_smoothing_factor": 0.1}, "label smoothing is not part"),
         ({"train_sampling_strategy": "group_by_length"}, "use group_by_length: true"),
         ({"eval_strategy": "steps"}, "needs eval_caches"),
-        ({"lr_scheduler_type": "zigzag"}, "training: zigzag is not a valid SchedulerType"),
+        ({"lr_scheduler_type": "zigzag"}, "training.lr_scheduler_type must be one of linear, cosine"),
     ],
 )
 def test_bad_training_arguments_are_refused_in_one_line(training, message):

@@ -9,27 +9,12 @@ import numpy as np
 import pytest
 import torch
 from caches import identity_of, random_rows, topk_of, write_cache
+from recorded_progress import RecordedProgress
+from runs import settings
 
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError, IncompleteCacheError
 from formats.writer import CacheWriter
 from trainer import evaluate, load_config, train
-
-QUICK = [
-    "training.per_device_train_batch_size=8",
-    "training.gradient_accumulation_steps=1",
-    "training.max_steps=2",
-    "training.learning_rate=1e-3",
-    "training.logging_steps=1",
-    "training.warmup_steps=0",
-    "training.save_strategy=no",
-    "step0_rows=4",
-]
-
-
-def settings(cache, model, out, *overrides: str):
-    return load_config(
-        flags={"cache": str(cache), "model": str(model), "out": str(out)}, overrides=[*QUICK, *overrides]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +29,7 @@ def test_the_report_tells_what_happened(trained):
     assert report.num_steps == report.max_steps == 2 and report.interrupted_by is None
     assert report.step0["kl"] < 1e-6 and report.step0["num_rows"] == 4
     steps = [entry for entry in report.log_history if "ce" in entry]
-    wanted = {"loss", "ce", "kl", "head_mass", "student_head_mass", "tokens_per_second", "memory_gib"}
+    wanted = {"loss", "ce", "kl", "kept_mass", "student_kept_mass", "tokens_per_second", "memory_gib"}
     assert all(wanted <= entry.keys() for entry in steps)
     for entry in steps:
         assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"], rel=1e-5)
@@ -119,11 +104,11 @@ def test_evaluating_the_saved_model_gives_the_reported_numbers(trained, tiny_lla
     from trainer.evaluation.evaluate import format_evaluation
 
     out, report = trained
-    seen = []
-    found = evaluate(out, {"held-out": llama_eval_cache}, progress=lambda *state: seen.append(state))
+    seen = RecordedProgress()
+    found = evaluate(out, {"held-out": llama_eval_cache}, progress=seen)
     for key in ("ce", "perplexity", "kl", "num_tokens"):
         assert found["held-out"][key] == pytest.approx(report.evaluation["held-out"][key], rel=1e-4)
-    assert seen[-1] == ("held-out", 8, 8)
+    assert seen.phases == [("held-out", 8, 8)]
     initial = evaluate(tiny_llama_dir, [llama_eval_cache], batch_tokens=64)
     assert abs(initial["held-out"]["kl"]) < 1e-6 < found["held-out"]["kl"]
     text = format_evaluation(found)
@@ -321,7 +306,7 @@ def test_the_best_checkpoint_can_be_the_result(tiny_llama_dir, pruned_cache, lla
     ]
     overrides += [f"training.{name}=steps" for name in ("eval_strategy", "save_strategy")]
     overrides += ["training.eval_steps=1", "training.save_steps=1", "training.load_best_model_at_end=true"]
-    overrides += ["training.metric_for_best_model=held_kl", "training.greater_is_better=false"]
+    overrides += ["training.metric_for_best_model=held_kl"]
     report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *overrides))
     kls = [entry["eval_held_kl"] for entry in report.log_history if "eval_held_kl" in entry]
     assert len(kls) == 4 and kls[0] < 0.5 * kls[-1]
@@ -379,29 +364,6 @@ def test_unusable_output_directories_are_refused(pruned_cache, tiny_llama_dir, t
     file.write_text("")
     refused(settings(pruned_cache, tiny_llama_dir, file), ConfigError, "--out must be")
     refused(settings(pruned_cache, tiny_llama_dir, file / "below"), ConfigError, "--out must be")
-
-
-def test_an_interrupted_run_of_other_settings_is_refused(pruned_cache, tiny_llama_dir, llama_cache, tmp_path):
-    from trainer.recipe import resolve_training
-    from trainer.result.run_directory import RunDirectory
-
-    config = settings(pruned_cache, tiny_llama_dir, tmp_path / "run")
-    plain = config.to_dict() | {"training": resolve_training(config)}
-    RunDirectory.open(tmp_path / "run", plain, identity_of(tiny_llama_dir))
-    refused(dataclasses.replace(config, kl_coef=2.0), ConfigError, "kl_coef was 1.0 and is 2.0")
-    changed = dataclasses.replace(config, training={**config.training, "learning_rate": 5e-4})
-    refused(changed, ConfigError, "training.learning_rate was 0.001 and is 0.0005")
-    # What does not change the numbers may change.
-    logging = dataclasses.replace(config, training={**config.training, "logging_steps": 2})
-    directory = RunDirectory.open(
-        tmp_path / "run",
-        logging.to_dict() | {"training": resolve_training(logging)},
-        identity_of(tiny_llama_dir),
-    )
-    assert directory.checkpoint is None
-    other = {**identity_of(tiny_llama_dir), "corpus": {"source": "another"}}
-    with pytest.raises(ConfigError, match="on another one"):
-        RunDirectory.open(tmp_path / "run", plain, other)
 
 
 def test_evaluation_refuses_what_it_cannot_compare(trained, tiny_qwen3_dir, llama_eval_cache, tmp_path):

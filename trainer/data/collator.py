@@ -1,10 +1,10 @@
-"""From items to a batch: padding or packing, and the teacher's rows in the flattened [B * S] numbering.
+"""From items to a batch: padding or packing, and the teacher's rows in the flattened [B * L] numbering.
 
 A batch is a flat dict of tensors, so that any loader can pin and move it. `split_batch` turns it, on the
 device, into what the model takes, the shifted labels and a `TeacherBatch`.
 
-B: sequences, S: tokens of the longest one, K: positions with teacher targets, E: head entries of all of them,
-D: their tail draws.
+B: sequences, L: tokens of the longest one, N: B * L, P: positions with teacher targets, E: kept entries of
+all of them, S: their tail draws.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from formats.errors import ConfigError
-from trainer.data.dataset import IGNORED, Item
-from trainer.data.teacher_batch import TeacherBatch
+from trainer.data.dataset import Item
+from trainer.data.teacher_batch import IGNORED, TeacherBatch
 
 MODEL_COLUMNS = ("input_ids", "attention_mask", "position_ids")
 
@@ -25,33 +25,31 @@ class LabelAnnealingCollator:
 
     The batch holds
 
-        input_ids      int32 [B, S], padded on the right
-        attention_mask bool [B, S], without packing
-        position_ids   int32 [B, S], with packing: restarts at 0 with every row; by the restarts
+        input_ids      int32 [B, L], padded on the right
+        attention_mask bool [B, L], without packing
+        position_ids   int32 [B, L], with packing: restarts at 0 with every row; by the restarts
                        transformers keeps attention within a row, so no mask is passed
-        labels         int32 [B, S], not shifted, -100 where there is no cross-entropy
-        teacher_rows   int32 [K], teacher_offsets int32 [K + 1], teacher_log_tail float32 [K]
+        labels         int32 [B, L], not shifted, -100 where there is no cross-entropy
+        teacher_rows   int32 [P], teacher_offsets int32 [P + 1], teacher_log_tail float32 [P]
         teacher_token_ids int32 [E], teacher_logprobs float32 [E]
-        teacher_draw_offsets int32 [K + 1], teacher_draw_ids int32 [D], teacher_draw_logprobs and
-                       teacher_draw_weights float32 [D], where the items carry them
+        teacher_draw_offsets int32 [P + 1], teacher_draw_ids int32 [S], teacher_draw_logprobs and
+                       teacher_draw_weights float32 [S], where the items carry them
         temperature    float: the T at which the tail was taken, the same for all items
         num_tokens     int: tokens that are not padding
 
     Args:
         pad_token_id: fills `input_ids` behind the end; any id serves, padding is never attended or scored.
         packing: items come as lists of rows that share a sequence.
-        pad_to_multiple_of: round S up, for kernels that prefer it.
     """
 
-    def __init__(self, pad_token_id: int = 0, *, packing: bool = False, pad_to_multiple_of: int = 1) -> None:
+    def __init__(self, pad_token_id: int = 0, *, packing: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.packing = packing
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, features: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         sequences = [[feature] if isinstance(feature, Mapping) else list(feature) for feature in features]
         totals = [sum(len(item["input_ids"]) for item in items) for items in sequences]
-        width = -(-max(totals) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        width = max(totals)
         shape = (len(sequences), width)
         input_ids = np.full(shape, self.pad_token_id, np.int32)
         labels = np.full(shape, IGNORED, np.int32)
@@ -119,16 +117,16 @@ def _tail_draws(items: Sequence[Item]) -> dict[str, np.ndarray]:
 def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor, TeacherBatch | None]:
     """(model inputs, labels_N, teacher) of a collated batch, on whatever device it is.
 
-    labels_N is int64 [B * S] and shifted: labels_N[n] is the token that hidden row n predicts, or -100. The
+    labels_N is int64 [B * L] and shifted: labels_N[n] is the token that hidden row n predicts, or -100. The
     teacher is None when the batch has no teacher targets.
     """
     inputs = {name: batch[name] for name in MODEL_COLUMNS if name in batch}
     # With a cache of keys and values transformers does not look for packed rows, and attention leaks across
     # them.
     inputs["use_cache"] = False
-    labels_BS = batch["labels"]
-    labels_N = torch.full(labels_BS.shape, IGNORED, dtype=torch.int64, device=labels_BS.device)
-    labels_N[:, :-1] = labels_BS[:, 1:]
+    labels_BL = batch["labels"]
+    shifted_BL = torch.full(labels_BL.shape, IGNORED, dtype=torch.int64, device=labels_BL.device)
+    shifted_BL[:, :-1] = labels_BL[:, 1:]
     teacher = None
     if batch["teacher_rows"].numel():
         teacher = TeacherBatch(
@@ -143,7 +141,7 @@ def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor,
             draw_logprobs=batch.get("teacher_draw_logprobs"),
             draw_weights=batch.get("teacher_draw_weights"),
         )
-    return inputs, labels_N.reshape(-1), teacher
+    return inputs, shifted_BL.reshape(-1), teacher
 
 
 def count_targets(batch: Mapping[str, Any]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 An item is a dict of compact numpy arrays, never lists and never int64. The tail mass is taken at the run's
 temperature here, so the interpolation runs in the worker and the GPU sees one number per position.
 
-L: tokens of the row, P: positions with teacher targets, E: their head entries together, S: their tail draws.
+L: tokens of the row, P: positions with teacher targets, E: their kept entries together, S: their tail draws.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,10 @@ import numpy as np
 import torch.utils.data
 
 from formats.cache import TeacherCache
+from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError, FormatError
 from trainer.config import ROW_LOSSES
-
-IGNORED = -100
-"""The label of a token that carries no cross-entropy."""
+from trainer.data.padded_teacher import without_padding
 
 Item = dict[str, Any]
 
@@ -45,7 +44,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         input_ids         int32 [L]
         labels            int32 [L], not shifted: labels[t] is input_ids[t], or -100 where t carries no loss
         teacher_positions int32 [P]: hidden state at this index predicts the token after it
-        teacher_counts    int32 [P]: head entries per position
+        teacher_counts    int32 [P]: kept entries per position
         teacher_token_ids int32 [E], teacher_logprobs float32 [E] at T = 1
         teacher_log_tail  float32 [P]: A(1/T) at `temperature`
         teacher_draw_counts int32 [P]: tail draws per position, where the cache has some
@@ -77,6 +76,8 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         self.temperature = float(temperature)
         self.loss = loss
         self.tail_draws = tail_draws
+        self.vocab_size: int | None = None
+        """Tokens of a student whose head is padded less than the teacher's; None for the cache's own."""
         if len(self.cache) == 0:
             raise ConfigError(
                 f"a training cache needs rows, got none in {self.name}; check the corpus it was built from"
@@ -110,7 +111,11 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Item:
         row = self.cache[int(index)]
-        topk = row.teacher
+        topk = without_padding(row.teacher, self.vocab_size, self.name)
+        if self.vocab_size is not None and int(row.input_ids.max(initial=0)) >= self.vocab_size:
+            raise FormatError(
+                f"row {index} of {self.name} has token id {row.input_ids.max()}, beyond the student's {self.vocab_size}"
+            )
         if self.loss == "kl":
             labels = np.full(len(row.input_ids), IGNORED, np.int32)
         else:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch.utils.data
 
-from trainer.data.dataset import Filler, Unit
+from trainer.data.dataset import CachedDataset, Filler, Unit
 
 GROUPING_WINDOW = 32
 """Optimizer steps over which units are sorted by length; wider pads less and shuffles less."""
@@ -127,3 +127,9 @@ class EpochBatches(torch.utils.data.Sampler[list[Unit]]):
         for index in range(self.rank, len(self) * self.world_size, self.world_size):
             batch = units[index * self.batch_size : (index + 1) * self.batch_size]
             yield batch or [Filler(units[0])]
+
+
+def sample_rows(dataset: CachedDataset, count: int, seed: int) -> np.ndarray:
+    """`count` distinct rows, chosen by seed, in ascending order."""
+    count = min(count, len(dataset))
+    return np.sort(np.random.default_rng([seed, 0x5703]).choice(len(dataset), count, replace=False))

@@ -6,7 +6,7 @@ wrong is looked for in all models before the first of them is evaluated.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import resolve_model
+from formats.progress import Progress
 from trainer.evaluation.evaluate import Result, evaluate, require_related
-from trainer.evaluation.recorded_method import AppliedMethod, families_of, method_of
+from trainer.evaluation.recorded_method import AppliedMethod, method_of
 from trainer.evaluation.tradeoff_picture import pareto_front, plot_tradeoff
 from trainer.loading import given_as, load_tokenizer, open_cache, quiet_transformers
 
@@ -56,11 +57,6 @@ class Comparison:
         """Labels that no other model beats on both texts, the initial one included."""
         return pareto_front(self._points())
 
-    @property
-    def families(self) -> dict[str, list[str]]:
-        """Name -> labels of models that differ in one strength of their method alone."""
-        return families_of({model.label: model.method for model in self.models if not self._first(model)})
-
     def change(self, model: ComparedModel, text: str) -> float | None:
         """Perplexity against the initial model's in percent; None without one, or if either is infinite."""
         if self.initial is None:
@@ -86,7 +82,6 @@ class Comparison:
                 }
                 for model in self.models
             ],
-            "families": self.families,
         }
 
     def text(self) -> str:
@@ -116,16 +111,18 @@ class Comparison:
         return "\n".join([*lines, "", "* Pareto front: no other model here is better on both texts"])
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the models that have not diverged; families are joined.
+        """Draw the models that have not diverged; those of one method have one colour and one line.
 
         Raises:
             ConfigError: all have, matplotlib is missing, or the file cannot be written.
         """
         points = self._points()
-        families = {
-            name: [label for label in labels if label in points] for name, labels in self.families.items()
-        }
-        families = {name: labels for name, labels in families.items() if labels}
+        families: dict[str, list[str]] = {}
+        for model in self.models:
+            if model.method is not None and model.label in points and not self._first(model):
+                families.setdefault(model.method.name, []).append(model.label)
+        for labels in families.values():  # from the one that learnt most: a line, not a zigzag
+            labels.sort(key=lambda label: points[label]["target"])
         return plot_tradeoff(points, path, initial=self.initial or "", families=families)
 
     def _first(self, model: ComparedModel) -> bool:
@@ -150,7 +147,7 @@ def compare(
     dtype: str = "float32",
     device: str | None = None,
     limit: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Evaluate every model once on both caches.
 
@@ -160,7 +157,7 @@ def compare(
         target: cache of held-out text that the models learn.
         initial: label -> the initial model, one entry; its line comes first and changes are relative to it.
         dtype, device, limit: as for `evaluate`.
-        progress: called with ("label: source" or "label: target", rows done, rows in all).
+        progress: a phase `label: source` and one `label: target` for each model; silent by default.
 
     Raises:
         ConfigError: no models, two equal labels, not a finished model, a cache without tokens that carry
@@ -195,13 +192,16 @@ def compare(
 
     lines = []
     for label, directory in found.items():
-
-        def report(text: str, done: int, total: int, label: str = label) -> None:
-            if progress is not None:
-                progress(f"{label}: {text}", done, total)
-
         with given_as("--initial" if label in known else "MODEL"):
-            results = evaluate(directory, paths, dtype=dtype, device=device, limit=limit, progress=report)
+            results = evaluate(
+                directory,
+                paths,
+                dtype=dtype,
+                device=device,
+                limit=limit,
+                progress=progress,
+                label=f"{label}: ",
+            )
         for text, result in results.items():
             if result["perplexity"] is None:
                 raise ConfigError(f"--{text} needs tokens that carry loss, got none in {paths[text]}")

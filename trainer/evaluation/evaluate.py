@@ -5,8 +5,7 @@ test gives cross-entropy, perplexity and KL(initial || model) (T = 1, forward) w
 model.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import numpy as np
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.progress import Progress
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
-from trainer.loading import load_model, load_tokenizer, quiet_transformers, require_vocabulary
-from trainer.result.run_directory import RECORD_NAME
+from trainer.loading import load_model, load_tokenizer, quiet_transformers
+from trainer.preflight.vocabulary import shared_vocabulary
+from trainer.result.run_directory import recorded_initial
 
 Result = dict[str, float | int | None]
 
@@ -31,7 +32,8 @@ def evaluate(
     dtype: str = "float32",
     device: str | None = None,
     limit: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
+    label: str = "",
 ) -> dict[str, Result]:
     """Evaluate a model (full or adapters) on one or more evaluation caches.
 
@@ -42,11 +44,12 @@ def evaluate(
         dtype: of the weights while evaluating.
         device: such as `cuda:0`; by default the first GPU, else the CPU.
         limit: only the first rows of each cache.
-        progress: called with (cache name, rows done, rows in all) after every batch.
+        progress: a phase of rows for each cache; silent by default.
+        label: put before the name of a cache in `progress`, such as `tuned: `.
 
     Returns:
-        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, head_mass}; nats, per token; kl and
-        head_mass are None for a cache without teacher positions, ce and perplexity for one without labels.
+        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, kept_mass}; nats, per token; kl and
+        kept_mass are None for a cache without teacher positions, ce and perplexity for one without labels.
 
     Raises:
         ConfigError: not a model, no tokenizer, two caches of one name, an unknown dtype.
@@ -61,6 +64,7 @@ def evaluate(
     from trainer.loop.measure import measure
     from trainer.loop.output_head import OutputHead
 
+    progress = progress or Progress()
     check_one_of("dtype", dtype, DTYPES)
     named = name_caches(caches)
     quiet_transformers()
@@ -76,24 +80,22 @@ def evaluate(
     collator = LabelAnnealingCollator(getattr(tokenizer, "pad_token_id", None) or 0)
     results: dict[str, Result] = {}
     for name, cache in opened.items():
-        head.vocab_size = require_vocabulary(cache, head.num_outputs, allow_padding=True)
+        head.vocab_size = shared_vocabulary([cache], head.num_outputs, tokenizer, different_student=True)
         num_positions = sum(shard.num_positions for shard in cache.manifest.shards)
         dataset = CachedDataset(cache, loss="both" if num_positions else "ce")
+        dataset.vocab_size = head.vocab_size
         num_rows = len(dataset) if limit is None else min(limit, len(dataset))
         groups = batches_of_tokens(dataset.lengths()[:num_rows], batch_tokens)
 
-        def loader(
-            name: str = name, dataset: CachedDataset = dataset, groups: list = groups
-        ) -> Iterator[Any]:
-            done, total = 0, sum(len(group) for group in groups)
+        def loader(dataset: CachedDataset = dataset, groups: list = groups) -> Iterator[Any]:
             for group in groups:
                 batch = collator([dataset[row] for row in group])
                 yield {k: v.to(target) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                done += len(group)
-                if progress is not None:
-                    progress(name, done, total)
+                progress.advance(len(group))
 
+        progress.start(label + name, num_rows)
         found = measure(model, head, loader())
+        progress.finish()
         results[name] = {
             "ce": found.ce if found.num_ce else None,
             "perplexity": found.perplexity if found.num_ce else None,
@@ -101,7 +103,7 @@ def evaluate(
             "num_tokens": found.num_ce,
             "num_positions": found.num_kl,
             "num_rows": num_rows,
-            "head_mass": found.head_mass if found.num_kl else None,
+            "kept_mass": found.kept_mass if found.num_kl else None,
         }
     head.remove()
     return results
@@ -139,15 +141,6 @@ def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]
         else:
             batches.append([row])
     return batches
-
-
-def recorded_initial(model_dir: Path) -> str | None:
-    """Fingerprint of the weights that a model was made from, by its `anneal.json`; None when it has none."""
-    try:
-        record = json.loads((model_dir / RECORD_NAME).read_text(encoding="utf-8"))
-        return str(record["identity"]["teacher"]["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> None:

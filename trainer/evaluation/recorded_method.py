@@ -1,7 +1,6 @@
-"""How a model was made, read from its directory: the method, its strengths, and all else that decided it.
+"""How a model was made, read from its directory: the method and its strengths.
 
-A training run leaves `anneal.yaml`, a merge a section of `anneal.json`. Models belong to one family when they
-differ in a single strength and in nothing else, corpus, learning rate and seed included.
+A training run leaves `anneal.yaml`, a merge a section of `anneal.json`.
 """
 
 import json
@@ -13,8 +12,8 @@ from typing import Any
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
-from trainer.merging.card import FORMULAS
-from trainer.result.run_directory import RECORD_NAME, comparable
+from trainer.merging.methods import FORMULAS
+from trainer.result.run_directory import RECORD_NAME
 
 DIRECT = "direct fine-tuning"
 
@@ -25,8 +24,6 @@ class AppliedMethod:
 
     parts: tuple[tuple[str, Mapping[str, float]], ...]
     """(name, setting -> strength), settings spelt as in `anneal.yaml`; empty for direct fine-tuning."""
-    rest: str = ""
-    """Everything else that decided the weights, comparable as text."""
 
     @property
     def name(self) -> str:
@@ -57,47 +54,19 @@ def method_of(directory: Path) -> AppliedMethod | None:
         record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
         if "merge" in record:
             return _of_merge(dict(record["merge"]))
-        return _of_run(load_config(directory / RESOLVED_NAME), record.get("cache"))
+        return _of_run(load_config(directory / RESOLVED_NAME))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, AnnealError):
         return None
 
 
-def families_of(methods: Mapping[str, AppliedMethod | None]) -> dict[str, list[str]]:
-    """Name -> labels of two or more models that differ in one strength alone, the weakest value first.
-
-    A model is in one family at most; in a grid, the one along the strength that its method names first.
-    """
-    free = {label: method for label, method in methods.items() if method is not None}
-    families: dict[str, list[str]] = {}
-    for setting in dict.fromkeys(key for method in free.values() for key in method.strengths):
-        groups: dict[Any, list[str]] = {}
-        for label, method in free.items():
-            if setting in method.strengths:
-                others = tuple((key, value) for key, value in method.strengths.items() if key != setting)
-                groups.setdefault((method.name, others, method.rest), []).append(label)
-        for labels in groups.values():
-            if len(labels) > 1:
-                labels.sort(key=lambda label: free[label].strengths[setting])
-                name = free[labels[0]].name
-                taken = name in families or name in methods
-                families[f"{name} ({labels[0]} to {labels[-1]})" if taken else name] = labels
-        free = {
-            label: method
-            for label, method in free.items()
-            if not any(label in labels for labels in families.values())
-        }
-    return families
-
-
 def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
-    method, tuned = str(merge.pop("method")), merge.pop("tuned")
+    method, _ = str(merge.pop("method")), merge.pop("tuned")
     strengths = {str(key): float(value) for key, value in merge.items()}
-    weights = sorted(str(entry["weights"]) for entry in tuned)
     name, _ = FORMULAS.get(method, (method, ""))
-    return AppliedMethod(((name, strengths),), json.dumps(weights))
+    return AppliedMethod(((name, strengths),))
 
 
-def _of_run(config: TrainConfig, cache_id: Any) -> AppliedMethod:
+def _of_run(config: TrainConfig) -> AppliedMethod:
     parts: list[tuple[str, dict[str, float]]] = []
     if config.kl_coef:
         name = "label annealing" if config.kl_direction == "forward" else "label annealing (reverse KL)"
@@ -113,13 +82,4 @@ def _of_run(config: TrainConfig, cache_id: Any) -> AppliedMethod:
         parts.append((name, {f"caches.{number}.weight": cache.weight}))
     if config.lora:
         parts.append(("LoRA", {"lora.r": config.lora.r}))
-    settings = comparable(config.to_dict())
-    for setting in (key for _, strengths in parts for key in strengths):
-        *outer, last = setting.split(".")
-        node: Any = settings
-        for part in outer:
-            node = node[int(part)] if isinstance(node, list) else node[part]
-        del node[last]
-    settings["cache"] = cache_id or config.cache
-    settings["texts"] = [cache.path for cache in config.caches] + ([config.ewc.cache] if config.ewc else [])
-    return AppliedMethod(tuple(parts), json.dumps(settings, sort_keys=True, default=str))
+    return AppliedMethod(tuple(parts))

@@ -1,7 +1,7 @@
 """The picture of a sweep: what was learnt (target text) against what was kept (source text).
 
 One point per model, both axes perplexity, so the lower left corner is the best of both. Models of one
-family (the same method at several strengths) are joined in the given order; the dashed line is the Pareto
+family (such as one method at several strengths) are joined in the given order; the dashed line is the Pareto
 front: what no other point beats on both axes. matplotlib is imported when a picture is drawn.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
+from formats.install import how_to_install
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -149,7 +150,7 @@ def require_plottable(path: str | Path) -> Path:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "plots need matplotlib, which is not installed; pip install 'anneal[plot]'"
+            f"plots need matplotlib, which is not installed; {how_to_install('plot')}"
         ) from None
     return path
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
@@ -34,24 +34,25 @@ from trainer.data.collator import LabelAnnealingCollator, count_targets
 from trainer.data.dataset import CachedDataset, UnitDataset, require_one_tail
 from trainer.data.packing import best_fit
 from trainer.data.sampler import EpochBatches, Source
+from trainer.loop.guarded_trainer import GuardedTrainer
 from trainer.loop.log_window import LogWindow
 from trainer.loop.measure import Measurement, measure
 from trainer.loop.output_head import OutputHead
 from trainer.loop.signals import StopRequest
 from trainer.loop.step_control import StepControl
-from trainer.loss.logits import passes_of
+from trainer.loss.chunks import logits_type
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
 
 TRAINER_STATE_NAME = "trainer_state.json"
 
 
-class LabelAnnealingTrainer(Trainer):
+class LabelAnnealingTrainer(GuardedTrainer):
     """Fine-tune with `loss = CE + kl_coef * KL` from a cache. Everything else is `transformers.Trainer`.
 
     Args:
         model: a causal language model, with adapters or without, not yet wrapped.
-        args: `TrainingArguments`; `remove_unused_columns` is turned off.
+        args: `TrainingArguments`; `remove_unused_columns` is turned off, what cannot be honoured is refused.
         train_dataset: a `CachedDataset` at the run's temperature.
         eval_dataset: a `CachedDataset` or a dict of them.
         mixed: further datasets, each with its weight (units per unit of the training dataset).
@@ -61,7 +62,7 @@ class LabelAnnealingTrainer(Trainer):
         retention: methods that act on the weights; `model` then has its initial ones.
         processing_class: the tokenizer, saved with the model.
 
-    Logged beside the Trainer's own: ce, kl, head_mass, student_head_mass, tokens_per_second, memory_gib, the
+    Logged beside the Trainer's own: ce, kl, kept_mass, student_kept_mass, tokens_per_second, memory_gib, the
     penalties of `retention` under their names (they are part of `loss`); and {prefix}_ce, _kl, _perplexity,
     _num_tokens from evaluation.
 
@@ -90,11 +91,6 @@ class LabelAnnealingTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        args.remove_unused_columns = False
-        if args.label_smoothing_factor:
-            raise ConfigError(
-                "label smoothing is not part of label annealing; set label_smoothing_factor to 0"
-            )
         if args.n_gpu > 1:
             raise ConfigError(
                 f"several GPUs need one process each, got one process for {args.n_gpu}; "
@@ -104,7 +100,7 @@ class LabelAnnealingTrainer(Trainer):
             require_one_tail([train_dataset, *(dataset for dataset, _ in mixed)])
         self.retained = Retained(self, model, retention)
         self.retained.check_optimiser(args)
-        passes_of(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
+        logits_type(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
         self.head = OutputHead.of(model).install()
         self.head.kernel = loss_kernel
         self.kl_coef, self.kl_direction = kl_coef, kl_direction
@@ -146,6 +142,9 @@ class LabelAnnealingTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None)
+            if workers
+            else None,
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
         )
 
@@ -214,6 +213,10 @@ class LabelAnnealingTrainer(Trainer):
         )
         return self._loader([dataset], batches, packing=packing)
 
+    def device_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows of a dataset as one batch on the model's device, padded or packed as in training."""
+        return self._prepare_inputs(self.data_collator(rows))  # type: ignore[arg-type]
+
     # --- the loss ---------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -223,7 +226,8 @@ class LabelAnnealingTrainer(Trainer):
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         if self.log_window is None:
-            self.log_window = LogWindow(device)
+            self.restart_log_window()
+        assert self.log_window is not None
         self.log_window.step(int(totals[2]))
         return totals
 
@@ -241,6 +245,8 @@ class LabelAnnealingTrainer(Trainer):
             share = num_items_in_batch[:2] / self.args.world_size
             counts = {"num_ce": share[0], "num_kl": share[1]}
         output = self.head.loss(model, inputs, kl_coef=self.kl_coef, kl_direction=self.kl_direction, **counts)
+        if num_items_in_batch is not None:
+            self.finite.see("loss", output.loss, self.state.global_step + 1)
         if self.log_window is not None and num_items_in_batch is not None:
             self.log_window.add(output)
         return (output.loss, {"loss": output.loss}) if return_outputs else output.loss
@@ -259,7 +265,7 @@ class LabelAnnealingTrainer(Trainer):
         self, dataloader: DataLoader, kl_direction: str = "forward", on_batch: Any = None
     ) -> Measurement:
         """Means over a loader on all ranks. Collective."""
-        model = self._evaluation_model()
+        model = self.evaluation_model()
 
         def reduce(sums: torch.Tensor) -> torch.Tensor:
             if self.args.world_size == 1:
@@ -276,7 +282,7 @@ class LabelAnnealingTrainer(Trainer):
             on_batch=on_batch or (lambda: None),
         )
 
-    def _evaluation_model(self) -> nn.Module:
+    def evaluation_model(self) -> nn.Module:
         """The model to call without gradients: sharded under FSDP, else the one inside DDP."""
         if not self.accelerator._models and self.model_wrapped is self.model:
             if self.is_fsdp_enabled:
@@ -300,15 +306,15 @@ class LabelAnnealingTrainer(Trainer):
         def on_batch() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        result = self.measure_rows(dataloader, on_batch=on_batch)
+        result = self.measure_rows(dataloader, on_batch=on_batch).require_finite(metric_key_prefix)
         metrics: dict[str, float] = {
             "ce": result.ce,
             "perplexity": result.perplexity,
             "num_tokens": result.num_ce,
         }
-        loss = result.ce
+        loss = result.ce if result.num_ce else 0.0
         if result.num_kl:
-            metrics |= {"kl": result.kl, "head_mass": result.head_mass}
+            metrics |= {"kl": result.kl, "kept_mass": result.kept_mass}
             loss += self.kl_coef * result.kl
         metrics["loss"] = loss
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -321,13 +327,18 @@ class LabelAnnealingTrainer(Trainer):
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            self._pause(time.perf_counter() - start)
+            self.pause(time.perf_counter() - start)
 
     # --- logs and checkpoints ---------------------------------------------------------------------------
 
-    def _pause(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
+        """Leave time that was no training out of the throughput."""
         if self.log_window is not None:
             self.log_window.pause(seconds)
+
+    def restart_log_window(self) -> None:
+        """Begin to count anew: what was before the first step was no training."""
+        self.log_window = LogWindow(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the interval to the Trainer's own line."""
@@ -375,7 +386,7 @@ class LabelAnnealingTrainer(Trainer):
             best_path = self.state.best_model_checkpoint
             checkpoint.rotate(run_dir, self.args.save_total_limit, Path(best_path) if best_path else None)
         self.accelerator.wait_for_everyone()
-        self._pause(time.perf_counter() - begin)
+        self.pause(time.perf_counter() - begin)
 
     def _collect_callback_states(self) -> None:
         """Refresh what stateful callbacks want saved, as the base class does before it writes the state."""

@@ -28,7 +28,7 @@ class LogWindow:
     def add(self, output: LabelAnnealingOutput) -> None:
         """Account for one micro-batch."""
         num_kl = output.num_kl.to(torch.float32)
-        values = (output.ce, output.kl, output.head_mass * num_kl, output.student_head_mass * num_kl, num_kl)
+        values = (output.ce, output.kl, output.kept_mass * num_kl, output.student_kept_mass * num_kl, num_kl)
         self._sums += torch.stack([value.detach().float() for value in values])
 
     def step(self, num_tokens: int) -> None:
@@ -44,14 +44,14 @@ class LogWindow:
         """The window's means, after which it is empty. Collective: every rank must call it."""
         if not self._num_steps:
             return {}
-        ce, kl, head_mass, student_head_mass, num_kl = mean_over_ranks(self._sums).tolist()
+        ce, kl, kept_mass, student_kept_mass, num_kl = mean_over_ranks(self._sums).tolist()
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         logs = {"ce": ce / self._num_steps}
         if num_kl:
             logs |= {
                 "kl": kl / self._num_steps,
-                "head_mass": head_mass / num_kl,
-                "student_head_mass": student_head_mass / num_kl,
+                "kept_mass": kept_mass / num_kl,
+                "student_kept_mass": student_kept_mass / num_kl,
             }
         logs |= {"tokens_per_second": self._num_tokens / seconds, "memory_gib": memory_gib(self.device)}
         self.__init__(self.device)  # type: ignore[misc]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from formats.errors import DivergenceError
 from trainer.loop.output_head import OutputHead
 
 FIELDS = 6
@@ -29,9 +30,9 @@ class Measurement:
     """Tokens that carry loss."""
     num_kl: int
     """Positions with teacher targets."""
-    head_mass: float
+    kept_mass: float
     """Mean probability the teacher gives to the tokens the cache kept."""
-    student_head_mass: float
+    student_kept_mass: float
     """Mean probability the model gives to them."""
 
     @property
@@ -39,10 +40,24 @@ class Measurement:
         """exp(ce)."""
         return math.exp(self.ce) if self.ce < 700 else math.inf
 
+    def require_finite(self, what: str) -> "Measurement":
+        """Itself.
+
+        Raises:
+            DivergenceError: a mean over tokens that are there is not finite.
+        """
+        for name, value, count in (("CE", self.ce, self.num_ce), ("KL", self.kl, self.num_kl)):
+            if count and not math.isfinite(value):
+                raise DivergenceError(
+                    f"the {name} of {what} must be finite, got {value}: the model has diverged on it, and nothing is "
+                    "published; use a lower training.learning_rate, or check that cache with `anneal cache inspect`"
+                )
+        return self
+
     @classmethod
     def of_sums(cls, sums: torch.Tensor) -> "Measurement":
-        """From float64 [6]: sums of ce, kl, head mass and student head mass, then the two counts."""
-        ce, kl, head, student, num_ce, num_kl = sums.tolist()
+        """From float64 [6]: sums of ce, kl, kept mass and student kept mass, then the two counts."""
+        ce, kl, kept, student, num_ce, num_kl = sums.tolist()
 
         def mean(total: float, count: float) -> float:
             return total / count if count else math.nan
@@ -52,8 +67,8 @@ class Measurement:
             kl=mean(kl, num_kl),
             num_ce=int(num_ce),
             num_kl=int(num_kl),
-            head_mass=mean(head, num_kl),
-            student_head_mass=mean(student, num_kl),
+            kept_mass=mean(kept, num_kl),
+            student_kept_mass=mean(student, num_kl),
         )
 
 
@@ -64,8 +79,8 @@ def batch_sums(model: nn.Module, head: OutputHead, batch: dict[str, Any], kl_dir
     values = (
         output.ce,
         output.kl,
-        output.head_mass * output.num_kl,
-        output.student_head_mass * output.num_kl,
+        output.kept_mass * output.num_kl,
+        output.student_kept_mass * output.num_kl,
     )
     return torch.stack([value.float() for value in (*values, output.num_ce, output.num_kl)]).double().cpu()
 

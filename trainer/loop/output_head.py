@@ -24,6 +24,7 @@ from torch import nn
 from formats.errors import ConfigError
 from trainer.data.collator import split_batch
 from trainer.data.teacher_batch import TeacherBatch
+from trainer.loading import unwrapped
 from trainer.loss.label_annealing_loss import LabelAnnealingOutput, label_annealing_loss
 
 SCALES = (("logit_scale", False), ("logits_scaling", True), ("lm_head_multiplier", False))
@@ -55,19 +56,6 @@ class HeadRequest:
     """Filled by the forward pass."""
     loss: torch.Tensor | None = None
     """[1, 1, 1], the very tensor that left the head."""
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP, `torch.compile` and peft wrappers."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
 
 
 class OutputHead:
@@ -117,8 +105,9 @@ class OutputHead:
         config = inner.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             raise ConfigError(
-                f"the load-balancing loss of {name} is not part of label annealing; set "
-                "output_router_logits to false in the model's config.json"
+                f"the load-balancing loss of {name} is not part of label annealing, for its value depends on how a "
+                "step is split; set output_router_logits to false in the model's config.json and build the cache "
+                "from that"
             )
         scale = 1.0
         for attribute, divides in SCALES:

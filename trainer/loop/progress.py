@@ -12,7 +12,7 @@ SHOWN = (
     ("kl", "KL", "{:.5f}"),
     ("l2", "L2", "{:.3g}"),
     ("ewc", "EWC", "{:.3g}"),
-    ("head_mass", "head mass", "{:.3f}"),
+    ("kept_mass", "kept mass", "{:.3f}"),
     ("grad_norm", "grad", "{:.2f}"),
     ("learning_rate", "lr", "{:.2e}"),
     ("tokens_per_second", "tok/s", "{:,.0f}"),

@@ -11,13 +11,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from transformers import TrainerCallback
 
 from formats.errors import AnnealError, IdentityMismatchError
 from trainer.data.dataset import CachedDataset
-from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
-from trainer.loop.log_window import LogWindow
+from trainer.data.sampler import sample_rows
+from trainer.running import RunningTrainer
 
 VERIFY_TOKENS = 16
 """Tokens on which the model's own logits are compared with those of the loss."""
@@ -31,8 +30,8 @@ class Step0Report:
     """KL(initial || model), nats per position."""
     ce: float
     """Cross-entropy of the initial model on these rows; NaN where none carries loss."""
-    head_mass: float
-    """Mean teacher mass of the cached heads."""
+    kept_mass: float
+    """Mean teacher mass of the kept tokens."""
     num_rows: int
     """Rows measured."""
     num_positions: int
@@ -79,14 +78,8 @@ def require_small(report: Step0Report) -> None:
     )
 
 
-def sample_rows(dataset: CachedDataset, count: int, seed: int) -> np.ndarray:
-    """`count` distinct rows, chosen by seed, in ascending order."""
-    count = min(count, len(dataset))
-    return np.sort(np.random.default_rng([seed, 0x5703]).choice(len(dataset), count, replace=False))
-
-
 def measure_step0(
-    trainer: LabelAnnealingTrainer,
+    trainer: RunningTrainer,
     dataset: CachedDataset,
     *,
     num_rows: int,
@@ -101,14 +94,13 @@ def measure_step0(
     """
     rows = sample_rows(dataset, num_rows, trainer.args.seed)
     loader = trainer.loader_of_rows(dataset, rows, packing=trainer.packing)
-    model = trainer._evaluation_model()
+    model = trainer.evaluation_model()
     was_training = model.training
     model.eval()
-    item = dataset[int(rows[0])]
-    batch = trainer._prepare_inputs(trainer.data_collator([{**item}]))
+    batch = trainer.device_batch([dict(dataset[int(rows[0])])])
     trainer.head.verify(model, {"input_ids": batch["input_ids"][:, :VERIFY_TOKENS]})
     model.train(was_training)
-    result = trainer.measure_rows(loader, kl_direction="forward")
+    result = trainer.measure_rows(loader)
     if not result.num_kl:
         raise AnnealError(
             f"the first check needs teacher positions, got none in {len(rows)} rows of {dataset.name}"
@@ -121,7 +113,7 @@ def measure_step0(
     return Step0Report(
         kl=result.kl,
         ce=result.ce,
-        head_mass=result.head_mass,
+        kept_mass=result.kept_mass,
         num_rows=len(rows),
         num_positions=result.num_kl,
         temperature=dataset.temperature,
@@ -134,7 +126,7 @@ class Step0Check(TrainerCallback):
     """Runs the check when everything is wrapped and placed, and before any update; skipped when resuming."""
 
     def __init__(
-        self, trainer: LabelAnnealingTrainer, dataset: CachedDataset, on_report: Any, **settings: Any
+        self, trainer: RunningTrainer, dataset: CachedDataset, on_report: Any, **settings: Any
     ) -> None:
         self.trainer, self.dataset, self.on_report, self.settings = trainer, dataset, on_report, settings
 
@@ -143,4 +135,4 @@ class Step0Check(TrainerCallback):
             report = measure_step0(self.trainer, self.dataset, **self.settings)
             self.on_report(report)
             require_small(report)
-            self.trainer.log_window = LogWindow(args.device)
+            self.trainer.restart_log_window()

@@ -1,20 +1,17 @@
 """What happens around the optimizer steps of a run: epochs, signals, and the last line of the log."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from trainer.loop.log_window import LogWindow
-
-if TYPE_CHECKING:
-    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.running import RunningTrainer
 
 
 class StepControl(TrainerCallback):
     """Keeps the sampler's epoch in step, and turns a signal into a checkpoint and a clean end."""
 
-    def __init__(self, trainer: "LabelAnnealingTrainer") -> None:
+    def __init__(self, trainer: RunningTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -25,7 +22,8 @@ class StepControl(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Time spent before the first step (loading, compiling, the check) is no training time.
-        self.trainer.log_window = LogWindow(args.device)
+        self.trainer.restart_log_window()
+        self.trainer.find_best_again()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stop = self.trainer.stop_request.requested

@@ -1,38 +1,196 @@
-"""The chunk loop: hidden states and output head in; loss sums and parameter gradients out.
+"""The walk over chunks: which rows count, how many at a time, and what is added up on the way.
 
-For each chunk of the rows that count: project, turn the logits into their own gradient in place, multiply
-back into the gradients of hidden states and head, reuse the buffer. Nothing of size [rows, V] exists; the
-peak is one chunk, the gradient of the head, and the gradient of the hidden states that count.
+A row counts when it has a label or a teacher target; no other row is ever projected onto the vocabulary. For
+each chunk of the rows that count: project, turn the logits into their own gradient in place, multiply back
+into the gradients of hidden states and output head, reuse the buffer. Nothing of size [rows, V] exists; the
+peak is one chunk, the gradient of the output head, and the gradient of the hidden states that count.
+
+The host reads from the device once per call (`plan_rows`), and the loop itself never waits for it.
 
 Precision: the projection runs in the compute dtype (the autocast dtype, else the dtype of the inputs), the
-softmax arithmetic in fp32 (fp64 for fp64 inputs). The head's gradient is accumulated over the chunks in fp32
-whatever the compute dtype, because a bf16 sum of many chunks loses their last bits; it costs 4 bytes per head
-parameter until the backward pass hands it over in the weight's dtype.
+softmax arithmetic in fp32 (fp64 for fp64 inputs). The output head's gradient is accumulated over the chunks
+in fp32 whatever the compute dtype, because a bf16 sum of many chunks loses their last bits; it costs 4 bytes
+per parameter of the output head until the backward pass hands it over in the weight's dtype.
 
-N: rows, M: rows that count, C: rows of a chunk, D: hidden size, V: vocabulary without padding.
+N: rows, M: rows that count, C: rows of a chunk, D: hidden size, V: vocabulary without padding, P: positions
+with teacher targets.
 """
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
+from formats.errors import ConfigError
+from trainer.config import LOSS_KERNELS
+from trainer.data.teacher_batch import IGNORED, TeacherBatch
 from trainer.loss.kl import RowWeights, process_chunk
-from trainer.loss.logits import Head, Passes, TorchPasses, Work, arithmetic_dtype
-from trainer.loss.loss_tail import FeatureTables
-from trainer.loss.targets import RowPlan
+from trainer.loss.logits import ChunkLogits, Projection, TorchLogits, arithmetic_dtype
+from trainer.loss.targets import TeacherTargets, teacher_targets, value_rules
 
-# Bytes of vocabulary-sized buffers per chunk. The head's gradient is read and written once per chunk, which
-# costs little next to the multiplications from about 256 rows on; a chunk never has fewer (docs/method.md).
-CHUNK_BYTES = {"cpu": 64 << 20}
-DEFAULT_CHUNK_BYTES = 256 << 20
+# Bytes of vocabulary-sized buffers per chunk. The output head's gradient is read and written once per chunk,
+# which on a CPU costs little next to the multiplications from about 256 rows on (docs/derivations.md).
+CPU_CHUNK_BYTES = 64 << 20
+OTHER_CHUNK_BYTES = 256 << 20
 MIN_CHUNK_ROWS = 256
-# Rows of the head updated at once when a half-precision product is added to the fp32 accumulator.
+# A GPU multiplies so much faster than it reads that the same takes 2,048 rows. Whole tiles of 256 rows.
+CUDA_SHARE = 32
+"""The buffers take one part in so many of the GPU's memory,"""
+CUDA_CHUNK_ROWS = 2048
+"""or what this many rows take, if that is more,"""
+CUDA_LARGEST_SHARE = 8
+"""but never more than one part in so many."""
+CUDA_ROW_TILE = 256
+# Rows of the output head updated at once when a half-precision product is added to the fp32 accumulator.
 ACCUMULATE_ROWS = 16_384
 
 
+def logits_type(kernel: str, compute: torch.dtype, device: torch.device | str) -> type[ChunkLogits]:
+    """Who does the work on whole rows of logits: the `torch` or `triton` one. fp64 is always PyTorch's.
+
+    Raises:
+        ConfigError: there is no such kernel, or it cannot run here.
+    """
+    if kernel not in LOSS_KERNELS:
+        raise ConfigError(f"the loss kernel must be one of {', '.join(LOSS_KERNELS)}, got {kernel!r}")
+    if kernel == "torch":
+        return TorchLogits
+    try:
+        from trainer.loss.triton_passes import INTERPRETED, TritonLogits
+    except ImportError as error:
+        raise ConfigError(
+            f"the loss kernel triton needs the package triton, got: {error}; "
+            "install it or use the loss kernel torch"
+        ) from error
+    device = torch.device(device)
+    if device.type != "cuda" and not INTERPRETED:
+        raise ConfigError(
+            f"the loss kernel triton needs a CUDA device, got {device.type}; use the loss kernel torch"
+        )
+    return TorchLogits if compute == torch.float64 else TritonLogits
+
+
+def rows_per_chunk(
+    vocab_size: int, num_buffers: float, device_type: str, device_bytes: int | None = None
+) -> int:
+    """How many rows to project at a time, from what their buffers take.
+
+    Args:
+        num_buffers: buffers of four bytes per logit, as `ChunkLogits.num_buffers` counts them.
+        device_bytes: the whole memory of a CUDA device; None for any other device. The whole, not what is
+            free: the same run has the same chunks, and so the same bits.
+    """
+    row_bytes = 4 * vocab_size * num_buffers
+    if device_bytes is not None:
+        rows = max(CUDA_CHUNK_ROWS, int(device_bytes / CUDA_SHARE / row_bytes))
+        rows = min(rows, int(device_bytes / CUDA_LARGEST_SHARE / row_bytes))
+        return max(CUDA_ROW_TILE, rows // CUDA_ROW_TILE * CUDA_ROW_TILE)
+    budget = CPU_CHUNK_BYTES if device_type == "cpu" else OTHER_CHUNK_BYTES
+    return max(MIN_CHUNK_ROWS, int(budget // row_bytes))
+
+
+def default_chunk_size(projection: Projection, beta: float, kind: type[ChunkLogits]) -> int:
+    """Rows per chunk for this output head on the device where it is."""
+    device = projection.weight_VD.device
+    device_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    num_buffers = kind.num_buffers(projection, beta)
+    return rows_per_chunk(len(projection.weight_VD), num_buffers, device.type, device_bytes)
+
+
 @dataclass(frozen=True)
-class Wanted:
-    """Which gradients to compute."""
+class Chunk:
+    """A run of the rows that count: start and stop of rows, positions, entries, draws; host integers."""
+
+    rows: tuple[int, int]
+    positions: tuple[int, int] = (0, 0)
+    entries: tuple[int, int] = (0, 0)
+    draws: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The rows that count and how they are walked."""
+
+    rows_M: torch.Tensor
+    """int64: indices into the N rows, ascending."""
+    labels_M: torch.Tensor
+    """int64: their labels, IGNORED where a row has only a teacher target."""
+    chunks: tuple[Chunk, ...]
+    targets: TeacherTargets | None
+
+    @property
+    def num_labelled(self) -> torch.Tensor:
+        """Rows with cross-entropy, a 0-d tensor."""
+        return (self.labels_M != IGNORED).sum()
+
+    def targets_of(self, chunk: Chunk) -> TeacherTargets | None:
+        """The chunk's share of the targets; None where it has no position."""
+        if self.targets is None or chunk.positions[0] == chunk.positions[1]:
+            return None
+        return self.targets.slice(chunk.rows[0], chunk.positions, chunk.entries, chunk.draws)
+
+
+def plan_rows(
+    labels_N: torch.Tensor,
+    teacher: TeacherBatch | None,
+    *,
+    vocab_size: int,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> RowPlan:
+    """Select the rows that count and cut them into chunks of nearly equal size, at most `chunk_size` rows.
+
+    One transfer answers everything that the host has to know: whether all values keep the rules, how many
+    rows count, and where the chunks cut positions, entries and draws.
+
+    Raises:
+        ConfigError: a label is outside the vocabulary.
+        FormatError: teacher rows are not ascending or not in the batch, or a token is not in the vocabulary.
+    """
+    num_rows, device = labels_N.numel(), labels_N.device
+    if teacher is not None and len(teacher) == 0:
+        teacher = None
+    rules = value_rules(labels_N, teacher, vocab_size)
+    # One row more than there are, for teacher rows that break the rule: nothing is known to keep it yet.
+    counts_N1 = torch.zeros(num_rows + 1, dtype=torch.bool, device=device)
+    counts_N1[:num_rows] = labels_N != IGNORED
+    if teacher is not None:
+        rows_P = teacher.rows.clamp(0, num_rows)
+        counts_N1.index_fill_(0, rows_P, True)
+    rank_N1 = counts_N1.cumsum(0)  # the m-th row that counts has rank m
+    total = rank_N1[-1]
+    to_host = [torch.stack([rule.broken.any() for rule in rules]).long(), total[None]]
+    most_chunks = math.ceil(num_rows / chunk_size)
+    if teacher is not None:
+        place_P = rank_N1[rows_P] - 1
+        num_chunks = (total + chunk_size - 1) // chunk_size
+        cuts = torch.arange(most_chunks + 1, device=device).minimum(num_chunks)
+        edges = torch.searchsorted(place_P, total * cuts // num_chunks.clamp_min(1))
+        draws = torch.zeros_like(edges) if teacher.draw_offsets is None else teacher.draw_offsets[edges]
+        to_host += [edges, teacher.offsets[edges], draws]
+    numbers = torch.cat(to_host).tolist()
+    for rule, broken in zip(rules, numbers, strict=False):
+        if broken:
+            rule.refuse()
+    num_selected = numbers[len(rules)]
+    num_chunks_known = math.ceil(num_selected / chunk_size)
+    bounds = [num_selected * i // max(num_chunks_known, 1) for i in range(num_chunks_known + 1)]
+    rows_M = torch.searchsorted(rank_N1, torch.arange(1, num_selected + 1, device=device))
+    labels_M = labels_N[rows_M].long()
+    if teacher is None:
+        return RowPlan(rows_M, labels_M, tuple(Chunk(run) for run in pairwise(bounds)), None)
+    at = [
+        numbers[start : start + num_chunks_known + 1]
+        for start in range(len(rules) + 1, len(numbers), most_chunks + 1)
+    ]
+    chunks = tuple(Chunk(*runs) for runs in zip(*map(pairwise, (bounds, *at)), strict=True))
+    return RowPlan(rows_M, labels_M, chunks, teacher_targets(teacher, place_P, dtype))
+
+
+@dataclass(frozen=True)
+class NeededGradients:
+    """Which inputs want a gradient."""
 
     hidden: bool
     weight: bool
@@ -43,86 +201,88 @@ class Wanted:
         return self.hidden or self.weight or self.bias
 
 
-@dataclass
-class FusedResult:
-    """Sums over all rows, and gradients of `unit * loss` (None where not wanted)."""
+@dataclass(frozen=True)
+class LossSetup:
+    """All that a walk has to know besides the hidden states."""
 
-    sum_ce: torch.Tensor
-    sum_kl: torch.Tensor
-    sum_student_head_mass: torch.Tensor
+    projection: Projection
+    plan: RowPlan
+    weights: RowWeights
+    """Of the loss."""
+    unit: torch.Tensor
+    """0-d: gradients are those of `unit` times the loss."""
+    beta: float
+    """1 / T of the teacher's targets, 1 without any."""
+    reverse: bool
+    num_weight_rows: int
+    """Rows of the output head with its padding, whose gradient is zero."""
+    logits_type: type[ChunkLogits]
+
+
+@dataclass
+class LossSums:
+    """Sums over all rows, and gradients of `unit * loss` (None where not needed)."""
+
+    ce: torch.Tensor
+    kl: torch.Tensor
+    student_kept_mass: torch.Tensor
     grad_hidden_MD: torch.Tensor | None = None
     grad_weight_VD: torch.Tensor | None = None
+    """With padding, in fp32 (fp64)."""
     grad_bias_V: torch.Tensor | None = None
+    """With padding, in fp32 (fp64)."""
 
 
-def default_chunk_size(vocab_size: int, num_buffers: float, device_type: str) -> int:
-    """Rows per chunk: as many as a fixed number of bytes holds, and at least `MIN_CHUNK_ROWS`."""
-    budget = CHUNK_BYTES.get(device_type, DEFAULT_CHUNK_BYTES)
-    return max(MIN_CHUNK_ROWS, int(budget // (4 * vocab_size * num_buffers)))
-
-
-def fused_loss(
-    hidden_ND: torch.Tensor,
-    head: Head,
-    plan: RowPlan,
-    *,
-    weights: RowWeights,
-    beta: float,
-    reverse: bool,
-    num_weight_rows: int,
-    wanted: Wanted,
-    tables: FeatureTables | None = None,
-    passes_type: type[Passes] = TorchPasses,
-) -> FusedResult:
-    """Walk the chunks of `plan`. The head's gradient has `num_weight_rows` rows, zero in the padding."""
-    weight_VD = head.weight_VD
+def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradients) -> LossSums:
+    """Walk the chunks of the plan; waits for nothing."""
+    projection, plan = setup.projection, setup.plan
+    weight_VD, scale = projection.weight_VD, projection.logit_scale
     compute, device = weight_VD.dtype, weight_VD.device
     arithmetic = arithmetic_dtype(compute)
     vocab_size, hidden_size = weight_VD.shape
-    result = FusedResult(*(torch.zeros((), dtype=arithmetic, device=device) for _ in range(3)))
-    num_selected = plan.rows_M.numel()
-    if wanted.hidden:
-        result.grad_hidden_MD = torch.empty(num_selected, hidden_size, dtype=compute, device=device)
-    if wanted.weight:
-        result.grad_weight_VD = torch.zeros(num_weight_rows, hidden_size, dtype=arithmetic, device=device)
-    if wanted.bias:
-        result.grad_bias_V = torch.zeros(num_weight_rows, dtype=arithmetic, device=device)
+    sums = LossSums(*(torch.zeros((), dtype=arithmetic, device=device) for _ in range(3)))
+    if needed.hidden:
+        sums.grad_hidden_MD = torch.empty(plan.rows_M.numel(), hidden_size, dtype=compute, device=device)
+    if needed.weight:
+        shape = setup.num_weight_rows, hidden_size
+        sums.grad_weight_VD = torch.zeros(shape, dtype=arithmetic, device=device)
+    if needed.bias:
+        sums.grad_bias_V = torch.zeros(setup.num_weight_rows, dtype=arithmetic, device=device)
     if not plan.chunks:
-        return result
+        return sums
 
-    longest = max(chunk.stop - chunk.start for chunk in plan.chunks)
-
-    passes = passes_type(head, longest, Work(beta if plan.targets is not None else 1.0, tables is not None))
+    weights = RowWeights(setup.weights.ce * setup.unit, setup.weights.kl * setup.unit)
+    longest = max(chunk.rows[1] - chunk.rows[0] for chunk in plan.chunks)
+    logits = setup.logits_type(projection, longest, setup.beta)
     for chunk in plan.chunks:
-        hidden_CD = hidden_ND.index_select(0, plan.rows_M[chunk.start : chunk.stop]).to(compute)
-        has_teacher = plan.targets is not None and chunk.teacher_rows[0] < chunk.teacher_rows[1]
-        sums = process_chunk(
-            passes,
+        rows = slice(*chunk.rows)
+        hidden_CD = hidden_ND.index_select(0, plan.rows_M[rows]).to(compute)
+        found = process_chunk(
+            logits,
             hidden_CD,
-            plan.labels_M[chunk.start : chunk.stop],
-            plan.targets.slice(chunk) if has_teacher and plan.targets is not None else None,
+            plan.labels_M[rows],
+            plan.targets_of(chunk),
             weights=weights,
-            beta=beta,
-            reverse=reverse,
-            want_gradient=wanted.any,
-            tables=tables,
+            beta=setup.beta,
+            reverse=setup.reverse,
+            want_gradient=needed.any,
         )
-        result.sum_ce += sums.ce
-        result.sum_kl += sums.kl
-        result.sum_student_head_mass += sums.student_head_mass
-        gradient_CV = sums.gradient_CV
+        sums.ce += found.ce
+        sums.kl += found.kl
+        sums.student_kept_mass += found.student_kept_mass
+        gradient_CV = found.gradient_CV
         if gradient_CV is None:
             continue
-        if result.grad_hidden_MD is not None:
-            out_CD = result.grad_hidden_MD[chunk.start : chunk.stop]
+        if sums.grad_hidden_MD is not None:
+            out_CD = sums.grad_hidden_MD[rows]
             torch.mm(gradient_CV, weight_VD, out=out_CD)
-            if head.logit_scale != 1.0:
-                out_CD.mul_(head.logit_scale)
-        if result.grad_weight_VD is not None:
-            _accumulate(result.grad_weight_VD[:vocab_size], gradient_CV, hidden_CD, head.logit_scale)
-        if result.grad_bias_V is not None:
-            result.grad_bias_V[:vocab_size].add_(passes.bias_gradient(), alpha=head.logit_scale)
-    return result
+            if scale != 1.0:
+                out_CD.mul_(scale)
+        if sums.grad_weight_VD is not None:
+            _accumulate(sums.grad_weight_VD[:vocab_size], gradient_CV, hidden_CD, scale)
+        if sums.grad_bias_V is not None:
+            sums.grad_bias_V[:vocab_size].add_(logits.bias_gradient(), alpha=scale)
+    return sums
 
 
 def _accumulate(

@@ -1,38 +1,51 @@
 """The arithmetic of one chunk: logits in; cross-entropy, KL and the gradient with respect to the logits out.
 
-With z the logits, beta = 1/T, H the teacher's head of a row, R all other tokens, p the teacher, q the
-student at temperature T, P and Q their head masses, every objective has a gradient that is one number per row
-times q_j on R, and something particular on the few entries of H:
+With z the logits, beta = 1/T, H the kept tokens of a row, R all others (the tail), p the teacher, q the student
+at temperature T, P and Q the masses of H, every objective has a gradient that is one number per row times q_j
+on R, and something particular on the few entries of H:
 
     cross-entropy   softmax(z)_j - [j = label]
     forward KL      R: beta q_j (1 - r), r = (1 - P)/(1 - Q)        H: beta (q_j - p_j)
     reverse KL      R: beta q_j (f_R - KL)                          H: beta q_j (f_j - KL)
                     f = log q - log p, per entry of H, and once for the whole tail
 
-With tail moments a forward KL has one more term on R, whose multiplier differs from token to token
-(loss_tail.py); with tail draws it has terms at the drawn tokens, and one more number per row (loss_draws.py).
-
-So the chunk is exponentiated once (twice when T != 1), its head entries are set to zero, and the row sum of
+So the chunk is exponentiated once (twice when T != 1), its kept entries are set to zero, and the row sum of
 what is left *is* the student's tail mass: a sum of positive terms, never 1 - Q. Then one multiplication per
-row turns the exponentials into the gradient, and the head entries are written over. docs/method.md derives
-all this. Here it is bookkeeping of rows and single tokens; what touches all of [C, V] is in loss_passes.py.
+row turns the exponentials into the gradient, and the kept entries are written over.
 
-C: rows of the chunk, V: vocabulary, K: rows of the chunk with teacher targets, E: their head entries.
+**Draws.** The bucket of a forward KL leaves out (1 - P) KL(p~ || q~), the divergence of the two tail shapes.
+Written as a sum over the tail of terms that are zero where both agree,
+
+    (1 - P) KL(p~ || q~) = sum_R p_j (r_j - 1 - log r_j),    r_j = (1 - P) q~_j / p_j
+
+it has an unbiased estimate from drawn tokens: each draw's term over its expected number of draws (Horvitz
+and Thompson, 1952; formats/logprobs/tail_draws.py). So has its gradient, which is one number at each drawn
+token and one per row; and at the initial weights every single term of both is zero: no draw pulls the model
+anywhere. docs/derivations.md derives all this.
+
+C: rows of the chunk, V: vocabulary, D: hidden size, P: positions of the chunk with teacher targets, E: their
+kept entries, S: their tail draws.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from trainer.loss.logits import Passes, RowGradient
-from trainer.loss.loss_draws import drawn_tail
-from trainer.loss.loss_tail import FeatureTables, damping, tilt
-from trainer.loss.targets import IGNORE_INDEX, LOG_FLOOR, TeacherTargets, segment_sum
+from trainer.data.teacher_batch import IGNORED
+from trainer.loss.logits import ChunkLogits, LogitGradient
+from trainer.loss.targets import LOG_FLOOR, TeacherTargets, segment_sum
+
+LARGEST_SHARE = 1.0
+"""One draw of a rare token that the student has made likely would outweigh all others. Its share of the
+student, r p/pi, stands for a probability, so it counts as at most one in the gradient (its value continues
+with the logarithm, so it stays an integral)."""
+LARGEST_RATIO = 10.0
+"""Up to here r counts in full whatever its share: the initial weights, r = 1, stay out of the limit's reach."""
 
 
 @dataclass(frozen=True)
 class RowWeights:
-    """What one row's cross-entropy and KL weigh in the loss: the reciprocal denominators, times `kl_coef`."""
+    """What one row's cross-entropy and one position's KL weigh in the loss; 0-d tensors."""
 
     ce: torch.Tensor
     kl: torch.Tensor
@@ -44,106 +57,100 @@ class ChunkSums:
 
     ce: torch.Tensor
     kl: torch.Tensor
-    student_head_mass: torch.Tensor
+    student_kept_mass: torch.Tensor
     gradient_CV: torch.Tensor | None
     """In the compute dtype; None unless asked for. A buffer that the next chunk overwrites."""
 
 
 @dataclass(frozen=True)
 class BucketedKL:
-    """KL of every row and the two parts of its gradient."""
+    """KL of every position and the two parts of its gradient."""
 
-    kl_K: torch.Tensor
-    tail_coefficient_K: torch.Tensor
+    kl_P: torch.Tensor
+    tail_coefficient_P: torch.Tensor
     """On R the gradient is this times q_j."""
-    head_gradient_E: torch.Tensor
+    kept_gradient_E: torch.Tensor
     probs_E: torch.Tensor
-    """q_j of the head entries."""
-    tail_K: torch.Tensor
+    """q_j of the kept tokens."""
+    tail_P: torch.Tensor
     """1 - Q."""
 
 
 def bucketed_kl(
     shifted_E: torch.Tensor,
-    sum_K: torch.Tensor,
-    tail_sum_K: torch.Tensor,
+    sum_P: torch.Tensor,
+    tail_sum_P: torch.Tensor,
     targets: TeacherTargets,
     *,
     beta: float,
     reverse: bool,
 ) -> BucketedKL:
-    """KL between teacher and student over the head entries and one tail bucket.
+    """KL between teacher and student over the kept tokens and one tail bucket.
 
     Args:
-        shifted_E: beta (z_j - max z) of the head entries.
-        sum_K: sum over the vocabulary of exp(beta (z_j - max z)).
-        tail_sum_K: the same over R only, summed directly.
+        shifted_E: beta (z_j - max z) of the kept tokens.
+        sum_P: sum over the vocabulary of exp(beta (z_j - max z)).
+        tail_sum_P: the same over R only, summed directly.
     """
-    log_sum_K = sum_K.log()
-    log_q_E = shifted_E - log_sum_K[targets.row_E]
+    log_sum_P = sum_P.log()
+    log_q_E = shifted_E - log_sum_P[targets.position_E]
     q_E = log_q_E.exp()
-    tail_q_K = tail_sum_K / sum_K
-    log_tail_q_K = (tail_sum_K.log() - log_sum_K).clamp_min(LOG_FLOOR[sum_K.dtype])
+    tail_q_P = tail_sum_P / sum_P
+    log_tail_q_P = (tail_sum_P.log() - log_sum_P).clamp_min(LOG_FLOOR[sum_P.dtype])
     log_ratio_E = log_q_E - targets.log_probs_E
-    log_tail_ratio_K = log_tail_q_K - targets.log_tail_K
+    log_tail_ratio_P = log_tail_q_P - targets.log_tail_P
     if reverse:
-        kl_K = segment_sum(q_E * log_ratio_E, targets.offsets_K1) + tail_q_K * log_tail_ratio_K
-        tail_coefficient_K = beta * (log_tail_ratio_K - kl_K)
-        head_gradient_E = beta * q_E * (log_ratio_E - kl_K[targets.row_E])
+        kl_P = segment_sum(q_E * log_ratio_E, targets.offsets_P1) + tail_q_P * log_tail_ratio_P
+        tail_coefficient_P = beta * (log_tail_ratio_P - kl_P)
+        kept_gradient_E = beta * q_E * (log_ratio_E - kl_P[targets.position_E])
     else:
-        head_K = segment_sum(targets.probs_E * log_ratio_E, targets.offsets_K1)
-        kl_K = -head_K - targets.tail_K * log_tail_ratio_K
-        tail_coefficient_K = -beta * torch.expm1(-log_tail_ratio_K)
-        head_gradient_E = beta * (q_E - targets.probs_E)
-    return BucketedKL(kl_K, tail_coefficient_K, head_gradient_E, q_E, tail_q_K)
+        kept_P = segment_sum(targets.probs_E * log_ratio_E, targets.offsets_P1)
+        kl_P = -kept_P - targets.tail_P * log_tail_ratio_P
+        tail_coefficient_P = -beta * torch.expm1(-log_tail_ratio_P)
+        kept_gradient_E = beta * (q_E - targets.probs_E)
+    return BucketedKL(kl_P, tail_coefficient_P, kept_gradient_E, q_E, tail_q_P)
 
 
 @dataclass(frozen=True)
-class TailShape:
-    """The part of a forward KL that lies inside the tail."""
+class DrawnTail:
+    """What the draws of a chunk add to its KL."""
 
-    kl_K: torch.Tensor
-    """Its value: half the squared distance of the means, in the metric of the student's tail, times 1 - P."""
-    slope_KF: torch.Tensor
-    """On R its gradient is (offset + slope . u_j) times the student's tail of mass one."""
-    offset_K: torch.Tensor
-    """- slope . m."""
-    tilt_KF: torch.Tensor
-    """The student's tail is reweighted by 1 + x_j, x_j = tilt . (u_j - m)."""
-    mean_KF: torch.Tensor
-    """m."""
-
-    def tilt_of(self, row_S: torch.Tensor, features_SF: torch.Tensor) -> torch.Tensor:
-        """x [S] of single tokens, given by row and features."""
-        return ((features_SF - self.mean_KF[row_S]) * self.tilt_KF[row_S]).sum(1)
+    kl_P: torch.Tensor
+    """The estimated divergence inside the tail."""
+    gradient_S: torch.Tensor
+    """With respect to the logit of each drawn token, before what `tail_P` spreads over the tail."""
+    tail_P: torch.Tensor
+    """On the whole tail the gradient is this times the student's tail of mass one; all of it sums to zero."""
 
 
-def _tail_shape(passes: Passes, targets: TeacherTargets, tables: FeatureTables, beta: float) -> TailShape:
-    """What reweighting the student's tail adds, from its exponentials at T = 1 and at the temperature."""
-    assert targets.tail_mean_KF is not None and targets.tail_noise_K is not None
-    rows_K = targets.position_K
-    mean_CF, covariance_CFF = passes.tail_statistics(tables, at_one=False)
-    mean_KF, covariance_KFF = mean_CF[rows_K], covariance_CFF[rows_K]
-    mean_one_KF, covariance_one_KFF = mean_KF, covariance_KFF
-    if beta != 1.0:
-        mean_CF, covariance_CFF = passes.tail_statistics(tables, at_one=True)
-        mean_one_KF, covariance_one_KFF = mean_CF[rows_K], covariance_CFF[rows_K]
-    a_KF, distance_K = tilt(mean_one_KF, covariance_one_KFF, targets.tail_mean_KF, targets.tail_noise_K)
-    damping_K = damping(a_KF, covariance_KFF, beta)
-    tilt_KF = (beta * damping_K)[:, None] * a_KF
-    weight_K = beta * targets.tail_K
-    slope_KF = -weight_K[:, None] * tilt_KF
-    return TailShape(
-        kl_K=0.5 * beta * weight_K * damping_K * distance_K,
-        slope_KF=slope_KF,
-        offset_K=-(slope_KF * mean_KF).sum(1),
-        tilt_KF=tilt_KF,
-        mean_KF=mean_KF,
+def drawn_tail(
+    shifted_S: torch.Tensor, tail_sum_P: torch.Tensor, targets: TeacherTargets, beta: float
+) -> DrawnTail:
+    """The estimate of the divergence inside the tail, and its gradient.
+
+    Args:
+        shifted_S: beta (z_j - max z) of the drawn tokens.
+        tail_sum_P: sum over the tail of exp(beta (z_j - max z)).
+    """
+    draws = targets.draws
+    assert draws is not None
+    log_tail_sum_P = tail_sum_P.clamp_min(torch.finfo(tail_sum_P.dtype).tiny).log()
+    log_share_P = targets.log_tail_P - log_tail_sum_P
+    log_ratio_S = shifted_S + log_share_P[draws.position_S] - draws.log_probs_S
+    ratio_S = log_ratio_S.clamp_max(50.0).exp()
+    limit_S = (LARGEST_SHARE / draws.scale_S).clamp_min(LARGEST_RATIO)
+    limited_S = torch.minimum(ratio_S, limit_S)
+    beyond_S = limited_S * (ratio_S / limit_S).clamp_min(1.0).log()
+    gradient_S = beta * draws.scale_S * (limited_S - 1.0)
+    return DrawnTail(
+        kl_P=segment_sum(draws.scale_S * (limited_S + beyond_S - 1.0 - log_ratio_S), draws.offsets_P1),
+        gradient_S=gradient_S,
+        tail_P=-segment_sum(gradient_S, draws.offsets_P1),
     )
 
 
 def process_chunk(
-    passes: Passes,
+    logits: ChunkLogits,
     hidden_CD: torch.Tensor,
     labels_C: torch.Tensor,
     targets: TeacherTargets | None,
@@ -152,69 +159,50 @@ def process_chunk(
     beta: float,
     reverse: bool,
     want_gradient: bool,
-    tables: FeatureTables | None = None,
 ) -> ChunkSums:
-    """Project a chunk; return its sums and gradient. With `tables` the tail's shape is matched as well."""
-    labelled_C = labels_C != IGNORE_INDEX
+    """Project a chunk; return its sums and gradient."""
+    labelled_C = labels_C != IGNORED
     ce_weight_C = labelled_C * weights.ce
-    read = passes.read(hidden_CD, labels_C.clamp_min(0), targets)
+    terms = logits.softmax_terms(hidden_CD, labels_C.clamp_min(0), targets)
 
     if targets is None:
-        assert read.sum_C is not None
-        zero = read.sum_C.new_zeros(())
-        sum_ce = ((read.sum_C.log() - read.label_C) * labelled_C).sum()
+        assert terms.sum_C is not None
+        zero = terms.sum_C.new_zeros(())
+        sum_ce = ((terms.sum_C.log() - terms.label_C) * labelled_C).sum()
         written = None
         if want_gradient:
-            written = passes.write(RowGradient(ce_weight_C / read.sum_C, ce_weight_C), None)
+            written = logits.gradient(LogitGradient(ce_weight_C / terms.sum_C, ce_weight_C))
         return ChunkSums(sum_ce, zero, zero, written)
 
-    assert read.head_E is not None
-    tail_sum_K = read.tail_sum_C[targets.position_K]
-    sum_K = tail_sum_K + segment_sum(read.head_E.exp(), targets.offsets_K1)
-    kl = bucketed_kl(read.head_E, sum_K, tail_sum_K, targets, beta=beta, reverse=reverse)
-    sum_C = read.sum_C
+    assert terms.kept_E is not None
+    tail_sum_P = terms.tail_sum_C[targets.place_P]
+    sum_P = tail_sum_P + segment_sum(terms.kept_E.exp(), targets.offsets_P1)
+    kl = bucketed_kl(terms.kept_E, sum_P, tail_sum_P, targets, beta=beta, reverse=reverse)
+    sum_C = terms.sum_C
     if sum_C is None:
-        sum_C = read.tail_sum_C.index_copy(0, targets.position_K, sum_K)
-
-    shape = None
-    if tables is not None:
-        shape = _tail_shape(passes, targets, tables, beta)
-    inside_K = None if shape is None else shape.kl_K
+        sum_C = terms.tail_sum_C.index_copy(0, targets.place_P, sum_P)
     drawn = None
     if targets.draws is not None:
-        assert read.draw_S is not None
-        tilt_S = None
-        if shape is not None and tables is not None:
-            features_SF = tables.values_FV[:, targets.draws.token_ids_S].t()
-            tilt_S = shape.tilt_of(targets.draws.row_S, features_SF)
-        drawn = drawn_tail(read.draw_S, tail_sum_K, targets, tilt_S, beta)
-        inside_K = drawn.kl_K  # an estimate of all of it: the moments are its control variate
+        assert terms.drawn_S is not None
+        drawn = drawn_tail(terms.drawn_S, tail_sum_P, targets, beta)
     written = None
     if want_gradient:
-        tail_C = torch.zeros_like(sum_C).index_copy_(
-            0, targets.position_K, weights.kl * kl.tail_coefficient_K / sum_K
-        )
-        scale_K = weights.kl / tail_sum_K.clamp_min(torch.finfo(tail_sum_K.dtype).tiny)
-        slope_CF = None
+        tail_P = weights.kl * kl.tail_coefficient_P / sum_P
         if drawn is not None:
-            tail_C.index_add_(0, targets.position_K, scale_K * drawn.tail_K)
-        if shape is not None:
-            slope_CF = shape.slope_KF.new_zeros(len(sum_C), shape.slope_KF.shape[1])
-            slope_CF.index_copy_(0, targets.position_K, scale_K[:, None] * shape.slope_KF)
-            tail_C.index_add_(0, targets.position_K, scale_K * shape.offset_K)
-        gradient = RowGradient(
+            spread_P = weights.kl / tail_sum_P.clamp_min(torch.finfo(tail_sum_P.dtype).tiny)
+            tail_P = tail_P + spread_P * drawn.tail_P
+        gradient = LogitGradient(
             ce_C=ce_weight_C / sum_C,
             ce_weight_C=ce_weight_C,
-            tail_C=tail_C,
-            slope_CF=slope_CF,
+            tail_C=torch.zeros_like(sum_C).index_copy_(0, targets.place_P, tail_P),
             probs_E=kl.probs_E,
-            head_E=weights.kl * kl.head_gradient_E,
-            draw_S=None if drawn is None else weights.kl * drawn.gradient_S,
+            kept_E=weights.kl * kl.kept_gradient_E,
+            drawn_S=None if drawn is None else weights.kl * drawn.gradient_S,
         )
-        written = passes.write(gradient, tables)
+        written = logits.gradient(gradient)
     return ChunkSums(
-        ce=((sum_C.log() - read.label_C) * labelled_C).sum(),
-        kl=kl.kl_K.sum() if inside_K is None else (kl.kl_K + inside_K).sum(),
-        student_head_mass=(1.0 - kl.tail_K).sum(),
+        ce=((sum_C.log() - terms.label_C) * labelled_C).sum(),
+        kl=kl.kl_P.sum() if drawn is None else (kl.kl_P + drawn.kl_P).sum(),
+        student_kept_mass=(1.0 - kl.tail_P).sum(),
         gradient_CV=written,
     )

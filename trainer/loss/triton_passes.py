@@ -1,214 +1,234 @@
-"""The work on whole rows of logits by two Triton kernels, for CUDA: `TorchPasses` with less memory traffic.
+"""The work on whole rows of logits by two Triton kernels, for CUDA: `TorchLogits` with less memory traffic.
 
-The kernels (loss_triton_kernels.py) read the projection in its own dtype and write the gradient over it,
+    row_sums       reads a row once: its maximum, and the sums of exp(z) and exp(beta z), online
+    row_gradient   reads it again and writes the gradient over it: (one exp(z) + tempered exp(beta z)) dz/dx
 
-    g_j = (ce exp(z_j) + exp(beta z_j) (tail + slope . u_j)) dz/dx,
+Both compute in fp32, whatever the dtype in memory, and apply bias, scale and softcap on the way in, so no
+fp32 tensor of size [C, V] exists. A logit of -inf is hidden: it counts in no sum and gets a zero. The kept
+tokens are set to -inf before the first kernel, and remembered: the tail's sum is then a sum of positive terms
+over exactly the tail, and the row's maximum starts at the largest kept entry. What single tokens have (label,
+kept entries, draws) is computed in fp32 by PyTorch and written over the result, so that a bf16 gradient is
+rounded once, also where it is 0.999 - 1.
 
-so no fp32 tensor of size [C, V] exists. With tail moments they also write the normalised exponentials of the
-tail, the operand of a matrix product, into a second buffer.
+Cost per logit of two bytes: 6 bytes of traffic. Threads move 16 bytes at a time where 16 divides V, 2
+elsewhere. No atomics and no tuning at run time: the same inputs give the same bits.
 
-The head's tokens are set to -inf in the projection before the first kernel, and remembered: the tail's sum is
-then a sum of positive terms over exactly the tail, and the row's maximum starts at the largest head entry.
-What single tokens have (label, head, draws) is computed in fp32 by PyTorch and written over the result, so
-that a bf16 gradient is rounded once, also where it is 0.999 - 1.
-
-Cost per logit of two bytes: 6 bytes of traffic, with moments 4 and the product's 2 more, twice those at
-T != 1. Threads move 16 bytes at a time where 16 divides V, 2 elsewhere. No atomics and no tuning at run time:
-the same inputs give the same bits.
-
-C: rows of the chunk, V: vocabulary, E: head entries, S: tail draws, F: token features, X: any single tokens.
+C: rows of the chunk, V: vocabulary, E: kept entries, S: tail draws, X: any single tokens, J: tokens of a
+block.
 """
 
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton import knobs
 
-from trainer.loss.logits import Head, Passes, Readings, RowGradient, Work, flat_entries
-from trainer.loss.loss_tail import FeatureTables
-from trainer.loss.loss_triton_kernels import row_map, row_sums
+from trainer.loss.logits import ChunkLogits, LogitGradient, Projection, SoftmaxTerms, flat_indices
 from trainer.loss.targets import TeacherTargets, segment_sum
 
 INTERPRETED: bool = knobs.runtime.interpret
 """TRITON_INTERPRET=1: the kernels run on a CPU, for tests."""
 SUM_BLOCK = 4096
-"""Tokens a row-sum program holds at a time; one program per row."""
-MAP_BLOCK = (1, 2048)
-"""Rows and tokens of a row-map program."""
-SLOPE_BLOCK = (16, 128)
-"""The same with moments: several rows share the features they read; 16 is the least a product takes."""
+"""Tokens that a row_sums program holds at a time; one program per row."""
+GRADIENT_BLOCK = 2048
+"""Tokens of a row_gradient program."""
 NUM_WARPS = 8
 
 
-class TritonPasses(Passes):
-    """The projection's buffer becomes the gradient's; a second one of the same dtype for tail moments."""
+@triton.jit
+def _logits(raw, bias_ptr, columns_J, inside_J, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(z, dz/dx) of a block; x is the projection plus bias, times scale. -inf stays -inf."""
+    x = raw.to(tl.float32)
+    hidden = x == -float("inf")
+    if BIAS:
+        x += tl.load(bias_ptr + columns_J, mask=inside_J, other=0.0)
+    x *= scale
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if CAP:
+        decay = tl.exp(-2.0 * tl.abs(x / cap))  # at most 1: tanh without overflow
+        tanh = (1.0 - decay) / (1.0 + decay)
+        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+        x = tl.where(x < 0, -tanh, tanh) * cap
+    return tl.where(hidden, -float("inf"), x), slope
 
-    def __init__(self, head: Head, num_rows: int, work: Work) -> None:
-        self.head, self.beta = head, work.beta
-        weight_VD = head.weight_VD
+
+@triton.jit
+def row_sums(  # type: ignore[no-untyped-def]
+    raw_ptr, bias_ptr, max_ptr, one_ptr, tempered_ptr, num_tokens, stride, scale, cap, beta,
+    BIAS: tl.constexpr, CAP: tl.constexpr, TEMPERED: tl.constexpr, J: tl.constexpr,
+):  # fmt: skip
+    """Maximum of a row (from what `max_ptr` holds on), sums of exp(z - max) and of exp(beta (z - max))."""
+    row = tl.program_id(0)
+    row_ptr = raw_ptr + row.to(tl.int64) * stride  # C V may exceed 32 bits
+    largest = tl.load(max_ptr + row)
+    one = 0.0
+    tempered = 0.0
+    for start in range(0, num_tokens, J):
+        columns_J = start + tl.arange(0, J)
+        inside_J = columns_J < num_tokens
+        raw = tl.load(row_ptr + columns_J, mask=inside_J, other=-float("inf"))
+        z, _ = _logits(raw, bias_ptr, columns_J, inside_J, scale, cap, BIAS, CAP)
+        new = tl.maximum(largest, tl.max(z))
+        one = one * tl.exp(largest - new) + tl.sum(tl.exp(z - new))
+        if TEMPERED:
+            tempered = tempered * tl.exp(beta * (largest - new)) + tl.sum(tl.exp(beta * (z - new)))
+        largest = new
+    tl.store(max_ptr + row, largest)
+    tl.store(one_ptr + row, one)
+    if TEMPERED:
+        tl.store(tempered_ptr + row, tempered)
+
+
+@triton.jit
+def row_gradient(  # type: ignore[no-untyped-def]
+    raw_ptr, bias_ptr, max_ptr, one_ptr, tempered_ptr, num_tokens, stride, scale, cap, beta,
+    BIAS: tl.constexpr, CAP: tl.constexpr, ONE: tl.constexpr, J: tl.constexpr,
+):  # fmt: skip
+    """In place: (one exp(z - max) + tempered exp(beta (z - max))) dz/dx, the first part where ONE says so."""
+    row = tl.program_id(0)
+    columns_J = tl.program_id(1) * J + tl.arange(0, J)
+    inside_J = columns_J < num_tokens
+    row_ptr = raw_ptr + row.to(tl.int64) * stride
+    raw = tl.load(row_ptr + columns_J, mask=inside_J, other=-float("inf"))
+    z, slope = _logits(raw, bias_ptr, columns_J, inside_J, scale, cap, BIAS, CAP)
+    z -= tl.load(max_ptr + row)
+    out = tl.exp(beta * z) * tl.load(tempered_ptr + row)
+    if ONE:
+        out += tl.exp(z) * tl.load(one_ptr + row)
+    if CAP:
+        out *= slope
+    tl.store(row_ptr + columns_J, out.to(raw_ptr.dtype.element_ty), mask=inside_J)
+
+
+class TritonLogits(ChunkLogits):
+    """One buffer, of the compute dtype: the projection becomes the gradient where it lies."""
+
+    def __init__(self, projection: Projection, num_rows: int, beta: float) -> None:
+        self.projection, self.beta = projection, beta
+        weight_VD = projection.weight_VD
         shape = num_rows, len(weight_VD)
-        self._projection = torch.empty(shape, dtype=weight_VD.dtype, device=weight_VD.device)
-        self._weights = torch.empty_like(self._projection) if work.moments else None
+        self._projected = torch.empty(shape, dtype=weight_VD.dtype, device=weight_VD.device)
 
     @staticmethod
-    def num_buffers(head: Head, work: Work) -> float:
-        """One, or two with moments, of the compute dtype."""
-        return (1 + work.moments) * head.weight_VD.dtype.itemsize / 4
+    def num_buffers(projection: Projection, beta: float) -> float:
+        """One of the compute dtype."""
+        return projection.weight_VD.dtype.itemsize / 4
 
     @property
     def _transform(self) -> dict[str, Any]:
         """Arguments of both kernels."""
-        head = self.head
-        cap = float(head.logit_softcap or 0.0)
-        flags = {"BIAS": head.bias_V is not None, "CAP": head.logit_softcap is not None}
-        return {"scale": float(head.logit_scale), "cap": cap, "num_warps": NUM_WARPS, **flags}
+        projection = self.projection
+        cap = float(projection.logit_softcap or 0.0)
+        flags = {"BIAS": projection.bias_V is not None, "CAP": projection.logit_softcap is not None}
+        return {"scale": float(projection.logit_scale), "cap": cap, "num_warps": NUM_WARPS, **flags}
 
-    def read(
+    def softmax_terms(
         self, hidden_CD: torch.Tensor, labels_C: torch.Tensor, targets: TeacherTargets | None
-    ) -> Readings:
-        """Gather single tokens, hide the head, sum the rest in one kernel."""
-        self.projection_CV = self._projection[: len(labels_C)]
-        torch.mm(hidden_CD, self.head.weight_VD.t(), out=self.projection_CV)
-        num_rows, num_tokens = self.projection_CV.shape
-        self.label_C, self.head_E, self.draw_S = flat_entries(labels_C, targets, num_tokens)
-        label_C = self._logits_at(self.label_C)
+    ) -> SoftmaxTerms:
+        """Gather single tokens, hide the kept ones, sum the rest in one kernel."""
+        self.projected_CV = self._projected[: len(labels_C)]
+        torch.mm(hidden_CD, self.projection.weight_VD.t(), out=self.projected_CV)
+        num_rows, num_tokens = self.projected_CV.shape
+        self.at_label_C, self.at_kept_E, self.at_drawn_S = flat_indices(labels_C, targets, num_tokens)
+        label_C = self._logits_at(self.at_label_C)
         self.max_C = label_C.new_full((num_rows,), -torch.inf)
-        head_E = draw_S = None
-        if self.head_E is not None:
-            head_E = self._logits_at(self.head_E)
-            draw_S = None if self.draw_S is None else self._logits_at(self.draw_S)
-            self.max_C.scatter_reduce_(0, self.head_E // num_tokens, head_E, "amax")
-            self.projection_CV.view(-1).index_fill_(0, self.head_E, -torch.inf)
+        kept_E = drawn_S = None
+        if self.at_kept_E is not None:
+            kept_E = self._logits_at(self.at_kept_E)
+            drawn_S = None if self.at_drawn_S is None else self._logits_at(self.at_drawn_S)
+            self.max_C.scatter_reduce_(0, self.at_kept_E // num_tokens, kept_E, "amax")
+            self.projected_CV.view(-1).index_fill_(0, self.at_kept_E, -torch.inf)
         tempered = targets is not None and self.beta != 1.0
         self.one_C = torch.empty_like(self.max_C)
         self.tempered_C = torch.empty_like(self.max_C) if tempered else self.one_C
-        with torch.cuda.device_of(self.projection_CV):
+        with torch.cuda.device_of(self.projected_CV):
             row_sums[(num_rows,)](
-                self.projection_CV, self.head.bias_V, self.max_C, self.one_C, self.tempered_C,
-                num_tokens, num_tokens, beta=self.beta, TEMPERED=tempered, B=SUM_BLOCK, **self._transform,
+                self.projected_CV, self.projection.bias_V, self.max_C, self.one_C, self.tempered_C,
+                num_tokens, num_tokens, beta=self.beta, TEMPERED=tempered, J=SUM_BLOCK, **self._transform,
             )  # fmt: skip
-        # Unlike the readings, these stay at T = 1.
-        self.shifted_label_C = label_C - self.max_C
-        if targets is None or self.head_E is None or head_E is None:
-            return Readings(self.shifted_label_C, self.one_C, self.one_C)
-        self.shifted_E = head_E - self.max_C[self.head_E // num_tokens]
-        if self.draw_S is not None and draw_S is not None:
-            self.shifted_S = draw_S - self.max_C[self.draw_S // num_tokens]
-            draw_S = self.beta * self.shifted_S
+        # Unlike the terms that are returned, these stay at T = 1.
+        self.label_C = label_C - self.max_C
+        if targets is None or self.at_kept_E is None or kept_E is None:
+            return SoftmaxTerms(self.label_C, self.one_C, self.one_C)
+        self.kept_E = kept_E - self.max_C[self.at_kept_E // num_tokens]
+        if self.at_drawn_S is not None and drawn_S is not None:
+            self.drawn_S = drawn_S - self.max_C[self.at_drawn_S // num_tokens]
+            drawn_S = self.beta * self.drawn_S
         sum_C = None
         if tempered:
-            head_K = segment_sum(self.shifted_E.exp(), targets.offsets_K1)
-            sum_C = self.one_C.index_add(0, targets.position_K, head_K)
-        return Readings(self.shifted_label_C, sum_C, self.tempered_C, self.beta * self.shifted_E, draw_S)
+            kept_P = segment_sum(self.kept_E.exp(), targets.offsets_P1)
+            sum_C = self.one_C.index_add(0, targets.place_P, kept_P)
+        return SoftmaxTerms(self.label_C, sum_C, self.tempered_C, self.beta * self.kept_E, drawn_S)
 
-    def _logits_at(self, flat: torch.Tensor) -> torch.Tensor:
+    def _logits_at(self, at_X: torch.Tensor) -> torch.Tensor:
         """z of single tokens, fp32."""
-        head, x = self.head, self.projection_CV.view(-1)[flat].float()
-        if head.bias_V is not None:
-            x = x + head.bias_V[flat % self.projection_CV.shape[1]]
-        x = x * head.logit_scale
-        return x if head.logit_softcap is None else head.logit_softcap * torch.tanh(x / head.logit_softcap)
+        projection, x = self.projection, self.projected_CV.view(-1)[at_X].float()
+        if projection.bias_V is not None:
+            x = x + projection.bias_V[at_X % self.projected_CV.shape[1]]
+        x = x * projection.logit_scale
+        cap = projection.logit_softcap
+        return x if cap is None else cap * torch.tanh(x / cap)
 
-    def _map(
-        self,
-        out_CV: torch.Tensor,
-        beta: float,
-        tempered_C: torch.Tensor,
-        one_C: torch.Tensor | None = None,
-        slope_CF: torch.Tensor | None = None,
-        tables: FeatureTables | None = None,
-        *,
-        derivative: bool,
-    ) -> None:
-        num_rows, num_tokens = out_CV.shape
-        num_features = 0 if slope_CF is None else slope_CF.shape[1]
-        block_R, block_B = SLOPE_BLOCK if num_features else MAP_BLOCK
-        grid = (triton.cdiv(num_rows, block_R), triton.cdiv(num_tokens, block_B))
-        derivative = derivative and self.head.logit_softcap is not None
-        features_FV = None if tables is None else tables.values_FV
-        with torch.cuda.device_of(out_CV):
-            row_map[grid](
-                self.projection_CV, self.head.bias_V, self.max_C, one_C, tempered_C, slope_CF, features_FV,
-                out_CV, num_rows, num_tokens, num_features, num_tokens, beta=beta, DERIVATIVE=derivative,
-                ONE=one_C is not None, SLOPES=num_features > 0, R=block_R, B=block_B, **self._transform,
-            )  # fmt: skip
-
-    def tail_statistics(self, tables: FeatureTables, at_one: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tail's exponentials, normalised and in the compute dtype, times the features."""
-        assert self._weights is not None
-        weights_CV = self._weights[: len(self.max_C)]
-        sum_C = self.one_C if at_one else self.tempered_C
-        scale_C = 1.0 / sum_C.clamp_min(torch.finfo(sum_C.dtype).tiny)
-        self._map(weights_CV, 1.0 if at_one else self.beta, scale_C, derivative=False)
-        return tables.normalised_statistics(weights_CV)
-
-    def write(self, gradient: RowGradient, tables: FeatureTables | None) -> torch.Tensor:
+    def gradient(self, gradient: LogitGradient) -> torch.Tensor:
         """The whole chunk by the kernel, as if all were tail, then single tokens over it."""
         share = self.tempered_C is self.one_C  # at T = 1, or without targets: one exponential serves both
         one_C = None if share else gradient.ce_C
         tail_C = gradient.tail_C
         if tail_C is None or share:
             tail_C = gradient.ce_C if tail_C is None else gradient.ce_C + tail_C
-        flat, beta = self.projection_CV.view(-1), 1.0 if share else self.beta
-        self._map(self.projection_CV, beta, tail_C, one_C, gradient.slope_CF, tables, derivative=True)
-        # Later ones win: a label may be drawn, or be in the head; a draw is never in the head.
-        single_C = self._tail_at(self.label_C, self.shifted_label_C, tail_C, one_C, gradient, tables)
-        self._put(flat, self.label_C, self.shifted_label_C, single_C, gradient)
-        if self.draw_S is not None and gradient.draw_S is not None:
-            single_S = self._tail_at(self.draw_S, self.shifted_S, tail_C, one_C, gradient, tables)
-            single_S = single_S + summed_by_token(self.draw_S, gradient.draw_S)
-            self._put(flat, self.draw_S, self.shifted_S, single_S, gradient)
-        if self.head_E is not None and gradient.head_E is not None:
-            ce_E = gradient.ce_C[self.head_E // self.projection_CV.shape[1]] * self.shifted_E.exp()
-            self._put(flat, self.head_E, self.shifted_E, ce_E + gradient.head_E, gradient)
-        return self.projection_CV
+        num_rows, num_tokens = self.projected_CV.shape
+        grid = num_rows, triton.cdiv(num_tokens, GRADIENT_BLOCK)
+        with torch.cuda.device_of(self.projected_CV):
+            row_gradient[grid](
+                self.projected_CV, self.projection.bias_V, self.max_C, one_C, tail_C,
+                num_tokens, num_tokens, beta=1.0 if share else self.beta, ONE=one_C is not None,
+                J=GRADIENT_BLOCK, **self._transform,
+            )  # fmt: skip
+        # Later ones win: a label may be drawn, or be kept; a draw is never kept.
+        label_C = self._tail_at(self.at_label_C, self.label_C, tail_C, one_C)
+        self._put(self.at_label_C, self.label_C, label_C, gradient)
+        if self.at_drawn_S is not None and gradient.drawn_S is not None:
+            drawn_S = self._tail_at(self.at_drawn_S, self.drawn_S, tail_C, one_C)
+            drawn_S = drawn_S + summed_by_token(self.at_drawn_S, gradient.drawn_S)
+            self._put(self.at_drawn_S, self.drawn_S, drawn_S, gradient)
+        if self.at_kept_E is not None and gradient.kept_E is not None:
+            ce_E = gradient.ce_C[self.at_kept_E // num_tokens] * self.kept_E.exp()
+            self._put(self.at_kept_E, self.kept_E, ce_E + gradient.kept_E, gradient)
+        return self.projected_CV
 
     def _tail_at(
-        self,
-        flat_X: torch.Tensor,
-        shifted_X: torch.Tensor,
-        tail_C: torch.Tensor,
-        one_C: torch.Tensor | None,
-        gradient: RowGradient,
-        tables: FeatureTables | None,
+        self, at_X: torch.Tensor, z_X: torch.Tensor, tail_C: torch.Tensor, one_C: torch.Tensor | None
     ) -> torch.Tensor:
         """What the kernel has computed for single tokens of the tail, before it was rounded."""
-        num_tokens = self.projection_CV.shape[1]
-        row_X = flat_X // num_tokens
-        factor_X = tail_C[row_X]
-        if gradient.slope_CF is not None and tables is not None:
-            features_XF = tables.values_FV[:, flat_X % num_tokens].t()
-            factor_X = factor_X + (gradient.slope_CF[row_X] * features_XF).sum(1)
+        row_X = at_X // self.projected_CV.shape[1]
         if one_C is None:
-            return factor_X * shifted_X.exp()
-        return factor_X * (self.beta * shifted_X).exp() + one_C[row_X] * shifted_X.exp()
+            return tail_C[row_X] * z_X.exp()
+        return tail_C[row_X] * (self.beta * z_X).exp() + one_C[row_X] * z_X.exp()
 
     def _put(
-        self,
-        flat: torch.Tensor,
-        flat_X: torch.Tensor,
-        shifted_X: torch.Tensor,
-        value_X: torch.Tensor,
-        gradient: RowGradient,
+        self, at_X: torch.Tensor, z_X: torch.Tensor, value_X: torch.Tensor, gradient: LogitGradient
     ) -> None:
         """Less the label's share, times the softcap's derivative, rounded once."""
-        row_X = flat_X // self.projection_CV.shape[1]
-        value_X = value_X - gradient.ce_weight_C[row_X] * (flat_X == self.label_C[row_X])
-        if self.head.logit_softcap is not None:
-            tanh_X = (shifted_X + self.max_C[row_X]) / self.head.logit_softcap
+        row_X = at_X // self.projected_CV.shape[1]
+        value_X = value_X - gradient.ce_weight_C[row_X] * (at_X == self.at_label_C[row_X])
+        if self.projection.logit_softcap is not None:
+            tanh_X = (z_X + self.max_C[row_X]) / self.projection.logit_softcap
             value_X = value_X * (1.0 - tanh_X.square())
-        flat.index_copy_(0, flat_X, value_X.to(flat.dtype))
+        flat = self.projected_CV.view(-1)
+        flat.index_copy_(0, at_X, value_X.to(flat.dtype))
 
     def bias_gradient(self) -> torch.Tensor:
         """From the rounded gradient, summed in fp32."""
-        return self.projection_CV.sum(dim=0, dtype=torch.float32)
+        return self.projected_CV.sum(dim=0, dtype=torch.float32)
 
 
-def summed_by_token(flat_S: torch.Tensor, value_S: torch.Tensor) -> torch.Tensor:
+def summed_by_token(at_S: torch.Tensor, value_S: torch.Tensor) -> torch.Tensor:
     """For each draw the sum over all draws of its token, in a fixed order, without waiting for the device."""
-    flat, order = flat_S.sort(stable=True)
-    first, last = torch.searchsorted(flat, flat), torch.searchsorted(flat, flat, right=True)
+    sorted_S, order_S = at_S.sort(stable=True)
+    first_S = torch.searchsorted(sorted_S, sorted_S)
+    last_S = torch.searchsorted(sorted_S, sorted_S, right=True)
     # Segment i runs to where the next draw's token begins: all of a token's draws are in its last segment.
-    total = segment_sum(value_S[order], torch.cat([first, first.new_full((1,), len(flat))]))[last - 1]
-    return torch.empty_like(value_S).index_copy_(0, order, total)
+    offsets = torch.cat([first_S, first_S.new_full((1,), len(sorted_S))])
+    total_S = segment_sum(value_S[order_S], offsets)[last_S - 1]
+    return torch.empty_like(value_S).index_copy_(0, order_S, total_S)

@@ -10,30 +10,29 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
-from formats.errors import ConfigError
-from formats.identity.fingerprint import ModelFingerprint
-from trainer.loading import load_tokenizer, quiet_transformers
-from trainer.merging.card import merge_card
-from trainer.merging.checks import find_model, identity_of, require_descendant
-from trainer.merging.methods import Merge, merge_of
-from trainer.merging.settings import MergeConfig
-from trainer.merging.weights import StoredWeights, tied_names, write_like
-from trainer.result.run_directory import RECORD_NAME
-from trainer.result.saving import copy_companions
-
-Progress = Callable[[int, int], None]
+from formats.errors import ConfigError, IdentityMismatchError
+from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.progress import Progress
+from trainer.loading import given_as, load_tokenizer, quiet_transformers, require_plain_weights
+from trainer.merging.methods import FORMULAS, Merge, MergeConfig, merge_of
+from trainer.merging.weights import open_safetensors, tied_names
+from trainer.result.model_card import card_head
+from trainer.result.run_directory import RECORD_NAME, recorded_initial
+from trainer.result.saving import copy_companions, write_config
+from trainer.result.stored_weights import write_like
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """What a merge did."""
+class MergedModel:
+    """A model that was merged, and from how much."""
 
     out: Path
     """The model directory."""
@@ -50,12 +49,12 @@ class MergeReport:
         return f"merged {models}, {self.num_tensors} tensors in {self.seconds:.0f} s; model in {self.out}"
 
 
-def merge(config: MergeConfig, progress: Progress = lambda done, total: None) -> MergeReport:
+def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     """Merge `config.tuned` with `config.initial` and write the result to `config.out`.
 
     Args:
         config: models, method, strengths.
-        progress: called with (tensors done, tensors in all).
+        progress: a phase of tensors; silent by default.
 
     Raises:
         ConfigError: a model, its tensors or the output directory do not fit.
@@ -63,25 +62,24 @@ def merge(config: MergeConfig, progress: Progress = lambda done, total: None) ->
         IdentityMismatchError: a tuned model comes from another initial model, or has another tokenizer.
     """
     started = time.perf_counter()
+    progress = progress or Progress()
     quiet_transformers()
     function = merge_of(config)
     out = Path(config.out)
     require_empty(out)
     initial_dir = find_model(config.initial, "--initial")
     tuned_dirs = [find_model(name, "TUNED") for name in config.tuned]
-    initial, tuned = StoredWeights(initial_dir), [StoredWeights(path) for path in tuned_dirs]
+    initial, tuned = open_safetensors(initial_dir), [open_safetensors(path) for path in tuned_dirs]
     identity = identity_of(initial_dir, config.initial, load_tokenizer(initial_dir))
     for path in tuned_dirs:
         require_descendant(path, identity)
     names = [tied_names(initial, weights) for weights in tuned]
-    done = 0
+    progress.start("merge", len(initial.shapes), unit="tensor")
 
     def tensor_of(name: str) -> torch.Tensor:
-        nonlocal done
         others = [weights[known[name]] for weights, known in zip(tuned, names, strict=True)]
         merged = merge_tensor(name, function, initial[name], others)
-        done += 1
-        progress(done, len(initial.shapes))
+        progress.advance(1)
         return merged
 
     record = {
@@ -97,17 +95,18 @@ def merge(config: MergeConfig, progress: Progress = lambda done, total: None) ->
         },
     }
     with staged(out) as staging:
-        for file in initial.files:
-            write_like(file, staging / file.name, tensor_of)
-        for index in initial_dir.glob("*.safetensors.index.json"):
-            shutil.copyfile(index, staging / index.name)
+        write_like(initial, staging, tensor_of)
+        progress.finish()
         copy_companions(initial_dir, staging)
-        shutil.copyfile(initial_dir / "config.json", staging / "config.json")
+        write_config(initial_dir, staging, None)
         (staging / "README.md").write_text(merge_card(config, identity), encoding="utf-8")
         text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)
         atomic_write_bytes(staging / RECORD_NAME, text.encode())
-    return MergeReport(
-        out=out, num_models=len(tuned), num_tensors=done, seconds=time.perf_counter() - started
+    return MergedModel(
+        out=out,
+        num_models=len(tuned),
+        num_tensors=len(initial.shapes),
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -173,3 +172,65 @@ def staged(out: Path) -> Iterator[Path]:
             for parent in made:
                 parent.rmdir()
         raise
+
+
+# --- which models belong together ---------------------------------------------------------------------
+
+
+def find_model(name: str, what: str) -> Path:
+    """The directory of a model.
+
+    Raises:
+        ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
+    """
+    with given_as(what):
+        path = resolve_model(name)
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{what} must be a whole model, got adapters alone in {path}; train with lora.merge: true"
+            )
+        raise ConfigError(f"{what} must be a finished model, got no config.json in {path}; finish its run")
+    require_plain_weights(path, what)
+    return path
+
+
+def identity_of(initial: Path, name: str, tokenizer: Any) -> dict[str, Any]:
+    """What `anneal.json` says of the initial model, as a training run says it from its cache."""
+    model = ModelFingerprint.of(initial)
+    teacher = {"name": name, "weights": model.weights, "config": model.config}
+    return {"teacher": teacher, "tokenizer": vars(TokenizerFingerprint.of(tokenizer))}
+
+
+def require_descendant(tuned: Path, identity: dict[str, Any]) -> None:
+    """Refuse a tuned model that records another initial model, or reads text otherwise.
+
+    Raises:
+        IdentityMismatchError: naming the part that differs.
+    """
+    recorded, weights = recorded_initial(tuned), identity["teacher"]["weights"]
+    if recorded not in (None, weights):
+        raise IdentityMismatchError(
+            f"tuned models must come from --initial, got {tuned}, which was trained from other weights "
+            f"({str(recorded)[:12]}; --initial has {weights[:12]}); give the model it was trained from"
+        )
+    found = vars(TokenizerFingerprint.of(load_tokenizer(tuned)))
+    for part, meaning in (("vocabulary", "vocabulary"), ("pipeline", "tokenizer pipeline")):
+        if found[part] != identity["tokenizer"][part]:
+            raise IdentityMismatchError(
+                f"tuned models must use the tokenizer of --initial, got another {meaning} in {tuned}; merge "
+                "models that were fine-tuned from --initial"
+            )
+
+
+def merge_card(config: MergeConfig, identity: Mapping[str, Any]) -> str:
+    """The card as Markdown with the front matter that model hubs read."""
+    base = str(identity["teacher"]["name"])
+    title, formula = FORMULAS[config.method]
+    lines = card_head(base, "merge", f"merged by {title}")
+    lines += [f"The weights are `{formula}`, theta0 being those of `{base}`.", "", "| setting | value |"]
+    lines += ["|---|---|", f"| initial model | `{base}` |"]
+    lines += [f"| tuned model | `{name}` |" for name in config.tuned]
+    lines += [f"| {name} | {value:g} |" for name, value in config.strengths().items()]
+    lines += ["", "What was merged is recorded in `anneal.json`.", ""]
+    return "\n".join(lines)

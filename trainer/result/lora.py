@@ -1,24 +1,33 @@
-"""Low-rank adapters through `peft`: attach before training, merge afterwards."""
+"""Low-rank adapters through `peft`: attach before training, merge afterwards, and only where both agree."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from formats.errors import ConfigError
+from formats.install import how_to_install
 from trainer.config import LoraSettings
+from trainer.loading import one_line
 
 ADAPTER_DIRECTORY = "adapter"
+MERGE_TOLERANCE = 1e-3
+"""Largest deviation of a merged module's output, relative to what its adapter adds (float32: 1e-6)."""
 
 
 def attach_adapters(model: Any, settings: LoraSettings) -> Any:
     """`model` with fresh adapters, whose product is zero: it still computes what it did.
 
     Raises:
-        ConfigError: peft is missing, or no module matches.
+        ConfigError: peft is missing, no module matches, or the adapters could not be merged exactly although
+            the settings ask for it.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ConfigError("lora needs peft, which is not installed; pip install 'anneal[lora]'") from None
+        raise ConfigError(f"lora needs peft, which is not installed; {how_to_install('lora')}") from None
     targets = settings.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -28,14 +37,105 @@ def attach_adapters(model: Any, settings: LoraSettings) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigError(f"lora.target_modules: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"lora.target_modules: {one_line(error)}") from None
+    require_sound_adapters(adapted, merged=settings.merge)
+    return adapted
+
+
+def require_sound_adapters(model: nn.Module, *, merged: bool = True) -> None:
+    """Refuse adapters that do not run, or cannot be folded into the weights without changing what the model
+    computes.
+
+    An adapter acts on one module. Where the weight belongs to another module as well, as the embedding of a
+    tied model does to the output head, folding it in would change that one too. Tying it apart instead would
+    give the result a tensor and a size that the initial model does not have. Of every kind of adapted module
+    one is merged for trial, a copy with random adapters, and compared with itself.
+
+    Args:
+        model: a model with fresh adapters of peft.
+        merged: whether they are to be folded in at all.
+
+    Raises:
+        ConfigError: names the module and the reason.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    tried: set[tuple[type, ...]] = set()
+    for name, module in model.named_modules():
+        layer: Any = module
+        if isinstance(layer, AuxiliaryTrainingWrapper):  # a trained copy, or trained rows, of a module
+            base = layer.original_module
+        elif isinstance(layer, BaseTunerLayer):
+            base = layer.get_base_layer()
+        else:
+            continue
+        short = plain_name(name)
+        advice = f"leave {short.rsplit('.', 1)[-1]} out, or set lora.merge: false to save the adapter alone"
+        for parameter in base.parameters(recurse=False):
+            others = [other for other in owners[id(parameter)] if not other.startswith(f"{name}.")]
+            if others and merged:
+                raise ConfigError(
+                    f"lora.target_modules: an adapter on {short} cannot be merged, because its weight is also "
+                    f"{plain_name(others[0])}, which would change with it; {advice}"
+                )
+        kind = (type(layer), type(base))
+        if kind in tried or not isinstance(layer, BaseTunerLayer):
+            continue
+        tried.add(kind)
+        try:
+            deviation = merge_deviation(layer)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ConfigError(
+                f"lora.target_modules: peft cannot put an adapter on {short} ({type(base).__name__}): "
+                f"{one_line(error)}; name the modules that are to have one"
+            ) from None
+        if merged and deviation is not None and not deviation <= MERGE_TOLERANCE:
+            raise ConfigError(
+                f"lora.target_modules: an adapter on {short} ({type(base).__name__}) cannot be merged exactly "
+                f"(relative deviation {deviation:.2g}); {advice}"
+            )
+
+
+@torch.no_grad()
+def merge_deviation(layer: Any) -> float | None:
+    """How far a merged copy of an adapted module is from an unmerged one, relative to what the adapter adds.
+
+    None for a module that cannot be tried by itself; the check of the saved model sees to that.
+    Memory: one copy of the module in float32.
+    """
+    base = layer.get_base_layer()
+    width = getattr(layer, "in_features", None)
+    if getattr(base, "weight", None) is None or base.weight.ndim != 2 or not isinstance(width, int):
+        return None
+    trial = copy.deepcopy(layer).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(base, nn.Embedding):
+        inputs = torch.arange(min(8, width), device=base.weight.device)
+    else:
+        inputs = torch.randn(8, width, generator=generator).to(base.weight.device)
+    plain = trial(inputs)  # fresh adapters add nothing
+    for parameter in trial.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) / 8)
+    adapted = trial(inputs)
+    trial.merge()
+    added = (adapted - plain).abs().max().clamp_min(1e-12)
+    return float((trial(inputs) - adapted).abs().max() / added)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter before peft wrapped it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".weight", "")
 
 
 def merge_adapters(model_dir: Path, adapter_dir: Path) -> Any:
     """The initial model in float32 with the saved adapter folded into its weights."""
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -1,51 +1,47 @@
 """The directory of a run: what may be there at the start, and how the result gets its place in one go.
 
 anneal.yaml          the resolved settings; with them the same run can be made again
-anneal.json          status (`running`, `complete`), the cache's identity, step 0, the evaluation
+anneal.json          status (`running`, `complete`), the cache's identity, what decides the steps, step 0, evaluation
 checkpoint-N/        while the run goes on
+unpublished/         a result that does not compute what the trained model does
 config.json, model.safetensors, tokenizer.json, README.md ...   the result; config.json comes last, so that
                      nothing takes half a model for a model
+
+A directory holds a run from its first complete checkpoint on. Before that there is nothing to continue: a command
+that fails takes away what it wrote, and what a killed one left is started over, by these settings or by others.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
 from formats.errors import ConfigError
 from trainer.checkpoint import newest_checkpoint, sweep
-from trainer.config_file import RESOLVED_NAME, parse_yaml, save_config
-from trainer.recipe import RUNTIME_ARGUMENTS
+from trainer.config_file import RESOLVED_NAME, save_config
+from trainer.preflight.continuation import require_same_run
+from trainer.retention.fisher_file import remove_fisher
 
 RECORD_NAME = "anneal.json"
 STAGING_NAME = ".result.staging"
-FREE_SETTINGS = frozenset({"cache", "model", "out", "eval_caches", "keep_checkpoints", "save_dtype"})
-"""Settings that may change between an interrupted run and its continuation; caches and model are compared by
-identity.
-"""
-
-
-def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run computes, flat."""
-    flat = {key: value for key, value in settings.items() if key not in FREE_SETTINGS and key != "training"}
-    for key, value in settings.get("training", {}).items():
-        if not key.startswith(RUNTIME_ARGUMENTS):
-            flat[f"training.{key}"] = value
-    if flat.get("ewc"):  # its cache may have moved: the Fisher information remembers its identity
-        flat["ewc"] = {k: v for k, v in flat["ewc"].items() if k != "cache"}
-    flat["caches"] = [{k: v for k, v in cache.items() if k != "path"} for cache in settings.get("caches", [])]
-    return flat
+UNPUBLISHED_NAME = "unpublished"
+STATUSES = ("running", "complete")
+"""What anneal.json says of a run; that of a merged model says neither."""
 
 
 @dataclass
 class RunDirectory:
     """An output directory that was found usable.
 
-    Use `RunDirectory.open`.
+    Use `RunDirectory.open`, and as a context: `with directory:` takes away what it wrote when the run fails before its
+    first checkpoint.
     """
 
     path: Path
@@ -54,58 +50,143 @@ class RunDirectory:
     """Contents of anneal.json."""
     checkpoint: Path | None = None
     """The newest complete checkpoint of an interrupted run."""
+    owner: bool = True
+    """Whether this process writes here: one of a run does."""
+    was_there: bool = False
+    """Whether the directory existed before."""
+    _lock: int | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: Path, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> "RunDirectory":
-        """Create the directory, or find an interrupted run of the same settings in it.
+    def open(
+        cls, path: Path, settings: Mapping[str, Any], identity: Mapping[str, Any], *, owner: bool = True
+    ) -> "RunDirectory":
+        """Create the directory, or find an interrupted run in it.
+
+        Args:
+            path: `--out`.
+            settings: resolved, for anneal.yaml.
+            identity: of the target cache.
+            owner: False in the processes that leave writing to another one.
 
         Raises:
-            ConfigError: it cannot be written, holds something else, a finished run, or a run of other
-            settings.
+            ConfigError: it cannot be written, holds something else, a finished run, a run on another cache, or one
+                that is under way.
         """
+        was_there = path.is_dir()
         try:
             path.mkdir(parents=True, exist_ok=True)
             contents = sorted(entry.name for entry in path.iterdir())
-            probe = path / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            if owner:
+                probe = path / f".probe-{os.getpid()}"
+                probe.write_bytes(b"")
+                probe.unlink()
         except OSError as error:
             raise ConfigError(
                 f"--out must be a directory that can be written, got {path}: {error.strerror}"
             ) from None
-        if not contents or contents == [RESOLVED_NAME]:
-            directory = cls(path, {"status": "running", "identity": dict(identity)})
-            save_config(settings, path / RESOLVED_NAME)
-            directory.write_record()
-            return directory
         record = _read_record(path)
-        if record is None:
+        if record is None and contents and contents != [RESOLVED_NAME]:
             raise ConfigError(
                 f"--out must be new, empty or an interrupted run, got {path} which holds {contents[0]}"
                 f"{' and more' if len(contents) > 1 else ''}; choose another directory"
             )
-        if record.get("status") == "complete":
+        if record is not None and record.get("status") == "complete":
             raise ConfigError(
                 f"--out must be new, empty or an interrupted run, got {path} which holds a finished run; "
                 "choose another directory"
             )
-        before = comparable(parse_yaml((path / RESOLVED_NAME).read_text(encoding="utf-8"), RESOLVED_NAME))
-        now = comparable(json.loads(json.dumps(dict(settings))))
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                raise ConfigError(
-                    f"an interrupted run continues with its own settings, but {key} was "
-                    f"{before.get(key)!r} and is "
-                    f"{now.get(key)!r}; use the same settings or another --out"
-                )
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            fresh = {"status": "running", "identity": dict(identity)}
+            directory = cls(path, fresh, None, owner, was_there)
+            directory._begin(settings)
+            return directory
+        assert record is not None
         if record.get("identity") != dict(identity):
             raise ConfigError(
                 "an interrupted run continues with its own cache, but --out holds a run on another "
                 "one; use the same cache or another --out"
             )
-        sweep(path)
-        shutil.rmtree(path / STAGING_NAME, ignore_errors=True)
-        return cls(path, record, newest_checkpoint(path))
+        directory = cls(path, record, checkpoint, owner, was_there)
+        directory._lock_it()
+        if owner:
+            sweep(path)
+            shutil.rmtree(path / STAGING_NAME, ignore_errors=True)
+        return directory
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        """A new run, or one that was killed before its first checkpoint and starts over."""
+        if not self.owner:
+            return
+        self._lock_it()
+        self._take_away()
+        save_config(settings, self.path / RESOLVED_NAME)
+        self.write_record()
+
+    def _lock_it(self) -> None:
+        """Hold the directory while this process lives, where its file system can.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        if not self.owner:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ConfigError(
+                f"--out must belong to one run, got {self.path} in which another process trains; "
+                "wait for it, or choose another directory"
+            ) from None
+        except OSError:  # a network file system without locks on directories
+            self.release()
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            self.release()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After a failure without a checkpoint the directory is as it was, but for the logs of reporters."""
+        if self.owner and kind is not None and newest_checkpoint(self.path) is None:
+            self._take_away()
+            with contextlib.suppress(OSError):
+                if any(entry.name != RECORD_NAME for entry in self.path.iterdir()):
+                    return self.release()  # not empty: the record says that it may be started over
+                (self.path / RECORD_NAME).unlink(missing_ok=True)
+                if not self.was_there:
+                    self.path.rmdir()
+        self.release()
+
+    def _take_away(self) -> None:
+        """Remove what a run without a checkpoint wrote, except its record."""
+        sweep(self.path)
+        remove_fisher(self.path)
+        shutil.rmtree(self.path / STAGING_NAME, ignore_errors=True)
+        (self.path / RESOLVED_NAME).unlink(missing_ok=True)
+
+    def require_same_run(self, facts: Mapping[str, Any]) -> None:
+        """Record what decides the steps of a new run; compare it where a run continues.
+
+        Raises:
+            ConfigError: the run would be another one; names the difference and both values.
+        """
+        if self.checkpoint is not None:
+            require_same_run(self.record.get("run", {}), facts)
+        elif self.owner:
+            self.write_record(run=dict(facts))
 
     def write_record(self, **updates: Any) -> None:
         """Update anneal.json atomically."""
@@ -117,6 +198,13 @@ class RunDirectory:
     def staging(self) -> Path:
         """Where the result is written before it takes its place."""
         return self.path / STAGING_NAME
+
+    def set_aside(self) -> Path:
+        """Keep a result that must not be published where its owner finds it; returns the place."""
+        place = self.path / UNPUBLISHED_NAME
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(self.staging, place)
+        return place
 
     def publish(self, **record: Any) -> None:
         """Move the staged result into place, config.json last, and mark the run complete."""
@@ -132,13 +220,23 @@ class RunDirectory:
                 shutil.rmtree(target)
             os.replace(entry, target)
         self.staging.rmdir()
+        shutil.rmtree(self.path / UNPUBLISHED_NAME, ignore_errors=True)  # of an attempt that was refused
         fsync_directory(self.path)
         self.write_record(status="complete", **record)
+
+
+def recorded_initial(model_dir: Path) -> str | None:
+    """Fingerprint of the weights that a model was made from, by its `anneal.json`; None when it has none."""
+    try:
+        record = json.loads((model_dir / RECORD_NAME).read_text(encoding="utf-8"))
+        return str(record["identity"]["teacher"]["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) and (path / RESOLVED_NAME).is_file() else None
+        return record if isinstance(record, dict) and record.get("status") in STATUSES else None
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Methods that hold a model to its initial weights while it trains, beside or instead of the KL term.
+"""Gradients and weights of a step in, the same held to the initial weights out: beside or instead of KL.
 
 settings.py   what a person writes: `l2`, `ewc`, `sfa`
 anchor.py     theta0: the initial weights, placed like the parameters

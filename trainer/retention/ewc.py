@@ -11,21 +11,18 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from formats.errors import ConfigError
 from trainer.data.dataset import IGNORED, CachedDataset
-from trainer.loop.step0 import sample_rows
+from trainer.data.sampler import sample_rows
 from trainer.retention.anchor import Anchor, local, placed_like
 from trainer.retention.fisher import Fisher, estimate_fisher
 from trainer.retention.fisher_file import load_fisher, save_fisher
 from trainer.retention.method import RetentionMethod, add_quadratic
 from trainer.retention.settings import EwcSettings
-
-if TYPE_CHECKING:
-    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.running import RunningTrainer
 
 
 class Ewc(RetentionMethod):
@@ -66,7 +63,7 @@ class Ewc(RetentionMethod):
         assert self._weights is not None, "prepare first"
         return self._weights
 
-    def prepare(self, trainer: "LabelAnnealingTrainer", anchor: Anchor) -> None:
+    def prepare(self, trainer: RunningTrainer, anchor: Anchor) -> None:
         """Read F of an interrupted run, or estimate it at theta0 and keep it in the run's directory."""
         if self._weights is not None:
             return
@@ -99,7 +96,7 @@ class Ewc(RetentionMethod):
                 f"({self.settings.labels} labels) in {time.perf_counter() - started:.0f} s"
             )
 
-    def _keep(self, trainer: "LabelAnnealingTrainer", run_dir: Path, fisher: Fisher, key: dict) -> None:
+    def _keep(self, trainer: RunningTrainer, run_dir: Path, fisher: Fisher, key: dict) -> None:
         """Rank 0 writes whole tensors; under FSDP all ranks help to gather them."""
         first, whole = trainer.args.process_index == 0, {}
         for name, value in fisher.items():

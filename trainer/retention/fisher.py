@@ -16,18 +16,16 @@ are drawn, one gradient, and F in float32.
 Ranks share the rows; under FSDP, whose backward pass mixes what the ranks compute, all compute the same one.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from trainer.data.dataset import IGNORED, CachedDataset
-from trainer.loop.output_head import unwrapped
+from trainer.loading import unwrapped
 from trainer.retention.anchor import Held, local
-
-if TYPE_CHECKING:
-    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.running import RunningTrainer
 
 SEED = 0xF15
 """Keeps the drawn labels apart from everything else that `training.seed` decides."""
@@ -57,23 +55,23 @@ def draw_labels(
     return result
 
 
-def row_gradients(trainer: "LabelAnnealingTrainer", held: list[Held], batch: dict[str, Any]) -> list[Any]:
+def row_gradients(trainer: RunningTrainer, held: list[Held], batch: dict[str, Any]) -> list[Any]:
     """This rank's parts of the gradient of -log p, summed over the tokens of one row; None for zero."""
     parameters = [entry.parameter for entry in held]
     if trainer.is_fsdp_enabled:  # averages over ranks, which all compute this row
-        trainer.head.loss(trainer._evaluation_model(), batch, num_ce=1.0).loss.backward()
+        trainer.head.loss(trainer.evaluation_model(), batch, num_ce=1.0).loss.backward()
         found = [entry.gradient for entry in held]
         for parameter in parameters:
             parameter.grad = None
         return found
     # Not `backward`: DDP listens to gradients that are accumulated, and would reduce them.
-    model = unwrapped(trainer._evaluation_model())
+    model = unwrapped(trainer.evaluation_model())
     loss = trainer.head.loss(model, batch, num_ce=1.0).loss
     return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
 
 def estimate_fisher(
-    trainer: "LabelAnnealingTrainer",
+    trainer: RunningTrainer,
     held: list[Held],
     dataset: CachedDataset,
     rows: np.ndarray,
@@ -99,12 +97,12 @@ def estimate_fisher(
         wide = torch.promote_types(entry.parameter.dtype, torch.float32)
         fisher[entry.name] = torch.zeros_like(entry.parameter, dtype=wide, requires_grad=False)
     num_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
-    model = trainer._evaluation_model()
+    model = trainer.evaluation_model()
     was_training = model.training
     model.eval()
     mine = rows if sharded else rows[args.process_index :: args.world_size]
     for row in mine.tolist():
-        batch = trainer._prepare_inputs(trainer.data_collator([dataset[row]]))
+        batch = trainer.device_batch([dataset[row]])
         with trainer.compute_loss_context_manager():
             if labels == "sampled":
                 inputs = {"input_ids": batch["input_ids"], "use_cache": False}

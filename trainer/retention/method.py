@@ -6,14 +6,10 @@ on any number of ranks: at that point DDP and FSDP have averaged the gradients a
 then adds counts once.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from trainer.retention.anchor import Anchor
-
-if TYPE_CHECKING:
-    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.running import RunningTrainer
 
 
 class RetentionMethod:
@@ -22,7 +18,7 @@ class RetentionMethod:
     name = ""
     """Its key in the settings, and in the log."""
 
-    def prepare(self, trainer: "LabelAnnealingTrainer", anchor: Anchor) -> None:
+    def prepare(self, trainer: RunningTrainer, anchor: Anchor) -> None:
         """Before the first step of this call of the Trainer, everything being placed. Collective."""
 
     def add_gradients(self, anchor: Anchor, scale: float) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +11,7 @@ from transformers import TrainerCallback
 from formats.errors import ConfigError
 from trainer.retention.anchor import Anchor
 from trainer.retention.method import RetentionMethod
-
-if TYPE_CHECKING:
-    from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.running import RunningTrainer
 
 FUSED_OPTIMISERS = ("lomo", "layerwise")
 """Parts of names of optimisers that update during the backward pass, before a penalty could add to it."""
@@ -23,7 +21,7 @@ class Retained(TrainerCallback):
     """Holds theta0 and runs the methods; without methods it does nothing and holds nothing.
 
     Args:
-        trainer: whose `_pause` leaves preparation out of the throughput.
+        trainer: whose `pause` leaves preparation out of the throughput.
         model: not wrapped, with its initial weights.
         methods: in the order in which they act.
 
@@ -31,9 +29,7 @@ class Retained(TrainerCallback):
         ConfigError: the model or the optimiser does not fit the methods.
     """
 
-    def __init__(
-        self, trainer: "LabelAnnealingTrainer", model: nn.Module, methods: Sequence[RetentionMethod]
-    ) -> None:
+    def __init__(self, trainer: RunningTrainer, model: nn.Module, methods: Sequence[RetentionMethod]) -> None:
         self.trainer, self.methods = trainer, list(methods)
         self.anchor = Anchor(model) if self.methods else None
         self._ready = False
@@ -88,12 +84,12 @@ class Retained(TrainerCallback):
         if self._ready or self.anchor is None:
             return
         begin = time.perf_counter()
-        model = self.trainer._evaluation_model()
+        model = self.trainer.evaluation_model()
         self.anchor.place(model)
         for method in self.methods:
             method.prepare(self.trainer, self.anchor)
         self._ready = True
-        self.trainer._pause(time.perf_counter() - begin)
+        self.trainer.pause(time.perf_counter() - begin)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for method in self.methods:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +65,23 @@ def test_full_disk() -> None:
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
-import sys
+import sys, time
 sys.path[:0] = [{root!r}, {root!r} + "/tests/helpers"]
 from pathlib import Path
 from deterministic_build import SeededTeacher, make_config, make_source
 from cache_builder.build import build_cache
 from cache_builder.commit.signals import BuildInterrupted
+
+def step(name):
+    print(name, flush=True)
+    if name == "claimed 3" and {stop}:
+        time.sleep(600)  # the signal ends it
+
 try:
     build_cache(
         make_config(Path({out!r})), source=make_source(60),
-        make_teacher=lambda config, source: SeededTeacher(seconds_per_row=0.02),
-        step=lambda name: print(name, flush=True),
+        make_teacher=lambda config, source: SeededTeacher(),
+        step=step,
     )
 except BuildInterrupted as stop:
     print(stop, file=sys.stderr)
@@ -86,7 +91,7 @@ except BuildInterrupted as stop:
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_build_says_so_and_resumes(tmp_path: Path, number: int, exit_code: int) -> None:
-    script = SCRIPT.format(root=str(ROOT), out=str(tmp_path / "c"))
+    script = SCRIPT.format(root=str(ROOT), out=str(tmp_path / "c"), stop=True)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -94,7 +99,6 @@ def test_a_stopped_build_says_so_and_resumes(tmp_path: Path, number: int, exit_c
     for line in process.stdout:
         if line.strip() == "claimed 3":  # shard 2 was handed over: it must be committed, shard 3 dropped
             break
-    time.sleep(0.03)
     process.send_signal(number)
     _, message = process.communicate(timeout=60)
     assert process.returncode == exit_code
@@ -109,7 +113,7 @@ def test_a_stopped_build_says_so_and_resumes(tmp_path: Path, number: int, exit_c
 
     def run(out: Path) -> None:
         subprocess.run(
-            [sys.executable, "-c", SCRIPT.format(root=str(ROOT), out=str(out))],
+            [sys.executable, "-c", SCRIPT.format(root=str(ROOT), out=str(out), stop=False)],
             check=True,
             capture_output=True,
         )

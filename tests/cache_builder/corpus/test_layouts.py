@@ -26,8 +26,8 @@ CASES: list[tuple[dict[str, Any], str, str, bool]] = [
     ({"instruction": "x", "output": "y"}, "Alpaca", "output", False),
     ({"instruction": "x", "input": "", "output": "y"}, "Alpaca", "output", False),
     ({"input_ids": [1, 2]}, "input_ids", "every token but the first", True),
-    ({"input_ids": [1, 2], "labels": [1, 2]}, "input_ids", "as labels or loss_mask say", False),
-    ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "input_ids", "as labels or loss_mask say", False),
+    ({"input_ids": [1, 2], "labels": [1, 2]}, "input_ids", "as labels and masks say", False),
+    ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "input_ids", "as labels and masks say", False),
     # several fit: the richest wins
     ({"text": "x", "messages": [TURN]}, "messages", "assistant turns", False),
     ({"text": "x", "instruction": "x", "input": "", "output": "y"}, "Alpaca", "output", False),
@@ -59,8 +59,18 @@ def test_an_unknown_layout_lists_columns_and_layouts() -> None:
 
 
 def test_half_a_layout_is_none() -> None:
-    with pytest.raises(CorpusError, match="got columns: prompt, chosen;"):
-        recognise({"prompt": "x", "chosen": "y"})
+    with pytest.raises(CorpusError, match=r"known layout .* got columns: prompt, label;"):
+        recognise({"prompt": "x", "label": True})
+
+
+@pytest.mark.parametrize(
+    "columns", [("prompt", "chosen", "rejected"), ("input", "preferred_output"), ("prompt", "completions")]
+)
+def test_a_layout_of_other_methods_is_named(columns: tuple[str, ...]) -> None:
+    with pytest.raises(CorpusError) as caught:
+        recognise(dict.fromkeys(columns, "x"))
+    assert str(caught.value).startswith("a record holds one answer")
+    assert f"got columns: {', '.join(columns)}; keep the answer to train on" in str(caught.value)
 
 
 def test_a_missing_text_column_lists_the_columns() -> None:

@@ -1,6 +1,7 @@
 """Tail draws of the reduction: every tail token as often as it should be, nothing else ever."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from cache_builder.reduction import block_sums, reduce
 from cache_builder.reduction.block_sums import BLOCK
 from cache_builder.reduction.reduce import ReducedRows, reduce_logits
 from cache_builder.teachers.wire import pack, unpack
+from formats.capture_settings import CaptureSettings
 from formats.logprobs import tail_draws
 from formats.logprobs.ragged import offsets_of, segment_of
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
@@ -33,11 +35,11 @@ def labels_for(logits: torch.Tensor) -> torch.Tensor:
 
 def drawn(logits, starts, *, min_prob=2.5e-3, max_k=128, rate=RATE) -> ReducedRows:
     """Reduce, and check all that has to hold whatever was drawn."""
-    options = {"min_prob": min_prob, "max_k": max_k, "betas": TAIL_BETAS, "labels_N": labels_for(logits)}
-    reduced = reduce_logits(logits, draw_rate=rate, starts_N=starts, **options)
+    capture, labels = CaptureSettings(min_prob=min_prob, max_k=max_k, draw_rate=rate), labels_for(logits)
+    reduced = reduce_logits(logits, capture, labels_N=labels, starts_N=starts)
     assert reduced.draw_counts.dtype == reduced.draw_ids.dtype == torch.int32
     assert reduced.draw_logprobs.dtype == torch.float32
-    plain = reduce_logits(logits, **options)
+    plain = reduce_logits(logits, replace(capture, draw_rate=0), labels_N=labels)
     for name in ("counts", "token_ids", "logprobs", "log_tail_nodes", "label_logprobs"):
         one, other = getattr(plain, name), getattr(reduced, name)
         assert torch.equal(one, other) or torch.isnan(one).any(), "draws must not change the rest"
@@ -232,24 +234,15 @@ def test_ends_of_the_line():
 
 
 def test_no_rows_and_no_starts():
+    capture = CaptureSettings(min_prob=0.1, max_k=5, draw_rate=8)
     none = reduce_logits(
         torch.zeros(0, 50),
-        min_prob=0.1,
-        max_k=5,
-        betas=TAIL_BETAS,
+        capture,
         labels_N=torch.zeros(0, dtype=torch.int64),
-        draw_rate=8,
         starts_N=torch.zeros(0, dtype=torch.float64),
     )
     assert [len(column) for column in none[-3:]] == [0, 0, 0]
     for starts in (None, torch.zeros(1, dtype=torch.float64), torch.zeros(2)):
         with pytest.raises(AssertionError):
-            reduce_logits(
-                torch.zeros(2, 50),
-                min_prob=0.1,
-                max_k=5,
-                betas=TAIL_BETAS,
-                labels_N=torch.zeros(2, dtype=torch.int64),
-                draw_rate=8,
-                starts_N=starts,
-            )
+            labels = torch.zeros(2, dtype=torch.int64)
+            reduce_logits(torch.zeros(2, 50), capture, labels_N=labels, starts_N=starts)

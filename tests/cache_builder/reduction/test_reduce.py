@@ -9,6 +9,7 @@ import torch
 from cache_builder.reduction import block_sums, reduce
 from cache_builder.reduction.block_sums import BLOCK, power_plan
 from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
+from formats.capture_settings import CaptureSettings
 from formats.logprobs.topk import TAIL_BETAS
 
 
@@ -76,19 +77,21 @@ def test_labels_of_every_rank(rank, min_prob, max_k):
     for spread in (0.3, 3.0, 10.0):
         logits = draw(6, 1003, spread)
         labels = logits.argsort(-1, descending=True)[:, rank]
-        reduced = reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS, labels_N=labels)
+        reduced = reduce_logits(logits, settings(min_prob, max_k), labels_N=labels)
         check_labels(logits, labels, reduced, atol=2e-5)
     logits[:, labels[0]] = -math.inf
-    reduced = reduce_logits(
-        logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS, labels_N=labels[:1].expand(6)
-    )
+    reduced = reduce_logits(logits, settings(min_prob, max_k), labels_N=labels[:1].expand(6))
     assert torch.isneginf(reduced.label_logprobs).all(), "an impossible label"
+
+
+def settings(min_prob: float, max_k: int) -> CaptureSettings:
+    return CaptureSettings(min_prob=min_prob, max_k=max_k, draw_rate=0)
 
 
 def reduce_rows(logits: torch.Tensor, *, min_prob: float, max_k: int) -> ReducedRows:
     """`reduce_logits` at all nodes with labels from all over the vocabulary."""
     labels = labels_for(logits)
-    return reduce_logits(logits, min_prob=min_prob, max_k=max_k, betas=TAIL_BETAS, labels_N=labels)
+    return reduce_logits(logits, settings(min_prob, max_k), labels_N=labels)
 
 
 def labels_for(logits: torch.Tensor) -> torch.Tensor:
@@ -226,7 +229,7 @@ def test_chunks_join_in_order(monkeypatch):
 def test_no_rows():
     reduced = reduce_rows(torch.zeros(0, 50), min_prob=1e-3, max_k=5)
     assert [len(column) for column in reduced] == [0] * 8
-    assert len(concatenate_rows([reduced, reduced], len(TAIL_BETAS)).counts) == 0
+    assert len(concatenate_rows([reduced, reduced]).counts) == 0
 
 
 def test_the_input_is_left_alone():

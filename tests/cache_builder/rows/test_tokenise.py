@@ -183,7 +183,7 @@ def test_truncation_is_counted_and_rows_without_target_are_skipped(tmp_path: Pat
     assert (stats.num_truncated, stats.num_truncated_tokens, stats.num_without_target) == (2, 2 + 3, 1)
     assert stats.notes() == [
         "2 records truncated (5 tokens cut off)",
-        "1 records skipped: no token carries loss",
+        "1 record skipped: no token carries loss",
     ]
 
 
@@ -304,7 +304,12 @@ def test_short_records_are_skipped_and_counted(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(has_eos=False)
     rows, iterator = rows_of(tmp_path, [{"text": ""}, {"text": "a"}, {"text": "ab"}], tokenizer)
     assert [text_of(row, tokenizer) for row in rows] == ["ab"]
-    assert (iterator.stats.num_records, iterator.stats.num_too_short) == (3, 2)
+    stats = iterator.stats
+    assert (stats.num_records, stats.num_too_short, stats.num_empty) == (3, 1, 1)
+    assert stats.notes() == [
+        "1 record skipped: fewer than two tokens",
+        "1 record skipped: empty text or answer",
+    ]
 
 
 @pytest.mark.parametrize("adds_eos", [False, True])
@@ -312,7 +317,7 @@ def test_an_empty_document_is_no_row_of_special_tokens(tmp_path: Path, adds_eos:
     tokenizer = merging_tokenizer([], adds_bos=True, adds_eos=adds_eos)
     rows, iterator = rows_of(tmp_path, [{"text": ""}, {"text": "a"}], tokenizer)
     assert [text_of(row, tokenizer) for row in rows] == ["<s>a</s>"]
-    assert iterator.stats.num_too_short == 1
+    assert iterator.stats.num_empty == 1
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
@@ -320,13 +325,13 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         rows_of(tmp_path, [{"text": "a"}, {"text": ""}], byte_tokenizer(has_eos=False))
     assert str(caught.value) == (
         "the corpus must give at least one row of two tokens with a loss, got none from 2 records "
-        "(2 records skipped: fewer than two tokens)"
+        "(1 record skipped: fewer than two tokens; 1 record skipped: empty text or answer)"
     )
 
 
 def test_a_chat_without_answers_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
-        CorpusError, match=r"got none from 1 records \(1 records skipped: no token carries loss\)"
+        CorpusError, match=r"got none from 1 record \(1 record skipped: no token carries loss\)"
     ):
         rows_of(tmp_path, [{"messages": [{"role": "user", "content": "Hi"}]}], byte_tokenizer(CHATML))
 
@@ -345,6 +350,7 @@ def test_description_says_how_records_become_rows(tmp_path: Path) -> None:
     assert text.describe() == [
         f"corpus: {source}",
         "format: text (columns text), loss on every token but the first",
+        "columns not read: id",
         "end: </s> appended",
         "longer than 64 tokens: split",
     ]

@@ -18,14 +18,18 @@ from transformers import AutoModelForCausalLM
 
 from cache_builder import TeacherConfig, TransformersTeacher, make_teacher
 from cache_builder.teachers.protocol import TeacherError
+from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
 from formats.logprobs.topk import TopKLogprobs
 
+CAPTURE = {"positions": "all", "min_prob": 1e-3, "draw_rate": 0}
+
 
 def config(model, **changes) -> TeacherConfig:
-    settings = {"model": str(model), "positions": "all", "max_length": MAX_LENGTH, "min_prob": 1e-3}
-    return TeacherConfig(**{**settings, **changes})
+    names = [field.name for field in dataclasses.fields(CaptureSettings)]
+    capture = CaptureSettings(**{**CAPTURE, **{n: changes.pop(n) for n in names if n in changes}})
+    return TeacherConfig(**{"model": str(model), "capture": capture, "max_length": MAX_LENGTH, **changes})
 
 
 @pytest.mark.parametrize("name", ["tiny_llama_dir", "tiny_qwen3_dir", "tiny_gemma2_dir"])

@@ -8,12 +8,14 @@ from teacher_agreement import assert_draws_are_right, random_rows
 
 from cache_builder.reduction.reduce import reduce_logits
 from cache_builder.teachers.wire import pack, unpack
+from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
 from formats.logprobs.tail_draws import starts
-from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
+from formats.logprobs.topk import TopKLogprobs
 
 pytestmark = pytest.mark.vllm
 VOCAB_SIZE, RATE = 1003, 8
+CAPTURE = CaptureSettings(min_prob=2.5e-3, max_k=64, draw_rate=RATE)
 LENGTHS = [2, 30, 7, 45, 12, 3]
 
 
@@ -48,8 +50,7 @@ def answers(table: Table, rows: list[TokenRow], positions: str, steps: list[list
         encode_positions,
     )
 
-    settings = {"min_prob": 2.5e-3, "max_k": 64, "draw_rate": RATE}
-    pooler = TeacherPooler(table, settings, VOCAB_SIZE)
+    pooler = TeacherPooler(table, CAPTURE, VOCAB_SIZE)
     states = [PoolingStates() for _ in rows]
     seen = [0] * len(rows)
     found: dict[int, TopKLogprobs] = {}
@@ -135,11 +136,8 @@ def test_points_start_where_key_and_position_say(table, positions):
         begin = torch.from_numpy(starts(row.key, at))
         expected = reduce_logits(
             logits,
-            min_prob=2.5e-3,
-            max_k=64,
-            betas=TAIL_BETAS,
+            CAPTURE,
             labels_N=torch.from_numpy(row.label_ids(positions).astype(np.int64)),
-            draw_rate=RATE,
             starts_N=begin,
         )
         expected = unpack(pack(expected), VOCAB_SIZE, RATE)
@@ -153,9 +151,8 @@ def test_a_request_of_vllms_own_warm_up_has_no_key(table):
 
     from cache_builder.teachers.vllm_pooler import TASK, TeacherPooler
 
-    settings = {"min_prob": 2.5e-3, "max_k": 64, "draw_rate": RATE}
     metadata = PoolingMetadata(torch.tensor([5]), None, None, [PoolingParams(task=TASK)], [PoolingStates()])
     metadata.build_pooling_cursor(np.array([5]), torch.tensor([5]), torch.device("cpu"))
     hidden = torch.stack([torch.zeros(5), torch.arange(5.0)], 1)
-    (packed,) = TeacherPooler(table, settings, VOCAB_SIZE)(hidden, metadata)
+    (packed,) = TeacherPooler(table, CAPTURE, VOCAB_SIZE)(hidden, metadata)
     assert len(unpack(packed, VOCAB_SIZE, RATE).validate()) == 4

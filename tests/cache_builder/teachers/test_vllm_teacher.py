@@ -8,8 +8,6 @@ Every engine draws from the tails; two of them draw nearly the same tokens in fp
 points of a position on the same tokens.
 """
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -28,6 +26,7 @@ from tiny_models import MAX_LENGTH, VOCAB_SIZE
 from cache_builder import TeacherConfig, TransformersTeacher, VLLMTeacher
 from cache_builder.teachers.protocol import TeacherError
 from cache_builder.tools.deviation import compare
+from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
 from formats.logprobs.tail_draws import starts
@@ -43,9 +42,10 @@ FP32_ATOL = 2e-4
 DRAW_RATE = 8
 
 
-def config(model, dtype: str = "float32", **changes) -> TeacherConfig:
-    settings = {"model": str(model), "dtype": dtype, "positions": "all", "max_length": MAX_LENGTH}
-    return TeacherConfig(**{**settings, "min_prob": 1e-3, "draw_rate": DRAW_RATE, **changes})
+def config(model, dtype: str = "float32", positions: str = "all", **changes) -> TeacherConfig:
+    capture = CaptureSettings(positions=positions, min_prob=1e-3, draw_rate=DRAW_RATE)
+    settings = {"model": str(model), "dtype": dtype, "capture": capture, "max_length": MAX_LENGTH}
+    return TeacherConfig(**{**settings, **changes})
 
 
 def reference_capture(model, dtype: str, rows: list[TokenRow]) -> list[TopKLogprobs]:
@@ -145,7 +145,7 @@ def test_waves_change_nothing_but_rounding(fp32, monkeypatch):
 
 def test_loss_positions_are_those_of_all_that_the_mask_selects(fp32, monkeypatch):
     teacher, _, rows, captured = fp32
-    monkeypatch.setattr(teacher, "config", dataclasses.replace(teacher.config, positions="loss"))
+    monkeypatch.setattr(teacher, "config", config(teacher.config.model, positions="loss"))
     empty = TokenRow(rows[0].input_ids, np.zeros(len(rows[0]), dtype=bool))
     results = list(teacher.prefill([*rows, empty]))
     assert len(results[-1]) == 0, "a row without loss has no positions"

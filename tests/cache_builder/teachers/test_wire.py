@@ -6,6 +6,7 @@ import torch
 
 from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
 from cache_builder.teachers.wire import pack, unpack
+from formats.capture_settings import CaptureSettings
 from formats.logprobs.topk import TAIL_BETAS
 
 
@@ -14,11 +15,8 @@ def some_rows(num_rows: int, draw_rate: int = 8) -> ReducedRows:
     logits = torch.randn(num_rows, 1003, generator=generator) * 3
     return reduce_logits(
         logits,
-        min_prob=1e-3,
-        max_k=64,
-        betas=TAIL_BETAS,
+        CaptureSettings(min_prob=1e-3, max_k=64, draw_rate=draw_rate),
         labels_N=torch.randint(0, 1003, (num_rows,), generator=generator),
-        draw_rate=draw_rate,
         starts_N=torch.rand(num_rows, dtype=torch.float64, generator=generator),
     )
 
@@ -48,7 +46,7 @@ def test_round_trip(num_rows, draw_rate):
 
 def test_chunks_of_a_row_join_as_if_never_cut():
     parts = [some_rows(n) for n in (3, 1, 5)]
-    joined = unpack(pack(concatenate_rows(parts, len(TAIL_BETAS))), 1003, 8)
+    joined = unpack(pack(concatenate_rows(parts)), 1003, 8)
     ids = np.concatenate([part.token_ids.numpy() for part in parts])
     assert joined.token_ids.tolist() == ids.tolist() and len(joined) == 9
     labels = np.concatenate([part.label_logprobs.numpy() for part in parts])
@@ -59,7 +57,7 @@ def test_chunks_of_a_row_join_as_if_never_cut():
 
 
 def test_no_chunks_are_no_positions_of_the_same_width():
-    nothing = unpack(pack(concatenate_rows([], len(TAIL_BETAS))), 1003, 8)
+    nothing = unpack(pack(concatenate_rows([])), 1003, 8)
     assert nothing.draws.rate == 8 and len(nothing.draws) == 0
     assert nothing.log_tail_nodes.shape == (0, len(TAIL_BETAS))
 

@@ -13,6 +13,7 @@ from deterministic_build import (
 )
 
 from cache_builder.build import build_cache
+from cache_builder.commit import build_directory
 from cache_builder.tools import merge_caches as merge_module
 from cache_builder.tools.merge_caches import merge_caches
 from formats.cache import TeacherCache
@@ -168,7 +169,7 @@ def test_bad_calls(tmp_path: Path) -> None:
 def test_an_interrupted_merge_starts_again(tmp_path: Path, monkeypatch) -> None:
     a, b = build(tmp_path / "a"), build(tmp_path / "b", seed=1)
     merge_caches([a, b], tmp_path / "fresh")
-    real, calls = merge_module.commit_exclusive, []
+    real, calls = build_directory.commit_exclusive, []
 
     def stop(*args):
         calls.append(args)
@@ -176,7 +177,7 @@ def test_an_interrupted_merge_starts_again(tmp_path: Path, monkeypatch) -> None:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(merge_module, "commit_exclusive", stop)
+    monkeypatch.setattr(build_directory, "commit_exclusive", stop)
     with pytest.raises(KeyboardInterrupt):
         merge_caches([a, b], tmp_path / "c")
     monkeypatch.undo()

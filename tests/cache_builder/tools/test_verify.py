@@ -112,7 +112,7 @@ def test_a_damaged_byte_is_found(cache: Path, tmp_path: Path, place: float) -> N
 
 
 def test_a_cache_without_draws_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    build_in(tmp_path, tiny_llama_dir, num_records=3, tail_draws=0)
+    build_in(tmp_path, tiny_llama_dir, num_records=3, draw_rate=0)
     assert verify_cache(tmp_path / "cache", tiny_llama_dir, rows=2, engine="transformers").ok
 
 

@@ -199,9 +199,10 @@ def test_memo_answers_only_for_unchanged_files(memo: Path, tmp_path: Path, monke
     assert hash_memo.remembered([file], compute, min_bytes=0) == {"x": b"other".hex()}
 
 
-def test_memo_does_not_trust_a_file_that_was_just_written(memo: Path, tmp_path: Path) -> None:
+def test_memo_does_not_trust_a_file_that_was_just_written(memo: Path, tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"x")
+    monkeypatch.setattr(hash_memo.time, "time", lambda: file.stat().st_ctime)
     hash_memo.remembered([file], lambda: {"x": "1"}, min_bytes=0)
     assert not memo.exists()
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint
-from formats.identity.teacher_identity import TeacherIdentity, require_same_teacher
+from formats.identity.teacher_identity import TeacherIdentity, refuse, require_same_teacher
 
 BASE = TeacherIdentity(
     teacher={
@@ -52,16 +52,16 @@ def test_each_part_is_named(section: str, key: str, value: object, words: str) -
     other = changed(section, key, value)
     assert other.digest() != BASE.digest()
     with pytest.raises(IdentityMismatchError) as caught:
-        BASE.require(other)
+        refuse(BASE.differences(other))
     message = str(caught.value)
     assert words in message and "rebuild" in message and "\n" not in message
-    BASE.require(other, sections=[s for s in BASE.to_dict() if s != section])
+    refuse(BASE.differences(other, [s for s in BASE.to_dict() if s != section]))
 
 
 @pytest.mark.parametrize(("section", "key"), [("teacher", "name"), ("corpus", "source")])
 def test_names_and_places_are_no_identity(section: str, key: str) -> None:
     other = changed(section, key, "elsewhere")
-    BASE.require(other)
+    refuse(BASE.differences(other))
     assert other.digest() == BASE.digest()
 
 
@@ -69,7 +69,7 @@ def test_all_differences_in_one_message() -> None:
     data = BASE.to_dict()
     data["teacher"]["weights"] = data["tokenizer"]["vocabulary"] = "9" * 64
     with pytest.raises(IdentityMismatchError, match=r"model weights.*tokenizer vocabulary"):
-        BASE.require(TeacherIdentity.from_dict(data))
+        refuse(BASE.differences(TeacherIdentity.from_dict(data)))
 
 
 def test_bad_sections_are_refused() -> None:

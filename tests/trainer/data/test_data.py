@@ -86,16 +86,14 @@ def test_the_right_teacher_lands_on_the_right_row_of_the_batch(tmp_path):
 
 def test_packed_batches_restart_positions_and_shift_rows(tmp_path):
     dataset = CachedDataset(hand_made_cache(tmp_path / "c", positions="all"))
-    batch = LabelAnnealingCollator(packing=True, pad_to_multiple_of=4)(
-        [[dataset[1], dataset[0]], [dataset[0]]]
-    )
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 0, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 1, 2, 3]]
+    batch = LabelAnnealingCollator(packing=True)([[dataset[1], dataset[0]], [dataset[0]]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 2, 3, 4], [1, 2, 3, 4, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1, 2]]
     assert "attention_mask" not in batch
     _, labels_N, teacher = split_batch(batch)
     # The last token of a packed row predicts nothing: the next row's first token is not its continuation.
-    assert labels_N.tolist() == [6, 7, -100, -100, 3, 4, -100, -100, -100, 3, 4, -100, -100, -100, -100, -100]
-    assert teacher.rows.tolist() == [0, 1, 3, 4, 5, 8, 9, 10]
+    assert labels_N.tolist() == [6, 7, -100, -100, 3, 4, -100, -100, 3, 4, -100, -100, -100, -100]
+    assert teacher.rows.tolist() == [0, 1, 3, 4, 5, 7, 8, 9]
     assert likeliest(teacher) == [4, 5, 0, 1, 2, 0, 1, 2]
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from teacher_batches import batch_from_topk, empty_batch
 
 from formats.errors import FormatError
 from formats.logprobs.tail_draws import TailDraws
@@ -26,7 +27,7 @@ def two_rows(**changes) -> TeacherBatch:
 def test_lengths():
     assert len(two_rows()) == 2
     assert two_rows().counts.tolist() == [2, 1]
-    assert len(TeacherBatch.empty(2.0)) == 0 and TeacherBatch.empty(2.0).temperature == 2.0
+    assert len(empty_batch(2.0)) == 0 and empty_batch(2.0).temperature == 2.0
 
 
 SHAPE_ERRORS = {
@@ -79,7 +80,7 @@ def test_from_topk_takes_the_tail_at_its_temperature(temperature):
         draws=TailDraws.none(1),
         label_logprobs=[np.nan],
     )
-    batch = TeacherBatch.from_topk([4], topk, temperature)
+    batch = batch_from_topk([4], topk, temperature)
     batch.validate(num_rows=5, vocab_size=8)
     assert batch.rows.tolist() == [4] and batch.token_ids.tolist() == [3, 1]
     assert batch.temperature == temperature

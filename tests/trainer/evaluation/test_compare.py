@@ -1,4 +1,4 @@
-"""`compare`: numbers are `evaluate`'s, methods and families are read off directories, bad input refused."""
+"""`compare`: numbers are `evaluate`'s, methods are read off directories, bad input refused."""
 
 import json
 import math
@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from caches import write_cache
-from test_merge import copy_model, noise
+from recorded_progress import RecordedProgress
+from runs import copy_model, noise
 
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from trainer import compare, evaluate
 from trainer.evaluation.compare import ComparedModel, Comparison
-from trainer.evaluation.recorded_method import AppliedMethod, families_of, method_of
+from trainer.evaluation.recorded_method import AppliedMethod, method_of
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,8 @@ def as_merge(path: Path, method: str, tuned: str = "aa", **strengths) -> Path:
 
 
 def test_every_number_is_that_of_evaluate(sweep, texts, tiny_llama_dir):
-    seen = []
-    found = compare(
-        sweep,
-        **texts,
-        initial={"base": tiny_llama_dir},
-        progress=lambda name, *rows: seen.append((name, *rows)),
-    )
+    seen = RecordedProgress()
+    found = compare(sweep, **texts, initial={"base": tiny_llama_dir}, progress=seen)
     assert [model.label for model in found.models] == ["base", "kl-4", "kl-1"]
     expected = {name: evaluate(path, texts) for name, path in {"base": tiny_llama_dir, **sweep}.items()}
     for model in found.models:
@@ -71,7 +67,7 @@ def test_every_number_is_that_of_evaluate(sweep, texts, tiny_llama_dir):
     assert change == pytest.approx(
         100 * (moved["perplexity"] - initial["perplexity"]) / initial["perplexity"]
     )
-    assert [entry for entry in seen if entry[1] == entry[2]] == [
+    assert seen.phases == [
         (f"{label}: {text}", 3, 3) for label in ("base", "kl-4", "kl-1") for text in ("source", "target")
     ]
     limited = compare({"a": sweep["kl-1"]}, **texts, limit=1)
@@ -126,7 +122,7 @@ def test_the_table_by_hand():
 
 def test_the_dict_is_json_and_its_keys_are_stable():
     found = json.loads(json.dumps(hand_made(*LINES).to_dict(), allow_nan=False))
-    assert sorted(found) == ["caches", "families", "initial", "models"]
+    assert sorted(found) == ["caches", "initial", "models"]
     for model in found["models"]:
         assert sorted(model) == [
             "change_percent", "front", "label", "method", "model", "source", "strengths", "target",
@@ -134,10 +130,9 @@ def test_the_dict_is_json_and_its_keys_are_stable():
     assert [model["label"] for model in found["models"] if model["front"]] == ["base", "kl-4", "kl-1"]
     assert found["models"][1]["change_percent"] == {"source": pytest.approx(5), "target": pytest.approx(-40)}
     assert found["models"][5]["source"]["perplexity"] is None
-    assert found["families"] == {"label annealing": ["nan", "kl-1", "kl-4"]}
 
 
-def test_the_picture_joins_families_and_leaves_out_what_has_diverged(tmp_path, monkeypatch):
+def test_the_picture_joins_models_of_one_method_and_leaves_out_what_has_diverged(tmp_path, monkeypatch):
     from trainer.evaluation import compare as compare_module
 
     calls = []
@@ -191,33 +186,6 @@ def test_methods_of_merges_and_of_what_says_nothing(tmp_path, tiny_llama_dir):
         assert method_of(tmp_path / name) is None
     newer = as_run(tmp_path / "newer", kl_coef=1, from_the_future=True)
     assert method_of(newer) is None
-
-
-def test_families_differ_in_one_strength_alone(tmp_path):
-    directories = {
-        "kl-16": as_run(tmp_path / "1", kl_coef=16),
-        "kl-4": as_run(tmp_path / "2", kl_coef=4),
-        "hot-1": as_run(tmp_path / "3", kl_coef=1, temperature=1.5),
-        "hot-2": as_run(tmp_path / "4", kl_coef=1, temperature=2.0),
-        "fast-1": as_run(tmp_path / "5", kl_coef=1, training={"learning_rate": 1e-3}),
-        "fast-4": as_run(tmp_path / "6", kl_coef=4, training={"learning_rate": 1e-3}),
-        "direct": as_run(tmp_path / "7", kl_coef=0),
-        "other seed": as_run(tmp_path / "8", kl_coef=2, training={"seed": 1}),
-        "w-75": as_merge(tmp_path / "9", "wise-ft", alpha=0.75),
-        "w-25": as_merge(tmp_path / "10", "wise-ft", alpha=0.25),
-        "w-other": as_merge(tmp_path / "11", "wise-ft", tuned="bb", alpha=0.5),
-        "lora-8": as_run(tmp_path / "12", kl_coef=0, lora={"r": 8}),
-        "lora-2": as_run(tmp_path / "13", kl_coef=0, lora={"r": 2}),
-        "replay": as_run(tmp_path / "14", kl_coef=0, caches=[{"path": "a", "loss": "ce", "weight": 0.1}]),
-        "old": as_run(tmp_path / "15", kl_coef=0, caches=[{"path": "b", "loss": "ce", "weight": 0.3}]),
-    }
-    assert families_of({label: method_of(path) for label, path in directories.items()} | {"?": None}) == {
-        "label annealing": ["kl-4", "kl-16"],
-        "label annealing (fast-1 to fast-4)": ["fast-1", "fast-4"],
-        "label annealing (hot-1 to hot-2)": ["hot-1", "hot-2"],
-        "LoRA": ["lora-2", "lora-8"],
-        "WiSE-FT": ["w-25", "w-75"],
-    }
 
 
 def test_bad_input_is_refused_before_anything_is_evaluated(

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats.errors import ConfigError
 from trainer.data.collator import LabelAnnealingCollator, split_batch
-from trainer.loop.output_head import HeadRequest, OutputHead, unwrapped
+from trainer.loading import unwrapped
+from trainer.loop.output_head import HeadRequest, OutputHead
 
 V = 97
 COMMON: dict[str, Any] = {

@@ -6,7 +6,6 @@ are uneven, so a mean of means, a local count or a second division by the accumu
 """
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import resume_worker
 import torch
 from caches import write_cache
-from distributed_worker import run, run_all
+from distributed_worker import relative_difference, run, run_all
 from processes import run_ranks
 
 
@@ -43,16 +42,6 @@ def launch(specs: list[dict], directory: Path) -> list[dict]:
         spec["result"] = str(directory / f"result-{number}.pt")
     run_ranks(directory, 2, run_all, specs)
     return [torch.load(spec["result"]) for spec in specs]
-
-
-def relative_difference(mine: dict, other: dict) -> float:
-    """The largest over steps of |g - g'| / |g|, over all parameters together."""
-    worst = 0.0
-    for left, right in zip(mine["gradients"], other["gradients"], strict=True):
-        assert left.keys() == right.keys()
-        difference = math.sqrt(sum(float(((left[k] - right[k]) ** 2).sum()) for k in left))
-        worst = max(worst, difference / math.sqrt(sum(float((left[k] ** 2).sum()) for k in left)))
-    return worst
 
 
 def logged(result: dict, key: str) -> list[float]:

@@ -16,7 +16,7 @@ from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
 
 from formats.errors import AnnealError, ConfigError, FormatError
 from trainer.data.teacher_batch import TeacherBatch
-from trainer.loss.label_annealing_loss import label_annealing_loss, shift_labels
+from trainer.loss.label_annealing_loss import label_annealing_loss
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 DIRECTIONS = ("forward", "reverse")
@@ -27,8 +27,8 @@ SHAPES = {
     "one row": dict(num_rows=1, vocab_size=17),
     "small": dict(num_rows=13, vocab_size=37),
     "chunks of unequal size": dict(num_rows=29, vocab_size=17, hidden_size=5),
-    "large vocabulary": dict(num_rows=11, vocab_size=1000, hidden_size=24, max_head=300),
-    "head of one": dict(num_rows=9, vocab_size=101, max_head=1),
+    "large vocabulary": dict(num_rows=11, vocab_size=1000, hidden_size=24, max_kept=300),
+    "one token kept": dict(num_rows=9, vocab_size=101, max_kept=1),
 }
 HEADS = {
     "plain": {},
@@ -113,12 +113,12 @@ def test_lossless_teacher_equals_the_online_two_model_computation(direction, tem
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("max_head", (1, 3, 20))
-def test_gradient_vanishes_at_the_initial_weights(max_head, direction, temperature):
-    """Student = teacher and an exact tail: nothing pushes, however little of the head was kept."""
+@pytest.mark.parametrize("max_kept", (1, 3, 20))
+def test_gradient_vanishes_at_the_initial_weights(max_kept, direction, temperature):
+    """Student = teacher and an exact tail: nothing pushes, however little was kept."""
     case = make_case(num_rows=10, hidden_size=16, vocab_size=200, seed=4)
     logits = dense_logits(case.hidden, case.weight)
-    teacher = teacher_from_logits(logits, torch.arange(10), [max_head] * 10, temperature)
+    teacher = teacher_from_logits(logits, torch.arange(10), [max_kept] * 10, temperature)
     labels = torch.full((10,), -100)
     away = Case(case.hidden * 1.01, case.weight, labels, teacher)
     for dtype, zero in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
@@ -147,8 +147,8 @@ def test_three_tokens_by_hand():
     out.loss.backward()
     assert out.ce.item() == pytest.approx(-math.log(0.3))
     assert out.kl.item() == pytest.approx(0.6 * math.log(0.6 / 0.5) + 0.4 * math.log(0.4 / 0.5))
-    assert out.head_mass.item() == pytest.approx(0.6)
-    assert out.student_head_mass.item() == pytest.approx(0.5)
+    assert out.kept_mass.item() == pytest.approx(0.6)
+    assert out.student_kept_mass.item() == pytest.approx(0.5)
     # CE: q - [label]. KL: head 0.5 - 0.6; tail q_j (P - Q) / (1 - Q) = q_j * 0.2. Twice the KL.
     by_hand = [0.5 + 2 * -0.1, 0.3 - 1 + 2 * 0.06, 0.2 + 2 * 0.04]
     assert weight.grad.squeeze(1).tolist() == pytest.approx(by_hand)
@@ -171,16 +171,10 @@ def test_temperature_enters_by_hand_and_without_its_square():
     assert weight.grad.squeeze(1).tolist() == pytest.approx([(q - p) / 2, (p - q) / 2])
 
 
-def test_labels_shift_by_hand():
-    """Row i predicts token i + 1, and no label crosses from one sequence into the next."""
-    labels = torch.tensor([[-100, 11, 12, 13], [-100, -100, 22, 23]])
-    assert shift_labels(labels).tolist() == [11, 12, 13, -100, -100, 22, 23, -100]
-
-
 def test_kl_row_and_label_of_the_same_token_meet_in_the_same_hidden_row():
     """Only hidden row 1 has a target, so only hidden row 1 gets a gradient, from CE and from KL."""
     case = make_case(num_rows=4, vocab_size=9)
-    labels = shift_labels(torch.tensor([[-100, -100, 5, -100]]))
+    labels = torch.tensor([-100, 5, -100, -100])
     teacher = teacher_from_logits(torch.randn(1, 9), [1], [3], 1.0)
     for kl_coef, given in itertools.product((0.0, 3.0), (None, teacher)):
         _, gradients = fused_gradients(Case(case.hidden, case.weight, labels, given), kl_coef=kl_coef)

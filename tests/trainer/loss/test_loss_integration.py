@@ -6,10 +6,10 @@ import pytest
 import torch
 from dense_reference import dense_loss, relative_error, teacher_from_logits
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
+from teacher_batches import empty_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.label_annealing_loss import label_annealing_loss
 
 
@@ -160,14 +160,14 @@ def test_no_grad_and_frozen_everything_give_the_same_values():
     frozen = label_annealing_loss(case.hidden, case.weight, case.labels, case.teacher, bias_V=case.bias)
     for out in (quiet, inference, frozen):
         assert not out.loss.requires_grad
-        for name in ("loss", "ce", "kl", "head_mass", "student_head_mass", "num_ce", "num_kl"):
+        for name in ("loss", "ce", "kl", "kept_mass", "student_kept_mass", "num_ce", "num_kl"):
             assert getattr(out, name).item() == pytest.approx(getattr(expected, name).item(), rel=1e-12)
 
 
 def test_only_the_loss_is_differentiable():
     out, _ = fused_gradients(make_case())
     assert out.loss.requires_grad
-    for name in ("ce", "kl", "head_mass", "student_head_mass", "num_ce", "num_kl"):
+    for name in ("ce", "kl", "kept_mass", "student_kept_mass", "num_ce", "num_kl"):
         assert not getattr(out, name).requires_grad, name
 
 
@@ -191,8 +191,8 @@ def test_double_backward_is_refused_clearly():
 
 EMPTY = {
     "no label, no teacher": (False, None),
-    "no label, empty teacher": (False, TeacherBatch.empty(2.0)),
-    "labels, empty teacher": (True, TeacherBatch.empty(2.0)),
+    "no label, empty teacher": (False, empty_batch(2.0)),
+    "labels, empty teacher": (True, empty_batch(2.0)),
 }
 
 

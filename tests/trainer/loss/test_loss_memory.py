@@ -1,11 +1,16 @@
-"""What the loss never does: allocate [rows, V], or project a row that does not count. Counted, not timed."""
+"""What the loss never does: allocate [rows, V], project a row that does not count, wait for the device twice.
+
+Counted, not timed.
+"""
+
+import itertools
 
 import pytest
 import torch
 from loss_cases import Case, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.loss.chunks import default_chunk_size
+from trainer.loss.chunks import rows_per_chunk
 from trainer.loss.label_annealing_loss import label_annealing_loss
 
 VOCAB_SIZE = 512
@@ -51,7 +56,7 @@ def counting_rows(case: Case) -> int:
 @pytest.mark.parametrize("temperature", (1.0, 2.0))
 @pytest.mark.parametrize("direction", ("forward", "reverse"))
 def test_the_largest_tensor_is_one_chunk_or_the_head(direction, temperature):
-    case = make_case(1000, HIDDEN_SIZE, VOCAB_SIZE, temperature=temperature, max_head=5)
+    case = make_case(1000, HIDDEN_SIZE, VOCAB_SIZE, temperature=temperature, max_kept=5)
     recorder = record(case, kl_direction=direction)
     assert recorder.largest <= max(16 * VOCAB_SIZE, VOCAB_SIZE * HIDDEN_SIZE, 1000 * HIDDEN_SIZE)
     assert recorder.largest < 1000 * VOCAB_SIZE / 50
@@ -59,7 +64,7 @@ def test_the_largest_tensor_is_one_chunk_or_the_head(direction, temperature):
 
 @pytest.mark.parametrize("with_teacher", (False, True))
 def test_only_rows_that_count_are_projected_and_each_once(with_teacher):
-    case = make_case(200, HIDDEN_SIZE, VOCAB_SIZE, max_head=5)
+    case = make_case(200, HIDDEN_SIZE, VOCAB_SIZE, max_kept=5)
     if not with_teacher:
         case.teacher = None
     expected = counting_rows(case)
@@ -74,18 +79,64 @@ def test_nothing_is_projected_when_nothing_counts():
 
 
 def test_a_frozen_head_gets_no_gradient_buffer():
-    case = make_case(20, HIDDEN_SIZE, VOCAB_SIZE * 8, max_head=5)
+    case = make_case(20, HIDDEN_SIZE, VOCAB_SIZE * 8, max_kept=5)
     head = case.weight.numel()
     assert record(case, chunk_size=1).largest >= head
     assert record(case, chunk_size=1, frozen_head=True).largest == head  # only the transposed views of it
 
 
-@pytest.mark.parametrize(("device_type", "budget"), (("cpu", 64 << 20), ("cuda", 256 << 20)))
+VOCAB_SIZES = (1000, 32_000, 128_256, 262_144)
+
+
+@pytest.mark.parametrize(("device_type", "budget"), (("cpu", 64 << 20), ("mps", 256 << 20)))
 def test_chunks_fill_their_budget_but_never_have_few_rows(device_type, budget):
-    for vocab_size in (1000, 32_000, 128_256, 262_144):
-        for num_buffers in (1, 2, 4):
-            rows = default_chunk_size(vocab_size, num_buffers, device_type)
-            row_bytes = vocab_size * num_buffers * 4
-            assert rows == 256 or rows * row_bytes <= budget < (rows + 1) * row_bytes
-            assert rows >= 256
-    assert default_chunk_size(32_000, 1, "cpu") == 524
+    for vocab_size, num_buffers in itertools.product(VOCAB_SIZES, (1, 2, 4)):
+        rows = rows_per_chunk(vocab_size, num_buffers, device_type)
+        row_bytes = vocab_size * num_buffers * 4
+        assert rows == 256 or rows * row_bytes <= budget < (rows + 1) * row_bytes
+        assert rows >= 256
+    assert rows_per_chunk(32_000, 1, "cpu") == 524
+
+
+@pytest.mark.parametrize("device_gib", (8, 24, 80, 141))
+def test_chunks_of_a_gpu_are_whole_tiles_from_its_memory(device_gib):
+    """A thirty-second of the memory, or 2,048 rows if they take more, but never more than an eighth."""
+    memory = device_gib << 30
+    for vocab_size, num_buffers in itertools.product(VOCAB_SIZES, (0.5, 1, 2, 4)):
+        rows = rows_per_chunk(vocab_size, num_buffers, "cuda", memory)
+        row_bytes = vocab_size * num_buffers * 4
+        assert rows % 256 == 0 and rows >= 256
+        assert rows * row_bytes <= max(memory / 8, 256 * row_bytes)
+        assert rows >= 2048 or (rows + 256) * row_bytes > memory / 8
+        assert rows == 2048 or rows * row_bytes <= memory / 32 < (rows + 256) * row_bytes or rows < 2048
+    assert rows_per_chunk(128_256, 2, "cuda", 80 << 30) == 2560
+    assert rows_per_chunk(128_256, 2, "cuda", 24 << 30) == 2048
+    assert rows_per_chunk(262_144, 3, "cuda", 8 << 30) == 256
+
+
+class HostReads(TorchDispatchMode):
+    """Refuses operations that make a GPU's host wait because their result's size is a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name
+        assert name not in ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select"), name
+        if name == "aten::repeat_interleave":
+            assert kwargs.get("output_size") is not None
+        if name == "aten::index":
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+def test_the_host_reads_from_the_device_once(temperature, monkeypatch):
+    """What would be a wait on a GPU: one `tolist` per call, whatever is checked and however many chunks."""
+    case = make_case(200, HIDDEN_SIZE, VOCAB_SIZE, max_kept=5, temperature=temperature, draw_rate=8.0)
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or tolist(self))
+    hidden, weight = case.hidden.float().requires_grad_(), case.weight.float().requires_grad_()
+    counts = {"num_ce": torch.tensor(80), "num_kl": 70}
+    with HostReads():
+        label_annealing_loss(hidden, weight, case.labels, case.teacher, chunk_size=16, **counts)
+    assert len(reads) == 1

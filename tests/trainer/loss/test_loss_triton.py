@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from formats.errors import ConfigError
+from trainer.loss.chunks import logits_type
 from trainer.loss.label_annealing_loss import label_annealing_loss
-from trainer.loss.logits import KERNELS, TorchPasses, passes_of
+from trainer.loss.logits import TorchLogits
 
 ROOT = Path(__file__).resolve().parents[3]
 CASES = Path(__file__).with_name("loss_triton_cases.py")
@@ -45,7 +46,7 @@ def compiled(kernel, capability: int, dtype: str, flags: dict) -> tuple[dict[str
     from triton.compiler import ASTSource
 
     fixed = dict(flags)
-    types = {"raw_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    types = {"raw_ptr": f"*{dtype}"}
     for name in kernel.arg_names:
         if name.endswith("_ptr"):
             types.setdefault(name, "*fp32")
@@ -53,7 +54,7 @@ def compiled(kernel, capability: int, dtype: str, flags: dict) -> tuple[dict[str
             types[name] = "i32"
         elif name in ("scale", "cap", "beta"):
             types[name] = "fp32"
-    absent = {"bias_ptr": "BIAS", "one_ptr": "ONE", "slope_ptr": "SLOPES", "features_ptr": "SLOPES"}
+    absent = {"bias_ptr": "BIAS", "one_ptr": "ONE"}
     for name, flag in absent.items():
         if name in kernel.arg_names and not flags.get(flag, True):
             fixed[name] = None
@@ -93,13 +94,9 @@ def test_kernels_compile_for_hardware(capability, dtype, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for plain in (True, False):  # the least and the most a kernel does
         transform = {"BIAS": not plain, "CAP": not plain}
-        rows, tokens = triton_passes.MAP_BLOCK
-        few, many = triton_passes.SLOPE_BLOCK
-        last = {"DERIVATIVE": not plain, "ONE": not plain}
         variants = (
-            (triton_passes.row_sums, {"TEMPERED": not plain, "B": triton_passes.SUM_BLOCK}),
-            (triton_passes.row_map, {**last, "SLOPES": False, "R": rows, "B": tokens}),
-            (triton_passes.row_map, {**last, "SLOPES": True, "R": few, "B": many}),
+            (triton_passes.row_sums, {"TEMPERED": not plain, "J": triton_passes.SUM_BLOCK}),
+            (triton_passes.row_gradient, {"ONE": not plain, "J": triton_passes.GRADIENT_BLOCK}),
         )
         for kernel, flags in variants:
             used, ptx = compiled(kernel, capability, dtype, {**transform, **flags})
@@ -138,24 +135,21 @@ def test_a_cpu_is_refused(dtype):
 
 
 def test_a_machine_without_triton_is_refused(monkeypatch):
-    import trainer
+    import trainer.loss
 
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("loss_triton", "loss_triton_kernels"):
-        monkeypatch.delitem(sys.modules, f"trainer.{name}", raising=False)
-        monkeypatch.delattr(trainer, name, raising=False)
+    monkeypatch.delitem(sys.modules, "trainer.loss.triton_passes", raising=False)
+    monkeypatch.delattr(trainer.loss, "triton_passes", raising=False)
     with pytest.raises(ConfigError, match="needs the package triton, got: import of triton halted") as error:
-        passes_of("triton", torch.float32, "cuda")
+        logits_type("triton", torch.float32, "cuda")
     one_line(error.value)
-    assert passes_of("torch", torch.float32, "cuda") is TorchPasses
+    assert logits_type("torch", torch.float32, "cuda") is TorchLogits
 
 
 @pytest.mark.skipif(ON_CUDA or "TRITON_INTERPRET" in os.environ, reason="needs a machine that is refused")
 def test_a_run_is_refused_before_anything_is_read(tmp_path):
     from trainer import TrainConfig, train
-    from trainer.config import LOSS_KERNELS
 
-    assert LOSS_KERNELS == KERNELS
     missing = str(tmp_path / "missing")
     with pytest.raises(ConfigError, match="the loss kernel triton needs"):
         train(TrainConfig(cache=missing, model=missing, out=missing, loss_kernel="triton"))
@@ -166,5 +160,7 @@ def test_nothing_imports_triton_unless_asked():
     probe = f"import sys, {names}; print('trainer.loss.triton_passes' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
-    source = (ROOT / "trainer" / "loss_passes.py").read_text()
-    assert "\nimport triton" not in source and "\nfrom trainer.loss.triton_passes" not in source
+    for path in (ROOT / "trainer" / "loss").glob("*.py"):
+        if path.name != "triton_passes.py":
+            source = path.read_text()
+            assert "\nimport triton" not in source and "\nfrom trainer.loss.triton_passes" not in source

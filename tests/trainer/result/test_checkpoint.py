@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import resume_worker
-from processes import Started, start
+from runs import begin, finish, same_weights
 
 from trainer import checkpoint
 
@@ -70,20 +69,6 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 # -----------------------------------------------------------------------------------------------
 
 
-def begin(model_dir: Path, cache: Path, out: Path, *overrides: str, **environment: str) -> Started:
-    """Start a run; its output goes beside the run's directory."""
-    arguments = (str(model_dir), str(cache), str(out), list(overrides))
-    return start(out.with_name(f"{out.name}-output"), resume_worker.run, *arguments, **environment)
-
-
-def finish(*arguments, **environment) -> tuple[list[dict], Started]:
-    """Run to the end; (step entries of the log, the process)."""
-    started = begin(*arguments, **environment)
-    assert started.wait() == 0, started.text("stderr")[-3000:]
-    history = json.loads(started.text("stdout").splitlines()[-1])["log_history"]
-    return [entry for entry in history if "ce" in entry], started
-
-
 def numbers(entries: list[dict]) -> list[tuple]:
     """What must be equal to the last bit."""
     return [(e["step"], e["ce"], e["kl"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in entries]
@@ -95,13 +80,6 @@ def uninterrupted(tiny_llama_dir, pruned_cache, tmp_path_factory):
     entries, _ = finish(tiny_llama_dir, pruned_cache, out)
     assert [e["step"] for e in entries] == list(range(1, STEPS + 1))
     return out, entries
-
-
-def same_weights(left: Path, right: Path) -> bool:
-    from safetensors.numpy import load_file
-
-    a, b = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.slow
@@ -125,14 +103,16 @@ def test_a_killed_run_continues_bit_for_bit(tiny_llama_dir, pruned_cache, uninte
 @pytest.mark.slow
 def test_sigterm_saves_stops_and_continues(tiny_llama_dir, pruned_cache, uninterrupted, tmp_path):
     out, (whole, expected) = tmp_path / "run", uninterrupted
-    started = begin(tiny_llama_dir, pruned_cache, out, SLOW="0.5")
-    deadline = time.monotonic() + 200
-    while "step 3/" not in started.text("stderr") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    go = tmp_path / "go"
+    started = begin(tiny_llama_dir, pruned_cache, out, HOLD=str(go))
+    while not go.with_suffix(".held").exists():
+        assert started.process.is_alive(), started.text("stderr")[-2000:]
+        time.sleep(0.02)
     os.kill(started.process.pid, signal.SIGTERM)
+    go.touch()
     assert started.wait() == 0, started.text("stderr")[-2000:]
     report = json.loads(started.text("stdout").splitlines()[-1])
-    assert report["interrupted_by"] == "SIGTERM" and 3 <= report["num_steps"] < STEPS
+    assert report["interrupted_by"] == "SIGTERM" and report["num_steps"] == 3
     assert not (out / "config.json").exists()
     saved = checkpoint.newest_checkpoint(out)
     assert saved is not None and saved.name == f"checkpoint-{report['num_steps']}"

@@ -10,16 +10,14 @@ import pytest
 import torch
 from caches import write_cache
 from dense_retention import dense_fisher, dense_training, distinct_parameters
-from distributed_worker import run, run_all
+from distributed_worker import relative_difference, run, run_all
 from processes import run_ranks
-from test_parallel import relative_difference
 from transformers import AutoModelForCausalLM
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from trainer.data.dataset import CachedDataset
-from trainer.data.sampler import EpochBatches, Source
-from trainer.loop.step0 import sample_rows
+from trainer.data.sampler import EpochBatches, Source, sample_rows
 from trainer.retention.fisher import draw_labels
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 from trainer.retention.sfa import averaging_steps

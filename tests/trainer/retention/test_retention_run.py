@@ -10,9 +10,8 @@ import resume_worker
 import torch
 from caches import write_cache
 from processes import run_ranks
+from runs import begin, finish, same_weights, settings
 from safetensors.torch import load_file
-from test_checkpoint import begin, finish, same_weights
-from test_run import settings
 
 from formats.errors import ConfigError, IdentityMismatchError
 from trainer import train

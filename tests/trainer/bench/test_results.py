@@ -1,0 +1,207 @@
+"""What happens to results: they belong to weights and settings, are not computed twice, and are never mixed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_tasks import DOCUMENTS, TINY_BASE, questions, write_forty, write_lines
+
+from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError
+from trainer import BenchSettings, bench_models, load_bench, paired
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_forty(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY_BASE, tmp_path / "model"))
+
+
+def settings(folder: Path, *names: str, **more) -> BenchSettings:
+    more = {"limit": 6, "apply_chat_template": "no", **more}
+    return BenchSettings(tasks=names or ("forty",), task_dirs=(str(folder),), **more)
+
+
+def nudge(model: Path, factor: float = 2.0) -> None:
+    """Other weights: the last norm is scaled, which makes every prediction sharper or flatter."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * factor
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_second_run_computes_nothing_and_a_change_computes_again(model: Path, tmp_path: Path) -> None:
+    folder = write_forty(tmp_path / "tasks")
+    first = bench_models({"a": model}, settings(folder))
+    assert first.models[0].ran == ("forty",)
+    before = (model / "bench.json").read_bytes()
+    assert bench_models({"a": model}, settings(folder, batch_size=3)).models[0].ran == ()
+    assert (model / "bench.json").read_bytes() == before
+    moved = Path(shutil.move(folder, tmp_path / "moved"))
+    assert bench_models({"a": model}, settings(moved)).models[0].ran == ()
+    # Other settings, another file, other data: each is a result of its own.
+    assert bench_models({"a": model}, settings(moved, seed=1)).models[0].ran == ("forty",)
+    task_file = moved / "forty.yaml"
+    task_file.write_text(task_file.read_text().replace('"{{question}}"', '"Q: {{question}}"'))
+    assert bench_models({"a": model}, settings(moved)).models[0].ran == ("forty",)
+    write_lines(moved / "forty.jsonl", questions()[1:])
+    assert bench_models({"a": model}, settings(moved)).models[0].ran == ("forty",)
+    results = json.loads((model / "bench.json").read_text())["results"]
+    assert len(results) == 4 and len({json.dumps(r["settings"], sort_keys=True) for r in results}) == 4
+    # Items that are gone or damaged are computed again.
+    for result in results:
+        (model / result["samples"]).write_bytes(b"")
+    with pytest.raises(FormatError, match="items of forty must be those"):
+        paired(load_bench(model), load_bench(model))
+    assert bench_models({"a": model}, settings(moved)).models[0].ran == ("forty",)
+
+
+def test_a_killed_run_goes_on_with_the_next_task(model: Path, tmp_path: Path) -> None:
+    folder = write_forty(tmp_path / "tasks")
+    text = " ".join(record["question"] for record in questions())
+    write_lines(folder / "documents.jsonl", [{"text": text}] * 2000)
+    (folder / "documents.yaml").write_text(DOCUMENTS)
+    command = [sys.executable, "-c", "import cli; cli.main()", "bench", str(model), "--task-dir", str(folder)]
+    options = ["--apply-chat-template", "no", "--tasks", "forty,documents"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    while not (model / "bench.json").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    assert [e["task"] for e in json.loads((model / "bench.json").read_text())["results"]] == ["forty"]
+    write_lines(folder / "documents.jsonl", [{"text": text}])
+    report = bench_models({"a": model}, settings(folder, "forty", "documents", limit=None))
+    assert report.models[0].ran == ("documents",)
+    assert list(report.models[0].entries) == ["forty", "documents"]
+
+
+def test_results_of_other_weights_are_refused_and_set_aside(model: Path, tasks: Path) -> None:
+    bench_models({"a": model}, settings(tasks))
+    old = (model / "bench.json").read_bytes()
+    nudge(model)
+    with pytest.raises(IdentityMismatchError, match="results must be of the weights on disk, got weights"):
+        load_bench(model)
+    report = bench_models({"a": model}, settings(tasks))
+    assert report.models[0].ran == ("forty",)
+    (aside,) = model.glob("bench-*.json")
+    assert aside.read_bytes() == old
+    assert load_bench(model).model != json.loads(old)["model"]
+    (model / "config.json").write_text(
+        (model / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+    )
+    with pytest.raises(IdentityMismatchError, match="got config"):
+        load_bench(model)
+
+
+def test_pairs_are_the_same_items_under_equal_settings(model: Path, tmp_path: Path, tasks: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    nudge(other, 0.1)
+    report = bench_models({"a": model, "b": other}, settings(tasks, limit=20))
+    bench_models({"a": model}, settings(tasks, limit=None))
+    a, b = load_bench(model), load_bench(other)
+    pair = paired(a, b)["forty"]
+    assert pair.metric == "acc,none" and len(pair.items) == 20
+    assert set(pair.num_choices) == {2, 3, 4} and set(pair.weights) == {1.0}
+    assert pair.num_choices.tolist() == [len(questions()[i]["choices"]) for i in pair.items]
+    for side, results in ((pair.first, report.models[0]), (pair.second, report.models[1])):
+        assert set(side) <= {0.0, 1.0}
+        assert np.mean(side) == results.entries["forty"].metrics["acc,none"]["value"]
+    assert paired(a, b, ["forty"], "acc_norm")["forty"].metric == "acc_norm,none"
+    with pytest.raises(ConfigError, match="got 'f1'; choose one"):
+        paired(a, b, ["forty"], "f1")
+    with pytest.raises(ConfigError, match="got none for piqa"):
+        paired(a, b, ["piqa"])
+    assert report.text().splitlines()[0].split() == ["task", "metric", "shots", "items", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"limit": 5}, "limit 6 and 5"),
+        ({"seed": 3}, "seed 0 and 3"),
+        ({"num_fewshot": 1}, "num_fewshot 0 and 1"),
+        ({"apply_chat_template": "yes"}, "chat_template '' and '"),
+        ({"dtype": "bfloat16"}, "dtype 'float32' and 'bfloat16'"),
+    ],
+)
+def test_unequal_settings_are_refused_by_name(tmp_path: Path, tasks: Path, changed: dict, named: str) -> None:
+    bench_models({"a": TINY_BASE}, settings(tasks, out=str(tmp_path / "one"), dtype="float32"))
+    bench_models(
+        {"a": TINY_BASE}, settings(tasks, out=str(tmp_path / "two"), **{"dtype": "float32", **changed})
+    )
+    one, two = (load_bench(TINY_BASE, tmp_path / out / "a") for out in ("one", "two"))
+    with pytest.raises(IdentityMismatchError, match="equal settings") as error:
+        paired(one, two)
+    assert named in str(error.value)
+
+
+def test_a_limit_draws_the_same_items_for_every_model_and_a_larger_one_holds_them(tmp_path, tasks) -> None:
+    drawn = []
+    for limit in (6, 12):
+        bench_models({"a": TINY_BASE}, settings(tasks, limit=limit, out=str(tmp_path)))
+    results = load_bench(TINY_BASE, tmp_path / "a")
+    for entry in results.entries.values():
+        drawn.append(results.samples(entry, "none").items.tolist())
+    assert [len(items) for items in drawn] == [6, 12] and set(drawn[0]) < set(drawn[1])
+    assert drawn[1] == sorted(drawn[1]) and drawn[1] != list(range(12))
+
+
+def test_adapters_alone_are_measured_and_tied_to_their_model(
+    model: Path, tmp_path: Path, tasks: Path
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = tmp_path / "adapter"
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.5)
+    tuned.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(model).save_pretrained(adapter)
+    bench_models({"a": adapter, "b": model}, settings(tasks, limit=None))
+    pair = paired(load_bench(adapter), load_bench(model), metric="acc_norm")["forty"]
+    assert pair.first.tolist() != pair.second.tolist()
+    with pytest.raises(ConfigError, match="--backend vllm runs full models, got adapters"):
+        bench_models({"a": adapter}, settings(tasks, backend="vllm", limit=3))
+    nudge(model)
+    with pytest.raises(IdentityMismatchError, match="got config"):
+        load_bench(adapter)
+
+
+def test_prompts_that_do_not_fit_are_counted(tmp_path: Path) -> None:
+    folder = write_forty(tmp_path / "tasks")
+    records = questions()[:3]
+    records[1]["question"] = "word " * 700
+    write_lines(folder / "forty.jsonl", records)
+    report = bench_models({"a": TINY_BASE}, settings(folder, limit=None, out=str(tmp_path / "out")))
+    assert report.models[0].entries["forty"].num_truncated == 1
+    assert "a: 1 of 3 items of forty were longer than the model's context" in report.text()
+
+
+def test_damaged_results_are_named(model: Path) -> None:
+    with pytest.raises(FormatError, match=r"got no bench\.json"):
+        load_bench(model)
+    for text, message in (
+        ("{", "must be a result of anneal bench"),
+        ('{"format": 9}', "must have format 1, got 9"),
+    ):
+        (model / "bench.json").write_text(text)
+        with pytest.raises(AnnealError, match=message):
+            load_bench(model)

@@ -1,0 +1,52 @@
+"""Whose results they are: the fingerprint of a model's weights, of full models and of adapters alone."""
+
+import json
+from pathlib import Path
+
+from formats.errors import ConfigError
+from formats.identity.fingerprint import (
+    ModelFingerprint,
+    resolve_model,
+    sha256_json,
+    stable_config,
+    tokenizer_files_fingerprint,
+    weight_files,
+)
+from formats.identity.tensor_hash import hash_tensors
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds adapters without the model they belong to."""
+    return (directory / ADAPTER_FILE).is_file() and not (directory / "config.json").is_file()
+
+
+def model_identity(directory: Path) -> dict[str, str]:
+    """What results belong to: `weights` and `config` as in `ModelFingerprint`, and `vocabulary`.
+
+    For adapters: their tensors, and their configuration with the identity of the model they belong to.
+
+    Raises:
+        ConfigError: not a model, or the model of the adapters is not there.
+        FormatError: a weight file is torn.
+    """
+    vocabulary = tokenizer_files_fingerprint(directory).get("vocabulary", "")
+    if not is_adapter(directory):
+        fingerprint = ModelFingerprint.of(directory)
+        return {"weights": fingerprint.weights, "config": fingerprint.config, "vocabulary": vocabulary}
+    try:
+        config = json.loads((directory / ADAPTER_FILE).read_text(encoding="utf-8"))
+        base = str(config.pop("base_model_name_or_path"))
+    except (ValueError, KeyError, AttributeError):
+        raise ConfigError(
+            f"adapters must name their model in {ADAPTER_FILE}, got none in {directory}; save them again"
+        ) from None
+    files = [path for path in weight_files(directory) if path.suffix == ".safetensors"]
+    if not files:
+        raise ConfigError(f"adapters must be *.safetensors, got none in {directory}; save them again")
+    return {
+        "weights": sha256_json(sorted(hash_tensors(files).items())),
+        "config": sha256_json([stable_config(config), model_identity(resolve_model(base))]),
+        "vocabulary": vocabulary,
+    }

@@ -1,0 +1,138 @@
+"""Reading results side by side: only of the weights on disk, only under equal settings, item by item."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from formats.errors import ConfigError, FormatError, IdentityMismatchError
+from formats.identity.fingerprint import resolve_model
+from trainer.bench.bench_file import BenchEntry, BenchFile, require_fresh
+from trainer.bench.model_identity import model_identity
+
+
+@dataclass(frozen=True)
+class PairedItems:
+    """One metric of one task, for two models, on the same items. N items."""
+
+    task: str
+    metric: str
+    """`metric,filter`."""
+    items: np.ndarray
+    """[N] int32: numbers of the items."""
+    num_choices: np.ndarray
+    """[N] int32: choices to pick from; 0 where the model writes its answer."""
+    first: np.ndarray
+    """[N] float64: the metric of the first model; for a log-likelihood, its sum in nats."""
+    second: np.ndarray
+    """[N] float64: of the second."""
+    weights: np.ndarray
+    """[N] float64: what a sum is divided by (words, bytes); 1 for other metrics."""
+
+
+def load_bench(model: str | Path, results: str | Path | None = None) -> BenchFile:
+    """The results of a model, if they are of the weights that it has now.
+
+    Args:
+        model: its directory or hub name.
+        results: the directory with bench.json; by default the model's own.
+
+    Raises:
+        ConfigError: no such model.
+        FormatError: there are no results, or not ours.
+        IdentityMismatchError: they were measured on other weights.
+    """
+    directory = resolve_model(model)
+    found = BenchFile.read(Path(results) if results is not None else directory)
+    require_fresh(found, model_identity(directory), str(model))
+    return found
+
+
+def paired(
+    first: BenchFile, second: BenchFile, tasks: Sequence[str] | None = None, metric: str | None = None
+) -> dict[str, PairedItems]:
+    """Bring the items of two models together.
+
+    Args:
+        first, second: from `load_bench`.
+        tasks: names; by default all that both have.
+        metric: `metric` or `metric,filter`; by default the one that says whether an item is right.
+
+    Returns:
+        task -> its items. Where both have a task under several equal settings, the one with the most items.
+
+    Raises:
+        ConfigError: a task that one of them has no result for, or no common task, or an unknown metric.
+        IdentityMismatchError: a task that they have under different settings only; the message names them.
+        FormatError: items are missing or damaged.
+    """
+    common = sorted({e.task for e in first.entries.values()} & {e.task for e in second.entries.values()})
+    wanted = list(tasks) if tasks is not None else common
+    if not wanted:
+        raise ConfigError(
+            f"two models are compared on common tasks, got none in {first.directory} and {second.directory}; "
+            "run anneal bench on both at once"
+        )
+    return {task: _pair(first, second, task, metric) for task in wanted}
+
+
+def _pair(first: BenchFile, second: BenchFile, task: str, metric: str | None) -> PairedItems:
+    a, b = _equal_entries(first, second, task)
+    name, filter_name = _metric(a, metric)
+    left, right = first.samples(a, filter_name), second.samples(b, filter_name)
+    for one, owner in ((left, first), (right, second)):
+        if name not in one.metrics:
+            raise ConfigError(
+                f"a metric must have a value per item, got {name} of {task} in {owner.directory}; choose from "
+                f"{', '.join(one.metrics)}"
+            )
+    if not np.array_equal(left.items, right.items) or left.doc_hashes != right.doc_hashes:
+        raise FormatError(
+            f"equal settings must give equal items, got others for {task} in {first.directory} and "
+            f"{second.directory}; run anneal bench again"
+        )
+    return PairedItems(
+        task=task,
+        metric=f"{name},{filter_name}",
+        items=left.items,
+        num_choices=left.num_choices,
+        first=left.metrics[name],
+        second=right.metrics[name],
+        weights=left.weights.get(name, np.ones(len(left.items))),
+    )
+
+
+def _equal_entries(first: BenchFile, second: BenchFile, task: str) -> tuple[BenchEntry, BenchEntry]:
+    sides = []
+    for results in (first, second):
+        sides.append([entry for entry in results.entries.values() if entry.task == task])
+        if not sides[-1]:
+            raise ConfigError(
+                f"a comparison needs results of both models, got none for {task} in {results.directory}; "
+                "run anneal bench"
+            )
+    equal = [(a, b) for a in sides[0] for b in sides[1] if a.key == b.key]
+    if equal:
+        return max(equal, key=lambda pair: pair[0].num_items)
+    a, b = sides[0][-1], sides[1][-1]
+    differing = [
+        f"{key} {a.settings.get(key)!r} and {b.settings.get(key)!r}"
+        for key in sorted({*a.settings, *b.settings})
+        if a.settings.get(key) != b.settings.get(key)
+    ]
+    raise IdentityMismatchError(
+        f"{task}: results are compared under equal settings, got {'; '.join(differing)} ({first.directory}, "
+        f"{second.directory}); run anneal bench on both at once"
+    )
+
+
+def _metric(entry: BenchEntry, metric: str | None) -> tuple[str, str]:
+    wanted = metric or entry.primary
+    for key in entry.metrics:
+        if wanted in (key, key.rpartition(",")[0]):
+            name, _, filter_name = key.rpartition(",")
+            return name, filter_name
+    raise ConfigError(
+        f"{entry.task} has the metrics {', '.join(entry.metrics)}, got {wanted!r}; choose one of them"
+    )
