@@ -42,8 +42,8 @@ from formats.logprobs.tail_draws import POWER, TailDraws, starts
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import TopKLogprobs
 from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss.kl import LARGEST_RATIO, LARGEST_SHARE
 from trainer.loss.label_annealing_loss import label_annealing_loss
-from trainer.loss.loss_draws import LARGEST_RATIO
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 MIN_PROBS = (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1)
@@ -115,9 +115,12 @@ def pairs_of(texts: Sequence[str]) -> list[tuple[float, int]]:
 # --- capture ----------------------------------------------------------------------------------------------
 
 
-def capture_row(logits_PV: torch.Tensor, rates: Sequence[int], starts_P: np.ndarray) -> list[TopKLogprobs]:
+def capture_row(
+    logits_PV: torch.Tensor, label_ids: np.ndarray, rates: Sequence[int], starts_P: np.ndarray
+) -> list[TopKLogprobs]:
     """One row at the lowest threshold, with draws of every rate: what the product captures, from full logits."""
     logprobs_PV = torch.log_softmax(logits_PV.double(), -1)
+    labels_P = logprobs_PV[torch.arange(len(label_ids)), torch.as_tensor(label_ids).long()].numpy()
     values_PK, ids_PK = logprobs_PV.topk(min(MAX_K, logprobs_PV.shape[1]), dim=-1)
     keep_PK = values_PK >= math.log(min(MIN_PROBS))
     keep_PK[:, 0] = True
@@ -132,6 +135,7 @@ def capture_row(logits_PV: torch.Tensor, rates: Sequence[int], starts_P: np.ndar
         log_tail_nodes=nodes_PB.numpy().astype(np.float32),
         vocab_size=logprobs_PV.shape[1],
         draws=TailDraws.none(len(logprobs_PV)),
+        label_logprobs=labels_P,
     )
     found = []
     for rate in rates:
@@ -159,9 +163,10 @@ def captures(subject: Subject, rows: int) -> dict[int, list[TopKLogprobs]]:
             with torch.no_grad():
                 logits_PV = teacher(input_ids=row[None]).logits[0, :-1]
             begin = starts(row.numpy().astype("<i4").tobytes()[-8:], np.arange(len(row) - 1))
-            for rate, topk in zip(RATES, capture_row(logits_PV, RATES, begin), strict=True):
+            rows_by_rate = capture_row(logits_PV, row[1:].numpy(), RATES, begin)
+            for rate, topk in zip(RATES, rows_by_rate, strict=True):
                 if rate == 0:
-                    for name in ("offsets", "token_ids", "logprobs", "log_tail_nodes"):
+                    for name in ("offsets", "token_ids", "logprobs", "log_tail_nodes", "label_logprobs"):
                         arrays[f"{number}-{name}"] = getattr(topk, name)
                 for name in ("offsets", "token_ids", "logprobs"):
                     arrays[f"{number}-{rate}-{name}"] = getattr(topk.draws, name)
@@ -174,7 +179,8 @@ def captures(subject: Subject, rows: int) -> dict[int, list[TopKLogprobs]]:
             for rate in RATES:
                 drawn = [data[f"{number}-{rate}-{name}"] for name in names[:3]]
                 draws = TailDraws(*drawn, rate)  # type: ignore[misc]
-                found[rate].append(TopKLogprobs(*heads, int(data["vocab_size"]), draws))  # type: ignore[misc]
+                labels = data[f"{number}-label_logprobs"]
+                found[rate].append(TopKLogprobs(*heads, int(data["vocab_size"]), draws, labels))  # type: ignore[misc]
     return found
 
 
@@ -192,19 +198,21 @@ class Stored:
     mass: float
 
 
-def store(setting: Setting, captured: dict[int, list[TopKLogprobs]]) -> Stored:
+def store(setting: Setting, captured: dict[int, list[TopKLogprobs]], rows_RS: torch.Tensor) -> Stored:
     """Prune, encode and decode all rows of the captured rate; the rank table is learned from the same rows."""
+    labels = [row[1:].numpy().astype(np.int32) for row in rows_RS]
     pruned = [row.prune(setting.min_prob, MAX_K) for row in captured[setting.rate]]
     ranked = rank_by_frequency(np.concatenate([row.token_ids for row in pruned]), pruned[0].vocab_size)
     config = replace(setting.codec, draw_rate=setting.rate)
     codec = Codec(config, pruned[0].vocab_size, MAX_K, ranked if config.rank_ids else None)
-    payloads = [codec.encode(row) for row in pruned]
+    pairs = list(zip(pruned, labels[: len(pruned)], strict=True))
+    payloads = [codec.encode(*pair) for pair in pairs]
     count = sum(map(len, pruned))
-    alone = section_bytes(codec, pruned[:8])
+    alone = section_bytes(codec, pairs[:8])
     scale = sum(map(len, payloads)) / count / sum(alone.values())
     parts = [size * scale for size in alone.values()]
     return Stored(
-        rows=[codec.decode(payload, len(row)) for payload, row in zip(payloads, pruned, strict=True)],
+        rows=[codec.decode(payload, ids) for payload, (_, ids) in zip(payloads, pairs, strict=True)],
         sections=dict(zip(alone, parts, strict=True)),
         payload=sum(map(len, payloads)) / count,
         entries=sum(row.num_entries for row in pruned) / count,
@@ -343,6 +351,11 @@ def row_at(beta: float, z_PV: torch.Tensor, l_PV: torch.Tensor, slopes_KPV: Sequ
     return Row(beta, q_PV.numpy(), [s.numpy() for s in slopes_KPV], mean_KP, exact_K)
 
 
+def limited_pull(scale_S: np.ndarray, ratio_S: np.ndarray) -> np.ndarray:
+    """What a draw adds, with the limit of trainer/loss/kl.py on its ratio."""
+    return scale_S * (np.minimum(ratio_S, np.maximum(LARGEST_SHARE / scale_S, LARGEST_RATIO)) - 1)
+
+
 def along(row: Row, topk: TopKLogprobs) -> np.ndarray:
     """[K]: the loss's gradient of one row along each direction (docs/method.md; trainer/loss/kl.py)."""
     beta, temperature = row.beta, 1 / row.beta
@@ -359,7 +372,7 @@ def along(row: Row, topk: TopKLogprobs) -> np.ndarray:
         at_S = ragged.segment_of(draws.offsets)
         p_S = np.exp(beta * draws.logprobs.astype(np.float64) - log_z_P[at_S])
         ratio_S = tail_p_P[at_S] * row.q_PV[at_S, draws.token_ids] / tail_q_P[at_S] / p_S
-        pull_S = beta * draws.weights * p_S * (np.minimum(ratio_S, LARGEST_RATIO) - 1)
+        pull_S = beta * limited_pull(draws.weights * p_S, ratio_S)
         spread_P = ragged.segment_sum(pull_S, draws.offsets)
     for slope_PV, mean_P in zip(row.slopes_KPV, row.mean_slope_KP, strict=True):
         slope_E = slope_PV[at_E, topk.token_ids]
@@ -457,7 +470,7 @@ def measure(
     return {key: np.stack(value) for key, value in errors.items()}, exact, facts
 
 
-def gradient(beta: float, q_PV: np.ndarray, topk: TopKLogprobs, limit: float = LARGEST_RATIO) -> np.ndarray:
+def gradient(beta: float, q_PV: np.ndarray, topk: TopKLogprobs) -> np.ndarray:
     """float64 [P, V]: the loss's gradient with respect to the logits, in full."""
     temperature = 1 / beta
     log_z_P = topk.log_partition(temperature).astype(np.float64)
@@ -471,7 +484,7 @@ def gradient(beta: float, q_PV: np.ndarray, topk: TopKLogprobs, limit: float = L
         at_S = ragged.segment_of(draws.offsets)
         p_S = np.exp(beta * draws.logprobs.astype(np.float64) - log_z_P[at_S])
         ratio_S = tail_p_P[at_S] * q_PV[at_S, draws.token_ids] / tail_q_P[at_S] / p_S
-        pull_S = beta * draws.weights * p_S * (np.minimum(ratio_S, limit) - 1)
+        pull_S = beta * limited_pull(draws.weights * p_S, ratio_S)
         coefficient_P = coefficient_P - ragged.segment_sum(pull_S, draws.offsets) / tail_q_P
     found = q_PV * coefficient_P[:, None]
     if draws.rate:
@@ -501,9 +514,9 @@ def rounding(
         z_RPV = [student(input_ids=row[None]).logits[0, :-1] for row in rows_RS]
     lines = []
     for min_prob, rate in pairs:
-        exact = store(Setting(min_prob, rate, CodecConfig.lossless()), captured)
+        exact = store(Setting(min_prob, rate, CodecConfig.lossless()), captured, subject.held_out_RS)
         variants = [Setting(min_prob, rate), *codec_variants([(min_prob, rate)])[1:]]
-        stored = {variant.name: store(variant, captured) for variant in variants}
+        stored = {variant.name: store(variant, captured, subject.held_out_RS) for variant in variants}
         for t in temperatures:
             noise, added = 0.0, dict.fromkeys(stored, 0.0)
             for r in range(rows):
@@ -600,6 +613,7 @@ def main() -> None:
         metavar="P:RATE",
         help="only what coarser codecs add to the noise here",
     )
+    parser.add_argument("--bytes", nargs="*", default=[], metavar="P:RATE", help="only the bytes of these")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 128], help="rows of a confirmed step")
     parser.add_argument("--codec", default="{}", metavar="JSON", help="codec settings of what is confirmed")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -611,13 +625,24 @@ def main() -> None:
     if args.confirm:
         codec = replace(CodecConfig(), **json.loads(args.codec))
         settings = [Setting(min_prob, rate, codec) for min_prob, rate in pairs_of(args.confirm)]
-        chosen = {setting.name: store(setting, captured) for setting in settings}
+        chosen = {setting.name: store(setting, captured, subject.held_out_RS) for setting in settings}
         lines = []
         for steps in args.steps:
             for t in args.temperatures:
                 lines += confirm(subject, steps, chosen, args.rows, t, args.sizes)
         if args.json:
             args.json.write_text(json.dumps(lines, indent=1) + "\n")
+        return
+    if args.bytes:
+        for min_prob, rate in pairs_of(args.bytes):
+            codec = replace(CodecConfig(), **json.loads(args.codec))
+            found = store(Setting(min_prob, rate, codec), captured, subject.held_out_RS)
+            print(
+                f"p >= {min_prob:g}, draws at {rate}: {found.payload:.2f} B, {found.entries:.2f} entries, "
+                f"{found.draws:.2f} draws, mass {found.mass:.3f}: "
+                + ", ".join(f"{name} {size:.2f}" for name, size in found.sections.items()),
+                flush=True,
+            )
         return
     if args.rounding:
         lines = []
@@ -627,7 +652,7 @@ def main() -> None:
             args.json.write_text(json.dumps(lines, indent=1) + "\n")
         return
     settings = grid() + codec_variants(pairs_of(args.variants))
-    stored = {setting.name: store(setting, captured) for setting in settings}
+    stored = {setting.name: store(setting, captured, subject.held_out_RS) for setting in settings}
     print(f"{TEACHERS[args.teacher].what}: {args.rows} rows of 511 positions")
     report: dict[str, Any] = {
         "bytes": {

@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "real")]
 STOPS = (10, 100)
 ROW_TOKENS = 512
 NUM_TRAIN_BATCHES = 20
-SCRATCH_STEPS = 200
+SCRATCH_STEPS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
