@@ -22,9 +22,7 @@ from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
 from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of
-from trainer.loading import (
-    quiet_transformers,
-)
+from trainer.loading import quiet_transformers
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
 from trainer.loop.step0 import Step0Check, Step0Report
@@ -290,9 +288,9 @@ def publish(
         directory.staging.mkdir()
     trainer.accelerator.wait_for_everyone()
     try:
-        save_result(trainer, directory.staging, inputs.model_dir, config.lora, layout)
+        written = save_result(trainer, directory.staging, inputs.model_dir, config.lora, layout)
         if first and live is not None:
-            check = check_saved(live, directory.staging, layout.coarsest if layout else torch.float32)
+            check = check_saved(live, directory.staging, written, layout.dtypes if layout else ())
             say(check.line())
             directory.record["saved"] = check.to_dict()
             check.require_passed()
