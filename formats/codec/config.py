@@ -33,7 +33,7 @@ class CodecConfig:
     draw_rate: int = 0
     """Expected draws of a tail token over the power 3/4 of its probability; 0 stores none. It is the rate
     of the capture (`CaptureSettings`)."""
-    draw_steps: int = 8
+    draw_steps: int = 16
     """Steps per nat of a drawn token's logprob: its error is at most half a step, a relative error of p."""
 
     def __post_init__(self) -> None:
