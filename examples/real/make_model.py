@@ -107,14 +107,15 @@ def make_model(out: Path) -> None:
     Raises:
         ModelMissingError: a package is missing, `out` is something else, or the model does not answer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if (out / "config.json").is_file():
         print(f"{out} is complete; delete it to make it again")
         return
     if out.exists():
         raise ModelMissingError(f"{out} must not exist or be a model directory; choose another --out")
-    model, tokenizer = load(gguf_file())
+    source = gguf_file()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = load(source)
     temporary = out.with_name(f".{out.name}.making")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
