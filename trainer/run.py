@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
-from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of
+from trainer.inputs import Inputs, Rows, Student, draws_note, facts_of, load_student, open_inputs, rows_of
 from trainer.loading import quiet_transformers
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
@@ -112,6 +112,8 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     out = Path(config.out)
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
     args = training_arguments(resolved, out)
+    if args.process_index == 0 and (line := draws_note(config, rows)) is not None:
+        say(line)
     with args.main_process_first():
         settings = config.to_dict() | {"training": resolved}
         identity = inputs.target.identity.to_dict()
