@@ -171,7 +171,7 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     )
     trainer.head.vocab_size = vocab_size if vocab_size < num_outputs else None
     check_before_start(trainer)
-    groups = {"training": [cache], "mixed": mixed, "evaluation": [*held_out.values()], "ewc": known_text}
+    groups = {"training": [cache], "mixed": mixed, "evaluation": [*held_out.values()]}
     weights = ModelFingerprint.of(model_dir).weights if config.allow_different_student else None
     directory.require_same_run(run_facts(trainer, config, groups, weights))
     from trainer.loop.step0 import Step0Check
