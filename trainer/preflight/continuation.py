@@ -43,7 +43,7 @@ def run_facts(
     Args:
         trainer: built, not trained yet.
         config: the run's settings.
-        caches: `training`, `mixed`, `evaluation` and `ewc` -> the opened caches.
+        caches: `training`, `mixed` and `evaluation` -> the opened caches.
         weights: fingerprint of the model's weights, where the cache's identity does not say it.
     """
     args = trainer.args
@@ -61,7 +61,7 @@ def run_facts(
     for name, argument in ARGUMENTS.items():
         if argument.decides and name not in covered and hasattr(args, name):
             facts[f"training.{name}"] = getattr(args, name)
-    judged = ["training", "mixed", "ewc"]
+    judged = ["training", "mixed"]  # the Fisher information of ewc remembers its own cache
     if best_model.chooses(vars(args)) is not None:
         judged.append("evaluation")
         names = (*JUDGING, "metric_for_best_model", *(SAVING if args.load_best_model_at_end else ()))
