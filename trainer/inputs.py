@@ -95,9 +95,8 @@ def open_inputs(config: TrainConfig) -> Inputs:
 
 def facts_of(config: TrainConfig, inputs: Inputs) -> tuple[dict[str, list[TeacherCache]], str | None]:
     """The caches by their use, and the fingerprint of a student's weights that no cache's identity holds."""
-    known = [inputs.known] if inputs.known is not None else []
     held_out = [*inputs.held_out.values()]
-    caches = {"training": [inputs.target], "mixed": inputs.mixed, "evaluation": held_out, "ewc": known}
+    caches = {"training": [inputs.target], "mixed": inputs.mixed, "evaluation": held_out}
     return caches, ModelFingerprint.of(inputs.model_dir).weights if config.allow_different_student else None
 
 

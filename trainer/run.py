@@ -122,51 +122,10 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     settle_liger(args, student.model)
     trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention)
     check_before_start(trainer)
-<<<<<<< HEAD
     directory.require_same_run(run_facts(trainer, config, *facts_of(config, inputs)))
     check_before_first_step(trainer, config, rows, directory)
     run_steps(trainer, directory)
     report = report_of(trainer, directory, started)
-=======
-    groups = {"training": [cache], "mixed": mixed, "evaluation": [*held_out.values()]}
-    weights = ModelFingerprint.of(model_dir).weights if config.allow_different_student else None
-    directory.require_same_run(run_facts(trainer, config, groups, weights))
-    from trainer.loop.step0 import Step0Check
-
-    def on_report(report: "Step0Report") -> None:
-        if args.process_index == 0:
-            say(report.line())
-            directory.write_record(step0=report.to_dict())
-        directory.record["step0"] = report.to_dict()
-
-    trainer.add_callback(
-        Step0Check(
-            trainer,
-            first_check,
-            on_report,
-            num_rows=config.step0_rows,
-            threshold=config.step0_threshold,
-            different_student=config.allow_different_student,
-        )
-    )
-    if directory.checkpoint is not None and args.process_index == 0:
-        say(f"continuing from {directory.checkpoint.name}")
-    with trainer.stop_request:
-        trainer.train(resume_from_checkpoint=str(directory.checkpoint) if directory.checkpoint else None)
-    state = trainer.state
-    logged = [entry for entry in state.log_history if "ce" in entry]
-    report = TrainReport(
-        out=out,
-        num_steps=state.global_step,
-        max_steps=state.max_steps,
-        seconds=time.perf_counter() - started,
-        step0=directory.record.get("step0"),
-        last=dict(logged[-1]) if logged else {},
-        log_history=list(state.log_history),
-        resumed_from=int(directory.checkpoint.name.split("-")[-1]) if directory.checkpoint else None,
-        interrupted_by=_interruption(trainer),
-    )
->>>>>>> training-values
     if report.interrupted_by is None:
         report.evaluation = evaluate_rows(trainer, rows.evaluation)
         publish(trainer, directory, config, inputs, student.layout, rows, resolved, report)
