@@ -34,6 +34,8 @@ OPTION_OF = {
     ("preprocessing", "max_k"): "--max-k",
     ("preprocessing", "positions"): "--positions",
     ("preprocessing", "text_column"): "--text-column",
+    ("preprocessing", "chat_template_kwargs"): "--template-arg",
+    ("preprocessing", "template_time"): "--template-time",
     ("codec", "draw_rate"): "--tail-draws",
 }
 

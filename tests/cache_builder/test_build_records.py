@@ -47,7 +47,7 @@ def config_of(tmp_path: Path, model: Path, records: list[dict[str, Any]], **opti
         model=str(model),
         out=str(tmp_path / "cache"),
         engine="transformers",
-        **{"max_length": 32, "tail_features": 0, "tail_draws": 0, **options},
+        **{"max_length": 32, "draw_rate": 0, **options},
     )
 
 
@@ -216,11 +216,11 @@ def test_of_two_workers_that_begin_at_once_the_first_ones_time_holds(
             clock("2026-02-03T04:05:07")
             first = real(replace(given, template_time=None))
             assert first.settings.identity != source.settings.identity
-            from cache_builder.commit.build_directory import open_output
-            from cache_builder.commit.plan import settle_settings
+            from cache_builder.commit.build_directory import BuildDirectory
 
-            open_output(given.directory)
-            settle_settings(given.directory, first.settings)
+            directory = BuildDirectory(given.directory)
+            directory.prepare()
+            directory.settle_settings(first.settings)
         return source
 
     clock("2026-02-03T04:05:06")

@@ -14,7 +14,7 @@ from cache_builder.teachers.wire import pack, unpack
 from formats.capture_settings import CaptureSettings
 from formats.logprobs import tail_draws
 from formats.logprobs.ragged import offsets_of, segment_of
-from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
+from formats.logprobs.topk import TopKLogprobs
 
 RATE = 8
 VOCAB_SIZES = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 1003, 4099]
@@ -202,7 +202,7 @@ def test_draws_depend_on_the_row_alone(monkeypatch, spread):
     monkeypatch.setattr(reduce, "CPU_CHUNK_BYTES", 3 * 4 * 1003)
     chunks = drawn(logits, starts)
     size = len(whole.draw_ids)
-    for other in (chunks, reduce.concatenate_rows(alone, len(TAIL_BETAS), 0), beside):
+    for other in (chunks, reduce.concatenate_rows(alone), beside):
         assert other.draw_counts[:23].tolist() == whole.draw_counts.tolist()
         assert other.draw_ids[:size].tolist() == whole.draw_ids.tolist()
         torch.testing.assert_close(other.draw_logprobs[:size], whole.draw_logprobs, atol=2e-6, rtol=1e-6)

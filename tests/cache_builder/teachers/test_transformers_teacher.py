@@ -17,6 +17,7 @@ from tiny_models import MAX_LENGTH, VOCAB_SIZE, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from cache_builder import TeacherConfig, TransformersTeacher, make_teacher
+from cache_builder.teachers.fast_dtype import resolve_dtype
 from cache_builder.teachers.protocol import TeacherError
 from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
@@ -179,7 +180,8 @@ def test_a_model_that_overflows_is_reported(tmp_path):
 def test_auto_takes_the_type_of_the_checkpoint(tmp_path):
     model_dir = save_tiny_model(tmp_path, "llama", dtype="bfloat16")
     teacher = TransformersTeacher(config(model_dir))
-    assert teacher.describe()["dtype"] == "bfloat16"
+    expected = resolve_dtype("auto", "bfloat16", on_cpu=not torch.cuda.is_available(), softcap=None)
+    assert teacher.describe()["dtype"] == expected  # what that is on which processor: test_fast_dtype.py
     assert (
         TransformersTeacher(dataclasses.replace(config(model_dir), dtype="float32")).describe()["dtype"]
         == "float32"

@@ -61,7 +61,9 @@ def test_draws_count(tmp_path: Path) -> None:
     plain, report = estimate(tmp_path, rows=50), estimate(tmp_path, rows=50, draw_rate=8)
     for before, after in zip(plain.estimates, report.estimates, strict=True):
         assert after.bytes_per_position > before.bytes_per_position + 1
-        assert (after.missed_mean, after.kl_mean) == (before.missed_mean, before.kl_mean)
+        # The order of the entries, and so that of the sums, follows ranks in which draws have a say.
+        assert after.missed_mean == pytest.approx(before.missed_mean, rel=1e-6)
+        assert after.kl_mean == pytest.approx(before.kl_mean, rel=1e-4)
     for line in report.estimates[-2:]:
         built = build_cache(
             make_config(tmp_path / "c", overwrite=True),

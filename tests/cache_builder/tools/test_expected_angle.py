@@ -42,6 +42,7 @@ def heads(probs_PV: np.ndarray, min_prob: float) -> TopKLogprobs:
         np.stack(tails, 1),
         VOCAB_SIZE,
         TailDraws.none(len(keep)),
+        np.full(len(keep), np.nan, np.float32),
     )
 
 
