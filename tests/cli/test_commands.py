@@ -169,7 +169,7 @@ def test_the_reference_is_current() -> None:
 def test_version_and_module_entry() -> None:
     from importlib.metadata import version
 
-    assert anneal("--version").stdout.strip() == f"anneal {version('anneal')}"
+    assert anneal("--version").stdout.strip() == f"anneal {version('label-annealing')}"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import sys, time
 sys.path[:0] = [{root!r}, {root!r} + "/tests/helpers"]
+from dataclasses import replace
 from pathlib import Path
+import numpy as np
 from deterministic_build import SeededTeacher, make_config, make_source
 from cache_builder.build import build_cache
 from cache_builder.commit.signals import BuildInterrupted
@@ -126,7 +128,9 @@ def test_a_stopped_build_says_so_and_resumes(tmp_path: Path, number: int, exit_c
 MEMORY = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests/helpers"]
+from dataclasses import replace
 from pathlib import Path
+import numpy as np
 from deterministic_build import SeededTeacher, make_config, make_source
 from cache_builder.commit import shard_committer
 from cache_builder.build import build_cache
@@ -138,7 +142,11 @@ class Flat(SeededTeacher):
         rows = list(rows)
         first = list(super().prefill(rows[:1]))[0]
         for row in rows:
-            yield first.take([0] * len(row.positions()))
+            topk = first.take([0] * len(row.positions()))
+            labels = np.full(len(topk), -9.0, np.float32)
+            positions, entries = topk.kept_labels(row.label_ids())
+            labels[positions] = topk.logprobs[entries]
+            yield replace(topk, label_logprobs=labels)
 
 build_cache(
     make_config(Path({out!r})), source=make_source({num_rows}, rows_per_shard=50),

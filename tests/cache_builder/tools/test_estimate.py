@@ -63,7 +63,7 @@ def test_draws_count(tmp_path: Path) -> None:
         assert after.bytes_per_position > before.bytes_per_position + 1
         # The order of the entries, and so that of the sums, follows ranks in which draws have a say.
         assert after.missed_mean == pytest.approx(before.missed_mean, rel=1e-6)
-        assert after.kl_mean == pytest.approx(before.kl_mean, rel=1e-4)
+        assert after.kl_mean == pytest.approx(before.kl_mean, rel=1e-3)
     for line in report.estimates[-2:]:
         built = build_cache(
             make_config(tmp_path / "c", overwrite=True),
