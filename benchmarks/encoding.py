@@ -39,7 +39,7 @@ CHUNK = 128
 CAPTURE_K = 256
 STEP_TEMPERATURES = (1.0, 2.0)
 DRAW_RATES = (4, 8, 12, 16, 20)
-DEFAULT = "p >= 5e-3, draws at 16"
+DEFAULT = "p >= 1e-2, draws at 8"
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,7 @@ ENCODINGS: dict[str, Encoding] = {
     "p >= 5e-3, draws at 16": ours(5e-3, draw_rate=16),
     "p >= 5e-3, draws at 20": ours(5e-3, draw_rate=20),
     "p >= 2.5e-3, draws at 8": ours(2.5e-3, draw_rate=8),
+    "p >= 1e-2, draws at 8": ours(1e-2, draw_rate=8),
     "p >= 1e-2, draws at 16": ours(1e-2, draw_rate=16),
     "p >= 5e-3, draws at 12, 32 draw steps": ours(5e-3, draw_rate=12, draw_steps=32),
     "p >= 2e-3, 8-bit sqrt(p)": ours(2e-3, sqrt_steps=255, linear_steps=0),

@@ -153,10 +153,10 @@ def rough_bytes(
 ) -> int:
     """A guess at the size of a cache from settings alone, within a factor of about two.
 
-    From caches of small models at p >= 1e-3, 3e-3 and 1e-2 (about 70, 35 and 16 bytes per position), which
-    follow a power law; a sharper model takes less. Tail draws take 2.1 bytes each, of which there are about
-    1.5 times the rate; ids and mask five bytes per token.
+    From SmolLM2-135M-Instruct on news text (docs/benchmarks.md, "Three teachers"): kept tokens and tail take 35, 28
+    and 22 bytes per position at p >= 5e-3, 1e-2 and 2e-2, a power law; a sharper model takes less. A rate of 8 draws
+    some 15 tokens of 2.1 bytes. Ids and mask take five bytes per token.
     """
-    per_position = 70.0 * (1e-3 / max(capture.min_prob, 1e-6)) ** 0.64
-    per_position = min(per_position, 3.0 * capture.max_k + 8) + 3.3 * capture.draw_rate
+    kept = min(28.0 * (1e-2 / max(capture.min_prob, 1e-6)) ** 0.36, 2.0 * capture.max_k + 6)
+    per_position = kept + 4.0 * capture.draw_rate
     return round(num_tokens * 5 + num_positions * per_position)

@@ -26,11 +26,11 @@ def page() -> str:
     """The page as text."""
     sys.path.insert(0, str(ROOT))
     from trainer.preflight.arguments import ARGUMENTS
+    from trainer.preflight.continuation import COUNTED
 
-    counted = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"}
     lines = []
     for name, argument in ARGUMENTS.items():
-        run = "yes" if argument.decides else "by number" if name in counted else ""
+        run = "yes" if argument.decides else "by number" if name in COUNTED else ""
         note = argument.note.replace("|", "\\|")
         lines.append(f"| `{name}` | {argument.handling} | {run} | {note} |\n")
     return HEAD + "".join(lines)

@@ -12,7 +12,8 @@ MAX_RATE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
-    """Which positions are stored, and what of each of them.
+    """Which positions are stored, and what of each of them. The defaults are a measurement: docs/benchmarks.md,
+    "Three teachers".
 
     Raises:
         ConfigError: a value out of its range.
@@ -20,11 +21,11 @@ class CaptureSettings:
 
     positions: str = "loss"
     """`loss` stores positions whose next token carries loss, `all` every position that has a next token."""
-    min_prob: float = 5e-3
+    min_prob: float = 1e-2
     """Entries with at least this probability are kept; the most probable one always is."""
     max_k: int = 128
     """At most so many entries are kept at a position."""
-    draw_rate: int = 16
+    draw_rate: int = 8
     """Expected draws of a tail token over the power 3/4 of its probability
     (`formats/logprobs/tail_draws.py`); 0 draws none."""
 

@@ -13,6 +13,9 @@ from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.result.lora import attach_adapters
 from trainer.result.saving import ResultLayout
 
+HOTTEST_MEASURED = 2.0
+"""The highest T at which draws are known to pay in steps of two thousand tokens (docs/benchmarks.md)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -92,9 +95,8 @@ def open_inputs(config: TrainConfig) -> Inputs:
 
 def facts_of(config: TrainConfig, inputs: Inputs) -> tuple[dict[str, list[TeacherCache]], str | None]:
     """The caches by their use, and the fingerprint of a student's weights that no cache's identity holds."""
-    known = [inputs.known] if inputs.known is not None else []
     held_out = [*inputs.held_out.values()]
-    caches = {"training": [inputs.target], "mixed": inputs.mixed, "evaluation": held_out, "ewc": known}
+    caches = {"training": [inputs.target], "mixed": inputs.mixed, "evaluation": held_out}
     return caches, ModelFingerprint.of(inputs.model_dir).weights if config.allow_different_student else None
 
 
@@ -117,6 +119,16 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
         first_check=CachedDataset(inputs.target, config.temperature, tail_draws=tail_draws),
         evaluation={name: CachedDataset(opened) for name, opened in inputs.held_out.items()},
         fisher=None if inputs.known is None else CachedDataset(inputs.known, loss="ce"),
+    )
+
+
+def draws_note(config: TrainConfig, rows: Rows) -> str | None:
+    """One line where the noise of tail draws may be larger than what they mend; None where it is not."""
+    if config.temperature <= HOTTEST_MEASURED or not rows.training.has_draws:
+        return None
+    return (
+        f"temperature {config.temperature:g}: the noise of tail draws grows with it (some forty times the gradient of "
+        "a single token at 4) and falls with the root of the tokens in a step; tail_draws=false trains without"
     )
 
 

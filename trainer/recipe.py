@@ -101,6 +101,7 @@ def resolve_training(config: TrainConfig) -> dict[str, Any]:
     combinations.check_arithmetic(
         resolved, dtype=config.dtype, full_fine_tuning=config.lora is None, on_gpu=on_gpu(resolved)
     )
+    combinations.check_compile(resolved, on_gpu=on_gpu(resolved))
     combinations.check_reporters(resolved["report_to"])
     return _without_idle_defaults(given, resolved)
 

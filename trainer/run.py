@@ -21,10 +21,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
-from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of
-from trainer.loading import (
-    quiet_transformers,
-)
+from trainer.inputs import Inputs, Rows, Student, draws_note, facts_of, load_student, open_inputs, rows_of
+from trainer.loading import quiet_transformers
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
 from trainer.loop.step0 import Step0Check, Step0Report
@@ -114,6 +112,8 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     out = Path(config.out)
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
     args = training_arguments(resolved, out)
+    if args.process_index == 0 and (line := draws_note(config, rows)) is not None:
+        say(line)
     with args.main_process_first():
         settings = config.to_dict() | {"training": resolved}
         identity = inputs.target.identity.to_dict()
@@ -187,7 +187,8 @@ def make_trainer(
         retention=retention,
         processing_class=tokenizer,
     )
-    trainer.head.vocab_size = student.vocab_size
+    padded = student.vocab_size is not None and student.vocab_size < trainer.head.num_outputs
+    trainer.head.vocab_size = student.vocab_size if padded else None
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AnnealProgress(bar=not args.disable_tqdm))
@@ -289,9 +290,9 @@ def publish(
         directory.staging.mkdir()
     trainer.accelerator.wait_for_everyone()
     try:
-        save_result(trainer, directory.staging, inputs.model_dir, config.lora, layout)
+        written = save_result(trainer, directory.staging, inputs.model_dir, config.lora, layout)
         if first and live is not None:
-            check = check_saved(live, directory.staging, layout.coarsest if layout else torch.float32)
+            check = check_saved(live, directory.staging, written, layout.dtypes if layout else ())
             say(check.line())
             directory.record["saved"] = check.to_dict()
             check.require_passed()

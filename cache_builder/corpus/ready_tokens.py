@@ -10,6 +10,7 @@ import numpy as np
 from cache_builder.corpus.fields import names
 from cache_builder.corpus.readers import Record
 from cache_builder.corpus.values import integers_of, sequence_of
+from formats.disk.token_row import IGNORED
 from formats.errors import CorpusError
 
 READ_COLUMNS = names(
@@ -84,10 +85,10 @@ def _column(record: Record, name: str, length: int) -> np.ndarray:
 
 def _labelled(record: Record, ids: np.ndarray) -> np.ndarray:
     labels = _column(record, "labels", len(ids))
-    targets: np.ndarray = labels != -100
+    targets: np.ndarray = labels != IGNORED
     if (labels[targets] != ids[targets]).any():
         raise CorpusError(
-            f"labels must equal input_ids or be -100 (they are not shifted), got others in {record.where}"
+            f"labels must equal input_ids or be {IGNORED} (they are not shifted), got others in {record.where}"
         )
     return targets
 

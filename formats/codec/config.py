@@ -19,13 +19,13 @@ class CodecConfig:
 
     probabilities: str = "companded"
     """`companded`: probabilities as 1-2 byte codes, tails in steps; `float32`: both exact, for proofs."""
-    sqrt_steps: int = 560
+    sqrt_steps: int = 120
     """Steps in sqrt(p): the resolution of small probabilities, which matters at high temperatures."""
-    linear_steps: int = 1800
+    linear_steps: int = 120
     """Further steps in p: the resolution of large probabilities, which matters at low temperatures."""
-    tail_steps: int = 256
-    """Steps per nat of the tail nodes: their error is at most half a step, down to -32,767 steps (-128 nats);
-    everything below is stored as that."""
+    tail_steps: int = 32
+    """Steps per nat of the tail nodes: their error is at most half a step, down to -32,767 steps;
+    everything below (-1,024 nats) is stored as that."""
     rank_ids: bool = True
     """Store ids by frequency rank, with the table in the shard; False stores them as they are."""
     zstd_level: int = 12

@@ -3,9 +3,9 @@
 The writer encodes a row at a time and flushes a record batch every `ROWS_PER_BATCH` rows, so that row r
 lies in batch r // rows_per_batch: a random row is one division, one memory-mapped slice, one decompression.
 The same input gives the same bytes; the rank table of the ids is learned from the rows that hold the first
-`SAMPLE_ENTRIES` head entries, so until then rows wait in memory (about 8 MB). The reader trusts nothing:
-see `arrow_file.py` for the container, `codec.py` for the payload; the content key of every row is
-recomputed when the row is read, which checks tokens and mask as well.
+`SAMPLE_ENTRIES` kept entries, and from their draws, so until then rows wait in memory (about 8 MB). The reader
+trusts nothing: see `arrow_file.py` for the container, `formats/codec` for the payload; the content key of every
+row is recomputed when the row is read, which checks tokens and mask as well.
 """
 
 import hashlib
@@ -145,7 +145,9 @@ class ShardWriter:
 
         ranked_ids = np.zeros(0, np.int32)
         if self._config.rank_ids and self._waiting:
-            sample = np.concatenate([teacher.token_ids for _, teacher in self._waiting])
+            sample = np.concatenate(
+                [ids for _, teacher in self._waiting for ids in (teacher.token_ids, teacher.draws.token_ids)]
+            )
             ranked_ids = rank_by_frequency(sample, self._vocab_size)
         codec = Codec(self._config, self._vocab_size, self._max_k, ranked_ids)
         metadata = {

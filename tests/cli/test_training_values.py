@@ -104,7 +104,7 @@ def test_a_mistake_leaves_nothing_and_the_corrected_command_runs(train: Train, t
     code, err = train()
     assert code == 0, err
     # The only step of a run of one trains, at the whole rate.
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     before, after = (load_file(path / "model.safetensors") for path in (BASE, tmp_path / "o"))
     assert any((before[name] != after[name]).any() for name in before)

@@ -33,7 +33,7 @@ def test_defaults_and_the_way_through_json():
     assert CaptureSettings(**CaptureSettings().to_dict()) == CaptureSettings()
     assert CaptureSettings().to_dict() == {
         "positions": "loss",
-        "min_prob": 5e-3,
+        "min_prob": 1e-2,
         "max_k": 128,
-        "draw_rate": 16,
+        "draw_rate": 8,
     }

@@ -4,7 +4,6 @@ import io
 
 import pytest
 
-from cache_builder.report import rough_bytes
 from formats import progress as progress_module
 from formats.progress import ConsoleProgress, Progress, format_bytes, format_seconds
 
@@ -101,9 +100,3 @@ def test_seconds(seconds: float, text: str) -> None:
 )
 def test_bytes(num_bytes: float, text: str) -> None:
     assert format_bytes(num_bytes) == text
-
-
-def test_the_rough_size_falls_with_the_threshold() -> None:
-    sizes = [rough_bytes(1000, 1000, min_prob, 128) for min_prob in (0.0, 1e-3, 3e-3, 1e-2)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] > 5000
-    assert rough_bytes(1000, 0, 1e-3, 128) == 5000

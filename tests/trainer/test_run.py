@@ -228,6 +228,21 @@ def test_evaluation_during_training(tiny_llama_dir, pruned_cache, llama_eval_cac
     assert last["eval_held_ce"] == pytest.approx(report.evaluation["held"]["ce"])
 
 
+def test_time_of_evaluations_is_left_out_of_the_throughput_once(
+    tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path, monkeypatch
+):
+    """Two evaluation caches are evaluated by calls within a call, and only the outer one is a pause."""
+    from trainer.loop.log_window import LogWindow
+
+    pauses, original = [], LogWindow.pause
+    monkeypatch.setattr(LogWindow, "pause", lambda self, s: (pauses.append(s), original(self, s))[1])
+    overrides = (f"eval_caches.a={llama_eval_cache}", f"eval_caches.b={llama_eval_cache}")
+    overrides += ("training.eval_strategy=steps", "training.eval_steps=1", "training.eval_on_start=true")
+    report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *overrides))
+    assert len(pauses) == 3  # before the first step, and after each of the two
+    assert [entry["step"] for entry in report.log_history if "eval_b_ce" in entry] == [0, 1, 2]
+
+
 def test_the_first_line_of_the_log_is_the_step_0_kl(tiny_llama_dir, pruned_cache, tmp_path, capsys):
     train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run"))
     lines = capsys.readouterr().err.splitlines()
@@ -375,3 +390,39 @@ def test_evaluation_refuses_what_it_cannot_compare(trained, tiny_qwen3_dir, llam
         evaluate(out, [])
     with pytest.raises(ConfigError, match="twice"):
         evaluate(out, [llama_eval_cache, llama_eval_cache])
+
+
+def test_gradient_checkpoints_of_adapters_give_the_same_gradient(tiny_llama_dir, pruned_cache, tmp_path):
+    """Both kinds of them: frozen weights below a reentrant checkpoint must not cut the adapters off."""
+    found = {}
+    for name, more in {
+        "plain": [],
+        "new": ["training.gradient_checkpointing=true"],
+        "reentrant": [
+            "training.gradient_checkpointing=true",
+            "training.gradient_checkpointing_kwargs={use_reentrant: true}",
+        ],
+    }.items():
+        torch.manual_seed(0)
+        config = settings(pruned_cache, tiny_llama_dir, tmp_path / name, "lora.r=4", *more)
+        found[name] = [e["grad_norm"] for e in train(config).log_history if "ce" in e]
+    assert found["new"] == pytest.approx(found["plain"], rel=1e-5) and min(found["plain"]) > 0
+    assert found["reentrant"] == pytest.approx(found["plain"], rel=1e-5)
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing_kwargs are .*; got reentrant"):
+        train(settings(pruned_cache, tiny_llama_dir, tmp_path / "wrong", "training.gradient_checkpointing=true",
+                       "training.gradient_checkpointing_kwargs={reentrant: true}"))  # fmt: skip
+
+
+def test_a_run_without_anything_to_train_on_is_refused(tiny_llama_dir, tmp_path):
+    """kl_coef 0 and no token that carries loss: every gradient would be 0."""
+    from formats.disk.token_row import TokenRow
+
+    rows = [TokenRow(row.input_ids, np.zeros(len(row), bool)) for row in random_rows(4, 1003)]
+    cache = write_cache(tmp_path / "c", tiny_llama_dir, rows=rows, positions="all")
+    refused(
+        settings(cache, tiny_llama_dir, tmp_path / "run", "kl_coef=0"),
+        ConfigError,
+        "needs tokens that carry loss",
+    )
+    assert not (tmp_path / "run").exists()
+    assert train(settings(cache, tiny_llama_dir, tmp_path / "kl")).num_steps == 2

@@ -6,6 +6,7 @@ by the harness, which alone imports it.
 
 import contextlib
 import gc
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -159,7 +160,8 @@ def _vllm(directory: Path, backend: Backend, settings: BenchSettings) -> Any:
         if len(os.sched_getaffinity(0)) <= FEW_CORES:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
-        from lm_eval.models.vllm_causallms import VLLM
+        with _any_build_of_vllm():
+            from lm_eval.models.vllm_causallms import VLLM
 
         return VLLM(
             pretrained=str(directory),
@@ -173,3 +175,26 @@ def _vllm(directory: Path, backend: Backend, settings: BenchSettings) -> Any:
             f"the vllm backend must run {directory}, got {type(error).__name__}: {one_line(error)}; try "
             "--backend transformers, or --debug for the engine's log"
         ) from error
+
+
+@contextlib.contextmanager
+def _any_build_of_vllm() -> Iterator[None]:
+    """The harness asks for the version of `vllm`; the CPU builds are distributed under another name.
+
+    They are answered for as they answer for themselves: vLLM takes `+cpu` in its version as its platform.
+    """
+    asked = importlib.metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return asked(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return asked("vllm-cpu") + "+cpu"
+
+    importlib.metadata.version = version
+    try:
+        yield
+    finally:
+        importlib.metadata.version = asked

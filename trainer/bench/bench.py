@@ -58,6 +58,10 @@ def bench_models(
     for label, name in models.items():
         with given_as("MODEL"):
             directories[label] = resolve_model(name)
+        if settings.out is None and not Path(name).expanduser().is_dir():
+            raise ConfigError(
+                f"results are written into the model's directory, got {name} from the Hub; name another one with --out"
+            )
     identities = {label: model_identity(directory) for label, directory in directories.items()}
     if settings.suite and SUITES[settings.suite].missing:
         progress.note(f"suite {settings.suite}: {SUITES[settings.suite].missing}")

@@ -254,8 +254,16 @@ def _prepared(name: str, task: Any, request: TaskRequest, *, allow_code: bool) -
 
 
 def _examples_hold_the_answer(task: Any) -> bool:
-    """The harness falls back to the evaluated items for examples, and then leaves the item itself in."""
+    """Whether the asked item may stand among its own examples.
+
+    Without a split for examples the harness may fall back to the evaluated one, and it leaves the asked item out
+    only where that is named as both `fewshot_split` and `test_split`.
+    """
     examples = getattr(task, "fewshot_cfg", None)
-    if examples is None or examples.split is not None or examples.samples is not None:
+    if examples is None:
+        return False
+    if examples.split is not None:
+        return not task.has_test_docs() and examples.split == task.get_config("validation_split")
+    if examples.samples is not None:
         return False
     return not task.has_training_docs() and not (task.has_validation_docs() and task.has_test_docs())

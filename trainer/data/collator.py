@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError
 from trainer.data.dataset import Item
-from trainer.data.teacher_batch import IGNORED, TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
 
 MODEL_COLUMNS = ("input_ids", "attention_mask", "position_ids")
 

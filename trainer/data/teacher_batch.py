@@ -15,9 +15,6 @@ import torch
 
 from formats.errors import FormatError
 
-IGNORED = -100
-"""The label of a token that carries no cross-entropy."""
-
 
 @dataclass(frozen=True, eq=False)
 class TeacherBatch:

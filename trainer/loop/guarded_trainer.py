@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, SchedulerType, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from formats.errors import ConfigError, DivergenceError
 from trainer import checkpoint
@@ -58,7 +58,7 @@ class GuardedTrainer(Trainer):
         """A schedule as transformers made it for so many steps -> the one of this trainer."""
         warmup = self.args.get_warmup_steps(num_training_steps)
         return first_step_trains(
-            scheduler, SchedulerType(self.args.lr_scheduler_type).value, warmup, num_training_steps
+            scheduler, best_model.word(self.args.lr_scheduler_type), warmup, num_training_steps
         )
 
     # --- numbers that are none --------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
 from formats.errors import ConfigError
@@ -39,7 +38,7 @@ from trainer.loop.log_window import LogWindow
 from trainer.loop.measure import Measurement, measure
 from trainer.loop.output_head import OutputHead
 from trainer.loop.signals import StopRequest
-from trainer.loop.step_control import StepControl
+from trainer.loop.step_control import StepControl, callback_states
 from trainer.loss.chunks import logits_type
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
@@ -71,6 +70,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    _evaluating = False
 
     def __init__(
         self,
@@ -322,11 +322,16 @@ class LabelAnnealingTrainer(GuardedTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=num_samples)  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in the base class; its time does not count as training time."""
-        start = time.perf_counter()
+        """As in the base class, which calls this once more for each of several datasets; its time does not count as
+        training time.
+        """
+        if self._evaluating:
+            return super().evaluate(*args, **kwargs)
+        start, self._evaluating = time.perf_counter(), True
         try:
             return super().evaluate(*args, **kwargs)
         finally:
+            self._evaluating = False
             self.pause(time.perf_counter() - start)
 
     # --- logs and checkpoints ---------------------------------------------------------------------------
@@ -378,7 +383,8 @@ class LabelAnnealingTrainer(GuardedTrainer):
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
         if self.args.should_save:
-            self._collect_callback_states()
+            states = callback_states([*self.callback_handler.callbacks, self.control])
+            self.state.stateful_callbacks = states  # type: ignore[assignment]
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -387,12 +393,3 @@ class LabelAnnealingTrainer(GuardedTrainer):
             checkpoint.rotate(run_dir, self.args.save_total_limit, Path(best_path) if best_path else None)
         self.accelerator.wait_for_everyone()
         self.pause(time.perf_counter() - begin)
-
-    def _collect_callback_states(self) -> None:
-        """Refresh what stateful callbacks want saved, as the base class does before it writes the state."""
-        states: dict[str, list[Any]] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        single = {name: found[0] if len(found) == 1 else found for name, found in states.items()}
-        self.state.stateful_callbacks = single  # type: ignore[assignment]

@@ -1,9 +1,11 @@
 """What happens around the optimizer steps of a run: epochs, signals, and the last line of the log."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from trainer.running import RunningTrainer
 
@@ -34,3 +36,12 @@ class StepControl(TrainerCallback):
             control.should_training_stop = control.should_save = True
         if stop or state.global_step >= state.max_steps:
             control.should_log = True  # a run always ends with a line of its own
+
+
+def callback_states(callbacks: Iterable[Any]) -> dict[str, Any]:
+    """What stateful callbacks want saved: class name -> state, or states where there are several of it."""
+    states: dict[str, list[Any]] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    return {name: found[0] if len(found) == 1 else found for name, found in states.items()}

@@ -22,9 +22,10 @@ from itertools import pairwise
 
 import torch
 
+from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError
 from trainer.config import LOSS_KERNELS
-from trainer.data.teacher_batch import IGNORED, TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.kl import RowWeights, process_chunk
 from trainer.loss.logits import ChunkLogits, Projection, TorchLogits, arithmetic_dtype
 from trainer.loss.targets import TeacherTargets, teacher_targets, value_rules

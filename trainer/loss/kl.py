@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.data.teacher_batch import IGNORED
+from formats.disk.token_row import IGNORED
 from trainer.loss.logits import ChunkLogits, LogitGradient
 from trainer.loss.targets import LOG_FLOOR, TeacherTargets, segment_sum
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from formats.disk.token_row import IGNORED
 from formats.errors import AnnealError, ConfigError, FormatError
-from trainer.data.teacher_batch import IGNORED, TeacherBatch
+from trainer.data.teacher_batch import TeacherBatch
 
 # Logarithms of masses are floored here: a mass that underflows gives finite numbers times zero, not NaN.
 LOG_FLOOR = {torch.float32: -80.0, torch.float64: -700.0}

@@ -27,6 +27,7 @@ from trainer.preflight.values import (
 
 PASSED, SET, REFUSED = "passed", "set", "refused"
 LARGEST_SEED = 2**32
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "gradient_checkpointing_kwargs": _passed(optional(mapping), "needs gradient_checkpointing"),
     "torch_compile": _steers(flag),
     "torch_compile_backend": _steers(optional(text), "turns torch_compile on"),
-    "torch_compile_mode": _steers(optional(text), "turns torch_compile on"),
+    "torch_compile_mode": _steers(optional(one_of(*COMPILE_MODES)), "turns torch_compile on"),
     "use_liger_kernel": _steers(
         flag, "its kernels for norms, rotary positions and MLPs; the loss stays ours"
     ),

@@ -83,18 +83,12 @@ def _check_rows(trainer: "LabelAnnealingTrainer") -> None:
 
 
 def _check_checkpointing(trainer: "LabelAnnealingTrainer") -> None:
-    """Unknown names would fail in the first step; a frozen model under reentrant checkpoints gets no gradient."""
-    args, given = trainer.args, dict(trainer.args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
+    """Unknown names would fail in the first step."""
+    given = dict(trainer.args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
     for name in given:
         if name not in CHECKPOINTING:
             known = ", ".join(sorted(CHECKPOINTING))
             raise ConfigError(f"training.gradient_checkpointing_kwargs are {known}; got {name}")
-    adapted = hasattr(trainer.model, "peft_config")
-    if args.gradient_checkpointing and given.get("use_reentrant") and adapted:
-        raise ConfigError(
-            "training.gradient_checkpointing_kwargs.use_reentrant must be false with lora, got true: no gradient would "
-            "reach the adapters"
-        )
 
 
 def counts_of(dataset: Any) -> tuple[int, int]:

@@ -236,3 +236,35 @@ def check_reporters(report_to: Any) -> None:
         except (ImportError, RuntimeError, ValueError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "its package is missing"
             raise ConfigError(f"training.report_to: {name} cannot be used here: {reason}") from None
+
+
+def check_compile(resolved: Mapping[str, Any], *, on_gpu: bool) -> None:
+    """Refuse backends of torch.compile that do not exist here, and inductor without a C++ compiler on a CPU.
+
+    Raises:
+        ConfigError: names the backend.
+    """
+    backend = resolved.get("torch_compile_backend")
+    if backend is None and not resolved.get("torch_compile") and not resolved.get("torch_compile_mode"):
+        return
+    import torch
+    from accelerate.utils import DynamoBackend
+
+    name = str(backend or "inductor").lower()
+    known = {entry.value.lower() for entry in DynamoBackend} & set(
+        torch._dynamo.list_backends(exclude_tags=())
+    )
+    if name not in known:
+        raise ConfigError(
+            f"training.torch_compile_backend must be one of {', '.join(sorted(known))}, got {backend!r}"
+        )
+    if name == "inductor" and not on_gpu:
+        from torch._inductor import cpp_builder
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(
+                f"training.torch_compile needs a C++ compiler on a CPU, got none: {reason}; install one, or remove it"
+            ) from None

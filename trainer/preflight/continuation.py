@@ -27,6 +27,8 @@ FREE_SETTINGS = frozenset(
 JUDGING = ("eval_strategy", "eval_steps", "eval_delay")
 """Arguments that decide the steps or the result where a metric does."""
 SAVING = ("save_strategy", "save_steps", "load_best_model_at_end")
+COUNTED = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+"""Arguments that decide by what they come to: rows per step, and steps."""
 SPLIT = "rows per step"
 
 
@@ -41,7 +43,7 @@ def run_facts(
     Args:
         trainer: built, not trained yet.
         config: the run's settings.
-        caches: `training`, `mixed`, `evaluation` and `ewc` -> the opened caches.
+        caches: `training`, `mixed` and `evaluation` -> the opened caches.
         weights: fingerprint of the model's weights, where the cache's identity does not say it.
     """
     args = trainer.args
@@ -54,17 +56,12 @@ def run_facts(
         "data seed": args.seed if args.data_seed is None else args.data_seed,
         "weights of the model": weights,
     }
-    facts |= {key: value for key, value in config.to_dict().items() if key not in FREE_SETTINGS}
-    facts["caches"] = [{k: v for k, v in entry.items() if k != "path"} for entry in facts["caches"]]
-    if facts.get("lora"):
-        facts["lora"] = {k: v for k, v in facts["lora"].items() if k != "merge"}
-    if facts.get("ewc"):
-        facts["ewc"] = {k: v for k, v in facts["ewc"].items() if k != "cache"}
+    facts |= _methods(config.to_dict())
     covered = {"bf16", "fp16", "data_seed"}
     for name, argument in ARGUMENTS.items():
         if argument.decides and name not in covered and hasattr(args, name):
             facts[f"training.{name}"] = getattr(args, name)
-    judged = ["training", "mixed", "ewc"]
+    judged = ["training", "mixed"]  # the Fisher information of ewc remembers its own cache
     if best_model.chooses(vars(args)) is not None:
         judged.append("evaluation")
         names = (*JUDGING, "metric_for_best_model", *(SAVING if args.load_best_model_at_end else ()))
@@ -73,6 +70,31 @@ def run_facts(
         for number, cache in enumerate(caches.get(group, ())):
             facts[f"the {group} cache{f' {number + 1}' if number else ''}"] = contents_of(cache)
     return json.loads(json.dumps(facts, default=_plain))
+
+
+def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The typed settings that decide what a run computes, flat: `training.NAME` beside the others.
+
+    Args:
+        settings: `TrainConfig.to_dict()`.
+    """
+    flat = _methods(settings)
+    for name, value in settings.get("training", {}).items():
+        if name in COUNTED or (name in ARGUMENTS and ARGUMENTS[name].decides):
+            flat[f"training.{name}"] = value
+    return flat
+
+
+def _methods(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings beside `training` that decide what a run computes, without where its caches are."""
+    found = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
+    for section, entry in (("lora", "merge"), ("ewc", "cache")):
+        if found.get(section):
+            found[section] = {key: value for key, value in found[section].items() if key != entry}
+    found["caches"] = [
+        {key: value for key, value in cache.items() if key != "path"} for cache in settings.get("caches", [])
+    ]
+    return found
 
 
 def _plain(value: Any) -> Any:

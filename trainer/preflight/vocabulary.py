@@ -17,8 +17,8 @@ TOKENIZER_FILE = "tokenizer.json"
 
 def shared_vocabulary(
     caches: Iterable[TeacherCache], num_outputs: int, tokenizer: Any, *, different_student: bool
-) -> int | None:
-    """Tokens that the loss compares, where that is fewer than the student's head has rows; else None.
+) -> int:
+    """V: the tokens that the loss compares, the first of both heads.
 
     Args:
         caches: all caches of the run.
@@ -47,7 +47,7 @@ def shared_vocabulary(
                 f"{num_tokens} tokens, and {cache.path} of {size}; use a model whose head covers its tokenizer"
             )
         smallest = min(smallest, size)
-    return None if smallest == num_outputs else smallest
+    return smallest
 
 
 def require_same_token_ids(cache: TeacherCache, tokenizer: Any) -> None:

@@ -85,10 +85,10 @@ class ResultLayout:
         return cls(stored, None if dtype == "same" else getattr(torch, dtype), kept)
 
     @property
-    def coarsest(self) -> torch.dtype:
-        """The floating dtype of the result's weights with the largest unit in the last place."""
+    def dtypes(self) -> set[torch.dtype]:
+        """The floating dtypes of the result's weights."""
         stored = {t.dtype for t in self.stored.tensors.values() if t.dtype.is_floating_point}
-        return self.dtype or max(stored, key=lambda dtype: torch.finfo(dtype).eps)
+        return stored if self.dtype is None else {self.dtype}
 
     @property
     def num_bytes(self) -> int:
@@ -177,7 +177,7 @@ def save_result(
     model_dir: Path,
     lora: LoraSettings | None,
     layout: ResultLayout | None,
-) -> None:
+) -> dict[str, torch.Tensor] | None:
     """Write model and tokenizer to `target`. Collective: under FSDP every rank helps to gather the weights.
 
     Args:
@@ -187,23 +187,31 @@ def save_result(
         lora: the adapters' settings, None for full fine-tuning.
         layout: of the weights; None when the adapter alone is saved, in the dtype it was trained in.
 
+    Returns:
+        The weights that were written, by their names in memory and before they were rounded; None on other
+        processes than the first, and for an adapter.
+
     Raises:
         AnnealError: a weight is not finite, or not in the dtype in which it is saved.
     """
     first = trainer.args.process_index == 0
+    written = None
     if lora is not None:
         adapter = target / ADAPTER_DIRECTORY if lora.merge else target
         trainer.save_model(str(adapter), _internal_call=True)
         if first and layout is not None:
             merged = merge_adapters(model_dir, adapter)
-            layout.write(merged, merged.state_dict(), target)
+            written = dict(merged.state_dict())
+            layout.write(merged, written, target)
     else:
         assert layout is not None
         state = whole_state(trainer)
         if first:
+            written = state
             layout.write(unwrapped(trainer.model), state, target)
     if first:
         copy_companions(model_dir, target)
+    return written
 
 
 def whole_state(trainer: RunningTrainer) -> dict[str, torch.Tensor]:

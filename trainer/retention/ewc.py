@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError
-from trainer.data.dataset import IGNORED, CachedDataset
+from trainer.data.dataset import CachedDataset
 from trainer.data.sampler import sample_rows
 from trainer.retention.anchor import Anchor, local, placed_like
 from trainer.retention.fisher import Fisher, estimate_fisher

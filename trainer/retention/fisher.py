@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.data.dataset import IGNORED, CachedDataset
+from formats.disk.token_row import IGNORED
+from trainer.data.dataset import CachedDataset
 from trainer.loading import unwrapped
 from trainer.retention.anchor import Held, local
 from trainer.running import RunningTrainer

@@ -104,6 +104,8 @@ def test_shots_that_a_task_does_not_allow(tmp_path: Path) -> None:
     folder = write_forty(tmp_path / "tasks")
     edit(folder, "fewshot_split: test\n", "")
     refused(folder, tmp_path / "out", "no split for its examples, got 2 shots", "forty:2")
+    edit(folder, "test_split: test\nfewshot_split: test\n", "validation_split: test\nfewshot_split: test\n")
+    refused(folder, tmp_path / "out", "no split for its examples, got 2 shots", "forty:2")
     edit(folder, "fewshot_split: test\n", "num_fewshot: 0\n")
     refused(folder, tmp_path / "out", "no examples by its own rule, got 5 shots", num_fewshot=5)
 

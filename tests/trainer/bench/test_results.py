@@ -185,6 +185,30 @@ def test_adapters_alone_are_measured_and_tied_to_their_model(
         load_bench(adapter)
 
 
+def test_groups_and_tags(tmp_path: Path) -> None:
+    folder = write_forty(tmp_path / "tasks")
+    write_lines(folder / "ten.jsonl", questions()[:10])
+    text = (folder / "forty.yaml").read_text()
+    (folder / "forty.yaml").write_text(text + "tag: all_of_them\n")
+    (folder / "ten.yaml").write_text(text.replace("forty", "ten") + "tag: all_of_them\n")
+    (folder / "both.yaml").write_text(
+        "group: both\ntask: [forty, ten]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+    )
+    tagged = bench_models({"a": TINY_BASE}, settings(folder, "all_of_them", limit=None, out=str(tmp_path)))
+    assert sorted(tagged.models[0].ran) == ["forty", "ten"] and tagged.groups == {}
+    grouped = bench_models({"a": TINY_BASE}, settings(folder, "both", limit=None, out=str(tmp_path)))
+    assert grouped.models[0].ran == ()  # the same tasks
+    entries = grouped.models[0].entries
+    parts = [entries[name].metrics["acc,none"]["value"] for name in ("forty", "ten")]
+    found = grouped.group_metrics(grouped.models[0])["both"]["acc,none"]
+    assert found["value"] == pytest.approx((40 * parts[0] + 10 * parts[1]) / 50)
+    assert found["num_items"] == 50 and 0 < found["stderr"] < 0.2
+    assert grouped.text().splitlines()[1].split()[:2] == ["both", "(all)"]
+    with pytest.raises(ConfigError, match="a task is run once, got forty twice"):
+        bench_models({"a": TINY_BASE}, settings(folder, "both", "forty", out=str(tmp_path)))
+
+
 def test_prompts_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     folder = write_forty(tmp_path / "tasks")
     records = questions()[:3]

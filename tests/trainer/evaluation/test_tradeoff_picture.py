@@ -53,7 +53,7 @@ def test_what_cannot_be_plotted_is_known_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="a directory"):
         require_plottable(tmp_path / "d.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'anneal\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'label-annealing\[plot\]'"):
         require_plottable(tmp_path / "p.png")
     assert [path.name for path in tmp_path.iterdir()] == ["d.png"]
 

@@ -310,7 +310,7 @@ def test_ties_without_peft_says_how_to_install_it(models, tmp_path, monkeypatch)
 
     for name in [name for name in sys.modules if name.split(".")[0] == "peft"] + ["peft"]:
         monkeypatch.setitem(sys.modules, name, None)  # what an import finds where it is not installed
-    with pytest.raises(ConfigError, match=r"ties needs peft, .* pip install 'anneal\[lora\]'"):
+    with pytest.raises(ConfigError, match=r"ties needs peft, .* pip install 'label-annealing\[lora\]'"):
         merged(models, tmp_path / "out", method="ties")
     assert list(tmp_path.iterdir()) == []
     merged(models, tmp_path / "out", method="task-arithmetic")

@@ -124,6 +124,8 @@ def test_what_is_set_or_refused_may_be_said_and_not_contradicted(name):
         ({"warmup_steps": 2.5}, "a whole number of steps, or below 1"),
         ({"save_steps": 1.5}, "a whole number of steps, or below 1"),
         ({"max_steps": 0}, "must be at least 1 or -1, got 0"),
+        ({"torch_compile_backend": "outductor"}, "must be one of aot_eager"),
+        ({"torch_compile_mode": "fast"}, "must be one of default, reduce-overhead"),
     ],
 )
 def test_settings_without_effect_are_refused(training, message):
@@ -222,3 +224,14 @@ def test_null_is_a_value_where_it_is_one_and_else_the_default():
     assert found["save_total_limit"] is None and found["learning_rate"] == DEFAULTS["learning_rate"]
     with pytest.raises(ConfigError, match=r"unknown setting training\.learning_rat"):
         resolved({"learning_rat": None})
+
+
+def test_inductor_needs_a_compiler_on_a_cpu(monkeypatch, tmp_path):
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
+    cpp_builder.get_cpp_compiler.cache_clear() if hasattr(
+        cpp_builder.get_cpp_compiler, "cache_clear"
+    ) else None
+    with pytest.raises(ConfigError, match="torch_compile needs a C\\+\\+ compiler on a CPU"):
+        resolved({"torch_compile": True, "use_cpu": True})

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import resume_worker
 from caches import identity_of, write_cache
-from resume_worker import settings as nine_steps
+from processes import run_ranks
 
 from formats.errors import ConfigError
 from trainer import train
@@ -22,7 +23,7 @@ STOP = 4
 
 def settings(model, cache, out, *overrides: str):
     """9 steps of 8 rows (4 x 2), a checkpoint after every second; see resume_worker."""
-    return nine_steps(str(model), str(cache), str(out), list(overrides))
+    return resume_worker.settings(str(model), str(cache), str(out), list(overrides))
 
 
 def stopped(config, monkeypatch, step: int = STOP) -> Path:
@@ -64,6 +65,24 @@ def test_another_split_of_the_same_rows_continues_equal(
     report = train(settings(tiny_llama_dir, pruned_cache, out, *split))
     assert report.resumed_from == STOP and report.num_steps == 9
     found = [entry for entry in report.log_history if "ce" in entry]
+    for name in ("loss", "ce", "kl", "grad_norm", "learning_rate"):
+        for ours, theirs in zip(found, whole, strict=True):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_one_process_continues_as_two(tiny_llama_dir, pruned_cache, interrupted, tmp_path):
+    """4 x 2 rows on one process are 4 x 1 on each of two; 4 x 2 on each of two are other steps."""
+    before, whole = interrupted
+    out = shutil.copytree(before, tmp_path / "run")
+    places = (str(tiny_llama_dir), str(pruned_cache), str(out))
+    with pytest.raises(AssertionError, match="rows per step was 8 and is 16"):
+        run_ranks(tmp_path / "wrong", 2, resume_worker.run, *places, [])
+    ranks = run_ranks(
+        tmp_path / "ranks", 2, resume_worker.run, *places, ["training.gradient_accumulation_steps=1"]
+    )
+    history = json.loads(ranks[0].text("stdout").splitlines()[-1])["log_history"]
+    found = [entry for entry in history if "ce" in entry]
     for name in ("loss", "ce", "kl", "grad_norm", "learning_rate"):
         for ours, theirs in zip(found, whole, strict=True):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name

@@ -152,7 +152,7 @@ def test_the_result_has_the_layout_of_the_initial_model(base, tmp_path, name):
     moved = [key for key in before if not torch.equal(before[key], after[key])]
     assert len(moved) > len(before) / 2
     record = json.loads((out / "anneal.json").read_text())
-    assert 0 <= record["saved"]["kl"] <= record["saved"]["allowed"]
+    assert 0 <= record["saved"]["kl_unrounded"] <= record["saved"]["allowed"] < 2e-4
 
 
 def test_files_that_a_server_needs_come_along(base, tmp_path):
@@ -340,37 +340,56 @@ def test_adapters_on_an_untied_embedding_merge(base, tmp_path):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Change the weights between saving and the proof, as a wrong writer would."""
+    """Change the directory between saving and the proof, as a wrong writer would."""
     from trainer import run
 
     save = run.save_result
 
     def arrange(change) -> None:
         def saved(trainer, target, *args):
-            save(trainer, target, *args)
+            written = save(trainer, target, *args)
             if change is not None:
-                edit_weights(target, change)
+                change(target)
+            return written
 
         monkeypatch.setattr(run, "save_result", saved)
 
     return arrange
 
 
-def scaled(name: str, factor: float):
-    return lambda found: found | {name: found[name] * factor}
+def halve(target: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_weights(target, lambda found: found | {name: found[name] * 0.5})
 
 
-def test_a_saved_model_that_is_another_one_is_not_published(base, tmp_path, spoil):
+def exchange(target: Path) -> None:
+    """Two matrices of one shape under each other's names."""
+    one, two = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    edit_weights(target, lambda found: found | {one: found[two], two: found[one]})
+
+
+def other_positions(target: Path) -> None:
+    edit_config(target, rope_parameters={"rope_theta": 20000.0, "rope_type": "default"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (halve, "must be the trained ones in bfloat16, got others for model.layers.1.mlp.down_proj.weight"),
+        (exchange, "got others for model.layers.0.mlp.up_proj.weight"),
+        (other_positions, "must compute what the trained one does, got KL(trained || saved) = "),
+    ],
+)
+def test_a_saved_model_that_is_another_one_is_not_published(base, tmp_path, spoil, change, message):
     model_dir, cache = base("tied_bf16")
     out = tmp_path / "run"
     steps = ["training.save_strategy=steps", "training.save_steps=1"]
     config = settings(cache, model_dir, out, *FEW, *steps)
-    spoil(scaled("model.layers.1.mlp.down_proj.weight", 0.5))
+    spoil(change)
     with pytest.raises(AnnealError) as error:
         train(config)
-    message = str(error.value)
-    assert "\n" not in message and "must compute what the trained one does" in message
-    assert "nats over" in message and str(out / "unpublished") in message
+    told = str(error.value)
+    assert "\n" not in told and message in told and str(out / "unpublished") in told
     assert (out / "unpublished" / "model.safetensors").is_file() and not (out / "config.json").exists()
     assert json.loads((out / "anneal.json").read_text())["status"] == "running"
     spoil(None)
@@ -381,7 +400,7 @@ def test_a_saved_model_that_is_another_one_is_not_published(base, tmp_path, spoi
 
 def test_without_the_proof_anything_is_published(base, tmp_path, spoil):
     model_dir, cache = base("tied_bf16")
-    spoil(scaled("model.layers.1.mlp.down_proj.weight", 0.5))
+    spoil(halve)
     train(settings(cache, model_dir, tmp_path / "run", *FEW, "verify_saved=false"))
     record = json.loads((tmp_path / "run" / "anneal.json").read_text())
     assert record["status"] == "complete" and "saved" not in record
@@ -389,15 +408,45 @@ def test_without_the_proof_anything_is_published(base, tmp_path, spoil):
 
 def test_a_saved_model_that_does_not_load_is_not_published(base, tmp_path, spoil):
     model_dir, cache = base("fp16")
-    spoil(lambda found: found | {"model.norm.weight": torch.ones(3)})
+    spoil(lambda target: edit_weights(target, lambda f: f | {"model.norm.weight": torch.ones(3)}))
     with pytest.raises(AnnealError, match=r"saved model must load.*unpublished"):
         train(settings(cache, model_dir, tmp_path / "run", *FEW))
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize(("dtype", "smallest"), [("float32", 0.01), ("float16", 0.02), ("bfloat16", 0.1)])
-def test_the_proof_lets_rounding_pass_and_little_more(tiny_llama_dir, tmp_path, dtype, smallest):
-    """The same model in each dtype passes; with one matrix of 15 changed by a few percent it does not."""
+def test_adapters_merged_wrongly_are_not_published(base, tmp_path, monkeypatch):
+    """Every weight is what the merge says; only the live model knows that the merge is wrong."""
+    merge_adapters = saving.merge_adapters
+
+    def merged_twice(model_dir, adapter):
+        model = merge_adapters(model_dir, adapter)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.02)
+        return model
+
+    monkeypatch.setattr(saving, "merge_adapters", merged_twice)
+    model_dir, cache = base("fp16")
+    with pytest.raises(AnnealError, match="must compute what the trained one does"):
+        train(settings(cache, model_dir, tmp_path / "run", *FEW, "lora.r=4"))
+
+
+def test_updates_that_rounding_swallows_are_told_and_published(base, tmp_path, capsys):
+    """Four steps in one direction, each below half a unit in the last place of bfloat16: the saved model has lost
+    most of them. That costs more than noise may, and is no mistake of the saver."""
+    model_dir, cache = base("tied_bf16")
+    few = ["training.max_steps=4", "training.learning_rate=2e-4", "training.lr_scheduler_type=constant"]
+    train(settings(cache, model_dir, tmp_path / "run", *few))
+    saved = json.loads((tmp_path / "run" / "anneal.json").read_text())["saved"]
+    assert saved["kl_unrounded"] < 1e-6 and saved["kl"] > 3 * saved["allowed"]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saved model: KL")]
+    assert len(told) == 1 and "before rounding" in told[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("arithmetic", [torch.float32, torch.bfloat16])
+def test_the_proof_lets_noise_pass_and_little_more(tiny_llama_dir, tmp_path, dtype, arithmetic):
+    """A live model that computes in bfloat16 passes; with one matrix of 15 changed by a few percent it does not,
+    and neither does a file in which one weight is the next number."""
     from transformers import AutoModelForCausalLM
 
     from trainer.result.verify_saved import LivePredictions, check_saved, logprobs_of
@@ -405,23 +454,36 @@ def test_the_proof_lets_rounding_pass_and_little_more(tiny_llama_dir, tmp_path, 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(6, 1003, (length,), generator=generator).tolist() for length in (128, 100, 28)]
-    live = LivePredictions(
-        rows, [logprobs_of(model, row, torch.device("cpu")) for row in rows], torch.float32
-    )
-    kls = []
-    for factor in (1.0, 1.0 + smallest):
-        saved = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def live(factor: float) -> LivePredictions:
         with torch.no_grad():
-            saved.model.layers[0].mlp.up_proj.weight.mul_(factor)
-        path = tmp_path / str(factor)
-        saved.to(getattr(torch, dtype)).save_pretrained(path)
-        for file in tiny_llama_dir.glob("*token*"):
-            shutil.copy(file, path)
-        check = check_saved(live, path, getattr(torch, dtype))
-        kls.append((check.kl, check.allowed))
-        assert check.num_tokens == 253
-    (kl, allowed), (changed, still_allowed) = kls
-    assert 0 <= kl < allowed / 5 and changed > still_allowed, kls
+            model.model.layers[0].mlp.up_proj.weight.mul_(factor)
+        with torch.autocast("cpu", arithmetic, enabled=arithmetic != torch.float32):
+            logprobs = [logprobs_of(model, row, torch.device("cpu")) for row in rows]
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.div_(factor)
+        return LivePredictions(rows, logprobs, arithmetic)
+
+    path = tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=dtype).save_pretrained(path)
+    good = check_saved(live(1.0), path, trained, [dtype])
+    good.require_passed()
+    assert good.num_tokens == 253 and 0 <= good.kl_unrounded < good.allowed / 5
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in trained.items())
+    with pytest.raises(AnnealError, match="must compute what the trained one does"):
+        check_saved(
+            live(1.02 if arithmetic == torch.float32 else 1.15), path, trained, [dtype]
+        ).require_passed()
+
+    def next_number(found):
+        norm = found["model.norm.weight"].clone()
+        norm.view(torch.int32 if dtype == torch.float32 else torch.int16)[5] += 1
+        return found | {"model.norm.weight": norm}
+
+    edit_weights(path, next_number)
+    with pytest.raises(AnnealError, match=r"got others for model.norm.weight"):
+        check_saved(live(1.0), path, trained, [dtype])
 
 
 def test_infinite_weights_are_not_published(base, tmp_path):
