@@ -13,8 +13,9 @@ from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.result.lora import attach_adapters
 from trainer.result.saving import ResultLayout
 
-HOTTEST_MEASURED = 2.0
-"""The highest T at which draws are known to pay in steps of two thousand tokens (docs/benchmarks.md)."""
+LEAST_TOKENS = 150.0
+"""Times T^2: tokens per step at which the noise of draws is as large as the gradient (SmolLM2-135M, 10 steps of drift,
+2026-11-25: 400 at T = 2 and 2,300 at T = 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +123,20 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     )
 
 
-def draws_note(config: TrainConfig, rows: Rows) -> str | None:
-    """One line where the noise of tail draws may be larger than what they mend; None where it is not."""
-    if config.temperature <= HOTTEST_MEASURED or not rows.training.has_draws:
+def draws_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | None:
+    """One line where a step is so small that the noise of tail draws outweighs what they mend; None elsewhere, and
+    where packing leaves the size of a step to the rows.
+    """
+    if config.packing or not rows.training.has_draws:
+        return None
+    shards = rows.training.cache.manifest.shards
+    positions = sum(shard.num_positions for shard in shards) / max(sum(shard.num_rows for shard in shards), 1)
+    tokens, least = rows_per_step * positions, LEAST_TOKENS * config.temperature**2
+    if tokens >= least:
         return None
     return (
-        f"temperature {config.temperature:g}: the noise of tail draws grows with it (some forty times the gradient of "
-        "a single token at 4) and falls with the root of the tokens in a step; tail_draws=false trains without"
+        f"about {tokens:.0f} tokens with KL in a step: below {least:.0f} at temperature {config.temperature:g} the "
+        "noise of tail draws outweighs what they mend; take larger steps, or tail_draws=false"
     )
 
 

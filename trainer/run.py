@@ -112,7 +112,8 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     out = Path(config.out)
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
     args = training_arguments(resolved, out)
-    if args.process_index == 0 and (line := draws_note(config, rows)) is not None:
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.process_index == 0 and (line := draws_note(config, rows, rows_per_step)) is not None:
         say(line)
     with args.main_process_first():
         settings = config.to_dict() | {"training": resolved}

@@ -19,9 +19,9 @@ class CodecConfig:
 
     probabilities: str = "companded"
     """`companded`: probabilities as 1-2 byte codes, tails in steps; `float32`: both exact, for proofs."""
-    sqrt_steps: int = 120
+    sqrt_steps: int = 200
     """Steps in sqrt(p): the resolution of small probabilities, which matters at high temperatures."""
-    linear_steps: int = 120
+    linear_steps: int = 640
     """Further steps in p: the resolution of large probabilities, which matters at low temperatures."""
     tail_steps: int = 32
     """Steps per nat of the tail nodes: their error is at most half a step, down to -32,767 steps;

@@ -48,7 +48,7 @@ def results(teacher):
         stops=[0, 4],
         temperatures=[0.5, 1.0, 2.0],
         learning_rate=1e-3,
-        settings=CaptureSettings(draw_rate=8),
+        settings=CaptureSettings(min_prob=5e-3, draw_rate=8),
     )
 
 

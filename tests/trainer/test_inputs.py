@@ -2,6 +2,7 @@
 
 import pytest
 
+from formats.cache import TeacherCache
 from trainer.config import TrainConfig
 from trainer.inputs import draws_note, open_inputs, rows_of
 
@@ -9,18 +10,27 @@ from trainer.inputs import draws_note, open_inputs, rows_of
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"temperature": 4}, True),
-        ({"temperature": 2}, False),
-        ({"temperature": 4, "tail_draws": False}, False),
-        ({"temperature": 4, "kl_coef": 0}, False),  # nobody reads the teacher
-        ({"temperature": 4, "kl_direction": "reverse"}, False),  # which leaves draws out
+        ({}, True),
+        ({"tail_draws": False}, False),
+        ({"kl_coef": 0}, False),  # nobody reads the teacher
+        ({"kl_direction": "reverse"}, False),  # which leaves draws out
+        ({"packing": True}, False),  # the size of a step is not known
     ],
 )
-def test_hot_draws_are_told(pruned_cache, tiny_llama_dir, tmp_path, settings, told):
+def test_steps_too_small_for_draws_are_told(pruned_cache, tiny_llama_dir, tmp_path, settings, told):
+    shards = TeacherCache(pruned_cache).manifest.shards
+    positions = sum(shard.num_positions for shard in shards) / sum(shard.num_rows for shard in shards)
     config = TrainConfig(
-        cache=str(pruned_cache), model=str(tiny_llama_dir), out=str(tmp_path / "out"), **settings
+        cache=str(pruned_cache),
+        model=str(tiny_llama_dir),
+        out=str(tmp_path / "out"),
+        temperature=2,
+        **settings,
     )
-    line = draws_note(config, rows_of(config, open_inputs(config)))
+    rows = rows_of(config, open_inputs(config))
+    enough = int(600 / positions) + 1  # 150 * T^2 tokens
+    assert draws_note(config, rows, enough) is None
+    line = draws_note(config, rows, 1)
     assert (line is not None) == told
     if line is not None:
-        assert line.startswith("temperature 4: ") and line.endswith("tail_draws=false trains without")
+        assert line.startswith(f"about {positions:.0f} tokens with KL in a step: below 600 at temperature 2 ")

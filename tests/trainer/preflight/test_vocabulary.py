@@ -74,7 +74,12 @@ def cache_with_file(path, model_dir, num_rows=4):
     with CacheWriter(path, identity=identity, vocab_size=V) as writer:
         writer.add_file("tokenizer.json", text)
         for row in random_rows(num_rows, V):
-            writer.append(row, topk_of(np.full((len(row.positions()), V), np.log(1 / V)), max_k=4))
+            writer.append(
+                row,
+                topk_of(
+                    np.full((len(row.positions()), V), np.log(1 / V)), max_k=4, label_ids=row.label_ids()
+                ),
+            )
     return path
 
 
@@ -151,7 +156,7 @@ def test_without_padding_is_the_conditional_distribution(temperature):
     logits = rng.normal(size=(count, size)) * 2
     logits[:, -padding:] -= 12
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    topk = topk_of(logprobs, 0.0, 38, None, 4)  # 38 of 40: the tail is the two least likely
+    topk = topk_of(logprobs, 0.0, 38, 4)  # 38 of 40: the tail is the two least likely
     found = without_padding(topk, size - padding)
     real = logprobs[:, :-padding] - np.log(np.exp(logprobs[:, :-padding]).sum(1, keepdims=True))
     assert found.vocab_size == size - padding and found.draws.token_ids.max(initial=0) < size - padding
@@ -175,11 +180,11 @@ def test_without_padding_is_the_conditional_distribution(temperature):
 def test_padding_with_a_probability_is_no_padding():
     logprobs = np.log(np.full((1, 10), 0.1))
     with pytest.raises(FormatError, match=r"must be padding, got probability 0.2"):
-        without_padding(topk_of(logprobs, 0.0, 10, None, 0), 8)
+        without_padding(topk_of(logprobs, 0.0, 10, 0), 8)
 
 
 def test_nothing_changes_for_a_vocabulary_of_one_size():
-    topk = topk_of(np.log(np.full((2, 10), 0.1)), 0.0, 10, None, 0)
+    topk = topk_of(np.log(np.full((2, 10), 0.1)), 0.0, 10, 0)
     assert without_padding(topk, None) is topk and without_padding(topk, 10) is topk
 
 
