@@ -31,8 +31,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+
 import numpy as np
 import torch
+from teacher_batches import batch_from_topk
 from teacher_models import TEACHERS, Subject, prepare
 
 from formats.codec.payload import Codec, CodecConfig, section_bytes
@@ -41,7 +44,6 @@ from formats.logprobs import ragged
 from formats.logprobs.tail_draws import POWER, TailDraws, starts
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import TopKLogprobs
-from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.kl import LARGEST_RATIO, LARGEST_SHARE
 from trainer.loss.label_annealing_loss import label_annealing_loss
 
@@ -304,15 +306,18 @@ class Exact:
 
 
 def exact_gradients(
-    student: Any, teacher: Any, rows_RS: torch.Tensor, temperatures: Sequence[float]
+    student: Any,
+    rows_RS: torch.Tensor,
+    teacher_RPD: torch.Tensor,
+    teacher_VD: torch.Tensor,
+    temperatures: Sequence[float],
 ) -> dict[float, Exact]:
-    """beta (q - p) through the whole student, row after row."""
+    """beta (q - p) through the whole student, row after row; of the teacher its last hidden states and head."""
     parameters = list(student.parameters())
     totals = {t: [torch.zeros_like(p) for p in parameters] for t in temperatures}
     squares: dict[float, list[float]] = {t: [] for t in temperatures}
-    for row in rows_RS:
-        with torch.no_grad():
-            l_PV = teacher(input_ids=row[None]).logits[0, :-1]
+    for row, teacher_PD in zip(rows_RS, teacher_RPD, strict=True):
+        l_PV = teacher_PD @ teacher_VD.T
         z_PV = student(input_ids=row[None]).logits[0, :-1]
         for number, t in enumerate(temperatures):
             with torch.no_grad():
@@ -437,15 +442,15 @@ def measure(
             f"{subject.name}, {steps} steps: {what}, {time.time() - begin:.0f} s", file=sys.stderr, flush=True
         )
 
-    exact = exact_gradients(student, teacher, rows_RS, temperatures)
+    teacher_RPD, teacher_VD = hidden_states(teacher, rows_RS), teacher.lm_head.weight.detach()
+    exact = exact_gradients(student, rows_RS, teacher_RPD, teacher_VD, temperatures)
     say("exact gradients")
-    teacher_RPD = hidden_states(teacher, rows_RS)
     student_RPD = hidden_states(student, rows_RS)
     slopes = [slope(student, rows_RS, random_direction(student, k)) for k in range(num_directions)]
     norm = math.sqrt(sum(float(part.double().square().sum()) for part in exact[1.0].total))
     slopes.append(slope(student, rows_RS, [part / norm for part in exact[1.0].total]))
     say("slopes")
-    teacher_VD, student_VD = teacher.lm_head.weight.detach(), student.lm_head.weight.detach()
+    student_VD = student.lm_head.weight.detach()
     errors: dict[tuple[str, float], list[np.ndarray]] = {}
     along_exact, kl = 0.0, 0.0
     for r in range(rows):
@@ -549,7 +554,11 @@ def confirm(
     sizes: Sequence[int],
 ) -> list[dict[str, Any]]:
     """The same by backward passes of the product's loss: angle and norm of steps of the first `sizes` rows."""
-    teacher, student = subject.teacher(), subject.student(steps).eval()
+    teacher = subject.teacher()
+    teacher_RPD = hidden_states(teacher, subject.held_out_RS[:rows])
+    teacher_VD = teacher.lm_head.weight.detach().clone()
+    del teacher
+    student = subject.student(steps).eval()
     parameters = list(student.parameters())
     totals: dict[str, torch.Tensor] = {}
     lines: list[dict[str, Any]] = []
@@ -559,11 +568,12 @@ def confirm(
         totals[name] = totals[name].add_(flat) if name in totals else flat
 
     for number, row in enumerate(subject.held_out_RS[:rows]):
-        exact = exact_gradients(student, teacher, row[None], [temperature])[temperature]
+        there = teacher_RPD[number : number + 1]
+        exact = exact_gradients(student, row[None], there, teacher_VD, [temperature])[temperature]
         add("exact", exact.total)
         for name, found in stored.items():
             hidden_PD = student.model(input_ids=row[None]).last_hidden_state[0, :-1]
-            batch = TeacherBatch.from_topk(np.arange(len(row) - 1), found.rows[number], temperature)
+            batch = batch_from_topk(np.arange(len(row) - 1), found.rows[number], temperature)
             labels_P = torch.full((len(row) - 1,), -100)
             loss = label_annealing_loss(hidden_PD, student.lm_head.weight, labels_P, batch).loss
             add(name, torch.autograd.grad(loss * (len(row) - 1), parameters))
