@@ -77,11 +77,10 @@ def test_tail_draws_as_asked(cache: Path, workspace: Path, tiny_llama_dir: Path)
         manifest = json.loads((out / "manifest.json").read_text())
         assert (manifest["version"], manifest["codec"]["draw_rate"]) == (1, rate)
     estimate = ("cache", "estimate", *command[2:], "--engine", "transformers", "--rows", "4", "--json")
-    sizes = [
-        json.loads(anneal(*estimate, "--tail-draws", rate).stdout)["estimates"][-1]["total_bytes"]
-        for rate in ("0", "8")
-    ]
-    assert sizes[1] > 1.1 * sizes[0]
+    reports = [json.loads(anneal(*estimate, "--tail-draws", rate).stdout) for rate in ("0", "8")]
+    asked = [report["estimates"][report["configured"]] for report in reports]
+    assert [(line["min_prob"], line["tail_draws"]) for line in asked] == [(1e-2, 0), (1e-2, 8)]
+    assert asked[1]["total_bytes"] > 1.1 * asked[0]["total_bytes"]
 
 
 def test_train_then_eval(cache: Path, workspace: Path, tiny_llama_dir: Path) -> None:

@@ -243,11 +243,14 @@ def test_time_of_evaluations_is_left_out_of_the_throughput_once(
     assert [entry["step"] for entry in report.log_history if "eval_b_ce" in entry] == [0, 1, 2]
 
 
-def test_the_first_line_of_the_log_is_the_step_0_kl(tiny_llama_dir, pruned_cache, tmp_path, capsys):
+def test_the_log_warns_of_small_steps_then_gives_the_step_0_kl(
+    tiny_llama_dir, pruned_cache, tmp_path, capsys
+):
     train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run"))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("step 0: KL(initial || model) = ")
-    assert lines[1].startswith("step 1/2: CE ") and "KL" in lines[1] and "tok/s" in lines[1]
+    assert lines[0].startswith("about ") and "tokens with KL in a step: below 150" in lines[0]
+    assert lines[1].startswith("step 0: KL(initial || model) = ")
+    assert lines[2].startswith("step 1/2: CE ") and "KL" in lines[2] and "tok/s" in lines[2]
 
 
 # --- what is refused --------------------------------------------------------------------------------
