@@ -10,18 +10,12 @@ import torch
 from torch import nn
 
 from formats.cache import TeacherCache
-from formats.errors import ConfigError, IdentityMismatchError
+from formats.errors import ConfigError, IdentityMismatchError, one_line
 from formats.identity.teacher_identity import require_same_teacher
 
 QUANTISED_KEYS = ("quantization_config", "compression_config")
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 """What transformers raises for files that are missing, broken, or of a kind that it does not know."""
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def quiet_transformers() -> None:
