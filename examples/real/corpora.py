@@ -121,14 +121,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the .jsonl files")
     parser.add_argument("--scale", choices=sorted(ROWS), default="cpu", help="how many rows")
     arguments = parser.parse_args()
+    rows = ROWS[arguments.scale]
+    found = {name: list(islice(records, rows[name])) for name, records in corpora().items()}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, records in corpora().items():
-        lines = [json.dumps(record) + "\n" for record in islice(records, ROWS[arguments.scale][name])]
+    for name, records in found.items():
         path = arguments.out / f"{name}.jsonl"
-        text = "".join(lines)
+        text = "".join(json.dumps(record) + "\n" for record in records)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
-        print(f"{name:18} {len(lines):5,} rows {len(text):9,} bytes")
+        print(f"{name:18} {len(records):5,} rows {len(text):9,} bytes")
 
 
 if __name__ == "__main__":
