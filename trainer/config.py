@@ -18,6 +18,7 @@ from trainer.checks import (
     check_path,
     check_texts,
 )
+from trainer.objective import Objective
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 KL_DIRECTIONS = ("forward", "reverse")
@@ -87,10 +88,11 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Objective):
     """One run: which cache, which model, where to, and how strongly to hold on to the initial model.
 
-    The loss is `CE + kl_coef * KL`, each a mean over its own masked tokens of the whole optimizer step.
+    The loss is `CE + kl_coef * KL`, each a mean over its own masked tokens of the whole optimizer step; what single
+    tokens count in it are the settings of `Objective`.
 
     Raises:
         ConfigError: a field is out of range or contradicts another; the message says what to use instead.
@@ -161,6 +163,7 @@ class TrainConfig:
     """`transformers.TrainingArguments`, names unchanged; what is absent takes `trainer.recipe.DEFAULTS`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_path("cache", self.cache, "a cache directory, such as one made by `anneal cache build`")
         check_path("model", self.model, "the initial model, the one that built the cache (--model)")
         check_path("out", self.out, "the directory for the result (--out)")
@@ -228,4 +231,8 @@ class TrainConfig:
                 return [plain(entry) for entry in value]
             return value
 
-        return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
+        inherited = {entry.name for entry in fields(Objective)}
+        names = sorted(
+            (entry.name for entry in fields(self)), key=inherited.__contains__
+        )  # what is read first, first
+        return {name: plain(getattr(self, name)) for name in names}

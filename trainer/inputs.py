@@ -109,7 +109,7 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
 
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
         loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
-        return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws)
+        return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws, objective=config)
 
     return Rows(
         training=rows(inputs.target, "both"),
@@ -129,9 +129,7 @@ def draws_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | Non
     """
     if config.packing or not rows.training.has_draws:
         return None
-    shards = rows.training.cache.manifest.shards
-    positions = sum(shard.num_positions for shard in shards) / max(sum(shard.num_rows for shard in shards), 1)
-    tokens, least = rows_per_step * positions, LEAST_TOKENS * config.temperature**2
+    tokens, least = rows_per_step * rows.training.kl_tokens_per_row(), LEAST_TOKENS * config.temperature**2
     if tokens >= least:
         return None
     return (
