@@ -60,7 +60,7 @@ class TrainReport:
     last: dict[str, float] = field(default_factory=dict)
     """The last training log line: loss, ce, kl, kept_mass, ..."""
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Evaluation cache -> ce, perplexity, kl, num_tokens."""
+    """Evaluation cache -> what `Measurement.to_dict` says."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
     """Every log entry."""
     resumed_from: int | None = None
@@ -255,16 +255,11 @@ def report_of(trainer: LabelAnnealingTrainer, directory: RunDirectory, started: 
 def evaluate_rows(
     trainer: LabelAnnealingTrainer, datasets: Mapping[str, CachedDataset]
 ) -> dict[str, dict[str, Any]]:
-    """Name -> ce, perplexity, kl, num_tokens of the trained model. Collective."""
+    """Name -> what `Measurement.to_dict` says of the trained model. Collective."""
     results = {}
     for name, dataset in datasets.items():
         found = trainer.measure_rows(trainer.get_eval_dataloader(dataset)).require_finite(name)
-        results[name] = {
-            "ce": found.ce,
-            "perplexity": found.perplexity,
-            "kl": found.kl if found.num_kl else None,
-            "num_tokens": found.num_ce,
-        }
+        results[name] = found.to_dict()
     return results
 
 

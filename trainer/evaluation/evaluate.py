@@ -21,7 +21,19 @@ from trainer.loading import load_model, load_tokenizer, quiet_transformers
 from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.result.run_directory import recorded_initial
 
-Result = dict[str, float | int | None]
+Result = dict[str, Any]
+COLUMNS = (
+    ("CE", "ce", ".4f"),
+    ("perplexity", "perplexity", ".3f"),
+    ("KL(initial || model)", "kl", ".5f"),
+    ("accuracy", "accuracy", ".4f"),
+    ("entropy", "entropy", ".4f"),
+    ("confidence", "confidence", ".4f"),
+    ("calibration error", "calibration_error", ".4f"),
+    ("kept", "kept", ".4f"),
+    ("tokens", "num_tokens", ","),
+)
+"""Title, key and format of the table's columns."""
 
 
 def evaluate(
@@ -48,8 +60,10 @@ def evaluate(
         label: put before the name of a cache in `progress`, such as `tuned: `.
 
     Returns:
-        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, kept_mass}; nats, per token; kl and
-        kept_mass are None for a cache without teacher positions, ce and perplexity for one without labels.
+        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, kept_mass, accuracy, entropy,
+        confidence, calibration_error, kept, num_known}, as `Measurement` names them; nats, per token. kl and
+        kept_mass are None for a cache without teacher positions, kept where the initial model knew no token,
+        and every other mean for a cache without labels.
 
     Raises:
         ConfigError: not a model, no tokenizer, two caches of one name, an unknown dtype.
@@ -96,15 +110,7 @@ def evaluate(
         progress.start(label + name, num_rows)
         found = measure(model, head, loader())
         progress.finish()
-        results[name] = {
-            "ce": found.ce if found.num_ce else None,
-            "perplexity": found.perplexity if found.num_ce else None,
-            "kl": found.kl if found.num_kl else None,
-            "num_tokens": found.num_ce,
-            "num_positions": found.num_kl,
-            "num_rows": num_rows,
-            "kept_mass": found.kept_mass if found.num_kl else None,
-        }
+        results[name] = {**found.to_dict(), "num_rows": num_rows}
     head.remove()
     return results
 
@@ -178,14 +184,10 @@ def _own_weights(model_dir: Path) -> str | None:
 
 def format_evaluation(results: Mapping[str, Result]) -> str:
     """A table for people: one line per cache."""
-    header = ("cache", "CE", "perplexity", "KL(initial || model)", "tokens")
+    header = ("cache", *(title for title, _, _ in COLUMNS))
     rows: list[tuple[str, ...]] = [header]
     for name, result in results.items():
-        cells = [
-            _cell(result.get(key), form)
-            for key, form in (("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"))
-        ]
-        rows.append((name, *cells, f"{result['num_tokens']:,}"))
+        rows.append((name, *(_cell(result.get(key), form) for _, key, form in COLUMNS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = []
     for row in rows:

@@ -311,6 +311,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
             "ce": result.ce,
             "perplexity": result.perplexity,
             "num_tokens": result.num_ce,
+            **{name: value for name, value in result.of_tokens().items() if value is not None},
         }
         loss = result.ce if result.num_ce else 0.0
         if result.num_kl:
