@@ -27,6 +27,7 @@ _HOME = {
     "count_targets": "data.collator",
     "Sfa": "retention.sfa",
     "SfaSettings": "retention.settings",
+    "SweepConfig": "sweep.config",
     "TeacherBatch": "data.teacher_batch",
     "TrainConfig": "config",
     "TrainReport": "run",
@@ -36,6 +37,8 @@ _HOME = {
     "load_config": "config_file",
     "merge": "merging.merge_models",
     "paired": "bench.paired",
+    "plan_sweep": "sweep.sweep",
+    "run_sweep": "sweep.sweep",
     "split_batch": "data.collator",
     "train": "run",
 }

@@ -1,0 +1,111 @@
+"""Merges of finished runs with the initial model: seconds each, no training.
+
+merges/NAME   a model directory, as `anneal merge` leaves it; NAME is the run's, a plus, method and strengths
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats.errors import AnnealError, ConfigError
+from formats.progress import Progress
+from trainer.merging.methods import DEFAULTS, MergeConfig, require_peft
+from trainer.sweep.config import MergeEntry, SweepConfig
+from trainer.sweep.names import value_text
+from trainer.sweep.plan import PlannedRun
+from trainer.sweep.runs import is_finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedMerge:
+    """One merge: of which run, how."""
+
+    name: str
+    run: PlannedRun
+    method: str
+    strengths: dict[str, float]
+
+    def config(self, config: SweepConfig) -> MergeConfig:
+        """As `anneal merge` would be given it."""
+        out = Path(config.out)
+        return MergeConfig(
+            tuned=[str(self.run.directory(out))],
+            initial=str(config.base["model"]),
+            out=str(self.directory(out)),
+            method=self.method,
+            **self.strengths,
+        )
+
+    def directory(self, out: Path) -> Path:
+        """Where the merged model is."""
+        return out / "merges" / self.name
+
+
+def plan_merges(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[PlannedMerge]:
+    """Every merge once, in the order of the runs.
+
+    Raises:
+        ConfigError: an unknown name in `of`, a run that saves adapters alone, no peft for ties.
+    """
+    found: dict[str, PlannedMerge] = {}
+    for run in runs:
+        for entry in config.merges:
+            if not applies(entry, run, runs):
+                continue
+            if entry.method == "ties":
+                require_peft()
+            lora = run.settings.get("lora") or {}
+            if lora and lora.get("merge") is False:
+                raise ConfigError(
+                    f"a merge needs whole models, got {run.name} with lora.merge: false; leave it out of merges.of"
+                )
+            axes = {name: (value,) for name, value in DEFAULTS[entry.method].items()} | dict(entry.strengths)
+            for values in itertools.product(*axes.values()):
+                strengths = {name: float(value) for name, value in zip(axes, values, strict=True)}
+                words = [entry.method, *(f"{name}={value_text(value)}" for name, value in strengths.items())]
+                name = f"{run.name}+{','.join(words)}"
+                merge = PlannedMerge(name=name, run=run, method=entry.method, strengths=strengths)
+                found.setdefault(name, merge)
+    return list(found.values())
+
+
+def applies(entry: MergeEntry, run: PlannedRun, runs: Sequence[PlannedRun]) -> bool:
+    """Whether an entry merges a run.
+
+    Raises:
+        ConfigError: `of` names neither an entry nor a run.
+    """
+    if entry.of == "all":
+        return True
+    words = (entry.of,) if isinstance(entry.of, str) else entry.of
+    known = {"direct", *(r.name for r in runs), *(r.entry for r in runs if r.entry)}
+    for word in words:
+        if word not in known:
+            raise ConfigError(
+                f"merges.of must be direct, all, or names of entries or runs, got {word!r}; there are "
+                f"{', '.join(sorted(known))}"
+            )
+    return ("direct" in words and run.direct) or run.name in words or run.entry in words
+
+
+def make_merges(config: SweepConfig, merges: Sequence[PlannedMerge], progress: Progress) -> dict[str, str]:
+    """Merge what is not there yet, of the runs that are finished; name -> why there is none."""
+    from trainer.merging.merge_models import merge
+
+    out, failed = Path(config.out), {}
+    waiting = [m for m in merges if not is_finished(m.directory(out))]
+    progress.start("merges", len(merges), len(merges) - len(waiting), unit="merge")
+    progress.running()
+    for planned in waiting:
+        if not is_finished(planned.run.directory(out)):
+            failed[planned.name] = f"its run {planned.run.name} has no result"
+        else:
+            try:
+                merge(planned.config(config))
+            except (AnnealError, OSError) as error:
+                failed[planned.name] = " ".join(str(error).split())
+                progress.note(f"merge {planned.name} failed: {failed[planned.name]}")
+        progress.advance(1)
+    progress.finish()
+    return failed

@@ -1,0 +1,191 @@
+"""The runs of a sweep: entries, what is crossed with all of them and seeds in; settings and names out.
+
+Everything is checked here, with the checks that `anneal train` makes, before anything runs.
+"""
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.cache import TeacherCache
+from formats.errors import AnnealError, ConfigError
+from trainer.config import TrainConfig
+from trainer.config_file import SECTIONS, config_from_dict
+from trainer.recipe import DEFAULTS, resolve_training
+from trainer.sweep.config import RunEntry, SweepConfig
+from trainer.sweep.names import run_name
+
+OF_KL = ("temperature", "kl_direction", "tail_draws")
+"""Settings that do nothing where kl_coef is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run: its name and the settings that `anneal train` would be given."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """As in YAML, without `out`."""
+    varied: Mapping[str, Any]
+    """Setting, with dots -> value: what the sweep put over the base, `training.seed` included."""
+    direct: bool
+    """Direct fine-tuning: the yardstick."""
+    entry: str | None = None
+    """Name of its entry."""
+
+    def config(self, out: Path) -> TrainConfig:
+        """The run of this name in a sweep's directory."""
+        return config_from_dict({**copy.deepcopy(dict(self.settings)), "out": str(self.directory(out))})
+
+    def directory(self, out: Path) -> Path:
+        """Where the run is."""
+        return out / "runs" / self.name
+
+    @property
+    def crossed(self) -> tuple[tuple[str, str], ...]:
+        """What it shares with the direct run it is measured against: everything varied but its method and seed."""
+        kept = {k: v for k, v in self.varied.items() if k.startswith("training.") and k != "training.seed"}
+        return tuple(sorted((key, json.dumps(value, sort_keys=True)) for key, value in kept.items()))
+
+
+def plan_runs(config: SweepConfig) -> list[PlannedRun]:
+    """Every run once, direct fine-tuning first.
+
+    Raises:
+        ConfigError: a setting or value that `anneal train` refuses; the message names the run. Two runs of one name.
+    """
+    direct = RunEntry(settings={"kl_coef": (0.0,)})
+    found: dict[str, PlannedRun] = {}
+    seen: set[str] = set()
+    for entry in [direct, *config.runs]:
+        refuse_idle(entry)
+        for varied in combinations(config, entry):
+            run = make_run(config, varied, entry.name)
+            key = content_of(run)
+            if key in seen:
+                continue
+            seen.add(key)
+            if run.name in found:
+                raise ConfigError(
+                    f"runs must have different names, got {run.name} twice with different settings; "
+                    "give one of their entries a name"
+                )
+            found[run.name] = run
+    return list(found.values())
+
+
+def combinations(config: SweepConfig, entry: RunEntry) -> Iterator[dict[str, Any]]:
+    """The product of an entry's values, of what is crossed with every run, and of the seeds."""
+    axes: dict[str, tuple[Any, ...]] = {"kl_coef": (0.0,)}
+    axes |= {k: v for k, v in config.every.items() if k not in entry.settings}
+    axes |= entry.settings
+    axes["training.seed"] = config.seed_list
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def refuse_idle(entry: RunEntry) -> None:
+    """Refuse an entry that sets a setting of the KL term and has none."""
+    for name in OF_KL:
+        if name in entry.settings and "kl_coef" not in entry.settings:
+            raise ConfigError(
+                f"{name} acts on the KL term, and an entry without kl_coef has none; add kl_coef to the entry"
+            )
+
+
+def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None = None) -> PlannedRun:
+    """The run with these settings over the base.
+
+    Raises:
+        ConfigError: `anneal train` refuses them.
+    """
+    varied = dict(varied)
+    if varied["kl_coef"] == 0:
+        varied = {key: value for key, value in varied.items() if key not in OF_KL}
+    settings = copy.deepcopy(dict(config.base))
+    for name, value in varied.items():
+        section, _, rest = name.partition(".")
+        if rest:
+            settings[section] = dict(settings.get(section) or {}) | {rest: copy.deepcopy(value)}
+        else:
+            settings[name] = copy.deepcopy(value)
+    methods = [name for name in varied if name.split(".")[0] in (*SECTIONS, "caches")]
+    direct = varied["kl_coef"] == 0 and not methods
+    name = run_name(shown_of(config, varied), prefix=entry, direct=direct)
+    run = PlannedRun(name=name, settings=settings, varied=varied, direct=direct, entry=entry)
+    try:
+        resolve_training(run.config(Path(config.out)))
+    except AnnealError as error:
+        raise type(error)(f"run {name}: {error}") from None
+    return run
+
+
+def shown_of(config: SweepConfig, varied: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run's name shows: those that it does not have in common with the base."""
+    shown = {}
+    training = {**DEFAULTS, **(config.base.get("training") or {})}
+    for name, value in varied.items():
+        section, _, rest = name.partition(".")
+        if name == "kl_coef":
+            common: Any = 0.0
+        elif section == "training":
+            common = training.get(rest)
+        elif section in SECTIONS:
+            common = None
+        else:
+            common = config.base.get(name, getattr(TrainConfig, name, None))
+        if value != common:
+            shown[name] = value
+    return shown
+
+
+def content_of(run: PlannedRun) -> str:
+    """What a run computes, as text: equal for equal runs, 1 and 1.0 being one number."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, Mapping):
+            return {str(key): plain(entry) for key, entry in value.items()}
+        return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    settings = run.config(Path("unused")).to_dict()
+    training = {**DEFAULTS, **settings.pop("training")}
+    settings.pop("out")
+    return json.dumps(plain(settings | {"training": training}), sort_keys=True, default=str)
+
+
+# --- how much work it is -----------------------------------------------------------------------------------
+
+
+def estimated_tokens(run: PlannedRun) -> int:
+    """Tokens that a run trains on, about: from the sizes of its caches, epochs or steps, and batches."""
+    config = run.config(Path("unused"))
+    training = {**DEFAULTS, **{key: value for key, value in config.training.items() if value is not None}}
+    rows, tokens = _size(config.cache)
+    per_row, weight = tokens / max(rows, 1), 1.0
+    epoch_tokens = float(tokens)
+    for mixed in config.caches:
+        num_rows, num_tokens = _size(mixed.path)
+        epoch_tokens += mixed.weight * rows * num_tokens / max(num_rows, 1)
+        weight += mixed.weight
+    max_steps = int(training.get("max_steps") or -1)
+    if max_steps < 1:
+        return round(epoch_tokens * float(training["num_train_epochs"]))
+    rows_per_step = int(training["per_device_train_batch_size"]) * int(
+        training["gradient_accumulation_steps"]
+    )
+    if config.packing:
+        length = config.pack_length or int(TeacherCache(config.cache).lengths().max())
+        return max_steps * rows_per_step * length
+    return round(max_steps * rows_per_step * (epoch_tokens / (rows * weight) if rows else per_row))
+
+
+def _size(path: str) -> tuple[int, int]:
+    """(rows, tokens) of a cache."""
+    shards = TeacherCache(path).manifest.shards
+    return sum(shard.num_rows for shard in shards), sum(shard.num_tokens for shard in shards)

@@ -1,0 +1,205 @@
+"""The run directories of a sweep: which are finished, which failed for good, and the rest through a pool.
+
+runs/NAME      an ordinary run directory, as `anneal train` leaves it
+logs/NAME.log  what the run said
+failed/NAME.json   why it has no result
+"""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from formats.cache import TeacherCache
+from formats.disk.durable import atomic_write_bytes
+from formats.errors import ConfigError
+from formats.progress import Progress
+from trainer.checkpoint import newest_checkpoint
+from trainer.config_file import RESOLVED_NAME, read_config_file
+from trainer.preflight.continuation import comparable, contents_of
+from trainer.recipe import device_defaults, resolve_training
+from trainer.result.run_directory import RECORD_NAME
+from trainer.sweep.names import digest
+from trainer.sweep.plan import PlannedRun
+from trainer.sweep.pools import Job, Outcome, Pool
+
+FOR_GOOD = "DivergenceError"
+"""The failure that the same settings give again; others are tried again."""
+
+
+class SweepStopped(KeyboardInterrupt):
+    """A signal ended the sweep; finished runs stay, those under way have a checkpoint, the same command continues.
+
+    A `KeyboardInterrupt`, so that no `except Exception` on the way swallows it.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+def record_of(directory: Path) -> Mapping[str, Any]:
+    """What a run's directory records; empty where it records nothing."""
+    try:
+        record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether a run has its result."""
+    return record_of(directory).get("status") == "complete" and (directory / RECORD_NAME).is_file()
+
+
+def decisive(run: PlannedRun, out: Path) -> dict[str, Any]:
+    """The settings that decide what a run computes, flat; not what the machine decides where nothing was typed."""
+    config = run.config(out)
+    found = comparable(config.to_dict() | {"training": resolve_training(config)})
+    return {key: value for key, value in found.items() if key not in of_the_machine(config.training)}
+
+
+def of_the_machine(typed: Mapping[str, Any]) -> set[str]:
+    """Arguments that were not typed and differ between machines."""
+    names = {"use_cpu", "bf16", *device_defaults(typed)}
+    return {f"training.{name}" for name in names if typed.get(name) is None}
+
+
+def require_same(run: PlannedRun, out: Path) -> None:
+    """Refuse a directory whose run is another one than this.
+
+    Raises:
+        ConfigError: names the run, the first setting that differs and both values.
+    """
+    directory = run.directory(out)
+    if not is_finished(directory) and newest_checkpoint(directory) is None:
+        return  # nothing there that would be continued
+    config = run.config(out)
+    now = decisive(run, out)
+    ignored = of_the_machine(config.training)
+    before = comparable(read_config_file(directory / RESOLVED_NAME))
+    before = {key: value for key, value in before.items() if key not in ignored}
+    facts = record_of(directory).get("run", {})
+    caches = {"training": [config.cache], "mixed": [cache.path for cache in config.caches]}
+    for group, paths in caches.items():
+        for number, path in enumerate(paths):
+            key = f"the {group} cache{f' {number + 1}' if number else ''}"
+            before[key], now[key] = facts.get(key), contents_of(TeacherCache(path))
+    for key in sorted({*now, *before}):
+        was, is_now = before.get(key), now.get(key)
+        if json.dumps(was, default=str) != json.dumps(is_now, default=str) and was != is_now:
+            raise ConfigError(
+                f"a run of a sweep keeps its settings, but in {directory} {key} was {was!r} and is {is_now!r}; use the "
+                "same settings or another --out"
+            )
+
+
+class Runs:
+    """The runs of one sweep and what became of them.
+
+    Args:
+        out: the sweep's directory.
+        pool: what trains them.
+        progress: one phase over all runs.
+    """
+
+    def __init__(self, out: Path, pool: Pool, progress: Progress) -> None:
+        self.out, self.pool, self.progress = out, pool, progress
+        self.failed: dict[str, str] = {}
+        """Name of a run -> why it has no result."""
+
+    def complete(self, runs: Sequence[PlannedRun], what: str = "sweep") -> None:
+        """Train what is not finished.
+
+        Raises:
+            SweepStopped: a signal ended it.
+        """
+        waiting = [run for run in runs if not is_finished(run.directory(self.out)) and not self._failed(run)]
+        jobs = [self._job(run) for run in waiting]
+        done = len(runs) - len(jobs)
+        known = {run.name: run for run in runs}
+        self.progress.start(what, len(runs), done, unit="run")
+        self.progress.running()
+        interrupted: list[str] = []
+        begun = [done]
+
+        def started(job: Job) -> None:
+            begun[0] += 1
+            self.progress.note(f"run {begun[0]} of {len(runs)}: {job.name} (log: {job.log})")
+
+        def ended(job: Job, outcome: Outcome) -> None:
+            if "interrupted" in outcome:
+                interrupted.append(job.name)
+                self.failed[job.name] = f"stopped by {outcome['interrupted']}; the same command continues it"
+            elif "error" in outcome:
+                self._fail(known[job.name], outcome)
+                self.progress.note(f"run {job.name} failed: {outcome['error']}")
+            else:
+                self._place(job.name).unlink(missing_ok=True)
+                self.failed.pop(job.name, None)
+            self.progress.advance(1)
+
+        try:
+            if jobs:
+                with stopping(self.pool, self.progress) as caught:
+                    self.pool.run(jobs, started, ended)
+                if caught:
+                    finished = sum(is_finished(run.directory(self.out)) for run in runs)
+                    raise SweepStopped(
+                        caught[0],
+                        f"stopped by {signal.Signals(caught[0]).name} with {finished} of {len(runs)} runs finished; "
+                        "the same command continues",
+                    )
+        finally:
+            self.progress.finish()
+
+    def _job(self, run: PlannedRun) -> Job:
+        settings = {**run.settings, "out": str(run.directory(self.out))}
+        return Job(name=run.name, settings=settings, log=self.out / "logs" / f"{run.name}.log")
+
+    def _place(self, name: str) -> Path:
+        return self.out / "failed" / f"{name}.json"
+
+    def _fail(self, run: PlannedRun, outcome: Outcome) -> None:
+        self.failed[run.name] = str(outcome["error"])
+        record = {**outcome, "settings": digest(decisive(run, self.out))}
+        self._place(run.name).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(self._place(run.name), json.dumps(record, indent=1, sort_keys=True).encode())
+
+    def _failed(self, run: PlannedRun) -> bool:
+        """Whether a run diverged before with these settings: it would again."""
+        try:
+            record = json.loads(self._place(run.name).read_text(encoding="utf-8"))
+            again = record["kind"] == FOR_GOOD and record["settings"] == digest(decisive(run, self.out))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if again:
+            self.failed[run.name] = str(record["error"])
+        return bool(again)
+
+
+@contextmanager
+def stopping(pool: Pool, progress: Progress) -> Iterator[list[int]]:
+    """In this block SIGINT and SIGTERM stop the pool in order, and a second one at once; yields those that came."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) == 1:
+            pool.stop()
+        else:
+            pool.kill()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

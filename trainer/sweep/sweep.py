@@ -1,0 +1,209 @@
+"""`run_sweep`: from a base and what varies to finished runs, their merges and one table.
+
+Order: everything that can be wrong in the settings, the caches and what the directory holds; the runs; the search; the
+merges; the table. The same command continues a sweep that was stopped, and ends with the same table.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats.cache import TeacherCache
+from formats.errors import AnnealError, ConfigError
+from formats.progress import Progress
+from trainer.sweep.config import SweepConfig
+from trainer.sweep.merges import PlannedMerge, make_merges, plan_merges
+from trainer.sweep.plan import PlannedRun, estimated_tokens, make_run, plan_runs
+from trainer.sweep.pools import LocalPool, Pool
+from trainer.sweep.report import SweepReport, comparison_of, gain_kept
+from trainer.sweep.runs import Runs, is_finished, require_same
+from trainer.sweep.search import search
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """The runs and merges that a sweep comes to, checked."""
+
+    config: SweepConfig
+    runs: Sequence[PlannedRun]
+    merges: Sequence[PlannedMerge]
+
+    def text(self) -> str:
+        """For people: a line per run, then counts and tokens."""
+        out = Path(self.config.out)
+        tokens = {run.name: estimated_tokens(run) for run in self.runs}
+        width = max(len(run.name) for run in self.runs)
+        lines = [
+            f"{run.name.ljust(width)}  {tokens[run.name]:>13,} tokens"
+            f"{'  finished' if is_finished(run.directory(out)) else ''}"
+            for run in self.runs
+        ]
+        finished = sum(is_finished(run.directory(out)) for run in self.runs)
+        counts = f"{len(self.runs)} runs, {finished} of them finished; {len(self.merges)} merges"
+        if self.config.search:
+            counts += f"; a search of at most {self.config.search_runs} values of kl_coef beside them"
+        return "\n".join([*lines, "", counts, f"about {sum(tokens.values()):,} tokens to train on"])
+
+
+def plan_sweep(config: SweepConfig) -> SweepPlan:
+    """Check everything that can be checked before a run.
+
+    Raises:
+        AnnealError: as `train`, `merge` and `compare` would; the message names the run.
+    """
+    runs = plan_runs(config)
+    for name in ("source", "target"):
+        for key, path in getattr(config, name).items():
+            try:
+                TeacherCache(path)
+            except AnnealError as error:
+                raise type(error)(f"{name}.{key} must be a cache: {error}") from None
+    check_inputs(config, runs)
+    for run in runs:
+        require_same(run, Path(config.out))
+    return SweepPlan(config=config, runs=runs, merges=plan_merges(config, runs))
+
+
+def check_inputs(config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
+    """Find the model and open every cache of every run, each combination once.
+
+    Raises:
+        AnnealError: as `train`; the message names the first run.
+    """
+    from trainer.inputs import open_inputs
+
+    seen = set()
+    for run in runs:
+        settings = run.config(Path(config.out)).to_dict()
+        names = ("cache", "model", "revision", "caches", "eval_caches", "ewc", "allow_different_student")
+        key = json.dumps({name: settings[name] for name in names}, sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            try:
+                open_inputs(run.config(Path(config.out)))
+            except AnnealError as error:
+                raise type(error)(f"run {run.name}: {error}") from None
+
+
+def run_sweep(
+    config: SweepConfig, *, pool: Pool | None = None, progress: Progress | None = None
+) -> SweepReport:
+    """Run, merge and compare; finished runs are skipped, stopped ones continue.
+
+    Args:
+        config: what to run.
+        pool: what trains; one run after another on this machine by default.
+        progress: a phase over the runs, one over the merges, those of the comparison; silent by default.
+
+    Raises:
+        AnnealError: before anything runs, as `plan_sweep`. A run that fails is no error: it is in the report.
+        SweepStopped: SIGINT or SIGTERM ended it.
+    """
+    progress = progress or Progress()
+    plan = plan_sweep(config)
+    out = Path(config.out)
+    with held(out):
+        runs = Runs(out, pool or LocalPool(), progress)
+        runs.complete(plan.runs)
+        planned, searches = list(plan.runs), list[dict[str, object]]()
+        if config.search:
+            for probes in groups(config, plan.runs):
+                found, more = search_one(config, probes, runs, progress)
+                searches.append(found)
+                names = {run.name for run in planned}
+                planned += [run for run in more if run.name not in names]
+        merges = plan_merges(config, planned)
+        failed = {**runs.failed, **make_merges(config, merges, progress)}
+        made: list[PlannedRun | PlannedMerge] = [*planned, *merges]
+        models = {item.name: item.directory(out) for item in made if is_finished(item.directory(out))}
+        comparison = comparison_of(config, models, progress) if models else None
+        report = SweepReport(
+            out=out, runs=planned, merges=merges, failed=failed, comparison=comparison, searches=searches
+        )
+        report.write()
+    return report
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """The sweep's directory for this process alone, where its file system can.
+
+    Raises:
+        ConfigError: it cannot be written, or another sweep is under way in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(
+            f"--out must be a directory that can be written, got {out}: {error.strerror}"
+        ) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--out must belong to one sweep, got {out} in which another one is under way; wait for it"
+            ) from None
+        except OSError:  # a file system without locks on directories
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def groups(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """The direct runs that differ in their seed only, together: a search each."""
+    found: dict[tuple[tuple[str, str], ...], list[PlannedRun]] = {}
+    for run in runs:
+        if run.direct and run.entry is None:
+            found.setdefault(run.crossed, []).append(run)
+    return list(found.values())
+
+
+def search_one(
+    config: SweepConfig, direct: Sequence[PlannedRun], runs: Runs, progress: Progress
+) -> tuple[dict[str, object], list[PlannedRun]]:
+    """Search beside these direct runs; what was found, and the runs that it took."""
+    out = Path(config.out)
+    made: list[PlannedRun] = []
+
+    def share_of(kl_coef: float) -> float | None:
+        probes = [make_run(config, {**run.varied, "kl_coef": kl_coef}) for run in direct]
+        for probe in probes:
+            require_same(probe, out)
+        made.extend(probes)
+        runs.complete(probes, f"search: kl_coef {kl_coef:g}")
+        both = [*direct, *probes]
+        if not all(is_finished(run.directory(out)) for run in both):
+            return None
+        comparison = comparison_of(config, {run.name: run.directory(out) for run in both}, progress)
+        shares = [
+            gain_kept(comparison, probe.name, yardstick.name)
+            for probe, yardstick in zip(probes, direct, strict=True)
+        ]
+        found = [share for share in shares if share is not None]
+        return statistics.fmean(found) if len(found) == len(shares) else None
+
+    varied = {
+        key: value for key, value in direct[0].varied.items() if key not in ("kl_coef", "training.seed")
+    }
+    if not all(is_finished(run.directory(out)) for run in direct):
+        return {"settings": varied, "line": "search: direct fine-tuning has no result", "tried": []}, []
+    bracket = search(share_of, config.keep_gain, config.search_runs)
+    line = bracket.line(config.keep_gain)
+    if varied:
+        line += f" ({', '.join(f'{key} {value}' for key, value in sorted(varied.items()))})"
+    return {
+        "settings": varied,
+        "keep_gain": config.keep_gain,
+        "keeps": bracket.keeps,
+        "loses": bracket.loses,
+        "tried": [{"kl_coef": value, "gain_kept": share} for value, share in bracket.tried],
+        "line": line,
+    }, made

@@ -1,0 +1,86 @@
+"""One run in a process of its own: settings come in as one line of JSON on stdin, the outcome goes out on stdout.
+
+The process is stopped by SIGTERM as `anneal train` is, and stops in the same way when stdin ends: then the sweep that
+started it is gone, and nobody would read the outcome. What the run says goes to stderr.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from formats.errors import AnnealError
+
+LOCKED_SECONDS = 600.0
+"""How long a run waits for another process in its directory: one whose sweep was killed stops after its step."""
+
+
+def run_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Train with these settings; what became of it, as plain values.
+
+    Returns:
+        `{"done": true}`, `{"interrupted": SIGNAL}`, or `{"error": LINE, "kind": CLASS}`.
+    """
+    from trainer.config_file import config_from_dict
+    from trainer.run import train
+
+    try:
+        report = train(config_from_dict(settings))
+    except (AnnealError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return {"error": " ".join(lines[0].split()), "kind": type(error).__name__}
+    return {"interrupted": report.interrupted_by} if report.interrupted_by else {"done": True}
+
+
+def wait_for_lock(directory: Path, seconds: float = LOCKED_SECONDS) -> None:
+    """Wait until no other process trains in a run's directory, or the time is over."""
+    until = time.monotonic() + seconds
+    while directory.is_dir() and time.monotonic() < until:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.5)
+        except OSError:  # no locks here
+            return
+        finally:
+            os.close(descriptor)
+
+
+def stop_when_stdin_ends() -> None:
+    """Send this process a SIGTERM when the one that started it is gone."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def read_line() -> str:
+    """The first line on stdin, and nothing beyond it."""
+    found = bytearray()
+    while (letter := os.read(0, 1)) not in (b"", b"\n"):
+        found += letter
+    return found.decode()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever libraries print belongs to the log
+    settings = json.loads(read_line())
+    stop_when_stdin_ends()
+    wait_for_lock(Path(settings["out"]))
+    found = run_settings(settings)
+    print(json.dumps(found), file=outcome, flush=True)
+    if "error" in found:
+        print(f"error: {found['error']}", file=sys.stderr, flush=True)
