@@ -38,6 +38,7 @@ _HOME = {
     "paired": "bench.paired",
     "split_batch": "data.collator",
     "train": "run",
+    "weight_distance": "evaluation.weight_distance",
 }
 
 __all__ = sorted(_HOME)
