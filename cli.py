@@ -503,7 +503,8 @@ def train_command(
         typer.Argument(metavar="CACHE", help="The cache of the fine-tuning corpus.", show_default=False),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(show_default=False, help="The initial model: the one that built the cache.")
+        str | None,
+        typer.Option(show_default=False, help="The model to start from: it or an ancestor built the cache."),
     ] = None,
     out: Annotated[
         str | None, typer.Option(show_default=False, help="Directory for the tuned model.")
