@@ -503,7 +503,8 @@ def train_command(
         typer.Argument(metavar="CACHE", help="The cache of the fine-tuning corpus.", show_default=False),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(show_default=False, help="The initial model: the one that built the cache.")
+        str | None,
+        typer.Option(show_default=False, help="The model to start from: it or an ancestor built the cache."),
     ] = None,
     out: Annotated[
         str | None, typer.Option(show_default=False, help="Directory for the tuned model.")
@@ -619,19 +620,39 @@ def eval_command(
         ),
     ],
     model: ModelOption,
+    no_kl: Annotated[
+        bool,
+        typer.Option("--no-kl", help="Read the caches' tokens alone, whichever model built them: no KL."),
+    ] = False,
+    distance_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default=False,
+            help="Also print how far the weights are from those of this model: directory or Hugging Face name.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     dtype: EvalDtypeOption = "float32",
     limit: EvalLimitOption = None,
 ) -> None:
-    """Print perplexity and KL to the initial model on the texts of CACHE..."""
+    """Print perplexity, accuracy, calibration and KL to the model that built them on the texts of CACHE..."""
     from trainer import evaluate
     from trainer.evaluation.evaluate import format_evaluation
+    from trainer.evaluation.weight_distance import weight_distance
 
-    results = evaluate(model, named(caches), dtype=dtype, limit=limit, progress=console_progress())
+    caches_by_name = named(caches)
+    distance = None if distance_to is None else weight_distance(model, distance_to, what="--distance-to")
+    results = evaluate(
+        model, caches_by_name, dtype=dtype, limit=limit, kl=not no_kl, progress=console_progress()
+    )
     if as_json:
-        show_json({"model": model, "caches": results})
+        found = {} if distance is None else {"distance": {"to": distance_to, **distance.to_dict()}}
+        show_json({"model": model, "caches": results, **found})
     else:
         show(format_evaluation(results))
+        if distance is not None:
+            show(f"distance of the weights to {distance_to}: {distance.line()}")
 
 
 @app.command("compare")

@@ -41,6 +41,7 @@ _HOME = {
     "run_sweep": "sweep.sweep",
     "split_batch": "data.collator",
     "train": "run",
+    "weight_distance": "evaluation.weight_distance",
 }
 
 __all__ = sorted(_HOME)

@@ -101,7 +101,8 @@ class TrainConfig(Objective):
     cache: str
     """Directory of the target cache: the text to learn, with the initial model's logprobs."""
     model: str
-    """The initial model: the one that built the cache (directory or hub name)."""
+    """The model that the run starts from: the one that built the cache, or a descendant of it (directory or hub
+    name)."""
     out: str
     """Directory for the result: new, empty, or an interrupted run of the same settings, to continue."""
     revision: str | None = None
@@ -140,11 +141,11 @@ class TrainConfig(Objective):
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
     l2: L2Settings | None = None
-    """Pull every weight towards its initial value."""
+    """Pull every weight towards its value in `model`."""
     ewc: EwcSettings | None = None
-    """Pull weights towards their initial values, each as strongly as the initial model depends on it."""
+    """Pull weights towards their values in `model`, each as strongly as that model depends on it."""
     sfa: SfaSettings | None = None
-    """Average with the initial weights every so often, and at the end."""
+    """Average with the weights of `model` every so often, and at the end."""
     dtype: str = "float32"
     """Dtype of the weights while training. At fine-tuning rates bfloat16 weights swallow most updates: keep
     float32 and let `training.bf16` compute in bfloat16."""
