@@ -9,7 +9,7 @@ from typing import Any
 _HOME = {
     "BenchSettings": "bench.settings",
     "CachedDataset": "data.dataset",
-    "Comparison": "evaluation.compare",
+    "Comparison": "comparison.comparison",
     "Ewc": "retention.ewc",
     "EwcSettings": "retention.settings",
     "L2": "retention.l2",
@@ -23,8 +23,9 @@ _HOME = {
     "MixedCache": "config",
     "OutputHead": "loop.output_head",
     "bench_models": "bench.bench",
-    "compare": "evaluation.compare",
+    "compare": "comparison.compare",
     "count_targets": "data.collator",
+    "Selection": "selection.selection",
     "Sfa": "retention.sfa",
     "SfaSettings": "retention.settings",
     "TeacherBatch": "data.teacher_batch",
@@ -36,6 +37,7 @@ _HOME = {
     "load_config": "config_file",
     "merge": "merging.merge_models",
     "paired": "bench.paired",
+    "select": "selection.selection",
     "split_batch": "data.collator",
     "train": "run",
 }
