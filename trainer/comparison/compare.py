@@ -86,7 +86,8 @@ def compare(
         for name, word in name_words(side, asked).items()
     }
     caches = open_texts({key: word for key, word in words.items() if is_cache(word)})
-    quiet_transformers()
+    if caches:
+        quiet_transformers()
     directories: dict[str, Path] = {}
     for label, name in given.items():
         what = "--initial" if label in known else "MODEL"
@@ -244,6 +245,6 @@ def _mean_details(details: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [part.get(key) for part in details]
         if all(value == first for value in values):
             found[key] = first
-        elif all(isinstance(value, int | float) for value in values):
-            found[key] = float(np.mean(values))
+        elif len(numbers := [value for value in values if isinstance(value, int | float)]) == len(values):
+            found[key] = sum(numbers) / len(numbers)
     return found

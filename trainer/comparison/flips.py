@@ -13,9 +13,9 @@ observed shares, and what would fall below zero is zero: Harmon et al. 2025, "Ma
 language models at scale", arXiv 2510.17776. Where items have different numbers of choices, each number is a group of
 its own with its own a and b, and luck is added up. A written answer is hardly right by luck: nothing is taken off.
 
-Two limits of the adjustment: it cancels in the difference of the two directions, and a model that gives the same
-wrong or lucky answer as before, as a tuned one mostly does, flips by luck less often than independent ones: the
-adjusted numbers are then too low, rather than too high.
+Limits. The adjustment cancels in the difference of the two directions. It takes both models' knowledge and luck as
+independent, which a tuned model's are not: where both guess the same items, more flips by luck than it says; where they
+make the same lucky or wrong choice, fewer.
 """
 
 from collections.abc import Sequence

@@ -101,7 +101,7 @@ def read_texts(
     def remember(name: str, result: Result) -> None:
         if not memory.add(keys[pending[name]], result):
             forget(
-                f"{memory.path} cannot be written: the evaluations of {label} are not remembered; name a folder with --work"
+                f"{memory.path} cannot be written: evaluations are not remembered; name a folder with --work"
             )
 
     if pending:

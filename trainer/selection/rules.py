@@ -162,12 +162,13 @@ def noise_of_a_seed(
 ) -> tuple[float, float] | None:
     """How far one seed moves (lost, gained): the spread over seeds, pooled over the points that have several.
 
-    Spreads of several metrics are taken as independent: the spread of a mean of M is sqrt(sum of squares) / M. A gain is
-    in units of direct's, or of the largest. None without a point of several seeds.
+    Spreads of several metrics are taken as independent: the spread of a mean of n is sqrt(sum of squares) / n. A gain
+    is in units of direct's, or of the largest. None without a point of several seeds.
     """
     known = {point.label: point for point in points}
     first = known[initial]
-    lost, gained = [], []
+    lost: list[float] = []
+    gained: list[float] = []
     for point in points:
         if point.num_seeds < 2:
             continue
