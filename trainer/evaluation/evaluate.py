@@ -5,7 +5,7 @@ test gives cross-entropy, perplexity and KL(initial || model) (T = 1, forward) w
 model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ def evaluate(
     kl: bool = True,
     progress: Progress | None = None,
     label: str = "",
+    per_row: bool = False,
+    on_result: Callable[[str, Result], None] = lambda name, result: None,
 ) -> dict[str, Result]:
     """Evaluate a model (full or adapters) on one or more evaluation caches.
 
@@ -60,6 +62,8 @@ def evaluate(
         kl: False reads the caches' tokens alone, whichever model built them: no KL, no `kept`.
         progress: a phase of rows for each cache; silent by default.
         label: put before the name of a cache in `progress`, such as `tuned: `.
+        per_row: also return `row_ce` (summed over the row's tokens) and `row_tokens`, a number for every row.
+        on_result: called with every name and result as soon as it is there.
 
     Returns:
         name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, kept_mass, accuracy, entropy,
@@ -78,6 +82,7 @@ def evaluate(
 
     from trainer.data.collator import LabelAnnealingCollator
     from trainer.data.dataset import CachedDataset
+    from trainer.evaluation.row_losses import RowLosses
     from trainer.loop.measure import measure
     from trainer.loop.output_head import OutputHead
 
@@ -104,10 +109,17 @@ def evaluate(
         num_rows = len(dataset) if limit is None else min(limit, len(dataset))
         groups = batches_of_tokens(dataset.lengths()[:num_rows], batch_tokens)
 
-        def loader(dataset: CachedDataset = dataset, groups: list = groups) -> Iterator[Any]:
+        row_losses = RowLosses(head, num_rows) if per_row else None
+
+        def loader(
+            dataset: CachedDataset = dataset, groups: list = groups, row_losses: RowLosses | None = row_losses
+        ) -> Iterator[Any]:
             for group in groups:
                 batch = collator([dataset[row] for row in group])
-                yield {k: v.to(target) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                batch = {k: v.to(target) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                yield batch
+                if row_losses is not None:
+                    row_losses.add(batch, group)
                 progress.advance(len(group))
 
         progress.start(label + name, num_rows)
@@ -115,6 +127,10 @@ def evaluate(
         progress.finish()
         kl_to = teacher_name(cache) if with_teacher else None
         results[name] = {**found.to_dict(), "num_rows": num_rows, "kl_to": kl_to}
+        if row_losses is not None:
+            row_losses.remove()
+            results[name] |= {"row_ce": row_losses.ce, "row_tokens": row_losses.tokens}
+        on_result(name, results[name])
     head.remove()
     return results
 
