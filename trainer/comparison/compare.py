@@ -15,10 +15,11 @@ from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from trainer.bench.model_identity import model_identity
-from trainer.comparison.comparison import Cell, ComparedModel, Comparison
+from trainer.comparison.comparison import Comparison
 from trainer.comparison.evaluation_file import EvaluationFile
 from trainer.comparison.flips import count_flips, mean_flips
 from trainer.comparison.intervals import paired_difference
+from trainer.comparison.lines import Cell, ComparedModel
 from trainer.comparison.metric import Metric
 from trainer.comparison.reading import Reading
 from trainer.comparison.records import groups_of, is_direct

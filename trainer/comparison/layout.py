@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from trainer.comparison.comparison import Cell, ComparedModel, Comparison
+from trainer.comparison.lines import Cell, ComparedModel, Lines
 from trainer.comparison.metric import Metric
 
 
@@ -19,7 +19,7 @@ class Table:
     """Of each row, the line it belongs to."""
 
 
-def main_table(comparison: Comparison) -> Table:
+def main_table(comparison: Lines) -> Table:
     """A line per model: its numbers, differences to the initial model, and the two shares."""
     related = comparison.initial is not None
     shared = comparison.direct is not None and related
@@ -64,7 +64,7 @@ def main_table(comparison: Comparison) -> Table:
     return Table(groups, header, rows, 3, [model.label for model in comparison.models])
 
 
-def flips_table(comparison: Comparison) -> Table | None:
+def flips_table(comparison: Lines) -> Table | None:
     """Which items changed, for every task of right or wrong answers; None without any."""
     header = [
         "task", "model", "items", "1->0", "0->1", "by luck", "1->0", "0->1", "difference", "95 % interval", "p",
@@ -96,7 +96,7 @@ def flips_table(comparison: Comparison) -> Table | None:
     return Table(groups, header, rows, 2, labels) if rows else None
 
 
-def notes_of(comparison: Comparison) -> list[str]:
+def notes_of(comparison: Lines) -> list[str]:
     """What stands below the tables, a sentence each."""
     lines = ["* Pareto front: no other model here is better on both sides"]
     if comparison.initial is not None:
@@ -153,7 +153,7 @@ def value_text(metric: Metric, cell: Cell) -> str:
     return f"{cell.value:.{digits}f}{spread}"
 
 
-def gain_text(comparison: Comparison, model: ComparedModel, metric: Metric) -> str:
+def gain_text(comparison: Lines, model: ComparedModel, metric: Metric) -> str:
     """The score's difference to the initial model, and half the width of its interval."""
     standing, cell = comparison.standing(model.label), model.cells[metric.key]
     if standing is None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
-from trainer.comparison.comparison import Comparison
 from trainer.comparison.layout import Table, flips_table, main_table, notes_of
+from trainer.comparison.lines import Lines
 from trainer.comparison.picture import picture_axes
 from trainer.comparison.svg import scatter_svg
 
@@ -84,7 +84,7 @@ def require_page(path: str | Path) -> Path:
     return path
 
 
-def write_page(comparison: Comparison, path: str | Path) -> Path:
+def write_page(comparison: Lines, path: str | Path) -> Path:
     """Write the page.
 
     Raises:
@@ -100,7 +100,7 @@ def write_page(comparison: Comparison, path: str | Path) -> Path:
     return path
 
 
-def page_html(comparison: Comparison) -> str:
+def page_html(comparison: Lines) -> str:
     """The page as text."""
     pictures = _pictures(comparison)
     flips = flips_table(comparison)
@@ -132,7 +132,7 @@ def page_html(comparison: Comparison) -> str:
     )
 
 
-def _pictures(comparison: Comparison) -> list[tuple[str, str]]:
+def _pictures(comparison: Lines) -> list[tuple[str, str]]:
     """(name, SVG): the whole, and every pair of a source and a target metric where there are several."""
     pairs = list(itertools.product(comparison.of_side("source"), comparison.of_side("target")))
     asked = [None, *pairs] if len(pairs) > 1 else [None]
@@ -153,7 +153,7 @@ def _pictures(comparison: Comparison) -> list[tuple[str, str]]:
     return found
 
 
-def _tips(comparison: Comparison) -> dict[str, str]:
+def _tips(comparison: Lines) -> dict[str, str]:
     """Label -> name, method and every cell of the line, one a line."""
     table = main_table(comparison)
     groups, last = [], ""

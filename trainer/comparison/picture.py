@@ -3,13 +3,13 @@
 import math
 from pathlib import Path
 
-from trainer.comparison.comparison import Comparison
 from trainer.comparison.layout import measure_name
+from trainer.comparison.lines import Lines
 from trainer.comparison.metric import Metric
 from trainer.evaluation.tradeoff_picture import plot_tradeoff
 
 
-def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
+def plot_comparison(comparison: Lines, path: str | Path) -> Path:
     """Draw it with matplotlib.
 
     Raises:
@@ -42,7 +42,7 @@ class PictureAxes:
         self.higher_is_better = higher_is_better
 
 
-def picture_axes(comparison: Comparison, pair: tuple[Metric, Metric] | None = None) -> PictureAxes:
+def picture_axes(comparison: Lines, pair: tuple[Metric, Metric] | None = None) -> PictureAxes:
     """The axes of one source and one target metric, or of the whole: their own values where there is one of each,
     else the mean loss and the mean gain.
     """

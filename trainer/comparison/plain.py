@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-from trainer.comparison.comparison import Cell, ComparedModel, Comparison
+from trainer.comparison.lines import Cell, ComparedModel, Lines
 from trainer.comparison.metric import Metric
 
 FORMAT = 1
 
 
-def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
+def comparison_to_dict(comparison: Lines) -> dict[str, Any]:
     """Everything that a comparison knows."""
     law = comparison.kl_law()
     return {
@@ -36,7 +36,7 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _model(comparison: Comparison, model: ComparedModel) -> dict[str, Any]:
+def _model(comparison: Lines, model: ComparedModel) -> dict[str, Any]:
     standing = comparison.standing(model.label)
     return {
         "label": model.label,
@@ -61,7 +61,7 @@ def _model(comparison: Comparison, model: ComparedModel) -> dict[str, Any]:
     }
 
 
-def _cell(comparison: Comparison, model: ComparedModel, metric: Metric, cell: Cell) -> dict[str, Any]:
+def _cell(comparison: Lines, model: ComparedModel, metric: Metric, cell: Cell) -> dict[str, Any]:
     standing = comparison.standing(model.label)
     difference = cell.difference
     plain = {

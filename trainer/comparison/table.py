@@ -1,10 +1,10 @@
 """A comparison on the terminal."""
 
-from trainer.comparison.comparison import Comparison
 from trainer.comparison.layout import Table, flips_table, main_table, notes_of
+from trainer.comparison.lines import Lines
 
 
-def comparison_text(comparison: Comparison) -> str:
+def comparison_text(comparison: Lines) -> str:
     """The table of models, that of flips where there are tasks, and what stands below."""
     parts = [table_text(main_table(comparison))]
     flips = flips_table(comparison)

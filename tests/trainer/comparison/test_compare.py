@@ -15,7 +15,8 @@ from runs import copy_model, noise
 
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from trainer import compare, evaluate, select
-from trainer.comparison.comparison import Cell, ComparedModel, Comparison
+from trainer.comparison.comparison import Comparison
+from trainer.comparison.lines import Cell, ComparedModel
 from trainer.comparison.metric import Metric
 from trainer.evaluation.recorded_method import AppliedMethod, method_of
 
@@ -126,7 +127,7 @@ def test_seeds_are_one_line(sweep, texts, tiny_llama_dir, tmp_path):
     assert "direct-s0, direct-s1, direct-s2 all say so" in apart.notes[0]
     named = compare(models, **texts, initial={"base": tiny_llama_dir}, direct="direct-s2", group=False)
     assert named.direct == "direct-s2"
-    chosen = select(found)
+    chosen = select(found, "paper")
     assert chosen.direct == "direct" and chosen.noise is not None
 
 
