@@ -829,163 +829,6 @@ def select_command(
         show(selection.text())
 
 
-@app.command("sweep")
-def sweep_command(
-    place: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="CACHE|SWEEP.yaml",
-            show_default=False,
-            help="The cache of the fine-tuning corpus, or a YAML file with the whole sweep.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(show_default=False, help="The initial model: the one that built the cache.")
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(show_default=False, help="Directory of the sweep; the same one continues it."),
-    ] = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=CACHE", show_default=False, help="Held-out text that the initial model knew."
-        ),
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=CACHE", show_default=False, help="Held-out text that the runs learn."),
-    ] = None,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=V1,V2",
-            show_default=False,
-            help="Values of a setting, such as kl_coef=0.5,1,2; several are crossed with each other.",
-        ),
-    ] = None,
-    also: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=V1,V2",
-            show_default=False,
-            help="Runs without KL, such as l2.coef=0.03,0.1, or 'l2.coef=0.1 kl_coef=1' with it. May be repeated.",
-        ),
-    ] = None,
-    every: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=V1,V2",
-            show_default=False,
-            help="Values crossed with every run, direct fine-tuning too, such as training.learning_rate=1e-4,3e-4.",
-        ),
-    ] = None,
-    merge: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="METHOD:V1,V2",
-            show_default=False,
-            help="Merges of finished runs, such as wise-ft:0.25,0.5 or ties:density=0.1,0.2:scale=1.",
-        ),
-    ] = None,
-    merge_of: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            show_default=False,
-            help="What --merge merges: direct, all, or names.  [default: direct]",
-        ),
-    ] = None,
-    seeds: Annotated[
-        str | None,
-        typer.Option(
-            show_default=False, help="How many seeds, counted from training.seed; or [3,5].  [default: 1]"
-        ),
-    ] = None,
-    keep_gain: Annotated[
-        float | None,
-        typer.Option(
-            show_default=False,
-            help="Share of direct fine-tuning's gain that the recommended run must keep.  [default: 0.9]",
-        ),
-    ] = None,
-    search: Annotated[
-        bool | None,
-        typer.Option(
-            "--search",
-            show_default=False,
-            help="Find the largest kl_coef that keeps --keep-gain, by bisection.",
-        ),
-    ] = None,
-    search_runs: Annotated[
-        int | None, typer.Option(show_default=False, help="Most values that --search tries.  [default: 8]")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(show_default=False, help="YAML file with settings of `anneal train`.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", show_default=False, help="A setting of all runs. May be repeated."
-        ),
-    ] = None,
-    parallel: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Runs at a time on this machine, a GPU each or a share of the CPU's threads."
-        ),
-    ] = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the runs and their tokens, and stop.")
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", show_default=False, help="Also draw the trade-off to a .png, .svg or .pdf file."
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train every combination of settings from one cache, merge, and compare; the same command continues."""
-    from trainer.evaluation.tradeoff_picture import require_plottable
-    from trainer.sweep.config import sweep_from_options
-    from trainer.sweep.pools import LocalPool
-    from trainer.sweep.sweep import plan_sweep, run_sweep
-
-    asked = sweep_from_options(
-        place,
-        base_file=config,
-        model=model,
-        overrides=overrides or [],
-        grid=grid or [],
-        also=also or [],
-        every=every or [],
-        merge=merge or [],
-        merge_of=merge_of or [],
-        seeds=seeds,
-        out=out,
-        source=named(source or []),
-        target=named(target or []),
-        keep_gain=keep_gain,
-        search=search,
-        search_runs=search_runs,
-    )
-    if plot is not None:
-        require_plottable(plot)
-    if dry_run:
-        show(plan_sweep(asked).text())
-        return
-    report = run_sweep(asked, pool=LocalPool(parallel), progress=console_progress())
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
-    if plot is not None and report.comparison is not None:
-        note(f"picture in {report.comparison.plot(plot)}")
-    if report.failed:
-        raise typer.Exit(1)
-
-
 @app.command("bench")
 def bench_command(
     models: Annotated[
@@ -1082,6 +925,203 @@ def bench_command(
         show_json(report.to_dict())
     else:
         show(report.text())
+
+
+@app.command("sweep")
+def sweep_command(
+    place: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CACHE|SWEEP.yaml",
+            show_default=False,
+            help="The cache of the fine-tuning corpus, or a YAML file with the whole sweep.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(show_default=False, help="The initial model: the one that built the cache.")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="Directory of the sweep; the same one continues it."),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=CACHE|TASK",
+            show_default=False,
+            help="What the initial model knew: held-out text, or a task.",
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=CACHE|TASK", show_default=False, help="What the runs learn, in the same way."
+        ),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2",
+            show_default=False,
+            help="Values of a setting, such as kl_coef=0.5,1,2; several are crossed with each other.",
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2",
+            show_default=False,
+            help="Runs without KL, such as l2.coef=0.03,0.1, or 'l2.coef=0.1 kl_coef=1' with it. May be repeated.",
+        ),
+    ] = None,
+    every: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2",
+            show_default=False,
+            help="Values crossed with every run, direct fine-tuning too, such as training.learning_rate=1e-4,3e-4.",
+        ),
+    ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD:V1,V2",
+            show_default=False,
+            help="Merges of finished runs, such as wise-ft:0.25,0.5 or ties:density=0.1,0.2:scale=1.",
+        ),
+    ] = None,
+    merge_of: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default=False,
+            help="What --merge merges: direct, all, or names.  [default: direct]",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False, help="How many seeds, counted from training.seed; or [3,5].  [default: 1]"
+        ),
+    ] = None,
+    keep_gain: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="Share of direct fine-tuning's gain that the recommended run must keep.  [default: 0.9]",
+        ),
+    ] = None,
+    search: Annotated[
+        bool | None,
+        typer.Option(
+            "--search",
+            show_default=False,
+            help="Find the largest kl_coef that keeps --keep-gain, by bisection.",
+        ),
+    ] = None,
+    search_runs: Annotated[
+        int | None, typer.Option(show_default=False, help="Most values that --search tries.  [default: 8]")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(show_default=False, help="YAML file with settings of `anneal train`.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", show_default=False, help="A setting of all runs. May be repeated."
+        ),
+    ] = None,
+    bench: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="Setting of anneal bench for tasks among --source and --target, such as limit=500.",
+        ),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="Runs at a time, each with a GPU, or a share of the CPU's threads.  [default: 1; with --ray all "
+            "there is room for]",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Train on this Ray cluster, a run per GPU; `auto` finds one, `local` starts one.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the runs and their tokens, and stop.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="Also draw the trade-off to a .png, .svg or .pdf file."
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            show_default=False,
+            help="Also write picture and tables as one .html page that needs nothing else.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train every combination of settings from one cache, merge, and compare; the same command continues."""
+    from trainer.sweep.compared import require_writable
+    from trainer.sweep.config import sweep_from_options
+    from trainer.sweep.pools import LocalPool
+    from trainer.sweep.sweep import plan_sweep, run_sweep
+
+    asked = sweep_from_options(
+        place,
+        base_file=config,
+        model=model,
+        overrides=overrides or [],
+        grid=grid or [],
+        also=also or [],
+        every=every or [],
+        merge=merge or [],
+        merge_of=merge_of or [],
+        seeds=seeds,
+        out=out,
+        source=named(source or [], "--source", "NAME=CACHE"),
+        target=named(target or [], "--target", "NAME=CACHE"),
+        bench=bench or [],
+        keep_gain=keep_gain,
+        search=search,
+        search_runs=search_runs,
+    )
+    require_writable(plot, page)
+    if dry_run:
+        show(plan_sweep(asked).text())
+        return
+    if ray is not None:
+        from trainer.sweep.on_ray import RayPool
+
+        with RayPool(None if ray == "local" else ray, parallel) as cluster:
+            report = run_sweep(asked, pool=cluster, progress=console_progress())
+    else:
+        report = run_sweep(asked, pool=LocalPool(parallel or 1), progress=console_progress())
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        show(report.text())
+    if plot is not None and report.comparison is not None:
+        note(f"picture in {report.comparison.plot(plot)}")
+    if page is not None and report.comparison is not None:
+        note(f"page in {report.comparison.page(page)}")
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> dict[str, str]:

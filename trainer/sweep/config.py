@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError
+from trainer.bench.settings import BenchSettings
 from trainer.checks import check_at_least, check_flag, check_fraction, check_number, check_one_of, check_path
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, apply_override, parse_yaml, read_config_file, refuse_unknown
@@ -107,6 +108,8 @@ class SweepConfig:
     """How many, counted from base.training.seed; or the seeds themselves."""
     keep_gain: float = 0.9
     """The share of direct fine-tuning's gain that a recommended run must keep, in (0, 1]."""
+    bench: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `anneal bench` for sources and targets that are tasks: task_dirs, limit, backend, ..."""
     search: bool = False
     """Look for the largest kl_coef that keeps it."""
     search_runs: int = 8
@@ -122,6 +125,9 @@ class SweepConfig:
                 )
             for key, value in texts.items():
                 check_path(f"{name}.{key}", value, "a cache directory or a task")
+        if not isinstance(self.bench, Mapping) or "out" in self.bench:
+            raise ConfigError(f"bench must hold settings of anneal bench but out, got {self.bench!r}")
+        refuse_unknown(self.bench, [entry.name for entry in fields(BenchSettings)], "bench.")
         for key in ("out", "output_dir"):
             if key in self.base or key in (self.base.get("training") or {}):
                 raise ConfigError(f"base must not set {key}: {OF_THE_SWEEP['out']}; remove it")
@@ -153,6 +159,11 @@ class SweepConfig:
             check_number("base.training.seed", first, integer=True)
             return tuple(range(first, first + self.seeds))
         return tuple(self.seeds)
+
+
+def is_task(word: str) -> bool:
+    """Whether a source or target is a task: no directory, and not written like a place."""
+    return not (Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~")))
 
 
 # --- from plain values -------------------------------------------------------------------------------------
@@ -271,6 +282,7 @@ def sweep_from_options(
     every: Iterable[str] = (),
     merge: Iterable[str] = (),
     merge_of: Sequence[str] = (),
+    bench: Iterable[str] = (),
     seeds: str | None = None,
     **values: Any,
 ) -> SweepConfig:
@@ -285,6 +297,7 @@ def sweep_from_options(
         every: `KEY=V1,V2`.
         merge: `METHOD:V1,V2` or `METHOD:STRENGTH=V1,V2[:STRENGTH=...]`.
         merge_of: what they merge.
+        bench: `KEY=VALUE`, settings of `anneal bench`.
         seeds: a number.
         values: further fields of SweepConfig; None is not given.
 
@@ -296,7 +309,7 @@ def sweep_from_options(
         plain = read_config_file(place)
     elif place is not None:
         plain["base"] = {"cache": place}
-    for key in ("base", "every"):
+    for key in ("base", "every", "bench"):
         plain[key] = dict(plain.get(key) or {})
     if base_file is not None:
         plain["base"] = read_config_file(base_file) | plain["base"]
@@ -304,6 +317,8 @@ def sweep_from_options(
         plain["base"]["model"] = model
     for assignment in overrides:
         apply_override(plain["base"], assignment)
+    for assignment in bench:
+        apply_override(plain["bench"], assignment)
     entries = [*_list("runs", plain.get("runs") or [])]
     if crossed := _assignments(grid, "--grid"):
         kl_coef = plain["base"].get("kl_coef", TrainConfig.kl_coef)

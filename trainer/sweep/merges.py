@@ -4,17 +4,19 @@ merges/NAME   a model directory, as `anneal merge` leaves it; NAME is the run's,
 """
 
 import itertools
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from formats.errors import AnnealError, ConfigError
+from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
 from trainer.merging.methods import DEFAULTS, MergeConfig, require_peft
 from trainer.sweep.config import MergeEntry, SweepConfig
 from trainer.sweep.names import value_text
 from trainer.sweep.plan import PlannedRun
-from trainer.sweep.runs import is_finished
+from trainer.sweep.runs import is_finished, record_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +91,23 @@ def applies(entry: MergeEntry, run: PlannedRun, runs: Sequence[PlannedRun]) -> b
     return ("direct" in words and run.direct) or run.name in words or run.entry in words
 
 
+def is_made(planned: PlannedMerge, out: Path) -> bool:
+    """Whether a merge is there, and of the run's weights as they are now."""
+    if not is_finished(planned.directory(out)) or not is_finished(planned.run.directory(out)):
+        return False
+    try:
+        (tuned,) = record_of(planned.directory(out))["merge"]["tuned"]
+        return bool(tuned["weights"] == ModelFingerprint.of(planned.run.directory(out)).weights)
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def make_merges(config: SweepConfig, merges: Sequence[PlannedMerge], progress: Progress) -> dict[str, str]:
     """Merge what is not there yet, of the runs that are finished; name -> why there is none."""
     from trainer.merging.merge_models import merge
 
     out, failed = Path(config.out), {}
-    waiting = [m for m in merges if not is_finished(m.directory(out))]
+    waiting = [planned for planned in merges if not is_made(planned, out)]
     progress.start("merges", len(merges), len(merges) - len(waiting), unit="merge")
     progress.running()
     for planned in waiting:
@@ -102,6 +115,7 @@ def make_merges(config: SweepConfig, merges: Sequence[PlannedMerge], progress: P
             failed[planned.name] = f"its run {planned.run.name} has no result"
         else:
             try:
+                shutil.rmtree(planned.directory(out), ignore_errors=True)  # of a run that was done again
                 merge(planned.config(config))
             except (AnnealError, OSError) as error:
                 failed[planned.name] = " ".join(str(error).split())

@@ -34,17 +34,15 @@ def number_text(value: float) -> str:
     """The shortest text of a number that reads back as the same one: 3e-4, 0.25, 16."""
     if float(value).is_integer() and abs(value) < 1e6:
         return str(int(value))
-    text = repr(float(value))
-    if "e" not in text and abs(value) >= 1e-3:
-        return text
-    sign = "-" if value < 0 else ""
-    digits, _, exponent = f"{abs(float(value)):.17e}".partition("e")
+    plain, size = repr(float(value)), abs(float(value))
+    if "e" not in plain and size >= 1e-3:
+        return plain
     for length in range(18):
-        digits, _, exponent = f"{abs(float(value)):.{length}e}".partition("e")
-        if float(f"{digits}e{exponent}") == abs(float(value)):
+        digits, _, exponent = f"{size:.{length}e}".partition("e")
+        if float(f"{digits}e{exponent}") == size:
             break
     digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
-    return f"{sign}{digits}e{int(exponent)}"
+    return f"{'-' if value < 0 else ''}{digits}e{int(exponent)}"
 
 
 def value_text(value: Any) -> str:

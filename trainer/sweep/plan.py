@@ -7,7 +7,7 @@ import copy
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from trainer.recipe import DEFAULTS, resolve_training
 from trainer.sweep.config import RunEntry, SweepConfig
 from trainer.sweep.names import run_name
 
-OF_KL = ("temperature", "kl_direction", "tail_draws")
+OF_KL = (
+    "temperature",
+    "tail_draws",
+    *(
+        entry.name
+        for entry in fields(TrainConfig)
+        if entry.name.startswith("kl_") and entry.name != "kl_coef"
+    ),
+)
 """Settings that do nothing where kl_coef is 0."""
 
 

@@ -1,4 +1,4 @@
-"""Processes that train the runs of a sweep: one after another, several at a time, or a Ray cluster's.
+"""Processes that train the runs of a sweep: one after another, or several at a time.
 
 Every run has a process of its own: memory of one run is gone when the next one starts, a run that the system kills
 takes nothing with it, and the first lines of the run are the same as those of `anneal train`.
@@ -54,7 +54,7 @@ class Pool(Protocol):
 class Process:
     """One run in a process of its own."""
 
-    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+    def __init__(self, job: Job, environment: Mapping[str, str], directory: str | None = None) -> None:
         self._job = job
         job.log.parent.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
@@ -64,6 +64,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                cwd=directory,
                 env={**os.environ, **environment, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on once
             )

@@ -19,7 +19,7 @@ from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
 from formats.progress import Progress
 from trainer.checkpoint import newest_checkpoint
-from trainer.config_file import RESOLVED_NAME, read_config_file
+from trainer.config_file import RESOLVED_NAME, load_config
 from trainer.preflight.continuation import comparable, contents_of
 from trainer.recipe import device_defaults, resolve_training
 from trainer.result.run_directory import RECORD_NAME
@@ -81,7 +81,9 @@ def require_same(run: PlannedRun, out: Path) -> None:
     config = run.config(out)
     now = decisive(run, out)
     ignored = of_the_machine(config.training)
-    before = comparable(read_config_file(directory / RESOLVED_NAME))
+    before = comparable(
+        load_config(directory / RESOLVED_NAME).to_dict()
+    )  # younger settings take their default
     before = {key: value for key, value in before.items() if key not in ignored}
     facts = record_of(directory).get("run", {})
     caches = {"training": [config.cache], "mixed": [cache.path for cache in config.caches]}

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError
 from formats.progress import Progress
+from trainer.sweep.compared import check_yardsticks, comparison_of, gain_kept, selection_of
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.merges import PlannedMerge, make_merges, plan_merges
 from trainer.sweep.plan import PlannedRun, estimated_tokens, make_run, plan_runs
 from trainer.sweep.pools import LocalPool, Pool
-from trainer.sweep.report import SweepReport, comparison_of, gain_kept
+from trainer.sweep.report import SweepReport
 from trainer.sweep.runs import Runs, is_finished, require_same
 from trainer.sweep.search import search
 
@@ -57,12 +57,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         AnnealError: as `train`, `merge` and `compare` would; the message names the run.
     """
     runs = plan_runs(config)
-    for name in ("source", "target"):
-        for key, path in getattr(config, name).items():
-            try:
-                TeacherCache(path)
-            except AnnealError as error:
-                raise type(error)(f"{name}.{key} must be a cache: {error}") from None
+    check_yardsticks(config)
     check_inputs(config, runs)
     for run in runs:
         require_same(run, Path(config.out))
@@ -112,7 +107,7 @@ def run_sweep(
         runs.complete(plan.runs)
         planned, searches = list(plan.runs), list[dict[str, object]]()
         if config.search:
-            for probes in groups(config, plan.runs):
+            for probes in groups(plan.runs):
                 found, more = search_one(config, probes, runs, progress)
                 searches.append(found)
                 names = {run.name for run in planned}
@@ -123,7 +118,13 @@ def run_sweep(
         models = {item.name: item.directory(out) for item in made if is_finished(item.directory(out))}
         comparison = comparison_of(config, models, progress) if models else None
         report = SweepReport(
-            out=out, runs=planned, merges=merges, failed=failed, comparison=comparison, searches=searches
+            out=out,
+            runs=planned,
+            merges=merges,
+            failed=failed,
+            comparison=comparison,
+            selection=selection_of(config, comparison) if comparison is not None else None,
+            searches=searches,
         )
         report.write()
     return report
@@ -157,7 +158,11 @@ def held(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def groups(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+class NoGain(Exception):
+    """Direct fine-tuning gains nothing on the target, so there is no share of it."""
+
+
+def groups(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
     """The direct runs that differ in their seed only, together: a search each."""
     found: dict[tuple[tuple[str, str], ...], list[PlannedRun]] = {}
     for run in runs:
@@ -182,28 +187,28 @@ def search_one(
         both = [*direct, *probes]
         if not all(is_finished(run.directory(out)) for run in both):
             return None
-        comparison = comparison_of(config, {run.name: run.directory(out) for run in both}, progress)
-        shares = [
-            gain_kept(comparison, probe.name, yardstick.name)
-            for probe, yardstick in zip(probes, direct, strict=True)
-        ]
+        models = {run.name: run.directory(out) for run in both}
+        comparison = comparison_of(config, models, progress, direct[0].name)
+        if gain_kept(comparison, direct[0].name, direct[0].name) is None:
+            raise NoGain
+        pairs = zip(probes, direct, strict=True)
+        shares = [gain_kept(comparison, probe.name, yardstick.name) for probe, yardstick in pairs]
         found = [share for share in shares if share is not None]
         return statistics.fmean(found) if len(found) == len(shares) else None
 
-    varied = {
-        key: value for key, value in direct[0].varied.items() if key not in ("kl_coef", "training.seed")
-    }
+    varied = {k: value for k, value in direct[0].varied.items() if k not in ("kl_coef", "training.seed")}
+    where = f" ({', '.join(f'{key} {value}' for key, value in sorted(varied.items()))})" if varied else ""
+    nothing: dict[str, object] = {"settings": varied, "keeps": None, "loses": None, "tried": []}
     if not all(is_finished(run.directory(out)) for run in direct):
-        return {"settings": varied, "line": "search: direct fine-tuning has no result", "tried": []}, []
-    bracket = search(share_of, config.keep_gain, config.search_runs)
-    line = bracket.line(config.keep_gain)
-    if varied:
-        line += f" ({', '.join(f'{key} {value}' for key, value in sorted(varied.items()))})"
+        return {**nothing, "line": f"search: direct fine-tuning has no result{where}"}, made
+    try:
+        bracket = search(share_of, config.keep_gain, config.search_runs)
+    except NoGain:
+        return {**nothing, "line": f"search: direct fine-tuning gains nothing on the target{where}"}, made
     return {
         "settings": varied,
-        "keep_gain": config.keep_gain,
         "keeps": bracket.keeps,
         "loses": bracket.loses,
         "tried": [{"kl_coef": value, "gain_kept": share} for value, share in bracket.tried],
-        "line": line,
+        "line": bracket.line(config.keep_gain) + where,
     }, made

@@ -1,0 +1,191 @@
+"""A whole sweep of tiny runs, in this process: its directories are those of `train`, and it continues."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from caches import write_cache
+from recorded_progress import RecordedProgress
+from runs import QUICK, same_weights, settings
+
+from formats.errors import AnnealError, ConfigError
+from trainer import train
+from trainer.sweep.config import sweep_from_options
+from trainer.sweep.sweep import plan_sweep, run_sweep
+from trainer.sweep.worker import run_settings
+
+
+class InThisProcess:
+    """The pool without its processes: the same function, one job after another."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.names: list[str] = []
+        self._stop_after = stop_after
+
+    def run(self, jobs, started, ended) -> None:
+        for job in jobs:
+            if len(self.names) == self._stop_after:
+                raise KeyboardInterrupt
+            started(job)
+            self.names.append(job.name)
+            ended(job, run_settings(job.settings))
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_llama_dir, tmp_path_factory) -> dict[str, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("texts")
+    found = {}
+    for side, seed in (("source", 1), ("target", 2)):
+        found[side] = {side: str(write_cache(folder / side, tiny_llama_dir, num_rows=3, seed=seed))}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ask(llama_cache, tiny_llama_dir, texts):
+    """A sweep of two-step runs, by options."""
+
+    def asked(out: Path, **options):
+        overrides = [*QUICK, *options.pop("overrides", [])]
+        place = str(options.pop("place", llama_cache))
+        return sweep_from_options(
+            place, model=str(tiny_llama_dir), out=str(out), overrides=overrides, **{**texts, **options}
+        )
+
+    return asked
+
+
+OPTIONS = {"grid": ["kl_coef=1"], "also": ["l2.coef=0.1"], "merge": ["wise-ft:0.5"]}
+
+
+@pytest.fixture(scope="module")
+def done(ask, tmp_path_factory):
+    """One finished sweep: (its directory, its report)."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    return out, run_sweep(ask(out, **OPTIONS), pool=InThisProcess())
+
+
+def test_a_run_is_the_same_as_train_typed_by_hand(done, llama_cache, tiny_llama_dir, tmp_path):
+    out, report = done
+    assert not report.failed
+    assert sorted(p.name for p in (out / "runs").iterdir()) == ["direct", "kl_coef=1", "l2.coef=0.1"]
+    for name, override in (("direct", "kl_coef=0"), ("kl_coef=1", "kl_coef=1.0")):
+        train(settings(llama_cache, tiny_llama_dir, tmp_path / name, override))
+        assert same_weights(out / "runs" / name, tmp_path / name)
+        mine, typed = (
+            (p / "anneal.yaml").read_text().splitlines() for p in (out / "runs" / name, tmp_path / name)
+        )
+        differ = [(a, b) for a, b in zip(mine, typed, strict=True) if a != b]
+        assert [a.split(":")[0] for a, _ in differ if "kl_coef" not in a] == ["out"]
+    assert not same_weights(out / "runs" / "direct", out / "runs" / "kl_coef=1")
+
+
+def test_the_table_has_every_run_and_merge(done):
+    out, report = done
+    text = report.text()
+    for word in ("direct fine-tuning", "label annealing kl_coef 1", "L2 coef 0.1", "WiSE-FT alpha 0.5"):
+        assert word in text
+    found = json.loads((out / "sweep.json").read_text())
+    assert [run["name"] for run in found["runs"]] == ["direct", "kl_coef=1", "l2.coef=0.1"]
+    assert found["runs"][0]["direct"] and found["runs"][1]["settings"] == {"kl_coef": 1, "training.seed": 0}
+    assert [merge["name"] for merge in found["merges"]] == ["direct+wise-ft,alpha=0.5"]
+    labels = [model["label"] for model in found["comparison"]["models"]]
+    assert labels[1:] == ["direct", "kl_coef=1", "l2.coef=0.1", "direct+wise-ft,alpha=0.5"]
+
+
+def test_finished_runs_are_skipped_and_a_stopped_sweep_ends_with_the_same_file(done, ask, tmp_path):
+    out, _ = done
+    before = (out / "sweep.json").read_bytes()
+    pool, seen = InThisProcess(), RecordedProgress()
+    run_sweep(ask(out, **OPTIONS), pool=pool, progress=seen)
+    assert pool.names == [] and (out / "sweep.json").read_bytes() == before
+    other = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(ask(other, **OPTIONS), pool=InThisProcess(stop_after=1))
+    assert [p.name for p in (other / "runs").iterdir()] == ["direct"] and not (other / "sweep.json").exists()
+    pool = InThisProcess()
+    run_sweep(ask(other, **OPTIONS), pool=pool)
+    assert pool.names == ["kl_coef=1", "l2.coef=0.1"]
+    assert (other / "sweep.json").read_bytes().replace(str(other).encode(), str(out).encode()) == before
+
+
+def test_other_settings_in_the_same_directory_are_refused_by_name(done, ask, llama_eval_cache):
+    out, _ = done
+    with pytest.raises(ConfigError, match=r"in .*runs/direct training.learning_rate was 0.001 and is 0.002"):
+        plan_sweep(ask(out, **OPTIONS, overrides=["training.learning_rate=2e-3"]))
+    with pytest.raises(ConfigError, match=r"in .*runs/direct the training cache was"):
+        plan_sweep(ask(out, **OPTIONS, place=llama_eval_cache))
+    plan_sweep(ask(out, **{**OPTIONS, "grid": ["kl_coef=1,2"]}))  # more of it is welcome
+
+
+def test_a_run_that_diverges_is_recorded_and_the_sweep_goes_on(ask, tmp_path):
+    asked = {
+        "also": ["training.learning_rate=1e30", "l2.coef=0.1"],
+        "merge": ["wise-ft:0.5"],
+        "merge_of": ["all"],
+    }
+    pool = InThisProcess()
+    report = run_sweep(ask(tmp_path / "out", **asked), pool=pool)
+    bad = "direct,lr=1e30"
+    assert pool.names == ["direct", bad, "l2.coef=0.1"]
+    assert set(report.failed) == {bad, f"{bad}+wise-ft,alpha=0.5"} and "finite" in report.failed[bad]
+    assert f"failed: {bad}: " in report.text()
+    before = (tmp_path / "out" / "sweep.json").read_bytes()
+    assert json.loads(before)["runs"][1]["error"] == report.failed[bad]
+    pool = InThisProcess()
+    again = run_sweep(ask(tmp_path / "out", **asked), pool=pool)
+    assert pool.names == [] and again.failed == report.failed  # it would diverge again
+    assert (tmp_path / "out" / "sweep.json").read_bytes() == before
+
+
+def test_a_search_adds_ordinary_runs_and_finds_them_again(ask, tmp_path):
+    asked = {"search": True, "search_runs": 3, "keep_gain": 0.5}
+    pool = InThisProcess()
+    report = run_sweep(ask(tmp_path / "out", **asked), pool=pool)
+    (found,) = report.searches
+    assert pool.names == ["direct", *(f"kl_coef={entry['kl_coef']:g}" for entry in found["tried"])]
+    assert len(found["tried"]) == 3 and found["tried"][0]["kl_coef"] == 1 and found["line"] in report.text()
+    assert {run.name for run in report.runs} == set(pool.names)
+    before, pool = (tmp_path / "out" / "sweep.json").read_bytes(), InThisProcess()
+    run_sweep(ask(tmp_path / "out", **asked), pool=pool)
+    assert pool.names == [] and (tmp_path / "out" / "sweep.json").read_bytes() == before
+
+
+def test_the_dry_run_counts_and_touches_nothing(ask, tmp_path, llama_cache):
+    text = plan_sweep(ask(tmp_path / "out", **OPTIONS)).text()
+    assert "3 runs, 0 of them finished; 1 merges" in text and "l2.coef=0.1" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_caches_are_refused_before_anything_runs(ask, tmp_path, tiny_qwen3_dir, llama_cache):
+    out = tmp_path / "out"
+    gone = {"source": {"news": str(tmp_path / "gone")}}
+    with pytest.raises(AnnealError, match=r"source.news must be a cache: .*gone"):
+        run_sweep(ask(out, **OPTIONS, **gone), pool=InThisProcess())
+    with pytest.raises(AnnealError, match="gone"):
+        run_sweep(ask(out, place=tmp_path / "gone"), pool=InThisProcess())
+    foreign = write_cache(tmp_path / "foreign", tiny_qwen3_dir, num_rows=2)
+    with pytest.raises(AnnealError, match=r"^run direct,cache=foreign: "):
+        run_sweep(ask(out, also=[f"cache={foreign}"]), pool=InThisProcess())
+    assert not out.exists()
+
+
+def test_two_sweeps_in_one_directory_are_refused(ask, tmp_path):
+    from trainer.sweep.sweep import held
+
+    with held(tmp_path / "out"), pytest.raises(ConfigError, match="another one is under way"):
+        run_sweep(ask(tmp_path / "out"), pool=InThisProcess())
+
+
+def test_a_merge_of_another_run_is_made_again(done, ask, tmp_path):
+    out = shutil.copytree(done[0], tmp_path / "out")
+    merged = out / "merges" / "direct+wise-ft,alpha=0.5"
+    before = (merged / "model.safetensors").read_bytes()
+    shutil.rmtree(merged)
+    shutil.copytree(done[0] / "runs" / "kl_coef=1", merged)  # finished, but of other weights
+    report = run_sweep(ask(out, **OPTIONS), pool=InThisProcess())
+    assert not report.failed and (merged / "model.safetensors").read_bytes() == before

@@ -1,0 +1,157 @@
+"""How the models of a sweep are compared: the only place that knows it. Finished models in, a comparison out.
+
+evaluations/   what was computed before, so that a second comparison costs the new models only
+bench/         results on tasks, where a source or target is one
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trainer
+from formats.errors import ConfigError
+from formats.progress import Progress
+from trainer.sweep.config import SweepConfig, is_task
+
+if TYPE_CHECKING:
+    from trainer.bench.settings import BenchSettings
+
+WITH_SHARES = "select" in trainer.__all__
+"""Whether comparisons know shares, several texts and tasks, and rules that select."""
+
+
+def check_yardsticks(config: SweepConfig) -> None:
+    """Open every text and find every task of `source` and `target`, before anything is trained.
+
+    Raises:
+        AnnealError: naming the one that is no cache, or no task.
+    """
+    from formats.cache import TeacherCache
+    from formats.errors import AnnealError
+
+    for side in ("source", "target"):
+        for name, word in getattr(config, side).items():
+            if is_task(word):
+                continue
+            try:
+                TeacherCache(word)
+            except AnnealError as error:
+                raise type(error)(f"{side}.{name} must be a cache: {error}") from None
+    if not WITH_SHARES and any(
+        len(texts) > 1 or any(map(is_task, texts.values())) for texts in (config.source, config.target)
+    ):
+        raise ConfigError("a sweep is compared on one source cache and one target cache; give one of each")
+    if (settings := bench_settings(config)) is not None:
+        from trainer.bench.catalogue import load_catalogue
+        from trainer.bench.harness import import_harness
+
+        import_harness()
+        load_catalogue(settings.requests(), settings.task_dirs, allow_code=settings.allow_code)
+
+
+def bench_settings(config: SweepConfig) -> "BenchSettings | None":
+    """Settings of the benchmark that the sweep's tasks need; None without tasks."""
+    words = [word for side in (config.source, config.target) for word in side.values() if is_task(word)]
+    if not words:
+        return None
+    from trainer.bench.settings import BenchSettings
+
+    tasks = tuple(dict.fromkeys(word.partition(":")[0] for word in words))
+    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.bench.items()}
+    given = {"tasks": tasks, **given, "out": str(Path(config.out) / "bench")}
+    return BenchSettings(**given)
+
+
+def initial_of(config: SweepConfig, models: Mapping[str, Path]) -> dict[str, str]:
+    """Label -> the initial model."""
+    model = str(config.base["model"])
+    label = model.rstrip("/").rsplit("/", 1)[-1]
+    return {label if label and label not in models else "initial": model}
+
+
+def comparison_of(
+    config: SweepConfig, models: Mapping[str, Path], progress: Progress, direct: str | None = None
+) -> Any:
+    """Compare finished models with each other and with the initial one.
+
+    Args:
+        models: label -> directory.
+        direct: label of the run that shares relate to. By default the one line of direct fine-tuning; of several, such
+            as at several learning rates, the one that gains most on the target.
+    """
+    from trainer import compare
+
+    initial = initial_of(config, models)
+    if not WITH_SHARES:
+        texts = {side: next(iter(getattr(config, side).values())) for side in ("source", "target")}
+        return compare(models, **texts, initial=initial, progress=progress)
+    options: dict[str, Any] = {"work": Path(config.out) / "evaluations"}
+    if (settings := bench_settings(config)) is not None:
+        from trainer.bench.bench import bench_models
+
+        bench_models({**initial, **models}, settings, progress)
+        options["bench"] = settings.out
+    options |= {"source": config.source, "target": config.target, "initial": initial, "progress": progress}
+    found = compare(models, **options, direct=direct)
+    if direct is None and found.direct is None and (best := best_direct(found)) is not None:
+        found = compare(models, **options, direct=best)
+    return found
+
+
+def best_direct(comparison: Any) -> str | None:
+    """Of several lines of direct fine-tuning the one that gains most on the target."""
+    from trainer.evaluation.recorded_method import DIRECT
+
+    gains: dict[str, float] = {}
+    for line in comparison.models:
+        found = comparison.standing(line.label)
+        told = line.method is not None and line.method.name == DIRECT and line.label != comparison.initial
+        if told and found is not None and found.gain is not None:
+            gains[line.label] = found.gain
+    return max(gains, key=lambda label: gains[label]) if gains else None
+
+
+def gain_kept(comparison: Any, label: str, direct: str) -> float | None:
+    """The share of direct fine-tuning's gain on the target that a model keeps.
+
+    With one text it is ln(ppl0 / ppl) / ln(ppl0 / ppl_direct). None where direct fine-tuning gains nothing, or a model
+    has diverged.
+    """
+    if WITH_SHARES:
+        found = comparison.standing(comparison.line(label).label)
+        return None if found is None else found.gain_kept
+    ppl = {model.label: model.perplexity("target") for model in comparison.models}
+    initial = ppl[comparison.models[0].label]
+    if not all(map(math.isfinite, (initial, ppl[label], ppl[direct]))) or ppl[direct] >= initial:
+        return None
+    return math.log(initial / ppl[label]) / math.log(initial / ppl[direct])
+
+
+def selection_of(config: SweepConfig, comparison: Any) -> Any:
+    """What the rules pick, `keep-gain` recommending; None where there is no direct fine-tuning to relate to."""
+    if not WITH_SHARES or comparison.direct is None:
+        return None
+    select: Any = trainer.select
+    try:
+        return select(comparison, f"keep-gain:{config.keep_gain:g}")
+    except ConfigError:  # direct fine-tuning gained nothing: the table says so
+        return None
+
+
+def require_writable(plot: Path | None, page: Path | None) -> None:
+    """Refuse a picture or page that could not be written, before anything is trained.
+
+    Raises:
+        ConfigError: another ending, or no place for it.
+    """
+    if plot is not None:
+        from trainer.evaluation.tradeoff_picture import require_plottable
+
+        require_plottable(plot)
+    if page is not None:
+        if not WITH_SHARES:
+            raise ConfigError(f"this version writes no pages, got --html {page}; leave it out")
+        from importlib import import_module
+
+        import_module("trainer.comparison.page").require_page(page)

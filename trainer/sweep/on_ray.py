@@ -1,0 +1,163 @@
+"""`--ray [ADDRESS]`: the runs of a sweep on a Ray cluster, one per GPU.
+
+A task of the cluster starts the same process as `LocalPool` and waits for it, on the GPU that Ray gave it. All machines
+must see the sweep's directory, the caches and the model under the same paths.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from formats.errors import ConfigError
+from formats.install import how_to_install
+from trainer.sweep.pools import Job, Outcome, Process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How many runs at a time, and what each takes from the cluster."""
+
+    parallel: int
+    num_cpus: int
+    num_gpus: int
+
+    @classmethod
+    def of_cluster(cls, resources: dict[str, float], parallel: int | None) -> "Share":
+        """A GPU for each run; without GPUs the CPUs are divided between `parallel` runs, or one CPU is given to each.
+
+        Raises:
+            ConfigError: more runs at a time than there is room for.
+        """
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        room = gpus or cpus
+        if room < max(parallel or 1, 1):
+            raise ConfigError(
+                f"--ray needs a GPU, or without GPUs a CPU, for each of {parallel or 1} runs at a time, got "
+                f"{gpus} GPUs and {cpus} CPUs; use a smaller --parallel"
+            )
+        runs = parallel or room
+        return cls(parallel=runs, num_cpus=1 if gpus else max(1, cpus // runs), num_gpus=1 if gpus else 0)
+
+
+def train_there(job: Job, directory: str, num_threads: int | None) -> Outcome:
+    """One run; inside a Ray task, on the machine that trains."""
+    job = replace(job, log=Path(directory) / job.log)
+    if not job.log.parents[1].is_dir():
+        return {
+            "error": f"every machine must see the sweep's directory, got none in {job.log.parents[1]}; use a shared "
+            "file system",
+            "kind": "ConfigError",
+        }
+    environment = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
+    process = Process(job, environment, directory)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # cancelled by the sweep
+        process.send(signal.SIGTERM)
+        return process.wait()
+
+
+class RayPool:
+    """A pool on a Ray cluster; use it as a context.
+
+    Args:
+        address: of a running cluster, `auto` for the one this machine belongs to; None starts Ray on this machine.
+        parallel: runs at a time; as many as there is room for by default.
+    """
+
+    def __init__(self, address: str | None = None, parallel: int | None = None) -> None:
+        self._address, self._parallel = address, parallel
+        self._stopping = self._killing = self._started_here = False
+
+    def __enter__(self) -> "RayPool":
+        """Connect.
+
+        Raises:
+            ConfigError: Ray is not installed, cannot be reached, or has no room.
+        """
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                f"--ray needs the package ray, which is not installed; {how_to_install('ray')}"
+            ) from None
+        self._started_here = not ray.is_initialized()
+        if self._started_here:
+            try:
+                ray.init(
+                    address=self._address,
+                    log_to_driver=False,
+                    include_dashboard=False if self._address is None else None,
+                    logging_level=logging.ERROR,
+                )
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ConfigError(
+                    f"--ray must name a Ray cluster that can be reached, got: {reason}"
+                ) from error
+        try:
+            self._share = Share.of_cluster(ray.cluster_resources(), self._parallel)
+        except ConfigError:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import ray
+
+        if self._started_here:
+            ray.shutdown()
+
+    def run(
+        self, jobs: Sequence[Job], started: Callable[[Job], None], ended: Callable[[Job, Outcome], None]
+    ) -> None:
+        import ray
+
+        share = self._share
+        task = ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, max_calls=1, max_retries=0)(
+            train_there
+        )
+        threads = None if share.num_gpus else share.num_cpus
+        pending, busy = list(jobs)[::-1], dict[Any, Job]()
+        cancelled = False
+        while busy or (pending and not self._stopping):
+            while pending and len(busy) < share.parallel and not self._stopping:
+                job = pending.pop()
+                busy[task.remote(job, os.getcwd(), threads)] = job
+                started(job)
+            if self._killing or (self._stopping and not cancelled):
+                cancelled = True
+                for reference in busy:
+                    with contextlib.suppress(Exception):
+                        ray.cancel(reference, force=self._killing)
+            finished, _ = ray.wait(list(busy), num_returns=1, timeout=0.5)
+            for reference in finished:
+                ended(busy.pop(reference), self._outcome(reference))
+
+    def _outcome(self, reference: Any) -> Outcome:
+        import ray
+
+        try:
+            found: Outcome = ray.get(reference)
+        except ray.exceptions.TaskCancelledError:
+            return {"interrupted": "SIGTERM"}
+        except ray.exceptions.RayError as error:
+            if self._stopping:
+                return {"interrupted": "SIGTERM"}
+            line = " ".join(str(error).split())[:200]
+            return {"error": f"the run's process on the Ray cluster ended: {line}", "kind": "Process"}
+        return found
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def kill(self) -> None:
+        self._stopping = self._killing = True
