@@ -194,8 +194,8 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any, *, kl:
         line = ", ".join(f"{name} {weights[:12]}" for weights, name in known.items())
         raise IdentityMismatchError(
             f"{cache.path}: KL needs a cache of the initial model or of another ancestor, got one built with "
-            f"other weights ({str(teacher)[:12]}; the model was trained from {line}); rebuild the cache with one "
-            "of these, or leave KL out (--no-kl)"
+            f"other weights ({str(teacher)[:12]}; the model was trained from {line}); rebuild the cache with the "
+            "initial model, or leave KL out (--no-kl)"
         )
 
 

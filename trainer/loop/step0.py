@@ -54,7 +54,7 @@ class Step0Report:
         if self.ancestor is not None:
             teacher, limit = self.ancestor, ""
             verdict = (
-                f"so far the model is from {teacher}, its ancestor and the cache's teacher, before this run"
+                f"how far the model has moved from its ancestor {teacher}, the cache's teacher; not judged"
             )
         elif self.kl > self.threshold:
             verdict = "not the cache's teacher, which was allowed"
