@@ -285,7 +285,12 @@ def test_eval_names_must_differ(anneal: Run, cache: Path, tiny_llama_dir: Path) 
         (("MODEL", "--plot", "picture.gif"), ".png, .svg or .pdf"),
         (("MODEL", "--plot", "nowhere/picture.png"), "no directory nowhere"),
         (("MODEL", "--dtype", "int4"), "float32, bfloat16, float16"),
-        (("MODEL", "--source", "gone"), "gone"),
+        (("MODEL", "--source", "./gone"), "gone"),
+        (("MODEL", "--source", "gone"), "got no bench.json in"),
+        (("MODEL", "--source", "a=CACHE"), "--source must have different names"),
+        (("MODEL", "--direct", "nobody"), "--direct must be one of the models, got 'nobody'"),
+        (("MODEL", "--html", "page.txt"), "writable .html file"),
+        (("MODEL", "--html", "nowhere/page.html"), "no directory nowhere"),
     ],
 )
 def test_compare(
@@ -299,10 +304,11 @@ def test_compare(
     expected: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = [
-        word.replace("MODEL", str(tiny_llama_dir)).replace("OTHER", str(tiny_qwen3_dir)) for word in words
-    ]
-    code, printed, err = anneal("compare", "--source", cache, "--target", cache, *given)
+    places = {"MODEL": tiny_llama_dir, "OTHER": tiny_qwen3_dir, "CACHE": cache}
+    given = list(words)
+    for word, place in places.items():
+        given = [text.replace(word, str(place)) for text in given]
+    code, printed, err = anneal("compare", "--source", f"a={cache}", "--target", cache, *given)
     assert (code, printed) == (1, "") and expected in one_line(err)
     assert list(tmp_path.iterdir()) == []
 
@@ -321,6 +327,25 @@ def test_compare_needs_both_texts(anneal: Run, cache: Path, tiny_llama_dir: Path
     code, _, err = anneal("compare", tiny_llama_dir, "--source", cache)
     assert code == 2 and "--target" in err
     assert anneal("compare", "--source", cache, "--target", cache)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "a selection needs the initial model, got none; name it with --initial MODEL"),
+        (("--initial", "base=MODEL", "--rule", "best"), "--rule must be paper, keep-gain:SHARE"),
+        (
+            ("--initial", "base=MODEL", "--work", "WORK"),
+            "keep-gain:0.9 needs direct fine-tuning to relate to",
+        ),
+    ],
+)
+def test_select(
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
+    given = [word.replace("MODEL", str(tiny_llama_dir)).replace("WORK", str(tmp_path)) for word in words]
+    code, printed, err = anneal("select", tiny_llama_dir, "--source", cache, "--target", cache, *given)
+    assert (code, printed) == (1, "") and expected in err.splitlines()[-1]
 
 
 def test_eval_in_an_unknown_dtype(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:

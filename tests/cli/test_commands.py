@@ -109,7 +109,7 @@ def test_train_then_eval(cache: Path, workspace: Path, tiny_llama_dir: Path) -> 
     assert before["caches"]["chat"]["kl"] < between["caches"]["chat"]["kl"] < after["caches"]["chat"]["kl"]
 
 
-def test_compare_prints_a_table_json_and_a_picture(
+def test_compare_prints_a_table_json_a_picture_and_a_page(
     cache: Path, workspace: Path, tiny_llama_dir: Path
 ) -> None:
     """One process per form; the words of the table, and the numbers of `evaluate` in the JSON."""
@@ -117,18 +117,30 @@ def test_compare_prints_a_table_json_and_a_picture(
 
     half = shutil.copytree(tiny_llama_dir, workspace / "compared-half")
     (half / "anneal.json").write_text('{"merge": {"method": "wise-ft", "alpha": 0.5, "tuned": []}}')
-    words = ("compare", f"half={half}", "--source", cache, "--target", cache, "--initial", tiny_llama_dir)
-    picture = workspace / "compared.png"
-    shown = anneal(*words, "--plot", picture)
+    words = (
+        "compare",
+        f"half={half}",
+        "--source",
+        f"old={cache}",
+        "--target",
+        cache,
+        "--initial",
+        tiny_llama_dir,
+    )
+    picture, page = workspace / "compared.png", workspace / "compared.html"
+    shown = anneal(*words, "--work", workspace / "work", "--plot", picture, "--html", page)
     lines = [line.split() for line in shown.stdout.splitlines()]
-    assert lines[0][:4] == ["model", "method", "source", "ppl"]
-    assert lines[1][:2] == ["*", tiny_llama_dir.name] and "initial model" in shown.stdout
-    assert lines[2][:4] == ["half", "WiSE-FT", "alpha", "0.5"] and "+0.0%" in lines[2]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert shown.stderr.splitlines()[-1] == f"picture in {picture}"
-    found = json.loads(anneal(*words, "--json").stdout)
+    assert lines[0] == ["source", "old", "target", cache.name, "lost", "on", "KL", "on"]
+    assert lines[1][:4] == ["model", "method", "ppl", "nats"]
+    assert lines[2][:2] == ["*", tiny_llama_dir.name] and "initial model" in shown.stdout
+    assert lines[3][:4] == ["half", "WiSE-FT", "alpha", "0.5"] and "+0.000" in lines[3]
+    assert "name it with --direct LABEL" in shown.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG") and page.read_text().startswith("<!doctype html>")
+    assert shown.stderr.splitlines()[-2:] == [f"picture in {picture}", f"page in {page}"]
+    found = json.loads(anneal(*words, "--work", workspace / "work", "--json").stdout)
     expected = evaluate(half, {"text": cache})["text"]
-    assert found["models"][1]["source"] == found["models"][1]["target"] == expected
+    for text in (found["models"][1]["source"]["old"], found["models"][1]["target"][cache.name]):
+        assert {key: text[key] for key in expected} == pytest.approx(expected, rel=1e-12)
     assert found["initial"] == tiny_llama_dir.name and found["models"][1]["strengths"] == {"alpha": 0.5}
 
 
