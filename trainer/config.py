@@ -110,6 +110,8 @@ class TrainConfig(Objective):
 
     kl_coef: float = 1.0
     """Weight of the KL term, the paper's lambda. 0 is direct fine-tuning through the same code."""
+    kl_budget: float | None = None
+    """Nats: let the coefficient, which starts at `kl_coef`, follow the mean KL of each step so that it stays near."""
     temperature: float = 1.0
     """Softmax temperature T of teacher and student in the KL term, at least 0.5."""
     kl_direction: str = "forward"
@@ -173,6 +175,10 @@ class TrainConfig(Objective):
             "attn_implementation", self.attn_implementation, "the name of an attention kernel"
         )
         check_at_least("kl_coef", self.kl_coef, 0.0, "0 is direct fine-tuning, 1 is the usual start")
+        if self.kl_budget is not None:
+            check_number("kl_budget", self.kl_budget)
+            if self.kl_budget <= 0:
+                raise ConfigError(f"kl_budget must be above 0 nats, got {self.kl_budget:g}; 0.02 is a little")
         check_number("temperature", self.temperature)
         if self.temperature < SMALLEST_TEMPERATURE:
             raise ConfigError(

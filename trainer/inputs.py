@@ -8,7 +8,9 @@ from formats.cache import TeacherCache
 from formats.identity.fingerprint import resolve_model
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
+from trainer.data.label_terms import plain, resolved
 from trainer.loading import load_model, load_tokenizer, open_cache, require_plain_weights
+from trainer.objective import Objective
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
 from trainer.result.lineage import Ancestor, lineage_of, short_name
 from trainer.result.lora import attach_adapters
@@ -72,6 +74,8 @@ class Rows:
     evaluation: dict[str, CachedDataset]
     fisher: CachedDataset | None
     """Text for the Fisher information."""
+    objective: Objective
+    """That of the settings, with every number known."""
 
     @property
     def with_teacher(self) -> list[CachedDataset]:
@@ -181,9 +185,11 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     """
     tail_draws = config.tail_draws and config.kl_direction == "forward"
 
+    objective = resolved(plain(config), inputs.target)
+
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
         loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
-        return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws, objective=config)
+        return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws, objective=objective)
 
     return Rows(
         training=rows(inputs.target, "both"),
@@ -194,6 +200,7 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
         first_check=rows_to_check(config, inputs, tail_draws),
         evaluation={name: CachedDataset(opened) for name, opened in inputs.held_out.items()},
         fisher=None if inputs.known is None else CachedDataset(inputs.known, loss="ce"),
+        objective=objective,
     )
 
 

@@ -8,13 +8,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from formats.errors import ConfigError
-from trainer.checks import check_number, check_one_of
+from trainer.checks import check_at_least, check_number, check_one_of
 
 KL_ON = ("captured", "target", "prompt", "all")
 NEEDS_PROMPTS = ("prompt", "all")
 """Values of `kl_on` that need a cache of all positions."""
 KL_GATES: Mapping[str, str] = {"none": "", "unsure": "", "entropy": "nats"}
 """Name -> what its number is; without one it takes none."""
+
+
+KL_TARGETS = ("full", "masked", "masked-weighted")
+CE_WEIGHTS: Mapping[str, str] = {
+    "none": "",
+    "stm": "p0",
+    "flow": "nats",
+    "psft": "epsilon",
+    "eaft": "power",
+    "eaft0": "power",
+    "dft": "power",
+    "talr": "nats",
+}
+"""Name -> what its number is."""
+CE_WEIGHT_NUMBERS: Mapping[str, float | None] = {
+    "stm": 0.4,
+    "flow": None,
+    "psft": 0.2,
+    "eaft": 1.0,
+    "eaft0": 1.0,
+    "dft": 1.0,
+    "talr": None,
+}
+"""Name -> the number where none is typed; None is found in the cache (`trainer.data.label_terms`)."""
+TOP = 20
+"""Tokens whose entropy `eaft` and `eaft0` take."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +90,7 @@ def parse_choice(
 class Objective:
     """Which tokens the two terms of the loss are about, and what each counts.
 
-    `kl_on` and `kl_gate` concern text that is learnt: a cache with `loss: kl` is retained at all its positions.
+    Those of the KL concern text that is learnt: a cache with `loss: kl` is retained at all its positions.
 
     Raises:
         ConfigError: a field is out of range.
@@ -77,9 +103,46 @@ class Objective:
     """Weight of the KL of single positions: `none`, 1; `unsure`, 1 - p0(token), so that what the initial model knew
     is free to get surer; `entropy:NATS`, 1 where the initial model's entropy is below NATS, else 0."""
 
+    kl_target: str = "full"
+    """`full` compares the whole distributions; `masked` without the token that carries loss, both renormalised (Mask
+    the Target, arXiv 2605.29498), so that KL and cross-entropy do not meet; `masked-weighted` times 1 - p0(token)."""
+    ce_weight: str = "none"
+    """Weight of the cross-entropy of single tokens, never differentiated: `stm`, `flow`, `psft`, `eaft`, `eaft0`,
+    `dft`, `talr`, each with a number if need be (`stm:0.5`). docs/retention.md has formulas and sources."""
+    label_smoothing: float = 0.0
+    """Share of the label that is spread evenly over the vocabulary, in [0, 1): a baseline."""
+
     def __post_init__(self) -> None:
         check_one_of("kl_on", self.kl_on, KL_ON)
         parse_choice("kl_gate", self.kl_gate, KL_GATES)
+        check_one_of("kl_target", self.kl_target, KL_TARGETS)
+        choice = parse_choice("ce_weight", self.ce_weight, CE_WEIGHTS, CE_WEIGHT_NUMBERS)
+        if choice.name == "stm" and choice.value is not None and choice.value > 1:
+            raise ConfigError(
+                f"ce_weight stm takes a probability, got {choice.value:g}; 0.4 is a perplexity of 2.5"
+            )
+        check_at_least("label_smoothing", self.label_smoothing, 0.0, "0 turns it off")
+        if self.label_smoothing >= 1:
+            raise ConfigError(f"label_smoothing must be below 1, got {self.label_smoothing:g}; 0.1 is usual")
+
+    @property
+    def weighting(self) -> Choice:
+        """`ce_weight`, read."""
+        return parse_choice("ce_weight", self.ce_weight, CE_WEIGHTS, CE_WEIGHT_NUMBERS)
+
+    @property
+    def needs_rows_of_logits(self) -> str | None:
+        """The first setting that reads whole rows of logits, which the Triton kernels do not."""
+        if self.weighting.name == "eaft":
+            return "ce_weight: eaft"
+        return "label_smoothing" if self.label_smoothing else None
+
+    def changed(self) -> dict[str, str | float]:
+        """Settings of an `Objective` that are not the default."""
+        names = Objective.__dataclass_fields__
+        return {
+            name: getattr(self, name) for name, entry in names.items() if getattr(self, name) != entry.default
+        }
 
     @property
     def gate(self) -> Choice:

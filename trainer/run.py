@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
+from trainer.data.sampler import sample_rows
 from trainer.evaluation.weight_distance import weight_distance
 from trainer.inputs import (
     Inputs,
@@ -70,6 +71,8 @@ class TrainReport:
     """Wall time of this call."""
     step0: dict[str, Any] | None = None
     """The check before the first update (`Step0Report.to_dict()`)."""
+    new_text: dict[str, Any] | None = None
+    """KL(initial || model) at T = 1 and CE on rows of the new text after the last step, whatever was trained."""
     last: dict[str, float] = field(default_factory=dict)
     """The last training log line: loss, ce, kl, kept_mass, ..."""
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -143,6 +146,7 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     report = report_of(trainer, directory, started)
     if report.interrupted_by is None:
         report.evaluation = evaluate_rows(trainer, rows.evaluation, inputs)
+        report.new_text = measure_new_text(trainer, config, inputs, student.vocab_size)
         publish(trainer, directory, config, inputs, student.layout, rows, resolved, report)
     report.seconds = time.perf_counter() - started
     return report
@@ -195,6 +199,8 @@ def make_trainer(
         mixed=rows.mixed,
         kl_coef=config.kl_coef,
         kl_direction=config.kl_direction,
+        objective=rows.objective,
+        kl_budget=config.kl_budget,
         loss_kernel=config.loss_kernel,  # type: ignore[arg-type]
         packing=config.packing,
         pack_length=config.pack_length,
@@ -286,6 +292,26 @@ def evaluate_rows(
     return results
 
 
+def measure_new_text(
+    trainer: LabelAnnealingTrainer, config: TrainConfig, inputs: Inputs, vocab_size: int | None
+) -> dict[str, Any]:
+    """How far the model went on the text it learnt: KL(initial || model) at T = 1 over all captured positions of the
+    rows of the first check, whatever objective was trained; forgetting was found to follow this number (RL's Razor,
+    arXiv 2509.04259). One forward pass over `step0_rows` rows. Collective.
+    """
+    dataset = CachedDataset(inputs.target)
+    dataset.vocab_size = vocab_size
+    rows = sample_rows(dataset, config.step0_rows, trainer.args.seed)
+    loader = trainer.loader_of_rows(dataset, rows, packing=trainer.packing)
+    found = trainer.measure_rows(loader).require_finite("the new text")
+    return {
+        "kl": found.kl,
+        "ce": found.ce if found.num_ce else None,
+        "num_rows": len(rows),
+        "num_positions": found.num_kl,
+    }
+
+
 def publish(
     trainer: LabelAnnealingTrainer,
     directory: RunDirectory,
@@ -332,6 +358,7 @@ def publish(
             identity=identity.to_dict(),
             training=resolved,
             step0=report.step0,
+            new_text=report.new_text,
             num_steps=report.num_steps,
             last=report.last,
             evaluation=report.evaluation,
@@ -347,6 +374,7 @@ def publish(
             else {k: v for k, v in asdict(inputs.kl_to).items() if k != "cache"},
             num_steps=report.num_steps,
             last=report.last,
+            new_text=report.new_text,
             evaluation=report.evaluation,
         )
         remove_fisher(directory.path)

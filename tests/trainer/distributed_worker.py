@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
+from formats.cache import TeacherCache
 from trainer.config import LoraSettings
 from trainer.data.dataset import CachedDataset
+from trainer.data.label_terms import resolved
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.objective import Objective
 from trainer.result.lora import attach_adapters
 from trainer.retention.ewc import Ewc
 from trainer.retention.fisher_file import load_fisher, remove_fisher
@@ -81,12 +84,16 @@ def run(spec: dict) -> dict:
     }
     args = TrainingArguments(**(arguments | spec.get("arguments", {})))
     record = Record()
+    objective = Objective(**spec.get("objective", {}))
+    objective = resolved(objective, TeacherCache(spec["cache"]))
     trainer = LabelAnnealingTrainer(
         model,
         args,
-        train_dataset=CachedDataset(spec["cache"], spec.get("temperature", 1.0)),
+        train_dataset=CachedDataset(spec["cache"], spec.get("temperature", 1.0), objective=objective),
         eval_dataset=CachedDataset(spec["eval_cache"]) if spec.get("eval_cache") else None,
         kl_coef=spec.get("kl_coef", 0.7),
+        kl_budget=spec.get("kl_budget"),
+        objective=objective,
         packing=spec.get("packing", False),
         group_by_length=spec.get("group_by_length", False),
         retention=retention_of(spec),

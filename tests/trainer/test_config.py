@@ -125,7 +125,7 @@ def test_training_names_are_those_of_transformers():
     [
         ({"learning_rat": 1}, "unknown setting training.learning_rat; did you mean training.learning_rate?"),
         ({"output_dir": "x"}, "training.output_dir is not available here: use --out"),
-        ({"label_smoothing_factor": 0.1}, "label smoothing is not part"),
+        ({"label_smoothing_factor": 0.1}, "use label_smoothing, without"),
         ({"train_sampling_strategy": "group_by_length"}, "use group_by_length: true"),
         ({"eval_strategy": "steps"}, "needs eval_caches"),
         ({"lr_scheduler_type": "zigzag"}, "training.lr_scheduler_type must be one of linear, cosine"),

@@ -18,6 +18,8 @@ from formats.errors import ConfigError
 from trainer.data.dataset import Item
 from trainer.data.teacher_batch import TeacherBatch
 
+LABEL_COLUMNS = {"label_weights": 1.0, "label_logprobs": 0.0}
+"""Columns of the tokens that carry loss, and what stands where an item has none."""
 MODEL_COLUMNS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -35,7 +37,8 @@ class LabelAnnealingCollator:
         teacher_token_ids int32 [E], teacher_logprobs float32 [E]
         teacher_draw_offsets int32 [P + 1], teacher_draw_ids int32 [S], teacher_draw_logprobs and
                        teacher_draw_weights float32 [S], where the items carry them
-        teacher_weights float32 [P], where an item carries them, 1 for the others
+        teacher_weights float32 [P], where an item carries them, 1 for the others; teacher_masked bool [E]
+        label_weights float32 [B, L], not shifted, where an item carries them; label_logprobs likewise
         temperature    float: the T at which the tail was taken, the same for all items
         num_tokens     int: tokens that are not padding
 
@@ -58,6 +61,11 @@ class LabelAnnealingCollator:
         # Padding counts its own positions from 0: to the attention mask it is one more row.
         position_ids = np.zeros(shape, np.int32)
         attention_mask = np.zeros(shape, np.bool_)
+        terms = {
+            name: np.full(shape, fill, np.float32)
+            for name, fill in LABEL_COLUMNS.items()
+            if any(name in item for items in sequences for item in items)
+        }
         rows: list[np.ndarray] = []
         for b, items in enumerate(sequences):
             assert self.packing or len(items) == 1, "rows share a sequence only when packing"
@@ -68,6 +76,8 @@ class LabelAnnealingCollator:
                 labels[b, start:stop] = item["labels"]
                 position_ids[b, start:stop] = np.arange(stop - start)
                 attention_mask[b, start:stop] = True
+                for name in terms.keys() & item.keys():
+                    terms[name][b, start:stop] = item[name]
                 rows.append(item["teacher_positions"] + np.int32(b * width + start))
                 start = stop
             position_ids[b, start:] = np.arange(width - start)
@@ -84,7 +94,8 @@ class LabelAnnealingCollator:
             "teacher_logprobs": np.concatenate([item["teacher_logprobs"] for item in items]),
             "teacher_log_tail": np.concatenate([item["teacher_log_tail"] for item in items]),
         }
-        batch |= _tail_draws(items) | _kl_weights(items)
+        batch |= _tail_draws(items) | _optional(items)
+        batch |= terms
         batch |= {"position_ids": position_ids} if self.packing else {"attention_mask": attention_mask}
         temperatures = {item["temperature"] for item in items}
         if len(temperatures) > 1:
@@ -116,15 +127,18 @@ def _tail_draws(items: Sequence[Item]) -> dict[str, np.ndarray]:
     return columns | {"teacher_draw_offsets": offsets}
 
 
-def _kl_weights(items: Sequence[Item]) -> dict[str, np.ndarray]:
-    """The column of the KL's weights, if any row has some: those without weigh 1 everywhere."""
+def _optional(items: Sequence[Item]) -> dict[str, np.ndarray]:
+    """Columns of the objective, if any row has them; the others count in full and mask nothing."""
     scored = [item for item in items if len(item["teacher_positions"])]
-    if not any("teacher_weights" in item for item in scored):
-        return {}
-    parts = [
-        item.get("teacher_weights", np.ones(len(item["teacher_positions"]), np.float32)) for item in scored
-    ]
-    return {"teacher_weights": np.concatenate(parts)}
+    columns = {}
+    for name, like, fill in (
+        ("teacher_weights", "teacher_log_tail", np.float32(1)),
+        ("teacher_masked", "teacher_logprobs", np.False_),
+    ):
+        if any(name in item for item in scored):
+            parts = [item.get(name, np.full(len(item[like]), fill)) for item in scored]
+            columns[name] = np.concatenate(parts)
+    return columns
 
 
 def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor, TeacherBatch | None]:
@@ -154,8 +168,20 @@ def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor,
             draw_logprobs=batch.get("teacher_draw_logprobs"),
             draw_weights=batch.get("teacher_draw_weights"),
             weights=batch.get("teacher_weights"),
+            masked=batch.get("teacher_masked"),
         )
     return inputs, shifted_BL.reshape(-1), teacher
+
+
+def shifted_terms(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """`label_weights` and `label_logprobs` [B * L] where the batch has them, shifted as `split_batch` shifts labels."""
+    terms = {}
+    for name in LABEL_COLUMNS:
+        if name in batch:
+            shifted_BL = torch.zeros_like(batch[name])
+            shifted_BL[:, :-1] = batch[name][:, 1:]
+            terms[name] = shifted_BL.reshape(-1)
+    return terms
 
 
 def count_targets(batch: Mapping[str, Any]) -> tuple[int, int]:

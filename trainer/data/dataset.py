@@ -14,12 +14,16 @@ import numpy as np
 import torch.utils.data
 
 from formats.cache import TeacherCache
+from formats.cache_row import CacheRow
 from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError, FormatError
+from formats.logprobs.topk import TopKLogprobs
 from trainer.config import ROW_LOSSES
 from trainer.data.kl_tokens import chosen_positions, gate_weights, require_positions
+from trainer.data.label_terms import label_terms, no_terms
+from trainer.data.masked_label import with_labels_kept
 from trainer.data.padded_teacher import without_padding
-from trainer.objective import Objective
+from trainer.objective import Choice, Objective
 
 Item = dict[str, Any]
 COUNTED_ROWS = 64
@@ -54,7 +58,9 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         teacher_draw_counts int32 [P]: tail draws per position, where the cache has some
         teacher_draw_ids  int32 [S], teacher_draw_logprobs float32 [S] at T = 1,
                           teacher_draw_weights float32 [S]: as in `TeacherBatch`
-        teacher_weights   float32 [P]: weight of each position's KL, where `objective` says so
+        teacher_weights   float32 [P]: weight of each position's KL, where `objective` says so, as what follows
+        teacher_masked    bool [E]: entries that the KL leaves out
+        label_weights, label_logprobs float32 [L]: of the tokens' cross-entropy, and log p0
         temperature       float: that T
 
     Args:
@@ -62,7 +68,8 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         temperature: T of the KL term.
         loss: `both`; `ce` leaves the teacher out; `kl` sets every label to -100.
         tail_draws: False leaves its tail draws out.
-        objective: which positions carry the KL and what they weigh; only for `both`, text that is learnt.
+        objective: what each token's cross-entropy and each position's KL count; the latter only for `both`, text
+            that is learnt.
 
     Raises:
         FormatError: the cache is missing, unfinished or broken.
@@ -83,7 +90,10 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         self.temperature = float(temperature)
         self.loss = loss
         self.tail_draws = tail_draws
-        self.objective = Objective() if objective is None or loss != "both" else objective
+        self.objective = objective or Objective()
+        self.of_kl = self.objective if loss == "both" else Objective()
+        if loss != "kl" and self.objective.weighting == Choice("flow"):
+            raise ConfigError("ce_weight flow needs its tau, got none; write flow:NATS")
         self.vocab_size: int | None = None
         """Tokens of a student whose head is padded less than the teacher's; None for the cache's own."""
         if len(self.cache) == 0:
@@ -96,7 +106,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
                 "rebuild with --positions all or train with --kl-coef 0"
             )
         if loss != "ce":
-            require_positions(self.cache, self.objective.kl_on)
+            require_positions(self.cache, self.of_kl.kl_on)
 
     @property
     def name(self) -> str:
@@ -114,7 +124,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
     def kl_tokens_per_row(self) -> float:
         """Positions with KL per row, each counted by its weight; from a sample of rows where they must be read."""
         shards, rows = self.cache.manifest.shards, len(self)
-        if self.objective.kl_on in ("captured", "all") and self.objective.gate.name == "none":
+        if self.of_kl.kl_on in ("captured", "all") and self.of_kl.gate.name == "none":
             return sum(shard.num_positions for shard in shards) / rows
         sample = [self[int(row)] for row in np.linspace(0, rows - 1, min(rows, COUNTED_ROWS))]
         counts = [
@@ -142,31 +152,51 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         else:
             labels = np.where(row.loss_mask, row.input_ids, np.int32(IGNORED)).astype(np.int32)
         item: Item = {"input_ids": row.input_ids, "labels": labels, "temperature": self.temperature}
-        if self.loss == "ce":
-            return item | no_teacher()
         positions = np.asarray(row.positions, dtype=np.int32)
         if len(positions) != len(topk):
             raise FormatError(
                 f"row {index} of {self.name} has {len(positions)} positions but {len(topk)} targets"
             )
-        chosen = chosen_positions(self.objective.kl_on, row.tokens, positions)
+        weighting = self.objective.weighting
+        item |= (
+            no_terms(weighting, len(labels))
+            if self.loss == "kl"
+            else label_terms(weighting, row, topk, labels)
+        )
+        return item | (
+            no_teacher() if self.loss == "ce" else self._teacher(row, topk, positions, item["labels"])
+        )
+
+    def _teacher(
+        self, row: CacheRow, topk: TopKLogprobs, positions: np.ndarray, labels: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The teacher columns of a row."""
+        columns: dict[str, np.ndarray] = {}
+        chosen = chosen_positions(self.of_kl.kl_on, row.tokens, positions)
         if chosen is not None:
             positions, topk = positions[chosen], topk.take(chosen)
-        if (weights := gate_weights(self.objective.gate, topk)) is not None:
-            item["teacher_weights"] = weights
+        if (weights := gate_weights(self.of_kl.gate, topk)) is not None:
+            columns["teacher_weights"] = weights
+        if self.of_kl.kl_target == "full":
+            log_tail = np.asarray(topk.log_tail(self.temperature), dtype=np.float32)
+        else:
+            tokens = positions + 1
+            topk, log_tail, columns["teacher_masked"] = with_labels_kept(
+                topk, self.temperature, row.input_ids[tokens], labels[tokens] != IGNORED
+            )
         if self.has_draws:
-            item |= {
+            columns |= {
                 "teacher_draw_counts": topk.draws.counts.astype(np.int32),
                 "teacher_draw_ids": topk.draws.token_ids,
                 "teacher_draw_logprobs": topk.draws.logprobs,
                 "teacher_draw_weights": topk.draws.weights,
             }
-        return item | {
+        return columns | {
             "teacher_positions": positions,
             "teacher_counts": topk.counts.astype(np.int32),
             "teacher_token_ids": topk.token_ids,
             "teacher_logprobs": topk.logprobs,
-            "teacher_log_tail": np.asarray(topk.log_tail(self.temperature), dtype=np.float32),
+            "teacher_log_tail": log_tail,
         }
 
 

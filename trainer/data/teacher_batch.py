@@ -46,6 +46,8 @@ class TeacherBatch:
     """float32 [S]: the reciprocal of each one's expected number of draws."""
     weights: torch.Tensor | None = None
     """float32 [P]: what each position's KL weighs; None for 1."""
+    masked: torch.Tensor | None = None
+    """bool [E]: entries that the KL leaves out, on both sides; at most one of a position, its label."""
 
     def __post_init__(self) -> None:
         num_positions, num_entries = self.rows.numel(), self.token_ids.numel()
@@ -64,6 +66,11 @@ class TeacherBatch:
             raise FormatError(
                 f"every position needs one weight, got {num_positions} rows and {self.weights.numel()} weights; build "
                 "the batch with the collator"
+            )
+        if self.masked is not None and self.masked.numel() != num_entries:
+            raise FormatError(
+                f"every kept token is masked or not, got {num_entries} token ids and {self.masked.numel()} flags; "
+                "build the batch with the collator"
             )
         drawn = (self.draw_offsets, self.draw_ids, self.draw_logprobs, self.draw_weights)
         if any(part is not None for part in drawn):

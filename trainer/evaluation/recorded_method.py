@@ -70,7 +70,13 @@ def _of_run(config: TrainConfig) -> AppliedMethod:
     parts: list[tuple[str, dict[str, float]]] = []
     if config.kl_coef:
         name = "label annealing" if config.kl_direction == "forward" else "label annealing (reverse KL)"
-        parts.append((name, {"kl_coef": config.kl_coef, "temperature": config.temperature}))
+        strength = (
+            {"kl_coef": config.kl_coef} if config.kl_budget is None else {"kl_budget": config.kl_budget}
+        )
+        parts.append((name, strength | {"temperature": config.temperature}))
+    for name, value in config.changed().items():
+        changed = {name: value} if isinstance(value, float) else {}
+        parts.append((name if changed else f"{name} {value}", changed))
     if config.l2:
         parts.append(("L2", {"l2.coef": config.l2.coef}))
     if config.ewc:

@@ -8,8 +8,6 @@
 - Its loaders would drop the teacher's columns and repeat rows to even out the ranks: batches come from
   trainer/data/sampler.py instead.
 - Checkpoints are staged, marked and renamed (trainer/checkpoint.py); no pickled arguments are written.
-
-Cost over plain fine-tuning: the teacher's entries in the batch, a few operations on them in the loss.
 """
 
 import shutil
@@ -34,12 +32,14 @@ from trainer.data.dataset import CachedDataset, UnitDataset, require_one_tail
 from trainer.data.packing import best_fit
 from trainer.data.sampler import EpochBatches, Source
 from trainer.loop.guarded_trainer import GuardedTrainer
+from trainer.loop.kl_budget import KlBudget
 from trainer.loop.log_window import LogWindow
 from trainer.loop.measure import Measurement, measure
 from trainer.loop.output_head import OutputHead
 from trainer.loop.signals import StopRequest
 from trainer.loop.step_control import StepControl, callback_states
 from trainer.loss.chunks import logits_type
+from trainer.objective import Objective
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
 
@@ -55,15 +55,16 @@ class LabelAnnealingTrainer(GuardedTrainer):
         train_dataset: a `CachedDataset` at the run's temperature.
         eval_dataset: a `CachedDataset` or a dict of them.
         mixed: further datasets, each with its weight (units per unit of the training dataset).
-        kl_coef, kl_direction: as in `label_annealing_loss`.
+        kl_coef, kl_direction, objective: as in `label_annealing_loss`; the datasets are made with `objective`.
+        kl_budget: nats; `kl_coef` is then the first coefficient (trainer/loop/kl_budget.py).
         loss_kernel: its `kernel`, in training and evaluation.
         packing, pack_length, group_by_length: as in `TrainConfig`.
         retention: methods that act on the weights; `model` then has its initial ones.
         processing_class: the tokenizer, saved with the model.
 
-    Logged beside the Trainer's own: ce, kl, kept_mass, student_kept_mass, tokens_per_second, memory_gib, the
-    penalties of `retention` under their names (they are part of `loss`); and {prefix}_ce, _kl, _perplexity,
-    _num_tokens from evaluation.
+    Logged beside the Trainer's own: ce and kl as they are weighted, kl_coef with a budget, kept_mass,
+    student_kept_mass, tokens_per_second, memory_gib, the penalties of `retention` under their names (they are part
+    of `loss`); and {prefix}_ce, _kl, _perplexity, _num_tokens from evaluation.
 
     Raises:
         ConfigError: the model's head, the datasets or the arguments do not fit label annealing.
@@ -82,6 +83,8 @@ class LabelAnnealingTrainer(GuardedTrainer):
         mixed: Sequence[tuple[CachedDataset, float]] = (),
         kl_coef: float = 1.0,
         kl_direction: str = "forward",
+        objective: Objective | None = None,
+        kl_budget: float | None = None,
         loss_kernel: Literal["torch", "triton"] = "torch",
         packing: bool = False,
         pack_length: int | None = None,
@@ -104,6 +107,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         self.head = OutputHead.of(model).install()
         self.head.kernel = loss_kernel
         self.kl_coef, self.kl_direction = kl_coef, kl_direction
+        self.objective: Objective | None = objective
         self.packing, self.pack_length, self.group_by_length = packing, pack_length, group_by_length
         self.mixed = list(mixed)
         self.stop_request = StopRequest()
@@ -122,6 +126,9 @@ class LabelAnnealingTrainer(GuardedTrainer):
             callbacks=[StepControl(self), self.retained, *callbacks],
             **kwargs,
         )
+        self.budget = None if kl_budget is None else KlBudget(self, kl_coef, kl_budget)
+        if self.budget is not None:
+            self.add_callback(self.budget)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ConfigError(
                 "tensor, context and sequence parallel training are not supported; use DDP or FSDP"
@@ -142,9 +149,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None)
-            if workers
-            else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
         )
 
@@ -226,8 +231,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         if self.log_window is None:
-            self.restart_log_window()
-        assert self.log_window is not None
+            self.log_window = LogWindow(self.args.device)
         self.log_window.step(int(totals[2]))
         return totals
 
@@ -244,11 +248,14 @@ class LabelAnnealingTrainer(GuardedTrainer):
             # DDP and FSDP average over ranks what ought to be summed; a smaller denominator undoes it.
             share = num_items_in_batch[:2] / self.args.world_size
             counts = {"num_ce": share[0], "num_kl": share[1]}
-        output = self.head.loss(model, inputs, kl_coef=self.kl_coef, kl_direction=self.kl_direction, **counts)
+        kl_coef = self.kl_coef if self.budget is None else self.budget.coef
+        counts |= {"kl_coef": kl_coef, "kl_direction": self.kl_direction, "objective": self.objective}
+        output = self.head.loss(model, inputs, **counts)
         if num_items_in_batch is not None:
             self.finite.see("loss", output.loss, self.state.global_step + 1)
-        if self.log_window is not None and num_items_in_batch is not None:
-            self.log_window.add(output)
+            parts: list[Any] = [self.log_window, self.budget]
+            for part in filter(None, parts):
+                part.add(output)
         return (output.loss, {"loss": output.loss}) if return_outputs else output.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -323,9 +330,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=num_samples)  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in the base class, which calls this once more for each of several datasets; its time does not count as
-        training time.
-        """
+        """As in the base class, which calls this once more for each of several datasets; no time of training."""
         if self._evaluating:
             return super().evaluate(*args, **kwargs)
         start, self._evaluating = time.perf_counter(), True
@@ -336,7 +341,6 @@ class LabelAnnealingTrainer(GuardedTrainer):
             self.pause(time.perf_counter() - start)
 
     # --- logs and checkpoints ---------------------------------------------------------------------------
-
     def pause(self, seconds: float) -> None:
         """Leave time that was no training out of the throughput."""
         if self.log_window is not None:
@@ -354,6 +358,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
                 return sums if self.args.world_size == 1 else self.accelerator.reduce(sums, reduction="mean")
 
             logs |= self.log_window.drain(mean) | self.retained.drain(mean)
+            logs |= {} if self.budget is None else {"kl_coef": self.budget.coef.item()}
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -22,10 +22,12 @@ import torch
 from torch import nn
 
 from formats.errors import ConfigError
-from trainer.data.collator import split_batch
+from trainer.data.collator import shifted_terms, split_batch
 from trainer.data.teacher_batch import TeacherBatch
 from trainer.loading import unwrapped
 from trainer.loss.label_annealing_loss import LabelAnnealingOutput, label_annealing_loss
+from trainer.loss.token_weights import LabelTerms
+from trainer.objective import Objective
 
 SCALES = (("logit_scale", False), ("logits_scaling", True), ("lm_head_multiplier", False))
 """Names of a factor on the logits in transformers' configurations, and whether it divides (Granite) or
@@ -44,7 +46,7 @@ class HeadRequest:
     """int64 [B * S], shifted."""
     teacher: TeacherBatch | None
     """Teacher targets of these rows."""
-    kl_coef: float = 1.0
+    kl_coef: float | torch.Tensor = 1.0
     """Weight of the KL term."""
     kl_direction: str = "forward"
     """`forward` or `reverse`."""
@@ -54,6 +56,10 @@ class HeadRequest:
     """Denominator of the KL term; by default the rows of this batch."""
     measure_tokens: bool = False
     """Also fill `output.tokens`."""
+    objective: Objective | None = None
+    """What single tokens count; None for a plain mean."""
+    label_terms: LabelTerms | None = None
+    """What the batch says of the labels."""
     output: LabelAnnealingOutput | None = None
     """Filled by the forward pass."""
     loss: torch.Tensor | None = None
@@ -157,11 +163,12 @@ class OutputHead:
         model: nn.Module,
         batch: Mapping[str, Any],
         *,
-        kl_coef: float = 1.0,
+        kl_coef: float | torch.Tensor = 1.0,
         kl_direction: str = "forward",
         num_ce: float | torch.Tensor | None = None,
         num_kl: float | torch.Tensor | None = None,
         measure_tokens: bool = False,
+        objective: Objective | None = None,
     ) -> LabelAnnealingOutput:
         """The loss of a collated batch, for any training loop: `head.loss(model, batch).loss.backward()`.
 
@@ -169,6 +176,7 @@ class OutputHead:
             model: the model as the loop holds it, wrapped (DDP, FSDP, compiled) or not.
             batch: from `LabelAnnealingCollator`, on the model's device.
             kl_coef, kl_direction: as in `label_annealing_loss`.
+            objective: as in `label_annealing_loss`; the batch is of a `CachedDataset` of the same.
             num_ce, num_kl: denominators; pass the counts of the whole step (`count_targets`) when a step has
                 several batches, divided by the number of ranks under DDP or FSDP, which average.
             measure_tokens: as in `label_annealing_loss`.
@@ -177,7 +185,11 @@ class OutputHead:
             ConfigError: the model does not call its output head.
         """
         inputs, labels_N, teacher = split_batch(batch)
-        request = HeadRequest(labels_N, teacher, kl_coef, kl_direction, num_ce, num_kl, measure_tokens)
+        request = HeadRequest(
+            labels_N, teacher, kl_coef, kl_direction, num_ce, num_kl, measure_tokens, objective
+        )
+        terms = shifted_terms(batch)
+        request.label_terms = LabelTerms(terms.get("label_weights"), terms.get("label_logprobs"))
         with self.requested(request):
             outputs = model(**inputs)
         assert request.output is not None
@@ -205,6 +217,8 @@ class OutputHead:
             vocab_size=self.vocab_size,
             kernel=self.kernel,
             measure_tokens=request.measure_tokens,
+            objective=request.objective,
+            label_terms=request.label_terms,
         )
         request.output = output
         # Three dimensions, because the model goes on to treat this as logits. The same tensor is handed out

@@ -30,6 +30,7 @@ from trainer.loss.kl import RowWeights, process_chunk
 from trainer.loss.logits import ChunkLogits, Projection, TorchLogits, arithmetic_dtype
 from trainer.loss.targets import TeacherTargets, teacher_targets, value_rules
 from trainer.loss.token_measures import TokenMeasures
+from trainer.loss.token_weights import CrossEntropy
 
 # Bytes of vocabulary-sized buffers per chunk. The output head's gradient is read and written once per chunk,
 # which on a CPU costs little next to the multiplications from about 256 rows on (docs/derivations.md).
@@ -140,11 +141,12 @@ def plan_rows(
     vocab_size: int,
     chunk_size: int,
     dtype: torch.dtype,
+    weigh_masked: bool = False,
 ) -> RowPlan:
     """Select the rows that count and cut them into chunks of nearly equal size, at most `chunk_size` rows.
 
     One transfer answers everything that the host has to know: whether all values keep the rules, how many
-    rows count, and where the chunks cut positions, entries and draws.
+    rows count, and where the chunks cut positions, entries and draws. `weigh_masked` as in `teacher_targets`.
 
     Raises:
         ConfigError: a label is outside the vocabulary.
@@ -187,7 +189,9 @@ def plan_rows(
         for start in range(len(rules) + 1, len(numbers), most_chunks + 1)
     ]
     chunks = tuple(Chunk(*runs) for runs in zip(*map(pairwise, (bounds, *at)), strict=True))
-    return RowPlan(rows_M, labels_M, chunks, teacher_targets(teacher, place_P, dtype))
+    return RowPlan(
+        rows_M, labels_M, chunks, teacher_targets(teacher, place_P, dtype, weigh_masked=weigh_masked)
+    )
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,7 @@ class LossSetup:
     num_weight_rows: int
     """Rows of the output head with its padding, whose gradient is zero."""
     logits_type: type[ChunkLogits]
+    cross_entropy: CrossEntropy
     tokens: TokenMeasures | None = None
     """What is measured of each token on the way."""
 
@@ -257,7 +262,7 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
 
     weights = RowWeights(setup.weights.ce * setup.unit, setup.weights.kl * setup.unit)
     longest = max(chunk.rows[1] - chunk.rows[0] for chunk in plan.chunks)
-    logits = setup.logits_type(projection, longest, setup.beta)
+    logits = setup.logits_type(projection, longest, setup.beta, setup.cross_entropy.extras)
     for chunk in plan.chunks:
         rows = slice(*chunk.rows)
         if setup.tokens is not None:
@@ -269,6 +274,8 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
             plan.labels_M[rows],
             plan.targets_of(chunk),
             weights=weights,
+            cross_entropy=setup.cross_entropy,
+            label_terms=setup.cross_entropy.terms.take(plan.rows_M[rows], arithmetic),
             beta=setup.beta,
             reverse=setup.reverse,
             want_gradient=needed.any,

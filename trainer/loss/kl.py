@@ -27,13 +27,14 @@ C: rows of the chunk, V: vocabulary, D: hidden size, P: positions of the chunk w
 kept entries, S: their tail draws.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from formats.disk.token_row import IGNORED
-from trainer.loss.logits import ChunkLogits, LogitGradient
+from trainer.loss.logits import ChunkLogits, LogitGradient, SoftmaxTerms
 from trainer.loss.targets import LOG_FLOOR, TeacherTargets, segment_sum
+from trainer.loss.token_weights import CrossEntropy, LabelTerms
 
 LARGEST_SHARE = 1.0
 """One draw of a rare token that the student has made likely would outweigh all others. Its share of the
@@ -71,7 +72,7 @@ class BucketedKL:
     """On R the gradient is this times q_j."""
     kept_gradient_E: torch.Tensor
     probs_E: torch.Tensor
-    """q_j of the kept tokens."""
+    """q_j of the kept tokens, 0 where masked."""
     tail_P: torch.Tensor
     """1 - Q."""
 
@@ -89,7 +90,7 @@ def bucketed_kl(
 
     Args:
         shifted_E: beta (z_j - max z) of the kept tokens.
-        sum_P: sum over the vocabulary of exp(beta (z_j - max z)).
+        sum_P: sum over the vocabulary, without masked entries, of exp(beta (z_j - max z)).
         tail_sum_P: the same over R only, summed directly.
     """
     log_sum_P = sum_P.log()
@@ -98,6 +99,8 @@ def bucketed_kl(
     tail_q_P = tail_sum_P / sum_P
     log_tail_q_P = (tail_sum_P.log() - log_sum_P).clamp_min(LOG_FLOOR[sum_P.dtype])
     log_ratio_E = log_q_E - targets.log_probs_E
+    if targets.masked_E is not None:
+        q_E, log_ratio_E = (part.masked_fill(targets.masked_E, 0.0) for part in (q_E, log_ratio_E))
     log_tail_ratio_P = log_tail_q_P - targets.log_tail_P
     if reverse:
         kl_P = segment_sum(q_E * log_ratio_E, targets.offsets_P1) + tail_q_P * log_tail_ratio_P
@@ -156,31 +159,34 @@ def process_chunk(
     targets: TeacherTargets | None,
     *,
     weights: RowWeights,
+    cross_entropy: CrossEntropy,
+    label_terms: LabelTerms,
     beta: float,
     reverse: bool,
     want_gradient: bool,
 ) -> ChunkSums:
     """Project a chunk; return its sums and gradient."""
-    labelled_C = labels_C != IGNORED
-    ce_weight_C = labelled_C * weights.ce
     terms = logits.softmax_terms(hidden_CD, labels_C.clamp_min(0), targets)
-
     if targets is None:
         assert terms.sum_C is not None
+        ce = weighted_ce(terms, terms.sum_C, labels_C, weights.ce, cross_entropy, label_terms)
         zero = terms.sum_C.new_zeros(())
-        sum_ce = ((terms.sum_C.log() - terms.label_C) * labelled_C).sum()
-        written = None
-        if want_gradient:
-            written = logits.gradient(LogitGradient(ce_weight_C / terms.sum_C, ce_weight_C))
-        return ChunkSums(sum_ce, zero, zero, written)
+        written = logits.gradient(ce.gradient) if want_gradient else None
+        return ChunkSums(ce.total, zero, zero, written)
 
     assert terms.kept_E is not None
     tail_sum_P = terms.tail_sum_C[targets.place_P]
-    sum_P = tail_sum_P + segment_sum(terms.kept_E.exp(), targets.offsets_P1)
-    kl = bucketed_kl(terms.kept_E, sum_P, tail_sum_P, targets, beta=beta, reverse=reverse)
+    exp_E = terms.kept_E.exp()
+    sum_P = compared_P = tail_sum_P + segment_sum(exp_E, targets.offsets_P1)
+    if targets.masked_E is not None:  # again, instead of less the masked one: a sum of positive terms
+        others_E = exp_E.masked_fill(targets.masked_E, 0.0)
+        compared_P = tail_sum_P + segment_sum(others_E, targets.offsets_P1)
+        compared_P = compared_P.clamp_min(torch.finfo(compared_P.dtype).tiny)
+    kl = bucketed_kl(terms.kept_E, compared_P, tail_sum_P, targets, beta=beta, reverse=reverse)
     sum_C = terms.sum_C
     if sum_C is None:
         sum_C = terms.tail_sum_C.index_copy(0, targets.place_P, sum_P)
+    ce = weighted_ce(terms, sum_C, labels_C, weights.ce, cross_entropy, label_terms)
     drawn = None
     if targets.draws is not None:
         assert terms.drawn_S is not None
@@ -191,27 +197,66 @@ def process_chunk(
         kl_P, kl_weight = kl_P * targets.weights_P, kl_weight * targets.weights_P
     written = None
     if want_gradient:
-        tail_P = kl_weight * kl.tail_coefficient_P / sum_P
+        tail_P = kl_weight * kl.tail_coefficient_P / compared_P
         if drawn is not None:
             spread_P = kl_weight / tail_sum_P.clamp_min(torch.finfo(tail_sum_P.dtype).tiny)
             tail_P = tail_P + spread_P * drawn.tail_P
-        gradient = LogitGradient(
-            ce_C=ce_weight_C / sum_C,
-            ce_weight_C=ce_weight_C,
+        if (
+            targets.masked_E is not None
+        ):  # beside a label of nearly 1 the rest may underflow: no infinity times zero
+            tail_P = tail_P.clamp(torch.finfo(tail_P.dtype).min, torch.finfo(tail_P.dtype).max)
+        gradient = replace(
+            ce.gradient,
             tail_C=torch.zeros_like(sum_C).index_copy_(0, targets.place_P, tail_P),
-            probs_E=kl.probs_E,
+            probs_E=kl.probs_E if targets.masked_E is None else exp_E / sum_P[targets.position_E],
             kept_E=_at(kl_weight, targets.position_E) * kl.kept_gradient_E,
             drawn_S=None
             if drawn is None or targets.draws is None
             else _at(kl_weight, targets.draws.position_S) * drawn.gradient_S,
         )
         written = logits.gradient(gradient)
-    return ChunkSums(
-        ce=((sum_C.log() - terms.label_C) * labelled_C).sum(),
-        kl=kl_P.sum(),
-        student_kept_mass=(1.0 - kl.tail_P).sum(),
-        gradient_CV=written,
-    )
+    return ChunkSums(ce.total, kl_P.sum(), (1.0 - kl.tail_P).sum(), written)
+
+
+@dataclass(frozen=True)
+class WeightedCE:
+    """The cross-entropy of a chunk."""
+
+    total: torch.Tensor
+    """Its sum, each row by its weight."""
+    gradient: LogitGradient
+    """Its part."""
+
+
+def weighted_ce(
+    terms: SoftmaxTerms,
+    sum_C: torch.Tensor,
+    labels_C: torch.Tensor,
+    weight: torch.Tensor,
+    cross_entropy: CrossEntropy,
+    label_terms: LabelTerms,
+) -> WeightedCE:
+    """Cross-entropy with weights and smoothing (token_weights.py).
+
+    Args:
+        sum_C: sum of exp(z - max z) over the vocabulary.
+        weight: of every row in the loss.
+    """
+    labelled_C = labels_C != IGNORED
+    ce_C = log_q_C = sum_C.log() - terms.label_C
+    counted_C = labelled_C
+    own_C = cross_entropy.row_weights(log_q_C, terms.top_entropy_C, label_terms)
+    if own_C is not None:
+        counted_C = torch.where(labelled_C, own_C, torch.zeros_like(own_C))
+    ce_weight_C = counted_C * weight
+    label_C, uniform_C = ce_weight_C, None
+    if cross_entropy.smoothing:
+        assert terms.mean_C is not None
+        uniform_C = cross_entropy.smoothing * ce_weight_C
+        label_C = ce_weight_C - uniform_C
+        ce_C = ce_C + cross_entropy.smoothing * (terms.label_C - terms.mean_C)
+    gradient = LogitGradient(ce_weight_C / sum_C, ce_weight_C, label_C, uniform_C=uniform_C)
+    return WeightedCE((ce_C * counted_C).sum(), gradient)
 
 
 def _at(weight: torch.Tensor, position_X: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,8 @@ from trainer.loss.chunks import (
 from trainer.loss.kl import RowWeights
 from trainer.loss.logits import Projection, arithmetic_dtype
 from trainer.loss.token_measures import TokenMeasures
+from trainer.loss.token_weights import CrossEntropy, LabelTerms
+from trainer.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +46,9 @@ class LabelAnnealingOutput:
     loss: torch.Tensor
     """ce + kl_coef * kl, differentiable."""
     ce: torch.Tensor
-    """Sum of the cross-entropies over `num_ce` as passed, or over the local count."""
+    """Sum of the cross-entropies, each by its weight, over `num_ce` as passed, or over the local count."""
     kl: torch.Tensor
-    """Sum of the KLs over `num_kl` as passed, or over the local count."""
+    """Sum of the KLs, each by its weight, over `num_kl` as passed, or over the local count."""
     kept_mass: torch.Tensor
     """Mean teacher mass of the kept tokens at the loss temperature, over the local positions; 0 without."""
     student_kept_mass: torch.Tensor
@@ -66,7 +68,7 @@ def label_annealing_loss(
     labels_N: torch.Tensor,
     teacher: TeacherBatch | None = None,
     *,
-    kl_coef: float = 1.0,
+    kl_coef: float | torch.Tensor = 1.0,
     kl_direction: Literal["forward", "reverse"] = "forward",
     num_ce: torch.Tensor | float | None = None,
     num_kl: torch.Tensor | float | None = None,
@@ -77,6 +79,8 @@ def label_annealing_loss(
     chunk_size: int | None = None,
     kernel: Literal["torch", "triton"] = "torch",
     measure_tokens: bool = False,
+    objective: Objective | None = None,
+    label_terms: LabelTerms | None = None,
 ) -> LabelAnnealingOutput:
     """Cross-entropy plus KL to the cached teacher. For a teacher that keeps the whole vocabulary this equals
 
@@ -100,7 +104,7 @@ def label_annealing_loss(
         weight_VD: the output head, as the optimiser owns it (under FSDP, its gathered form).
         labels_N: ALREADY shifted, as `split_batch` does it: `labels_N[i]` is what row i predicts, or -100.
         teacher: targets; None gives plain cross-entropy.
-        kl_coef: the paper's lambda.
+        kl_coef: the paper's lambda; a 0-d tensor is not read on the host.
         kl_direction: `forward` is KL(teacher || student), `reverse` is KL(student || teacher).
         num_ce, num_kl: denominators: the counts over all accumulation steps and ranks; default local counts.
         bias_V: bias of the output head.
@@ -111,6 +115,9 @@ def label_annealing_loss(
         kernel: who does the work on whole rows of logits: `torch` on any device; `triton` on CUDA, never
             timed yet, with less memory traffic. fp64 is `torch` either way.
         measure_tokens: also fill `tokens`, for evaluation: one more pass over the logits.
+        objective: what single tokens count (token_weights.py), in `ce` and `kl` as well; of the settings of the KL,
+            which shape the batch, only `masked-weighted` is read here.
+        label_terms: what the batch says of the labels, rows as in `labels_N`.
 
     Raises:
         ConfigError: an argument is out of range, the shapes do not fit, or the kernel cannot run here.
@@ -131,6 +138,8 @@ def label_annealing_loss(
             f"{weight_VD.dtype}; cast one of them"
         )
     kind = logits_type(kernel, compute, device)
+    objective = objective or Objective()
+    cross_entropy = CrossEntropy.of(objective, label_terms or LabelTerms(), kernel)
     arithmetic = arithmetic_dtype(compute)
     beta = 1.0 if teacher is None else 1.0 / teacher.temperature
     if teacher is not None and kl_direction == "reverse":
@@ -145,7 +154,14 @@ def label_annealing_loss(
         )
         if chunk_size is None:
             chunk_size = default_chunk_size(projection, beta if num_positions else 1.0, kind)
-        plan = plan_rows(labels_N, teacher, vocab_size=vocab_size, chunk_size=chunk_size, dtype=arithmetic)
+        plan = plan_rows(
+            labels_N,
+            teacher,
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+            dtype=arithmetic,
+            weigh_masked=objective.kl_target == "masked-weighted",
+        )
         local_ce = plan.num_labelled
         local_kl = torch.full_like(local_ce, num_positions)
         per_ce = _reciprocal(local_ce if num_ce is None else num_ce, arithmetic, device)
@@ -165,6 +181,7 @@ def label_annealing_loss(
         num_weight_rows=weight_VD.shape[0],
         logits_type=kind,
         tokens=tokens,
+        cross_entropy=cross_entropy,
     )
     loss, sum_ce, sum_kl, sum_q = _GradientsInForward.apply(
         hidden_ND, weight_VD, bias_V, setup, torch.is_grad_enabled()
@@ -255,7 +272,7 @@ def _check_arguments(
     weight_VD: torch.Tensor,
     labels_N: torch.Tensor,
     bias_V: torch.Tensor | None,
-    kl_coef: float,
+    kl_coef: float | torch.Tensor,
     kl_direction: str,
     logit_softcap: float | None,
     vocab_size: int,
@@ -271,7 +288,7 @@ def _check_arguments(
             f"bias must have one value per row of the output head, {got}",
         ),
         (kl_direction in KL_DIRECTIONS, f"kl_direction must be one of {KL_DIRECTIONS}, got {kl_direction!r}"),
-        (kl_coef >= 0, f"kl_coef must not be negative, got {kl_coef}"),
+        (isinstance(kl_coef, torch.Tensor) or kl_coef >= 0, f"kl_coef must not be negative, got {kl_coef}"),
         (logit_softcap is None or logit_softcap > 0, f"softcap must be positive, got {logit_softcap}"),
         (
             0 < vocab_size <= weight_VD.shape[0],

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 
 from trainer.loss.targets import TeacherTargets
+from trainer.loss.token_weights import NO_EXTRAS, RowExtras, top_entropy
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class SoftmaxTerms:
     """beta z of the kept tokens."""
     drawn_S: torch.Tensor | None = None
     """beta z of the drawn tokens."""
+    top_entropy_C: torch.Tensor | None = None
+    """As `RowExtras` asks for."""
+    mean_C: torch.Tensor | None = None
+    """Mean of z over the vocabulary, likewise."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class LogitGradient:
     ce_C: torch.Tensor
     """Times exp(z) on every token,"""
     ce_weight_C: torch.Tensor
+    """which is this times softmax(z),"""
+    label_C: torch.Tensor
     """less this at the label."""
     tail_C: torch.Tensor | None = None
     """Times exp(beta z) on the tail."""
@@ -66,6 +73,8 @@ class LogitGradient:
     """and what the KL adds there."""
     drawn_S: torch.Tensor | None = None
     """What the tail draws add at their tokens."""
+    uniform_C: torch.Tensor | None = None
+    """Less the V-th part of this at every token."""
 
 
 class ChunkLogits(Protocol):
@@ -75,7 +84,9 @@ class ChunkLogits(Protocol):
     """Called by `softmax_terms` with the number of rows and with what gives the logits [R, V] of a slice of
     them (up to a constant per row), while they exist."""
 
-    def __init__(self, projection: Projection, num_rows: int, beta: float) -> None:
+    def __init__(
+        self, projection: Projection, num_rows: int, beta: float, extras: RowExtras = NO_EXTRAS
+    ) -> None:
         """Buffers for chunks of up to `num_rows` rows; `beta` is 1 / T of the targets, 1 without any."""
 
     @staticmethod
@@ -120,8 +131,10 @@ class TorchLogits(ChunkLogits):
     copies where the compute dtype is a half.
     """
 
-    def __init__(self, projection: Projection, num_rows: int, beta: float) -> None:
-        self.projection, self.beta = projection, beta
+    def __init__(
+        self, projection: Projection, num_rows: int, beta: float, extras: RowExtras = NO_EXTRAS
+    ) -> None:
+        self.projection, self.beta, self.extras = projection, beta, extras
         weight_VD = projection.weight_VD
         arithmetic = arithmetic_dtype(weight_VD.dtype)
 
@@ -156,10 +169,12 @@ class TorchLogits(ChunkLogits):
         if self.read is not None:
             self.read(num_rows, shifted_CV.__getitem__)
         label_C = shifted_CV.view(-1)[self.at_label_C]
+        top_C = top_entropy(shifted_CV) if self.extras.top_entropy else None
+        mean_C = shifted_CV.mean(dim=1) if self.extras.mean else None
         self.tempered_CV = shifted_CV
         if self.at_kept_E is None:
             sum_C = shifted_CV.exp_().sum(dim=1)
-            return SoftmaxTerms(label_C, sum_C, sum_C)
+            return SoftmaxTerms(label_C, sum_C, sum_C, top_entropy_C=top_C, mean_C=mean_C)
         if self._scratch is not None:
             self.tempered_CV = torch.mul(shifted_CV, self.beta, out=self._scratch[:num_rows])
         tempered = self.tempered_CV.view(-1)
@@ -170,7 +185,7 @@ class TorchLogits(ChunkLogits):
         tail_sum_C = self.tempered_CV.sum(dim=1)
         # The softmax at T = 1, for the cross-entropy: the one just computed, or a second one.
         sum_one_C = None if self._scratch is None else shifted_CV.exp_().sum(dim=1)
-        return SoftmaxTerms(label_C, sum_one_C, tail_sum_C, kept_E, drawn_S)
+        return SoftmaxTerms(label_C, sum_one_C, tail_sum_C, kept_E, drawn_S, top_C, mean_C)
 
     def _transform(self) -> None:
         """Bias, scale and softcap in place; keeps tanh(scale x / cap) for the chain rule."""
@@ -205,7 +220,9 @@ class TorchLogits(ChunkLogits):
         if self.at_drawn_S is not None:
             assert gradient.drawn_S is not None
             flat.index_add_(0, self.at_drawn_S, gradient.drawn_S)
-        flat.index_add_(0, self.at_label_C, -gradient.ce_weight_C)
+        flat.index_add_(0, self.at_label_C, -gradient.label_C)
+        if gradient.uniform_C is not None:
+            logits_CV.sub_(gradient.uniform_C[:, None] / logits_CV.shape[1])
         if self._tanh is not None:  # d cap tanh(x / cap) / dx = 1 - tanh^2
             logits_CV.addcmul_(logits_CV, self._tanh[: len(logits_CV)].square_(), value=-1.0)
         if self._projected is not self._logits:

@@ -66,6 +66,8 @@ class TeacherTargets:
     """Tokens drawn from the tail."""
     weights_P: torch.Tensor | None = None
     """What each position's KL weighs; None for 1."""
+    masked_E: torch.Tensor | None = None
+    """bool: entries that the KL leaves out; their `probs_E` are 0, and the others sum to 1 without them."""
 
     def slice(
         self, first_row: int, positions: tuple[int, int], entries: tuple[int, int], draws: tuple[int, int]
@@ -83,6 +85,7 @@ class TeacherTargets:
             log_tail_P=self.log_tail_P[of_positions],
             draws=None if self.draws is None else self.draws.slice(positions, draws),
             weights_P=None if self.weights_P is None else self.weights_P[of_positions],
+            masked_E=None if self.masked_E is None else self.masked_E[of_entries],
         )
 
 
@@ -98,15 +101,32 @@ def segment_of_each(offsets_P1: torch.Tensor, num_entries: int) -> torch.Tensor:
     return torch.repeat_interleave(runs_P, counts_P, output_size=num_entries)
 
 
-def teacher_targets(teacher: TeacherBatch, place_P: torch.Tensor, dtype: torch.dtype) -> TeacherTargets:
-    """Normalise a batch at its temperature: Z = sum over kept tokens of exp(l / T) + exp(A(1/T)), in `dtype`.
+def teacher_targets(
+    teacher: TeacherBatch, place_P: torch.Tensor, dtype: torch.dtype, *, weigh_masked: bool = False
+) -> TeacherTargets:
+    """Normalise a batch at its temperature: Z = sum over kept tokens of exp(l / T) + exp(A(1/T)), in `dtype`, masked
+    entries left out. Linear in kept entries and draws; waits for nothing.
 
-    Linear in kept entries and draws; waits for nothing.
+    Args:
+        weigh_masked: let each position's KL weigh the probability of what is not masked.
     """
     position_E = segment_of_each(teacher.offsets, teacher.token_ids.numel())
     scaled_E = teacher.logprobs.to(dtype) / teacher.temperature
     log_tail_P = teacher.log_tail.to(dtype)
+    weights_P = None if teacher.weights is None else teacher.weights.to(dtype)
+    masked_E = teacher.masked
+    whole_E = scaled_E
+    if masked_E is not None:
+        scaled_E = scaled_E.masked_fill(masked_E, -torch.inf)
     log_z_P = torch.logaddexp(segment_sum(scaled_E.exp(), teacher.offsets).log(), log_tail_P)
+    if masked_E is not None:
+        # Where nothing is known beside the label there is no distribution to compare.
+        share_P = torch.isfinite(log_z_P).to(dtype)
+        log_z_P = log_z_P.clamp_min(LOG_FLOOR[dtype])
+        if weigh_masked:
+            log_whole_P = torch.logaddexp(segment_sum(whole_E.exp(), teacher.offsets).log(), log_tail_P)
+            share_P = share_P * (log_z_P - log_whole_P).exp()
+        weights_P = share_P if weights_P is None else weights_P * share_P
     log_probs_E = scaled_E - log_z_P[position_E]
     log_tail_P = log_tail_P - log_z_P
     return TeacherTargets(
@@ -119,7 +139,8 @@ def teacher_targets(teacher: TeacherBatch, place_P: torch.Tensor, dtype: torch.d
         tail_P=log_tail_P.exp(),
         log_tail_P=log_tail_P.clamp_min(LOG_FLOOR[dtype]),
         draws=_draw_targets(teacher, log_z_P, dtype),
-        weights_P=None if teacher.weights is None else teacher.weights.to(dtype),
+        weights_P=weights_P,
+        masked_E=masked_E,
     )
 
 

@@ -26,6 +26,7 @@ from triton import knobs
 
 from trainer.loss.logits import ChunkLogits, LogitGradient, Projection, SoftmaxTerms, flat_indices
 from trainer.loss.targets import TeacherTargets, segment_sum
+from trainer.loss.token_weights import NO_EXTRAS, RowExtras
 
 INTERPRETED: bool = knobs.runtime.interpret
 """TRITON_INTERPRET=1: the kernels run on a CPU, for tests."""
@@ -104,7 +105,10 @@ def row_gradient(  # type: ignore[no-untyped-def]
 class TritonLogits(ChunkLogits):
     """One buffer, of the compute dtype: the projection becomes the gradient where it lies."""
 
-    def __init__(self, projection: Projection, num_rows: int, beta: float) -> None:
+    def __init__(
+        self, projection: Projection, num_rows: int, beta: float, extras: RowExtras = NO_EXTRAS
+    ) -> None:
+        assert extras == NO_EXTRAS, "refused by CrossEntropy.of"
         self.projection, self.beta = projection, beta
         weight_VD = projection.weight_VD
         shape = num_rows, len(weight_VD)
@@ -223,7 +227,7 @@ class TritonLogits(ChunkLogits):
     ) -> None:
         """Less the label's share, times the softcap's derivative, rounded once."""
         row_X = at_X // self.projected_CV.shape[1]
-        value_X = value_X - gradient.ce_weight_C[row_X] * (at_X == self.at_label_C[row_X])
+        value_X = value_X - gradient.label_C[row_X] * (at_X == self.at_label_C[row_X])
         if self.projection.logit_softcap is not None:
             tanh_X = (z_X + self.max_C[row_X]) / self.projection.logit_softcap
             value_X = value_X * (1.0 - tanh_X.square())

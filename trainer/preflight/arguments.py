@@ -94,7 +94,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "max_grad_norm": _steers(number(0), "0 turns clipping off"),
     # --- the loss ---
     "average_tokens_across_devices": _set("true: a step's denominators count the tokens of all ranks", True),
-    "label_smoothing_factor": _refused("label smoothing is not part of label annealing", 0),
+    "label_smoothing_factor": _refused("use label_smoothing, without `training.`", 0),
     "neftune_noise_alpha": _steers(
         optional(number(0)), "noise on the embeddings while training; step 0 is without"
     ),

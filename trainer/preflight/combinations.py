@@ -5,11 +5,11 @@ Of `training`, only what was typed is judged; defaults that do not apply are dro
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from formats.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.objective import Objective
 
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Schedules without a warm-up."""
@@ -40,22 +40,42 @@ OPTIM_ARGS: Mapping[str, tuple[str, ...]] = {
 """Beginning of an optimiser's name -> what it reads from `optim_args`; the others read nothing."""
 
 
-KL_SETTINGS = ("kl_on", "kl_gate")
-"""Settings of `Objective` that mean nothing without a KL term."""
+KL_SETTINGS = ("kl_on", "kl_gate", "kl_target", "kl_budget")
+"""Settings that mean nothing without a KL term."""
+OF_THE_PLAIN_KL = {"temperature": 1.0, "kl_direction": "forward", "kl_gate": "none", "kl_target": "full"}
+"""What `kl_budget` needs: nats of KL(initial || model), as they are measured everywhere else."""
 
 
 def check_objective(config: TrainConfig) -> None:
-    """Refuse settings of the objective that would have no effect beside the others.
+    """Refuse settings of the objective that would have no effect beside the others, or mean something else.
 
     Raises:
         ConfigError: names the setting and what it needs.
     """
-    plain = Objective()
+    defaults = {entry.name: entry.default for entry in fields(config)}
     for name in KL_SETTINGS:
-        value = getattr(config, name)
-        if config.kl_coef == 0 and value != getattr(plain, name):
+        if config.kl_coef == 0 and getattr(config, name) != defaults[name]:
             raise ConfigError(
                 f"{name} would have no effect: it needs a KL term, got kl_coef: 0; remove it or raise kl_coef"
+            )
+    if config.loss_kernel == "triton" and (setting := config.needs_rows_of_logits):
+        raise ConfigError(
+            f"{setting} is not available with loss_kernel: triton, which reads no whole rows of logits; use "
+            "loss_kernel: torch"
+        )
+    if config.kl_budget is None:
+        return
+    for name, needed in OF_THE_PLAIN_KL.items():
+        if getattr(config, name) != needed:
+            raise ConfigError(
+                f"kl_budget is in nats of KL(initial || model) at temperature 1, so it needs {name}: {needed}, got "
+                f"{getattr(config, name)}; remove one of them"
+            )
+    for cache in config.caches:
+        if cache.loss == "kl" and cache.weight:
+            raise ConfigError(
+                f"kl_budget is about text that is learnt, got a cache with loss: kl: {cache.path}, whose KL would be "
+                "counted with it; remove one of them"
             )
 
 

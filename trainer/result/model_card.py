@@ -72,6 +72,7 @@ def model_card(
     identity: Mapping[str, Any],
     training: Mapping[str, Any],
     step0: Mapping[str, Any] | None,
+    new_text: Mapping[str, Any] | None = None,
     num_steps: int,
     last: Mapping[str, float],
     evaluation: Mapping[str, Mapping[str, Any]],
@@ -100,6 +101,8 @@ def model_card(
         "kl_coef": f"{config.kl_coef:g}",
         "temperature": f"{config.temperature:g}",
         "kl_direction": config.kl_direction,
+        **({} if config.kl_budget is None else {"kl_budget": f"{config.kl_budget:g} nats"}),
+        **config.changed(),
         "steps": num_steps,
         "learning rate": training.get("learning_rate"),
         "sequences per step (per process)": int(training.get("per_device_train_batch_size", 1))
@@ -120,6 +123,10 @@ def model_card(
             settings[f"last logged {name} penalty"] = f"{last[name]:.3g}"
     if "kl" in last:
         settings["last logged KL"] = f"{last['kl']:.5f}"
+    if "kl_coef" in last:
+        settings["last logged kl_coef"] = f"{last['kl_coef']:.4g}"
+    if new_text:
+        settings["KL(initial || model) on the new text, at the end"] = f"{new_text['kl']:.5f} nats"
     lines += [f"| {name} | {value} |" for name, value in settings.items()]
     if evaluation:
         lines += [

@@ -288,7 +288,7 @@ def test_early_stopping_has_a_metric_that_exists(tiny_llama_dir, pruned_cache, l
     ("arguments", "message"),
     [
         ({"push_to_hub": True}, "push_to_hub is not available here"),
-        ({"label_smoothing_factor": 0.1}, "label smoothing is not part of label annealing"),
+        ({"label_smoothing_factor": 0.1}, "use label_smoothing, without `training.`"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last is not available here"),
         ({"bf16_full_eval": True}, "bf16_full_eval is not available here"),
     ],
