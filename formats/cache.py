@@ -45,6 +45,11 @@ class TeacherCache:
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds the checksums of everything else: two equal ones are one cache."""
+        return self._digest.hex()
+
     # --- rows ---------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:

@@ -45,3 +45,13 @@ class IdentityMismatchError(AnnealError):
 
 class DivergenceError(AnnealError):
     """A loss, gradient, weight or evaluation is not finite: the run stops, and nothing of it is published."""
+
+
+def one_line(error: BaseException, limit: int = 300, *, whole: bool = False) -> str:
+    """The first line of what an error says, at most `limit` characters of it; its kind where it says nothing.
+
+    Args:
+        whole: all its lines, joined to one: for errors whose first line is not the one that matters.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return (" ".join(lines if whole else lines[:1]) or type(error).__name__)[:limit]

@@ -32,11 +32,11 @@ FLOORS = {
         *("source", "build", "build_on_ray", "tools"),
     ],
     "trainer": [
-        *("checks", "checkpoint", "loading", "retention.settings"),
+        *("checks", "objective", "checkpoint", "loading", "retention.settings"),
         *("config", "config_file", "schedule", "preflight", "recipe", "data", "loss"),
         *("loop.signals", "loop.output_head", "loop.measure", "running", "retention", "loop"),
         *("preflight.continuation", "preflight.before_start", "result"),
-        *("merging", "evaluation", "bench", "inputs", "run", "sweep"),
+        *("merging", "evaluation", "bench", "comparison", "selection", "inputs", "run", "sweep"),
     ],
 }
 """The rooms of each package from the ground up: a room imports from rooms on its left, and from nothing on its right.

@@ -9,7 +9,7 @@ from typing import Any
 _HOME = {
     "BenchSettings": "bench.settings",
     "CachedDataset": "data.dataset",
-    "Comparison": "evaluation.compare",
+    "Comparison": "comparison.comparison",
     "Ewc": "retention.ewc",
     "EwcSettings": "retention.settings",
     "L2": "retention.l2",
@@ -23,8 +23,9 @@ _HOME = {
     "MixedCache": "config",
     "OutputHead": "loop.output_head",
     "bench_models": "bench.bench",
-    "compare": "evaluation.compare",
+    "compare": "comparison.compare",
     "count_targets": "data.collator",
+    "Selection": "selection.selection",
     "Sfa": "retention.sfa",
     "SfaSettings": "retention.settings",
     "SweepConfig": "sweep.config",
@@ -39,8 +40,10 @@ _HOME = {
     "paired": "bench.paired",
     "plan_sweep": "sweep.sweep",
     "run_sweep": "sweep.sweep",
+    "select": "selection.selection",
     "split_batch": "data.collator",
     "train": "run",
+    "weight_distance": "evaluation.weight_distance",
 }
 
 __all__ = sorted(_HOME)

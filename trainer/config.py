@@ -18,6 +18,7 @@ from trainer.checks import (
     check_path,
     check_texts,
 )
+from trainer.objective import Objective
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 KL_DIRECTIONS = ("forward", "reverse")
@@ -87,10 +88,11 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Objective):
     """One run: which cache, which model, where to, and how strongly to hold on to the initial model.
 
-    The loss is `CE + kl_coef * KL`, each a mean over its own masked tokens of the whole optimizer step.
+    The loss is `CE + kl_coef * KL`, each a mean over its own masked tokens of the whole optimizer step; what single
+    tokens count in it are the settings of `Objective`.
 
     Raises:
         ConfigError: a field is out of range or contradicts another; the message says what to use instead.
@@ -99,7 +101,8 @@ class TrainConfig:
     cache: str
     """Directory of the target cache: the text to learn, with the initial model's logprobs."""
     model: str
-    """The initial model: the one that built the cache (directory or hub name)."""
+    """The model that the run starts from: the one that built the cache, or a descendant of it (directory or hub
+    name)."""
     out: str
     """Directory for the result: new, empty, or an interrupted run of the same settings, to continue."""
     revision: str | None = None
@@ -138,11 +141,11 @@ class TrainConfig:
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
     l2: L2Settings | None = None
-    """Pull every weight towards its initial value."""
+    """Pull every weight towards its value in `model`."""
     ewc: EwcSettings | None = None
-    """Pull weights towards their initial values, each as strongly as the initial model depends on it."""
+    """Pull weights towards their values in `model`, each as strongly as that model depends on it."""
     sfa: SfaSettings | None = None
-    """Average with the initial weights every so often, and at the end."""
+    """Average with the weights of `model` every so often, and at the end."""
     dtype: str = "float32"
     """Dtype of the weights while training. At fine-tuning rates bfloat16 weights swallow most updates: keep
     float32 and let `training.bf16` compute in bfloat16."""
@@ -161,6 +164,7 @@ class TrainConfig:
     """`transformers.TrainingArguments`, names unchanged; what is absent takes `trainer.recipe.DEFAULTS`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_path("cache", self.cache, "a cache directory, such as one made by `anneal cache build`")
         check_path("model", self.model, "the initial model, the one that built the cache (--model)")
         check_path("out", self.out, "the directory for the result (--out)")
@@ -228,4 +232,8 @@ class TrainConfig:
                 return [plain(entry) for entry in value]
             return value
 
-        return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
+        inherited = {entry.name for entry in fields(Objective)}
+        names = sorted(
+            (entry.name for entry in fields(self)), key=inherited.__contains__
+        )  # what is read first, first
+        return {name: plain(getattr(self, name)) for name in names}

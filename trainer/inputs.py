@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.identity.fingerprint import ModelFingerprint, resolve_model
+from formats.identity.fingerprint import resolve_model
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
 from trainer.loading import load_model, load_tokenizer, open_cache, require_plain_weights
-from trainer.preflight.vocabulary import shared_vocabulary
+from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
+from trainer.result.lineage import Ancestor, lineage_of, short_name
 from trainer.result.lora import attach_adapters
 from trainer.result.saving import ResultLayout
 
@@ -20,10 +21,14 @@ LEAST_TOKENS = 150.0
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads: the initial model's directory, and caches that belong to it."""
+    """What a run reads: the directory of the model that it starts from, and caches that belong to it."""
 
     model_dir: Path
     tokenizer: Any
+    lineage: list[Ancestor]
+    """The models that the result descends from, oldest first; the last one is that in `model_dir`."""
+    kl_to: Ancestor | None
+    """The teacher of `target`, to which KL holds the model; None where only the tokens of `target` are used."""
     target: TeacherCache
     """The cache of the text to learn."""
     mixed: list[TeacherCache]
@@ -32,12 +37,26 @@ class Inputs:
     """Name -> evaluation cache."""
     known: TeacherCache | None
     """That of `config.ewc`."""
+    tokens_only: list[TeacherCache]
+    """Those of them that only give text."""
 
     @property
-    def caches(self) -> list[TeacherCache]:
-        """All of them."""
+    def start(self) -> Ancestor:
+        """The model that the run starts from, to which L2, EWC and SFA hold."""
+        return self.lineage[-1]
+
+    @property
+    def ancestor(self) -> str | None:
+        """The name of the teacher to which KL holds, where it is an ancestor of the model that the run starts from."""
+        older = {entry.weights for entry in self.lineage[:-1]}
+        return self.kl_to.name if self.kl_to is not None and self.kl_to.weights in older else None
+
+    @property
+    def with_teacher(self) -> list[TeacherCache]:
+        """The caches whose teacher's numbers are read."""
         known = [self.known] if self.known is not None else []
-        return [self.target, *self.mixed, *self.held_out.values(), *known]
+        caches = [self.target, *self.mixed, *self.held_out.values(), *known]
+        return [cache for cache in caches if not any(cache is other for other in self.tokens_only)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +66,9 @@ class Rows:
     training: CachedDataset
     mixed: list[tuple[CachedDataset, float]]
     """Further training rows, and how many of them per row of `training`."""
-    first_check: CachedDataset
-    """Rows with their teacher, even where no KL is trained."""
+    first_check: CachedDataset | None
+    """Rows of the target cache with their teacher, for the KL before the first update; None where nothing is read
+    of the teacher and it is another model."""
     evaluation: dict[str, CachedDataset]
     fisher: CachedDataset | None
     """Text for the Fisher information."""
@@ -56,7 +76,8 @@ class Rows:
     @property
     def with_teacher(self) -> list[CachedDataset]:
         """Those whose targets are read."""
-        return [self.training, self.first_check, *(rows for rows, _ in self.mixed), *self.evaluation.values()]
+        checked = [self.first_check] if self.first_check is not None else []
+        return [self.training, *checked, *(rows for rows, _ in self.mixed), *self.evaluation.values()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +93,11 @@ class Student:
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
-    """Find the initial model and every cache, and see that they belong together; no weights are loaded."""
+    """Find the model and every cache, and see that they belong together; no weights are loaded.
+
+    A cache whose teacher is read must have been built by the model or by one of its ancestors; one of which only
+    the tokens are used, by a model of the same tokenizer and template.
+    """
     fisher_path = None if config.ewc is None else config.ewc.cache
     paths = [config.cache, *(cache.path for cache in config.caches), *config.eval_caches.values()]
     for path in [*paths, *([fisher_path] if fisher_path is not None else [])]:
@@ -80,25 +105,74 @@ def open_inputs(config: TrainConfig) -> Inputs:
     model_dir = resolve_model(config.model, config.revision)
     require_plain_weights(model_dir, "--model")
     tokenizer = load_tokenizer(model_dir)
+    lineage = lineage_of(model_dir, config.model)
+    teachers = {entry.weights for entry in lineage}
 
-    def opened(path: str) -> TeacherCache:
-        return open_cache(path, model_dir, tokenizer, check_identity=not config.allow_different_student)
+    tokens_only: list[TeacherCache] = []
 
+    def opened(path: str, loss: str | None = None) -> TeacherCache:
+        """For training with `loss` on it, or for evaluation."""
+        tokens = loss is not None and reads_tokens_only(config, loss)
+        check = not config.allow_different_student
+        cache = open_cache(
+            path, model_dir, tokenizer, check_identity=check, teachers=teachers, tokens_only=tokens
+        )
+        tokens_only.extend([cache] if tokens else [])
+        return cache
+
+    target = opened(config.cache, "both")
     return Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
-        target=opened(config.cache),
-        mixed=[opened(cache.path) for cache in config.caches],
+        lineage=lineage,
+        kl_to=None if tokens_only else teacher_of(target, lineage),
+        target=target,
+        mixed=[opened(cache.path, cache.loss) for cache in config.caches],
         held_out={name: opened(path) for name, path in config.eval_caches.items()},
-        known=None if fisher_path is None else opened(fisher_path),
+        known=None if fisher_path is None else opened(fisher_path, "ce"),
+        tokens_only=tokens_only,
     )
+
+
+def reads_tokens_only(config: TrainConfig, loss: str) -> bool:
+    """Whether training with this `loss` on a cache reads nothing of its teacher."""
+    return loss == "ce" or (loss == "both" and config.kl_coef == 0)
+
+
+def teacher_of(cache: TeacherCache, lineage: list[Ancestor]) -> Ancestor:
+    """The model that built a cache, under the name that the lineage has for it."""
+    weights = str(cache.identity.teacher.get("weights"))
+    found = next((entry for entry in lineage if entry.weights == weights), None)
+    return found or Ancestor(short_name(cache.identity.teacher.get("name") or weights[:12]), weights)
+
+
+def anchor_note(config: TrainConfig, inputs: Inputs) -> str | None:
+    """One line where KL holds to another model than the one that the run starts from; None elsewhere."""
+    held = {"": inputs.kl_to} if inputs.kl_to is not None else {}
+    for entry, cache in zip(config.caches, inputs.mixed, strict=True):
+        if not reads_tokens_only(config, entry.loss):
+            held[entry.path] = teacher_of(cache, inputs.lineage)
+    others = {path: teacher for path, teacher in held.items() if teacher.weights != inputs.start.weights}
+    if not others:
+        return None
+    if len({teacher.weights for teacher in held.values()}) == 1:
+        line = f"KL holds to {next(iter(others.values())).name}, the teacher of {config.cache}"
+    else:
+        line = "KL holds to the teacher of each cache: " + ", ".join(
+            f"{teacher.name} on {path or config.cache}" for path, teacher in held.items()
+        )
+    used = [name for name in ("l2", "ewc", "sfa") if getattr(config, name) is not None]
+    weights = f"; {' and '.join(used)} {'hold' if len(used) > 1 else 'holds'} to it" if used else ""
+    return f"{line}; the run starts from {inputs.start.name} (--model){weights}"
 
 
 def facts_of(config: TrainConfig, inputs: Inputs) -> tuple[dict[str, list[TeacherCache]], str | None]:
     """The caches by their use, and the fingerprint of a student's weights that no cache's identity holds."""
     held_out = [*inputs.held_out.values()]
     caches = {"training": [inputs.target], "mixed": inputs.mixed, "evaluation": held_out}
-    return caches, ModelFingerprint.of(inputs.model_dir).weights if config.allow_different_student else None
+    built_by = inputs.target.identity.teacher.get("weights")
+    other = config.allow_different_student or built_by != inputs.start.weights
+    return caches, inputs.start.weights if other else None
 
 
 def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
@@ -109,7 +183,7 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
 
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
         loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
-        return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws)
+        return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws, objective=config)
 
     return Rows(
         training=rows(inputs.target, "both"),
@@ -117,10 +191,22 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
             (rows(opened, entry.loss), entry.weight)
             for opened, entry in zip(inputs.mixed, config.caches, strict=True)
         ],
-        first_check=CachedDataset(inputs.target, config.temperature, tail_draws=tail_draws),
+        first_check=rows_to_check(config, inputs, tail_draws),
         evaluation={name: CachedDataset(opened) for name, opened in inputs.held_out.items()},
         fisher=None if inputs.known is None else CachedDataset(inputs.known, loss="ce"),
     )
+
+
+def rows_to_check(config: TrainConfig, inputs: Inputs, tail_draws: bool) -> CachedDataset | None:
+    """The target's rows for the check before the first update. Where only their tokens are used, the check is still
+    made with the model that built the cache, which must be its own teacher.
+    """
+    if inputs.kl_to is None:
+        built_by = inputs.target.identity.teacher.get("weights")
+        has_teacher = any(shard.num_positions for shard in inputs.target.manifest.shards)
+        if built_by != inputs.start.weights or not has_teacher:
+            return None
+    return CachedDataset(inputs.target, config.temperature, tail_draws=tail_draws)
 
 
 def draws_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | None:
@@ -129,9 +215,7 @@ def draws_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | Non
     """
     if config.packing or not rows.training.has_draws:
         return None
-    shards = rows.training.cache.manifest.shards
-    positions = sum(shard.num_positions for shard in shards) / max(sum(shard.num_rows for shard in shards), 1)
-    tokens, least = rows_per_step * positions, LEAST_TOKENS * config.temperature**2
+    tokens, least = rows_per_step * rows.training.kl_tokens_per_row(), LEAST_TOKENS * config.temperature**2
     if tokens >= least:
         return None
     return (
@@ -144,8 +228,11 @@ def load_student(config: TrainConfig, inputs: Inputs) -> Student:
     """Load the initial model, find the place of its weights in the result, and attach adapters."""
     model = load_model(inputs.model_dir, dtype=config.dtype, attn_implementation=config.attn_implementation)
     num_outputs = int(model.get_output_embeddings().weight.shape[0]) if model.get_output_embeddings() else 0
+    others = config.allow_different_student
+    for cache in inputs.tokens_only:
+        require_outputs(cache, num_outputs, inputs.tokenizer)
     vocab_size = shared_vocabulary(
-        inputs.caches, num_outputs, inputs.tokenizer, different_student=config.allow_different_student
+        inputs.with_teacher, num_outputs, inputs.tokenizer, different_student=others
     )
     layout = None
     if config.lora is None or config.lora.merge:

@@ -1,7 +1,7 @@
 """Loading models, tokenizers and caches: quietly, with one-line errors and with the identity check."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,12 @@ import torch
 from torch import nn
 
 from formats.cache import TeacherCache
-from formats.errors import ConfigError, IdentityMismatchError
-from formats.identity.teacher_identity import require_same_teacher
+from formats.errors import ConfigError, IdentityMismatchError, one_line
+from formats.identity.teacher_identity import require_same_teacher, require_same_tokenizer
 
 QUANTISED_KEYS = ("quantization_config", "compression_config")
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 """What transformers raises for files that are missing, broken, or of a kind that it does not know."""
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def quiet_transformers() -> None:
@@ -109,8 +103,21 @@ def require_plain_weights(model_dir: Path, what: str) -> None:
         )
 
 
-def open_cache(path: str, model_dir: Path, tokenizer: Any, *, check_identity: bool = True) -> TeacherCache:
+def open_cache(
+    path: str,
+    model_dir: Path,
+    tokenizer: Any,
+    *,
+    check_identity: bool = True,
+    teachers: Collection[str] = (),
+    tokens_only: bool = False,
+) -> TeacherCache:
     """Open a cache for training or evaluating a model whose initial weights are in `model_dir`.
+
+    Args:
+        check_identity: False opens a cache of whatever model.
+        teachers: fingerprints of weights that may have built it besides the model's own.
+        tokens_only: nobody reads the teacher's numbers, so tokenizer and template must agree and no more.
 
     Raises:
         FormatError: missing, unfinished or broken.
@@ -119,7 +126,10 @@ def open_cache(path: str, model_dir: Path, tokenizer: Any, *, check_identity: bo
     cache = TeacherCache(path)
     if check_identity:
         try:
-            require_same_teacher(cache.identity, model_dir, tokenizer)
+            if tokens_only:
+                require_same_tokenizer(cache.identity, tokenizer)
+            else:
+                require_same_teacher(cache.identity, model_dir, tokenizer, teachers=teachers)
         except IdentityMismatchError as error:
             raise IdentityMismatchError(f"{path}: {error}") from None
     return cache

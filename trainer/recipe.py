@@ -89,6 +89,7 @@ def resolve_training(config: TrainConfig) -> dict[str, Any]:
         ConfigError: a name or value that cannot be honoured, or one that would have no effect beside the others.
     """
     check_names(config.training)
+    combinations.check_objective(config)
     given = {k: v for k, v in config.training.items() if v is not None or takes_null(k)}
     resolved = {**DEFAULTS, **device_defaults(given), **given}
     if word(resolved["eval_strategy"]) != "no" and not config.eval_caches:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,30 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
-from trainer.inputs import Inputs, Rows, Student, draws_note, facts_of, load_student, open_inputs, rows_of
+from trainer.evaluation.weight_distance import weight_distance
+from trainer.inputs import (
+    Inputs,
+    Rows,
+    Student,
+    anchor_note,
+    draws_note,
+    facts_of,
+    load_student,
+    open_inputs,
+    rows_of,
+    teacher_of,
+)
 from trainer.loading import quiet_transformers
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
-from trainer.loop.step0 import Step0Check, Step0Report
+from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
 from trainer.preflight.before_start import check_before_start
 from trainer.preflight.continuation import run_facts
 from trainer.preflight.liger import settle_liger
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
+from trainer.result.lineage import to_record
 from trainer.result.model_card import model_card
 from trainer.result.run_directory import RunDirectory
 from trainer.result.saving import ResultLayout, save_result
@@ -60,7 +73,7 @@ class TrainReport:
     last: dict[str, float] = field(default_factory=dict)
     """The last training log line: loss, ce, kl, kept_mass, ..."""
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Evaluation cache -> ce, perplexity, kl, num_tokens."""
+    """Evaluation cache -> what `Measurement.to_dict` says."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
     """Every log entry."""
     resumed_from: int | None = None
@@ -113,8 +126,9 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
     args = training_arguments(resolved, out)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if args.process_index == 0 and (line := draws_note(config, rows, rows_per_step)) is not None:
-        say(line)
+    for line in (anchor_note(config, inputs), draws_note(config, rows, rows_per_step)):
+        if args.process_index == 0 and line is not None:
+            say(line)
     with args.main_process_first():
         settings = config.to_dict() | {"training": resolved}
         identity = inputs.target.identity.to_dict()
@@ -124,11 +138,11 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention)
     check_before_start(trainer)
     directory.require_same_run(run_facts(trainer, config, *facts_of(config, inputs)))
-    check_before_first_step(trainer, config, rows, directory)
+    check_before_first_step(trainer, config, inputs, rows, directory)
     run_steps(trainer, directory)
     report = report_of(trainer, directory, started)
     if report.interrupted_by is None:
-        report.evaluation = evaluate_rows(trainer, rows.evaluation)
+        report.evaluation = evaluate_rows(trainer, rows.evaluation, inputs)
         publish(trainer, directory, config, inputs, student.layout, rows, resolved, report)
     report.seconds = time.perf_counter() - started
     return report
@@ -197,10 +211,17 @@ def make_trainer(
 
 
 def check_before_first_step(
-    trainer: LabelAnnealingTrainer, config: TrainConfig, rows: Rows, directory: RunDirectory
+    trainer: LabelAnnealingTrainer, config: TrainConfig, inputs: Inputs, rows: Rows, directory: RunDirectory
 ) -> None:
     """Have the model proven to be its own teacher when everything is placed, and record what was found."""
     first = trainer.args.process_index == 0
+    if rows.first_check is None:
+        line = (
+            f"step 0: no KL is measured: kl_coef is 0, so only the tokens of {config.cache} are used, whichever "
+            "model built it"
+        )
+        trainer.add_callback(HeadCheck(trainer, rows.training, line, say))
+        return
 
     def on_report(report: Step0Report) -> None:
         if first:
@@ -215,6 +236,7 @@ def check_before_first_step(
         num_rows=config.step0_rows,
         threshold=config.step0_threshold,
         different_student=config.allow_different_student,
+        ancestor=inputs.ancestor,
     )
     trainer.add_callback(check)
 
@@ -253,18 +275,14 @@ def report_of(trainer: LabelAnnealingTrainer, directory: RunDirectory, started: 
 
 
 def evaluate_rows(
-    trainer: LabelAnnealingTrainer, datasets: Mapping[str, CachedDataset]
+    trainer: LabelAnnealingTrainer, datasets: Mapping[str, CachedDataset], inputs: Inputs
 ) -> dict[str, dict[str, Any]]:
-    """Name -> ce, perplexity, kl, num_tokens of the trained model. Collective."""
+    """Name -> what `Measurement.to_dict` says of the trained model. Collective."""
     results = {}
     for name, dataset in datasets.items():
         found = trainer.measure_rows(trainer.get_eval_dataloader(dataset)).require_finite(name)
-        results[name] = {
-            "ce": found.ce,
-            "perplexity": found.perplexity,
-            "kl": found.kl if found.num_kl else None,
-            "num_tokens": found.num_ce,
-        }
+        kl_to = teacher_of(dataset.cache, inputs.lineage).name if found.num_kl else None
+        results[name] = {**found.to_dict(), "kl_to": kl_to}
     return results
 
 
@@ -305,6 +323,8 @@ def publish(
         )
     agree(trainer, refusal)
     if first:
+        # Adapters alone have no distance: what they add to the weights is not stored.
+        distance = None if layout is None else weight_distance(directory.staging, inputs.model_dir).to_dict()
         identity = inputs.target.identity
         card = model_card(
             config,
@@ -315,10 +335,16 @@ def publish(
             num_steps=report.num_steps,
             last=report.last,
             evaluation=report.evaluation,
+            kl_to=None if inputs.kl_to in (None, inputs.start) else inputs.kl_to.name,
         )
         (directory.staging / "README.md").write_text(card, encoding="utf-8")
         directory.publish(
             cache=identity.digest(),
+            lineage=to_record(inputs.lineage),
+            distance=distance,
+            kl_to=None
+            if inputs.kl_to is None
+            else {k: v for k, v in asdict(inputs.kl_to).items() if k != "cache"},
             num_steps=report.num_steps,
             last=report.last,
             evaluation=report.evaluation,

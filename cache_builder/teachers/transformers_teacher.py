@@ -18,7 +18,7 @@ from cache_builder.teachers.model_config import attention_softcap, checkpoint_dt
 from cache_builder.teachers.protocol import TeacherConfig, check_numbers, check_row
 from cache_builder.teachers.wire import pack, unpack
 from formats.disk.token_row import TokenRow
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.logprobs.tail_draws import starts
 from formats.logprobs.topk import TopKLogprobs
 
@@ -66,7 +66,9 @@ class TransformersTeacher:
         try:
             model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, dtype), **args)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"the model must load in transformers, got: {_one_line(error)}") from error
+            raise ConfigError(
+                f"the model must load in transformers, got: {one_line(error, whole=True)}"
+            ) from error
         self._model: Any = model.eval()
         self._model.to(self._device)
         self._dtype = dtype
@@ -136,7 +138,3 @@ def _head_in_float32(model: Any) -> None:
         wide.bias = torch.nn.Parameter(head.bias.detach().float(), requires_grad=False)
     wide.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(), *inputs[1:]))
     model.set_output_embeddings(wide)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

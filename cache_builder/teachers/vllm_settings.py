@@ -14,7 +14,7 @@ from typing import Any
 from cache_builder.teachers.model_config import attention_softcap
 from cache_builder.teachers.protocol import TeacherConfig
 from cache_builder.teachers.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.install import how_to_install
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -81,7 +81,7 @@ def import_vllm() -> Any:
                 f"the vllm engine needs vLLM, which is not installed; {EITHER_BUILD}, or pass --engine transformers"
             ) from error
         raise ConfigError(
-            f"vLLM must import, got: {one_line(error)}; install it again: {EITHER_BUILD}"
+            f"vLLM must import, got: {engine_line(error)}; install it again: {EITHER_BUILD}"
         ) from error
     except (ImportError, RuntimeError, OSError) as error:
         raise ConfigError(broken_import_message(error)) from error
@@ -105,7 +105,7 @@ def refuse_two_builds() -> None:
 
 def broken_import_message(error: BaseException) -> str:
     """One line for an installation whose binary parts do not fit each other."""
-    text = one_line(error)
+    text = engine_line(error)
     if "torchvision" in text:
         return (
             "torch and torchvision must come from the same build, got 'torchvision::nms does not exist' or "
@@ -289,10 +289,10 @@ def _plain_types(hint: Any) -> set[type]:
     return {hint} if isinstance(hint, type) else set()
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The error as one line; pydantic's preamble is left out."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def engine_line(error: BaseException) -> str:
+    """What vLLM says as one line; pydantic's preamble is left out."""
     marker = "Value error, "
+    text = one_line(error, limit=10_000, whole=True)
     if marker in text:
         text = text.split(marker, 1)[1].split(" [type=")[0]
-    return text[:limit]
+    return text[:300]

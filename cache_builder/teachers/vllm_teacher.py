@@ -28,8 +28,8 @@ from cache_builder.teachers.protocol import TeacherConfig, TeacherError, check_n
 from cache_builder.teachers.vllm_settings import (
     child_environment,
     engine_arguments,
+    engine_line,
     import_vllm,
-    one_line,
     quiet_environment,
     refuse_ignored_softcap,
     teacher_architectures,
@@ -184,7 +184,7 @@ class VLLMTeacher:
                 outputs = self._engine.step()
             except Exception as error:
                 self.close()
-                cause = self._log.explain(f"{type(error).__name__}: {one_line(error)}")
+                cause = self._log.explain(f"{type(error).__name__}: {engine_line(error)}")
                 raise TeacherError(f"the vLLM engine must keep running, got {cause}") from error
             for output in outputs:
                 member = running.pop(output.request_id)
@@ -232,9 +232,11 @@ def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig, log: Eng
         with child_environment(config.debug):
             return vllm.LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ConfigError(f"vLLM must accept the model and its settings, got: {one_line(error)}") from error
+        raise ConfigError(
+            f"vLLM must accept the model and its settings, got: {engine_line(error)}"
+        ) from error
     except Exception as error:
-        cause = log.explain(one_line(error))
+        cause = log.explain(engine_line(error))
         raise TeacherError(f"the vLLM engine must start, got: {cause}") from error
 
 

@@ -15,7 +15,7 @@ from cache_builder.commit.build_directory import BuildDirectory, State
 from formats.cache import TeacherCache
 from formats.disk.durable import fsync_directory
 from formats.disk.manifest import MANIFEST_NAME
-from formats.errors import AnnealError, ConfigError
+from formats.errors import AnnealError, ConfigError, one_line
 from formats.identity.teacher_identity import short
 from formats.progress import Progress, format_bytes
 
@@ -24,10 +24,6 @@ CARD_NAME = "README.md"
 
 class HubError(AnnealError):
     """The Hub could not be reached, or refused."""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def files_of(cache: TeacherCache) -> list[str]:
@@ -96,7 +92,9 @@ def push_cache(
             repo_id, operations, repo_type="dataset", revision=revision, commit_message=message
         )
     except Exception as error:  # a dozen classes of requests and of the Hub, all meaning that it did not work
-        raise HubError(f"the upload to {repo_id} must be possible, got: {_one_line(error)}") from error
+        raise HubError(
+            f"the upload to {repo_id} must be possible, got: {one_line(error, whole=True)}"
+        ) from error
     return str(result.commit_url)
 
 
@@ -135,7 +133,7 @@ def pull_cache(
         )
     except Exception as error:
         raise HubError(
-            f"{repo_id} must be a data set that can be downloaded, got: {_one_line(error)}"
+            f"{repo_id} must be a data set that can be downloaded, got: {one_line(error, whole=True)}"
         ) from error
     progress.note("checking what arrived")
     TeacherCache(staging).validate(full=True)

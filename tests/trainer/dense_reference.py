@@ -86,9 +86,10 @@ def dense_loss(
     sum_kl = logits.new_zeros(())
     if teacher is not None:
         offsets = teacher.offsets.tolist()
+        weights = [1.0] * len(teacher) if teacher.weights is None else teacher.weights.to(logits)
         for k, row in enumerate(teacher.rows.tolist()):
             entries = slice(offsets[k], offsets[k + 1])
-            sum_kl = sum_kl + bucketed_kl_row(
+            sum_kl = sum_kl + weights[k] * bucketed_kl_row(
                 logits[row],
                 teacher.token_ids[entries].long(),
                 teacher.logprobs[entries].to(logits),
@@ -104,7 +105,7 @@ def dense_loss(
             tail_mass = (teacher.log_tail[k].to(logits) - log_z).exp()
             if teacher.draw_offsets is not None:
                 draws = slice(*teacher.draw_offsets[k : k + 2].tolist())
-                sum_kl = sum_kl + drawn_tail_row(
+                sum_kl = sum_kl + weights[k] * drawn_tail_row(
                     student,
                     ids,
                     teacher.draw_ids[draws].long(),

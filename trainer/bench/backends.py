@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.identity.fingerprint import hash_template, weight_files
 from formats.install import how_to_install
-from trainer.bench.harness import one_line
 from trainer.bench.model_identity import is_adapter
 from trainer.bench.settings import BenchSettings
 from trainer.loading import load_model, load_tokenizer

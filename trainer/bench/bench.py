@@ -17,13 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from formats.errors import AnnealError, ConfigError
+from formats.errors import AnnealError, ConfigError, one_line
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress, format_seconds
 from trainer.bench.backends import Backend, choose_backend, choose_template, running_model
 from trainer.bench.bench_file import SAMPLES_DIRECTORY, BenchEntry, BenchFile, entry_key
 from trainer.bench.catalogue import Catalogue, LoadedTask, load_catalogue
-from trainer.bench.harness import bars_of, import_harness, one_line, quiet_harness
+from trainer.bench.harness import bars_of, import_harness, quiet_harness
 from trainer.bench.model_identity import model_identity
 from trainer.bench.report import BenchReport, ModelResults
 from trainer.bench.samples import samples_table, table_bytes

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from formats.errors import ConfigError
-from trainer.bench.harness import import_harness, one_line, quiet_harness
+from formats.errors import ConfigError, one_line
+from trainer.bench.harness import import_harness, quiet_harness
 from trainer.bench.suites import TaskRequest
 from trainer.bench.task_identity import data_hash, task_hash
 

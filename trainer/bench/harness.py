@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.install import how_to_install
 from formats.progress import Progress
 
@@ -28,12 +28,6 @@ def import_harness() -> Any:
             f"{how_to_install('bench')}"
         ) from error
     return lm_eval
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The first line that says something, or the kind of the error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:limit]
 
 
 @contextlib.contextmanager

@@ -78,8 +78,8 @@ def paired(
 
 
 def _pair(first: BenchFile, second: BenchFile, task: str, metric: str | None) -> PairedItems:
-    a, b = _equal_entries(first, second, task)
-    name, filter_name = _metric(a, metric)
+    a, b = common_entries((first, second), task)
+    name, filter_name = metric_of(a, metric)
     left, right = first.samples(a, filter_name), second.samples(b, filter_name)
     for one, owner in ((left, first), (right, second)):
         if name not in one.metrics:
@@ -103,31 +103,45 @@ def _pair(first: BenchFile, second: BenchFile, task: str, metric: str | None) ->
     )
 
 
-def _equal_entries(first: BenchFile, second: BenchFile, task: str) -> tuple[BenchEntry, BenchEntry]:
-    sides = []
-    for results in (first, second):
-        sides.append([entry for entry in results.entries.values() if entry.task == task])
-        if not sides[-1]:
+def common_entries(files: Sequence[BenchFile], task: str) -> list[BenchEntry]:
+    """The result of each model for one task, all under equal settings; of several the one with the most items.
+
+    Raises:
+        ConfigError: a model has no result of the task.
+        IdentityMismatchError: there are no settings that all have it under; the message names a difference.
+    """
+    of_task = []
+    for results in files:
+        of_task.append({entry.key: entry for entry in results.entries.values() if entry.task == task})
+        if not of_task[-1]:
             raise ConfigError(
-                f"a comparison needs results of both models, got none for {task} in {results.directory}; "
+                f"a comparison needs results of all models, got none for {task} in {results.directory}; "
                 "run anneal bench"
             )
-    equal = [(a, b) for a in sides[0] for b in sides[1] if a.key == b.key]
-    if equal:
-        return max(equal, key=lambda pair: pair[0].num_items)
-    a, b = sides[0][-1], sides[1][-1]
+    shared = set(of_task[0]).intersection(*of_task[1:])
+    if shared:
+        best = max(sorted(shared), key=lambda key: of_task[0][key].num_items)
+        return [entries[best] for entries in of_task]
+    at = next(i for i in range(1, len(files)) if not set(of_task[0]).intersection(*of_task[1 : i + 1]))
+    first, second = list(of_task[0].values())[-1], list(of_task[at].values())[-1]
     differing = [
-        f"{key} {a.settings.get(key)!r} and {b.settings.get(key)!r}"
-        for key in sorted({*a.settings, *b.settings})
-        if a.settings.get(key) != b.settings.get(key)
+        f"{key} {first.settings.get(key)!r} and {second.settings.get(key)!r}"
+        for key in sorted({*first.settings, *second.settings})
+        if first.settings.get(key) != second.settings.get(key)
     ]
     raise IdentityMismatchError(
-        f"{task}: results are compared under equal settings, got {'; '.join(differing)} ({first.directory}, "
-        f"{second.directory}); run anneal bench on both at once"
+        f"{task}: results are compared under equal settings, got "
+        f"{'; '.join(differing) or 'none that all models have'} ({files[0].directory}, {files[at].directory}); "
+        "run anneal bench on all at once"
     )
 
 
-def _metric(entry: BenchEntry, metric: str | None) -> tuple[str, str]:
+def metric_of(entry: BenchEntry, metric: str | None) -> tuple[str, str]:
+    """(metric, filter) of `metric` or `metric,filter`; of None the one that says whether an item is right.
+
+    Raises:
+        ConfigError: the task has no such metric.
+    """
     wanted = metric or entry.primary
     for key in entry.metrics:
         if wanted in (key, key.rpartition(",")[0]):

@@ -35,6 +35,7 @@ class LabelAnnealingCollator:
         teacher_token_ids int32 [E], teacher_logprobs float32 [E]
         teacher_draw_offsets int32 [P + 1], teacher_draw_ids int32 [S], teacher_draw_logprobs and
                        teacher_draw_weights float32 [S], where the items carry them
+        teacher_weights float32 [P], where an item carries them, 1 for the others
         temperature    float: the T at which the tail was taken, the same for all items
         num_tokens     int: tokens that are not padding
 
@@ -83,7 +84,7 @@ class LabelAnnealingCollator:
             "teacher_logprobs": np.concatenate([item["teacher_logprobs"] for item in items]),
             "teacher_log_tail": np.concatenate([item["teacher_log_tail"] for item in items]),
         }
-        batch |= _tail_draws(items)
+        batch |= _tail_draws(items) | _kl_weights(items)
         batch |= {"position_ids": position_ids} if self.packing else {"attention_mask": attention_mask}
         temperatures = {item["temperature"] for item in items}
         if len(temperatures) > 1:
@@ -115,6 +116,17 @@ def _tail_draws(items: Sequence[Item]) -> dict[str, np.ndarray]:
     return columns | {"teacher_draw_offsets": offsets}
 
 
+def _kl_weights(items: Sequence[Item]) -> dict[str, np.ndarray]:
+    """The column of the KL's weights, if any row has some: those without weigh 1 everywhere."""
+    scored = [item for item in items if len(item["teacher_positions"])]
+    if not any("teacher_weights" in item for item in scored):
+        return {}
+    parts = [
+        item.get("teacher_weights", np.ones(len(item["teacher_positions"]), np.float32)) for item in scored
+    ]
+    return {"teacher_weights": np.concatenate(parts)}
+
+
 def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor, TeacherBatch | None]:
     """(model inputs, labels_N, teacher) of a collated batch, on whatever device it is.
 
@@ -141,6 +153,7 @@ def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor,
             draw_ids=batch.get("teacher_draw_ids"),
             draw_logprobs=batch.get("teacher_draw_logprobs"),
             draw_weights=batch.get("teacher_draw_weights"),
+            weights=batch.get("teacher_weights"),
         )
     return inputs, shifted_BL.reshape(-1), teacher
 

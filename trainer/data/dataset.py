@@ -17,9 +17,13 @@ from formats.cache import TeacherCache
 from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError, FormatError
 from trainer.config import ROW_LOSSES
+from trainer.data.kl_tokens import chosen_positions, gate_weights, require_positions
 from trainer.data.padded_teacher import without_padding
+from trainer.objective import Objective
 
 Item = dict[str, Any]
+COUNTED_ROWS = 64
+"""Rows that are read to estimate how many positions carry the KL."""
 
 
 class Unit(tuple[int, ...]):
@@ -50,6 +54,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         teacher_draw_counts int32 [P]: tail draws per position, where the cache has some
         teacher_draw_ids  int32 [S], teacher_draw_logprobs float32 [S] at T = 1,
                           teacher_draw_weights float32 [S]: as in `TeacherBatch`
+        teacher_weights   float32 [P]: weight of each position's KL, where `objective` says so
         temperature       float: that T
 
     Args:
@@ -57,10 +62,11 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         temperature: T of the KL term.
         loss: `both`; `ce` leaves the teacher out; `kl` sets every label to -100.
         tail_draws: False leaves its tail draws out.
+        objective: which positions carry the KL and what they weigh; only for `both`, text that is learnt.
 
     Raises:
         FormatError: the cache is missing, unfinished or broken.
-        ConfigError: the cache has no rows, or no teacher positions although KL is asked for.
+        ConfigError: the cache has no rows, or no teacher positions (of the wanted kind) although KL is asked for.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         temperature: float = 1.0,
         loss: str = "both",
         tail_draws: bool = True,
+        objective: Objective | None = None,
     ) -> None:
         if loss not in ROW_LOSSES:
             raise ConfigError(f"loss must be one of {', '.join(ROW_LOSSES)}, got {loss!r}")
@@ -76,6 +83,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
         self.temperature = float(temperature)
         self.loss = loss
         self.tail_draws = tail_draws
+        self.objective = Objective() if objective is None or loss != "both" else objective
         self.vocab_size: int | None = None
         """Tokens of a student whose head is padded less than the teacher's; None for the cache's own."""
         if len(self.cache) == 0:
@@ -87,6 +95,8 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
                 f"KL needs teacher positions, got a cache without any: {self.name}; its rows carry no loss, "
                 "rebuild with --positions all or train with --kl-coef 0"
             )
+        if loss != "ce":
+            require_positions(self.cache, self.objective.kl_on)
 
     @property
     def name(self) -> str:
@@ -100,6 +110,17 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
     def has_draws(self) -> bool:
         """Whether items carry tail draws."""
         return self.tail_draws and self.loss != "ce" and self.cache.manifest.codec.draw_rate > 0
+
+    def kl_tokens_per_row(self) -> float:
+        """Positions with KL per row, each counted by its weight; from a sample of rows where they must be read."""
+        shards, rows = self.cache.manifest.shards, len(self)
+        if self.objective.kl_on in ("captured", "all") and self.objective.gate.name == "none":
+            return sum(shard.num_positions for shard in shards) / rows
+        sample = [self[int(row)] for row in np.linspace(0, rows - 1, min(rows, COUNTED_ROWS))]
+        counts = [
+            item.get("teacher_weights", np.ones(len(item["teacher_positions"]))).sum() for item in sample
+        ]
+        return float(np.mean(counts))
 
     def lengths(self) -> np.ndarray:
         """int32 [rows]: tokens per row, for packing and grouping."""
@@ -128,6 +149,11 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
             raise FormatError(
                 f"row {index} of {self.name} has {len(positions)} positions but {len(topk)} targets"
             )
+        chosen = chosen_positions(self.objective.kl_on, row.tokens, positions)
+        if chosen is not None:
+            positions, topk = positions[chosen], topk.take(chosen)
+        if (weights := gate_weights(self.objective.gate, topk)) is not None:
+            item["teacher_weights"] = weights
         if self.has_draws:
             item |= {
                 "teacher_draw_counts": topk.draws.counts.astype(np.int32),

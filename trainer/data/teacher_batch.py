@@ -44,6 +44,8 @@ class TeacherBatch:
     """float32 [S]: their natural logprobs at T = 1."""
     draw_weights: torch.Tensor | None = None
     """float32 [S]: the reciprocal of each one's expected number of draws."""
+    weights: torch.Tensor | None = None
+    """float32 [P]: what each position's KL weighs; None for 1."""
 
     def __post_init__(self) -> None:
         num_positions, num_entries = self.rows.numel(), self.token_ids.numel()
@@ -57,6 +59,11 @@ class TeacherBatch:
             raise FormatError(
                 f"every kept token needs one logprob, got {num_entries} token ids and "
                 f"{self.logprobs.numel()} logprobs; build the batch with the collator"
+            )
+        if self.weights is not None and self.weights.numel() != num_positions:
+            raise FormatError(
+                f"every position needs one weight, got {num_positions} rows and {self.weights.numel()} weights; build "
+                "the batch with the collator"
             )
         drawn = (self.draw_offsets, self.draw_ids, self.draw_logprobs, self.draw_weights)
         if any(part is not None for part in drawn):
@@ -105,6 +112,7 @@ class TeacherBatch:
             (f"token ids must lie in [0, {vocab_size})", bool(((ids >= 0) & (ids < vocab_size)).all())),
             ("logprobs must be finite", bool(torch.isfinite(self.logprobs).all())),
             ("tails must not be NaN or +inf", bool((self.log_tail < torch.inf).all())),
+            ("weights must not be negative or NaN", self.weights is None or bool((self.weights >= 0).all())),
         )
         for rule, holds in rules:
             if not holds:

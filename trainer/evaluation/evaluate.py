@@ -5,23 +5,35 @@ test gives cross-entropy, perplexity and KL(initial || model) (T = 1, forward) w
 model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from formats.cache import TeacherCache
-from formats.errors import AnnealError, ConfigError, IdentityMismatchError
-from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.errors import ConfigError, IdentityMismatchError
+from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
 from formats.progress import Progress
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
 from trainer.loading import load_model, load_tokenizer, quiet_transformers
 from trainer.preflight.vocabulary import shared_vocabulary
-from trainer.result.run_directory import recorded_initial
+from trainer.result.lineage import known_teachers, own_weights, short_name
 
-Result = dict[str, float | int | None]
+Result = dict[str, Any]
+COLUMNS = (
+    ("CE", "ce", ".4f"),
+    ("perplexity", "perplexity", ".3f"),
+    ("KL", "kl", ".5f"),
+    ("accuracy", "accuracy", ".4f"),
+    ("entropy", "entropy", ".4f"),
+    ("confidence", "confidence", ".4f"),
+    ("calibration error", "calibration_error", ".4f"),
+    ("kept", "kept", ".4f"),
+    ("tokens", "num_tokens", ","),
+)
+"""Title, key and format of the table's columns."""
 
 
 def evaluate(
@@ -32,8 +44,11 @@ def evaluate(
     dtype: str = "float32",
     device: str | None = None,
     limit: int | None = None,
+    kl: bool = True,
     progress: Progress | None = None,
     label: str = "",
+    per_row: bool = False,
+    on_result: Callable[[str, Result], None] = lambda name, result: None,
 ) -> dict[str, Result]:
     """Evaluate a model (full or adapters) on one or more evaluation caches.
 
@@ -44,23 +59,30 @@ def evaluate(
         dtype: of the weights while evaluating.
         device: such as `cuda:0`; by default the first GPU, else the CPU.
         limit: only the first rows of each cache.
+        kl: False reads the caches' tokens alone, whichever model built them: no KL, no `kept`.
         progress: a phase of rows for each cache; silent by default.
         label: put before the name of a cache in `progress`, such as `tuned: `.
+        per_row: also return `row_ce` (summed over the row's tokens) and `row_tokens`, a number for every row.
+        on_result: called with every name and result as soon as it is there.
 
     Returns:
-        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, kept_mass}; nats, per token; kl and
-        kept_mass are None for a cache without teacher positions, ce and perplexity for one without labels.
+        name -> {ce, perplexity, kl, num_tokens, num_positions, num_rows, kept_mass, accuracy, entropy,
+        confidence, calibration_error, kept, num_known}, as `Measurement` names them; nats, per token; and
+        `kl_to`, the name of the model that built the cache: kl is KL(that model || this one). kl and
+        kept_mass are None for a cache without teacher positions, kept where the initial model knew no token,
+        and every other mean for a cache without labels.
 
     Raises:
         ConfigError: not a model, no tokenizer, two caches of one name, an unknown dtype.
         FormatError: a cache is missing, unfinished or broken.
-        IdentityMismatchError: another vocabulary or tokenizer, or another initial model than the one this
-            model was trained from.
+        IdentityMismatchError: another vocabulary or tokenizer, or a cache of a model that this one does not
+            come from.
     """
     import torch
 
     from trainer.data.collator import LabelAnnealingCollator
     from trainer.data.dataset import CachedDataset
+    from trainer.evaluation.row_losses import RowLosses
     from trainer.loop.measure import measure
     from trainer.loop.output_head import OutputHead
 
@@ -72,7 +94,7 @@ def evaluate(
     opened = {name: TeacherCache(path) for name, path in named.items()}
     tokenizer = load_tokenizer(directory)
     for cache in opened.values():
-        require_related(cache, directory, tokenizer)
+        require_related(cache, directory, tokenizer, kl=kl)
     model = load_model(directory, dtype=dtype)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(target).eval()
@@ -81,30 +103,34 @@ def evaluate(
     results: dict[str, Result] = {}
     for name, cache in opened.items():
         head.vocab_size = shared_vocabulary([cache], head.num_outputs, tokenizer, different_student=True)
-        num_positions = sum(shard.num_positions for shard in cache.manifest.shards)
-        dataset = CachedDataset(cache, loss="both" if num_positions else "ce")
+        with_teacher = kl and has_teacher(cache)
+        dataset = CachedDataset(cache, loss="both" if with_teacher else "ce")
         dataset.vocab_size = head.vocab_size
         num_rows = len(dataset) if limit is None else min(limit, len(dataset))
         groups = batches_of_tokens(dataset.lengths()[:num_rows], batch_tokens)
 
-        def loader(dataset: CachedDataset = dataset, groups: list = groups) -> Iterator[Any]:
+        row_losses = RowLosses(head, num_rows) if per_row else None
+
+        def loader(
+            dataset: CachedDataset = dataset, groups: list = groups, row_losses: RowLosses | None = row_losses
+        ) -> Iterator[Any]:
             for group in groups:
                 batch = collator([dataset[row] for row in group])
-                yield {k: v.to(target) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                batch = {k: v.to(target) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                yield batch
+                if row_losses is not None:
+                    row_losses.add(batch, group)
                 progress.advance(len(group))
 
         progress.start(label + name, num_rows)
         found = measure(model, head, loader())
         progress.finish()
-        results[name] = {
-            "ce": found.ce if found.num_ce else None,
-            "perplexity": found.perplexity if found.num_ce else None,
-            "kl": found.kl if found.num_kl else None,
-            "num_tokens": found.num_ce,
-            "num_positions": found.num_kl,
-            "num_rows": num_rows,
-            "kept_mass": found.kept_mass if found.num_kl else None,
-        }
+        kl_to = teacher_name(cache) if with_teacher else None
+        results[name] = {**found.to_dict(), "num_rows": num_rows, "kl_to": kl_to}
+        if row_losses is not None:
+            row_losses.remove()
+            results[name] |= {"row_ce": row_losses.ce, "row_tokens": row_losses.tokens}
+        on_result(name, results[name])
     head.remove()
     return results
 
@@ -143,11 +169,12 @@ def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]
     return batches
 
 
-def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> None:
+def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any, *, kl: bool = True) -> None:
     """Refuse a cache whose numbers mean nothing for this model.
 
-    The vocabulary must agree; and a model that records which initial model it comes from (`anneal.json`) is
-    only compared with caches of that one, or of itself: it is the initial model of whatever comes next.
+    The vocabulary must agree; and a model that records where it comes from (`anneal.json`) is only compared with
+    caches of its ancestors, of the teacher that it was distilled from, or of itself. A cache without teacher
+    positions holds tokens alone.
 
     Raises:
         IdentityMismatchError: naming the part that differs.
@@ -159,37 +186,44 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any) -> Non
             f"{cache.path}: an evaluation cache must use the model's tokenizer, got another vocabulary; "
             "rebuild it with the initial model"
         )
-    weights, teacher = recorded_initial(model_dir), recorded.teacher.get("weights")
-    if weights is not None and teacher not in (None, weights) and teacher != _own_weights(model_dir):
+    teacher = recorded.teacher.get("weights")
+    if teacher is None or not kl or not has_teacher(cache):
+        return
+    known = known_teachers(model_dir)
+    if known and teacher not in known and teacher != own_weights(model_dir):
+        line = ", ".join(f"{name} {weights[:12]}" for weights, name in known.items())
         raise IdentityMismatchError(
-            f"{cache.path}: KL to the initial model needs a cache of the initial model, got one built with "
-            f"other weights ({str(teacher)[:12]}; the model was trained from "
-            f"{str(weights)[:12]}); "
-            "rebuild the cache with the initial model"
+            f"{cache.path}: KL needs a cache of the initial model or of another ancestor, got one built with "
+            f"other weights ({str(teacher)[:12]}; the model was trained from {line}); rebuild the cache with the "
+            "initial model, or leave KL out (--no-kl)"
         )
 
 
-def _own_weights(model_dir: Path) -> str | None:
-    try:
-        return ModelFingerprint.of(model_dir).weights
-    except AnnealError:  # adapters alone
-        return None
+def has_teacher(cache: TeacherCache) -> bool:
+    """Whether any position of a cache has teacher targets."""
+    return any(shard.num_positions for shard in cache.manifest.shards)
+
+
+def teacher_name(cache: TeacherCache) -> str | None:
+    """What to call the model that built a cache."""
+    name = cache.identity.teacher.get("name")
+    return short_name(name) if name else None
 
 
 def format_evaluation(results: Mapping[str, Result]) -> str:
     """A table for people: one line per cache."""
-    header = ("cache", "CE", "perplexity", "KL(initial || model)", "tokens")
-    rows: list[tuple[str, ...]] = [header]
+    teachers = sorted({str(to) for result in results.values() if (to := result.get("kl_to"))})
+    kl_title = f"KL to {teachers[0]}" if len(teachers) == 1 else "KL"
+    several = len(teachers) > 1
+    titles = [kl_title if key == "kl" else title for title, key, _ in COLUMNS]
+    rows: list[tuple[str, ...]] = [("cache", *titles, *(["KL to"] if several else []))]
     for name, result in results.items():
-        cells = [
-            _cell(result.get(key), form)
-            for key, form in (("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"))
-        ]
-        rows.append((name, *cells, f"{result['num_tokens']:,}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        cells = [_cell(result.get(key), form) for _, key, form in COLUMNS]
+        rows.append((name, *cells, *([str(result.get("kl_to") or "-")] if several else [])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in range(1, len(header))]
+        cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in range(1, len(row))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

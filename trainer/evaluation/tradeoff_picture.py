@@ -1,6 +1,6 @@
 """The picture of a sweep: what was learnt (target text) against what was kept (source text).
 
-One point per model, both axes perplexity, so the lower left corner is the best of both. Models of one
+One point per model; by default both axes are perplexities, so the lower left corner is the best of both. Models of one
 family (such as one method at several strengths) are joined in the given order; the dashed line is the Pareto
 front: what no other point beats on both axes. matplotlib is imported when a picture is drawn.
 """
@@ -24,14 +24,28 @@ FORMATS = (".png", ".svg", ".pdf")
 Point = Mapping[str, float]
 
 
-def pareto_front(points: Mapping[str, Point]) -> list[str]:
-    """Labels that no other point beats on both axes, in order of target perplexity. O(n log n)."""
+LOWER_IS_BETTER: Mapping[str, bool] = {"source": False, "target": False}
+
+
+def pareto_front(
+    points: Mapping[str, Point], higher_is_better: Mapping[str, bool] = LOWER_IS_BETTER
+) -> list[str]:
+    """Labels that no other point beats on both axes, from the best on the target. O(n log n).
+
+    Args:
+        higher_is_better: `source` and `target` -> the direction; by default both axes are perplexities.
+    """
+    signs = {axis: -1.0 if higher_is_better[axis] else 1.0 for axis in ("source", "target")}
+    cost = {
+        label: (signs["target"] * point["target"], signs["source"] * point["source"])
+        for label, point in points.items()
+    }
     best = float("inf")
     front = []
-    for label in sorted(points, key=lambda name: (points[name]["target"], points[name]["source"])):
-        if points[label]["source"] < best:
+    for label in sorted(cost, key=lambda name: cost[name]):
+        if cost[label][1] < best:
             front.append(label)
-            best = points[label]["source"]
+            best = cost[label][1]
     return front
 
 
@@ -45,16 +59,19 @@ def plot_tradeoff(
     size: tuple[float, float] = (7.2, 5.0),
     source_label: str = "perplexity on the source text (what it knew)",
     target_label: str = "perplexity on the target text (what it learns)",
+    higher_is_better: Mapping[str, bool] = LOWER_IS_BETTER,
 ) -> Path:
     """Draw the trade-off of several models and write it to `path` (PNG, SVG or PDF by its ending).
 
     Args:
-        results: label -> {"source": perplexity, "target": perplexity}.
+        results: label -> {"source": perplexity, "target": perplexity}, or other numbers with `higher_is_better`.
         initial: label of the initial model, drawn as a star with lines through it; may be absent. The label
             "initial model" is recognised as well.
         families: name -> labels that are joined by a line, in order; a label in none stands alone.
         title: above the picture.
         size: width and height in inches, at 160 dots each.
+        source_label, target_label: names of the axes.
+        higher_is_better: `source` and `target` -> whether the better models lie at the axis' upper end.
 
     Raises:
         ConfigError: no results, a label without both numbers, or as `require_plottable`.
@@ -72,7 +89,7 @@ def plot_tradeoff(
     groups = {name: list(labels) for name, labels in (families or {}).items()}
     joined = {label for labels in groups.values() for label in labels}
     groups |= {label: [label] for label in results if label not in joined and label != initial}
-    _draw_front(axes, results, initial)
+    _draw_front(axes, results, initial, higher_is_better)
     for number, (name, labels) in enumerate(groups.items()):
         # From the eighth family on colours come again, with another marker.
         colour, marker = COLOURS[number % 7], MARKERS[(number + number // 7) % 7]
@@ -115,8 +132,10 @@ def plot_tradeoff(
     if title:
         axes.set_title(title, loc="left", fontsize=11)
     axes.margins(0.12)
+    corner = [(0.97, 0.88) if higher_is_better[axis] else (0.03, 0.12) for axis in ("target", "source")]
     axes.annotate(
-        "better", xy=(0.03, 0.03), xytext=(0.12, 0.12), xycoords="axes fraction", fontsize=9, color=GREY,
+        "better", xy=tuple(end for end, _ in corner), xytext=tuple(start for _, start in corner),
+        xycoords="axes fraction", fontsize=9, color=GREY, ha="center", va="center",
         arrowprops={"arrowstyle": "->", "color": GREY},
     )  # fmt: skip
     axes.grid(color="#e3e5e8", linewidth=0.6)
@@ -174,9 +193,11 @@ def check_points(results: Mapping[str, Point], families: Mapping[str, Sequence[s
         raise ConfigError(f"families may only name given models, got {unknown[0]!r}")
 
 
-def _draw_front(axes: Any, points: Mapping[str, Point], initial: str) -> None:
+def _draw_front(
+    axes: Any, points: Mapping[str, Point], initial: str, higher_is_better: Mapping[str, bool]
+) -> None:
     """The line ends before the initial model, but does not pass through what that one beats."""
-    front = [label for label in pareto_front(points) if label != initial]
+    front = [label for label in pareto_front(points, higher_is_better) if label != initial]
     if len(front) > 1:
         xs, ys = [points[label]["target"] for label in front], [points[label]["source"] for label in front]
         axes.plot(xs, ys, "--", color=GREY, linewidth=1.0, zorder=2, label="Pareto front")

@@ -1,4 +1,4 @@
-"""Mean cross-entropy and KL of a model over a loader, without gradients.
+"""Means of a model over a loader, without gradients: cross-entropy, KL, and what it says of each token.
 
 One loop serves the check before the first update, evaluation during training and `anneal eval`. Sums and
 counts are kept apart until the end, so batches of any size and any number of ranks give the same means.
@@ -14,8 +14,12 @@ from torch import nn
 
 from formats.errors import DivergenceError
 from trainer.loop.output_head import OutputHead
+from trainer.loss.token_measures import FIELDS as TOKEN_FIELDS
+from trainer.loss.token_measures import NUM_SUMS
 
-FIELDS = 6
+LOSS_FIELDS = 6
+FIELDS = LOSS_FIELDS + NUM_SUMS
+TOKEN_MEANS = ("accuracy", "entropy", "confidence", "calibration_error")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,18 @@ class Measurement:
     """Mean probability the teacher gives to the tokens the cache kept."""
     student_kept_mass: float
     """Mean probability the model gives to them."""
+    accuracy: float
+    """Share of the tokens that carry loss whose most probable token is the right one; NaN without any."""
+    entropy: float
+    """Mean entropy of the prediction at these tokens."""
+    confidence: float
+    """Mean probability of the most probable token."""
+    calibration_error: float
+    """Mean over ten equal bins of confidence, weighted by tokens, of |confidence - accuracy|."""
+    kept: float
+    """Share of the known tokens that the model has right too; NaN without any."""
+    num_known: int
+    """Tokens that the initial model had right with a probability above one half."""
 
     @property
     def perplexity(self) -> float:
@@ -54,10 +70,31 @@ class Measurement:
                 )
         return self
 
+    def to_dict(self) -> dict[str, float | int | None]:
+        """What a record of an evaluation holds; None where there is nothing to take a mean of."""
+        return {
+            "ce": self.ce if self.num_ce else None,
+            "perplexity": self.perplexity if self.num_ce else None,
+            "kl": self.kl if self.num_kl else None,
+            "num_tokens": self.num_ce,
+            "num_positions": self.num_kl,
+            "kept_mass": self.kept_mass if self.num_kl else None,
+            **self.of_tokens(),
+        }
+
+    def of_tokens(self) -> dict[str, float | int | None]:
+        """The part of it beside cross-entropy and KL."""
+        means = {name: getattr(self, name) if self.num_ce else None for name in TOKEN_MEANS}
+        return {**means, "kept": self.kept if self.num_known else None, "num_known": self.num_known}
+
     @classmethod
     def of_sums(cls, sums: torch.Tensor) -> "Measurement":
-        """From float64 [6]: sums of ce, kl, kept mass and student kept mass, then the two counts."""
-        ce, kl, kept, student, num_ce, num_kl = sums.tolist()
+        """From float64 [FIELDS]: sums of ce, kl, kept mass and student kept mass, then the two counts, then
+        those of `TokenMeasures`.
+        """
+        ce, kl, kept, student, num_ce, num_kl = sums[:LOSS_FIELDS].tolist()
+        tokens = dict(zip(TOKEN_FIELDS, sums[LOSS_FIELDS:].tolist(), strict=False))
+        gaps = sums[LOSS_FIELDS + len(TOKEN_FIELDS) :]
 
         def mean(total: float, count: float) -> float:
             return total / count if count else math.nan
@@ -69,20 +106,30 @@ class Measurement:
             num_kl=int(num_kl),
             kept_mass=mean(kept, num_kl),
             student_kept_mass=mean(student, num_kl),
+            accuracy=mean(tokens["right"], num_ce),
+            entropy=mean(tokens["entropy"], num_ce),
+            confidence=mean(tokens["confidence"], num_ce),
+            calibration_error=mean(float(gaps.abs().sum()), num_ce),
+            kept=mean(tokens["kept"], tokens["known"]),
+            num_known=int(tokens["known"]),
         )
 
 
 def batch_sums(model: nn.Module, head: OutputHead, batch: dict[str, Any], kl_direction: str) -> torch.Tensor:
-    """float64 [6] on the CPU: what one batch, already on the model's device, adds to the sums."""
+    """float64 [FIELDS] on the CPU: what one batch, already on the model's device, adds to the sums."""
     with torch.no_grad():
-        output = head.loss(model, batch, kl_direction=kl_direction, num_ce=1.0, num_kl=1.0)
+        output = head.loss(
+            model, batch, kl_direction=kl_direction, num_ce=1.0, num_kl=1.0, measure_tokens=True
+        )
+    assert output.tokens is not None
     values = (
         output.ce,
         output.kl,
         output.kept_mass * output.num_kl,
         output.student_kept_mass * output.num_kl,
     )
-    return torch.stack([value.float() for value in (*values, output.num_ce, output.num_kl)]).double().cpu()
+    sums = torch.stack([value.to(output.tokens) for value in (*values, output.num_ce, output.num_kl)])
+    return torch.cat([sums, output.tokens]).double().cpu()
 
 
 def measure(
@@ -102,7 +149,7 @@ def measure(
         batches: collated batches of this rank; every rank must have the same number of them.
         kl_direction: `forward` or `reverse`.
         prepare: moves a batch to the model's device.
-        reduce: adds float64 [6] over all ranks.
+        reduce: adds float64 [FIELDS] over all ranks.
         on_batch: called after each batch.
     """
     was_training = model.training

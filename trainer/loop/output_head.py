@@ -52,6 +52,8 @@ class HeadRequest:
     """Denominator of the CE term; by default the rows of this batch."""
     num_kl: float | torch.Tensor | None = None
     """Denominator of the KL term; by default the rows of this batch."""
+    measure_tokens: bool = False
+    """Also fill `output.tokens`."""
     output: LabelAnnealingOutput | None = None
     """Filled by the forward pass."""
     loss: torch.Tensor | None = None
@@ -159,6 +161,7 @@ class OutputHead:
         kl_direction: str = "forward",
         num_ce: float | torch.Tensor | None = None,
         num_kl: float | torch.Tensor | None = None,
+        measure_tokens: bool = False,
     ) -> LabelAnnealingOutput:
         """The loss of a collated batch, for any training loop: `head.loss(model, batch).loss.backward()`.
 
@@ -168,12 +171,13 @@ class OutputHead:
             kl_coef, kl_direction: as in `label_annealing_loss`.
             num_ce, num_kl: denominators; pass the counts of the whole step (`count_targets`) when a step has
                 several batches, divided by the number of ranks under DDP or FSDP, which average.
+            measure_tokens: as in `label_annealing_loss`.
 
         Raises:
             ConfigError: the model does not call its output head.
         """
         inputs, labels_N, teacher = split_batch(batch)
-        request = HeadRequest(labels_N, teacher, kl_coef, kl_direction, num_ce, num_kl)
+        request = HeadRequest(labels_N, teacher, kl_coef, kl_direction, num_ce, num_kl, measure_tokens)
         with self.requested(request):
             outputs = model(**inputs)
         assert request.output is not None
@@ -200,6 +204,7 @@ class OutputHead:
             logit_scale=self.scale,
             vocab_size=self.vocab_size,
             kernel=self.kernel,
+            measure_tokens=request.measure_tokens,
         )
         request.output = output
         # Three dimensions, because the model goes on to treat this as logits. The same tensor is handed out

@@ -29,6 +29,7 @@ from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.kl import RowWeights, process_chunk
 from trainer.loss.logits import ChunkLogits, Projection, TorchLogits, arithmetic_dtype
 from trainer.loss.targets import TeacherTargets, teacher_targets, value_rules
+from trainer.loss.token_measures import TokenMeasures
 
 # Bytes of vocabulary-sized buffers per chunk. The output head's gradient is read and written once per chunk,
 # which on a CPU costs little next to the multiplications from about 256 rows on (docs/derivations.md).
@@ -218,6 +219,8 @@ class LossSetup:
     num_weight_rows: int
     """Rows of the output head with its padding, whose gradient is zero."""
     logits_type: type[ChunkLogits]
+    tokens: TokenMeasures | None = None
+    """What is measured of each token on the way."""
 
 
 @dataclass
@@ -257,6 +260,8 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
     logits = setup.logits_type(projection, longest, setup.beta)
     for chunk in plan.chunks:
         rows = slice(*chunk.rows)
+        if setup.tokens is not None:
+            logits.read = setup.tokens.reader(plan.rows_M[rows], plan.labels_M[rows])
         hidden_CD = hidden_ND.index_select(0, plan.rows_M[rows]).to(compute)
         found = process_chunk(
             logits,

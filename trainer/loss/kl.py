@@ -45,7 +45,7 @@ LARGEST_RATIO = 10.0
 
 @dataclass(frozen=True)
 class RowWeights:
-    """What one row's cross-entropy and one position's KL weigh in the loss; 0-d tensors."""
+    """What one row's cross-entropy and one position's KL weigh, before weights of their own; 0-d tensors."""
 
     ce: torch.Tensor
     kl: torch.Tensor
@@ -185,24 +185,35 @@ def process_chunk(
     if targets.draws is not None:
         assert terms.drawn_S is not None
         drawn = drawn_tail(terms.drawn_S, tail_sum_P, targets, beta)
+    kl_P = kl.kl_P if drawn is None else kl.kl_P + drawn.kl_P
+    kl_weight = weights.kl
+    if targets.weights_P is not None:
+        kl_P, kl_weight = kl_P * targets.weights_P, kl_weight * targets.weights_P
     written = None
     if want_gradient:
-        tail_P = weights.kl * kl.tail_coefficient_P / sum_P
+        tail_P = kl_weight * kl.tail_coefficient_P / sum_P
         if drawn is not None:
-            spread_P = weights.kl / tail_sum_P.clamp_min(torch.finfo(tail_sum_P.dtype).tiny)
+            spread_P = kl_weight / tail_sum_P.clamp_min(torch.finfo(tail_sum_P.dtype).tiny)
             tail_P = tail_P + spread_P * drawn.tail_P
         gradient = LogitGradient(
             ce_C=ce_weight_C / sum_C,
             ce_weight_C=ce_weight_C,
             tail_C=torch.zeros_like(sum_C).index_copy_(0, targets.place_P, tail_P),
             probs_E=kl.probs_E,
-            kept_E=weights.kl * kl.kept_gradient_E,
-            drawn_S=None if drawn is None else weights.kl * drawn.gradient_S,
+            kept_E=_at(kl_weight, targets.position_E) * kl.kept_gradient_E,
+            drawn_S=None
+            if drawn is None or targets.draws is None
+            else _at(kl_weight, targets.draws.position_S) * drawn.gradient_S,
         )
         written = logits.gradient(gradient)
     return ChunkSums(
         ce=((sum_C.log() - terms.label_C) * labelled_C).sum(),
-        kl=kl.kl_P.sum() if drawn is None else (kl.kl_P + drawn.kl_P).sum(),
+        kl=kl_P.sum(),
         student_kept_mass=(1.0 - kl.tail_P).sum(),
         gradient_CV=written,
     )
+
+
+def _at(weight: torch.Tensor, position_X: torch.Tensor) -> torch.Tensor:
+    """The weight of each entry's position; itself where all positions have the same, 0-d."""
+    return weight if weight.ndim == 0 else weight[position_X]

@@ -34,6 +34,7 @@ from trainer.loss.chunks import (
 )
 from trainer.loss.kl import RowWeights
 from trainer.loss.logits import Projection, arithmetic_dtype
+from trainer.loss.token_measures import TokenMeasures
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,8 @@ class LabelAnnealingOutput:
     """Rows with a label in this call, whatever denominator was passed."""
     num_kl: torch.Tensor
     """Rows with teacher targets in this call."""
+    tokens: torch.Tensor | None = None
+    """[NUM_SUMS], the sums of `TokenMeasures`; None unless asked for."""
 
 
 @torch.compiler.disable
@@ -73,6 +76,7 @@ def label_annealing_loss(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     kernel: Literal["torch", "triton"] = "torch",
+    measure_tokens: bool = False,
 ) -> LabelAnnealingOutput:
     """Cross-entropy plus KL to the cached teacher. For a teacher that keeps the whole vocabulary this equals
 
@@ -106,6 +110,7 @@ def label_annealing_loss(
         chunk_size: rows projected at a time; by default from vocabulary size and device.
         kernel: who does the work on whole rows of logits: `torch` on any device; `triton` on CUDA, never
             timed yet, with less memory traffic. fp64 is `torch` either way.
+        measure_tokens: also fill `tokens`, for evaluation: one more pass over the logits.
 
     Raises:
         ConfigError: an argument is out of range, the shapes do not fit, or the kernel cannot run here.
@@ -149,6 +154,7 @@ def label_annealing_loss(
         if compute == torch.float16:  # No room for gradients divided by thousands of tokens: until backward,
             largest = torch.maximum(per_ce, per_kl)  # the row of the larger weight counts as one.
             unit = torch.where(largest > 0, 1.0 / largest, unit)
+        tokens = TokenMeasures(labels_N, teacher, arithmetic) if measure_tokens else None
     setup = LossSetup(
         projection=projection,
         plan=plan,
@@ -158,6 +164,7 @@ def label_annealing_loss(
         reverse=kl_direction == "reverse",
         num_weight_rows=weight_VD.shape[0],
         logits_type=kind,
+        tokens=tokens,
     )
     loss, sum_ce, sum_kl, sum_q = _GradientsInForward.apply(
         hidden_ND, weight_VD, bias_V, setup, torch.is_grad_enabled()
@@ -171,6 +178,7 @@ def label_annealing_loss(
         student_kept_mass=sum_q / max(num_positions, 1),
         num_ce=local_ce,
         num_kl=local_kl,
+        tokens=None if tokens is None else tokens.sums,
     )
 
 

@@ -13,6 +13,7 @@ C: rows of the chunk, V: vocabulary without padding, D: hidden size, P: position
 E: their kept entries, S: their tail draws.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +70,10 @@ class LogitGradient:
 
 class ChunkLogits(Protocol):
     """Buffers for the logits of one chunk at a time, and the two steps."""
+
+    read: Callable[[int, Callable[[slice], torch.Tensor]], None] | None = None
+    """Called by `softmax_terms` with the number of rows and with what gives the logits [R, V] of a slice of
+    them (up to a constant per row), while they exist."""
 
     def __init__(self, projection: Projection, num_rows: int, beta: float) -> None:
         """Buffers for chunks of up to `num_rows` rows; `beta` is 1 / T of the targets, 1 without any."""
@@ -148,6 +153,8 @@ class TorchLogits(ChunkLogits):
         logits_CV = self.logits_CV
         self.at_label_C, self.at_kept_E, self.at_drawn_S = flat_indices(labels_C, targets, vocab_size)
         shifted_CV = logits_CV.sub_(logits_CV.amax(dim=1, keepdim=True))
+        if self.read is not None:
+            self.read(num_rows, shifted_CV.__getitem__)
         label_C = shifted_CV.view(-1)[self.at_label_C]
         self.tempered_CV = shifted_CV
         if self.at_kept_E is None:

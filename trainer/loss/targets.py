@@ -64,6 +64,8 @@ class TeacherTargets:
     """Its logarithm, floored."""
     draws: DrawTargets | None = None
     """Tokens drawn from the tail."""
+    weights_P: torch.Tensor | None = None
+    """What each position's KL weighs; None for 1."""
 
     def slice(
         self, first_row: int, positions: tuple[int, int], entries: tuple[int, int], draws: tuple[int, int]
@@ -80,6 +82,7 @@ class TeacherTargets:
             tail_P=self.tail_P[of_positions],
             log_tail_P=self.log_tail_P[of_positions],
             draws=None if self.draws is None else self.draws.slice(positions, draws),
+            weights_P=None if self.weights_P is None else self.weights_P[of_positions],
         )
 
 
@@ -116,6 +119,7 @@ def teacher_targets(teacher: TeacherBatch, place_P: torch.Tensor, dtype: torch.d
         tail_P=log_tail_P.exp(),
         log_tail_P=log_tail_P.clamp_min(LOG_FLOOR[dtype]),
         draws=_draw_targets(teacher, log_z_P, dtype),
+        weights_P=None if teacher.weights is None else teacher.weights.to(dtype),
     )
 
 

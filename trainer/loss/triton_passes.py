@@ -130,6 +130,8 @@ class TritonLogits(ChunkLogits):
         self.projected_CV = self._projected[: len(labels_C)]
         torch.mm(hidden_CD, self.projection.weight_VD.t(), out=self.projected_CV)
         num_rows, num_tokens = self.projected_CV.shape
+        if self.read is not None:
+            self.read(num_rows, self._logits_of)
         self.at_label_C, self.at_kept_E, self.at_drawn_S = flat_indices(labels_C, targets, num_tokens)
         label_C = self._logits_at(self.at_label_C)
         self.max_C = label_C.new_full((num_rows,), -torch.inf)
@@ -161,13 +163,23 @@ class TritonLogits(ChunkLogits):
             sum_C = self.one_C.index_add(0, targets.place_P, kept_P)
         return SoftmaxTerms(self.label_C, sum_C, self.tempered_C, self.beta * self.kept_E, drawn_S)
 
+    def _logits_of(self, rows: slice) -> torch.Tensor:
+        """z of a slice of rows, fp32."""
+        x = self.projected_CV[rows].float()
+        if self.projection.bias_V is not None:
+            x = x + self.projection.bias_V
+        return self._capped(x)
+
     def _logits_at(self, at_X: torch.Tensor) -> torch.Tensor:
         """z of single tokens, fp32."""
-        projection, x = self.projection, self.projected_CV.view(-1)[at_X].float()
-        if projection.bias_V is not None:
-            x = x + projection.bias_V[at_X % self.projected_CV.shape[1]]
-        x = x * projection.logit_scale
-        cap = projection.logit_softcap
+        x = self.projected_CV.view(-1)[at_X].float()
+        if self.projection.bias_V is not None:
+            x = x + self.projection.bias_V[at_X % self.projected_CV.shape[1]]
+        return self._capped(x)
+
+    def _capped(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.projection.logit_scale
+        cap = self.projection.logit_softcap
         return x if cap is None else cap * torch.tanh(x / cap)
 
     def gradient(self, gradient: LogitGradient) -> torch.Tensor:

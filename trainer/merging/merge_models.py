@@ -24,10 +24,12 @@ from formats.progress import Progress
 from trainer.loading import given_as, load_tokenizer, quiet_transformers, require_plain_weights
 from trainer.merging.methods import FORMULAS, Merge, MergeConfig, merge_of
 from trainer.merging.weights import open_safetensors, tied_names
+from trainer.result.lineage import ancestors_of, joined, lineage_of, to_record
 from trainer.result.model_card import card_head
-from trainer.result.run_directory import RECORD_NAME, recorded_initial
+from trainer.result.run_directory import RECORD_NAME
 from trainer.result.saving import copy_companions, write_config
 from trainer.result.stored_weights import write_like
+from trainer.result.weight_distance import DistanceSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +76,22 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     for path in tuned_dirs:
         require_descendant(path, identity)
     names = [tied_names(initial, weights) for weights in tuned]
+    moved = DistanceSums()
     progress.start("merge", len(initial.shapes), unit="tensor")
 
     def tensor_of(name: str) -> torch.Tensor:
         others = [weights[known[name]] for weights, known in zip(tuned, names, strict=True)]
-        merged = merge_tensor(name, function, initial[name], others)
+        theta0 = initial[name]
+        merged = merge_tensor(name, function, theta0, others)
+        moved.add(merged, theta0)
         progress.advance(1)
         return merged
 
-    record = {
+    models = zip([config.initial, *config.tuned], [initial_dir, *tuned_dirs], strict=True)
+    record: dict[str, Any] = {
         "status": "complete",
         "identity": identity,
+        "lineage": to_record(joined(lineage_of(path, name) for name, path in models)),
         "merge": {
             "method": config.method,
             **config.strengths(),
@@ -97,6 +104,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     with staged(out) as staging:
         write_like(initial, staging, tensor_of)
         progress.finish()
+        record["distance"] = moved.distance().to_dict()
         copy_companions(initial_dir, staging)
         write_config(initial_dir, staging, None)
         (staging / "README.md").write_text(merge_card(config, identity), encoding="utf-8")
@@ -203,16 +211,17 @@ def identity_of(initial: Path, name: str, tokenizer: Any) -> dict[str, Any]:
 
 
 def require_descendant(tuned: Path, identity: dict[str, Any]) -> None:
-    """Refuse a tuned model that records another initial model, or reads text otherwise.
+    """Refuse a tuned model that records other ancestors, or reads text otherwise.
 
     Raises:
         IdentityMismatchError: naming the part that differs.
     """
-    recorded, weights = recorded_initial(tuned), identity["teacher"]["weights"]
-    if recorded not in (None, weights):
+    recorded, weights = ancestors_of(tuned), identity["teacher"]["weights"]
+    if recorded and weights not in {entry.weights for entry in recorded}:
+        line = ", ".join(entry.weights[:12] for entry in recorded)
         raise IdentityMismatchError(
             f"tuned models must come from --initial, got {tuned}, which was trained from other weights "
-            f"({str(recorded)[:12]}; --initial has {weights[:12]}); give the model it was trained from"
+            f"({line}; --initial has {weights[:12]}); give the model it was trained from"
         )
     found = vars(TokenizerFingerprint.of(load_tokenizer(tuned)))
     for part, meaning in (("vocabulary", "vocabulary"), ("pipeline", "tokenizer pipeline")):

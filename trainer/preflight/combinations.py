@@ -1,6 +1,6 @@
-"""Settings of `training` that mean something only beside others: refused where they would be ignored.
+"""Settings that mean something only beside others: refused where they would be ignored.
 
-Only what was typed is judged; defaults that do not apply are dropped by the recipe.
+Of `training`, only what was typed is judged; defaults that do not apply are dropped by the recipe.
 """
 
 import os
@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from formats.errors import ConfigError
+from trainer.config import TrainConfig
+from trainer.objective import Objective
 
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Schedules without a warm-up."""
@@ -36,6 +38,25 @@ OPTIM_ARGS: Mapping[str, tuple[str, ...]] = {
     "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
 }
 """Beginning of an optimiser's name -> what it reads from `optim_args`; the others read nothing."""
+
+
+KL_SETTINGS = ("kl_on", "kl_gate")
+"""Settings of `Objective` that mean nothing without a KL term."""
+
+
+def check_objective(config: TrainConfig) -> None:
+    """Refuse settings of the objective that would have no effect beside the others.
+
+    Raises:
+        ConfigError: names the setting and what it needs.
+    """
+    plain = Objective()
+    for name in KL_SETTINGS:
+        value = getattr(config, name)
+        if config.kl_coef == 0 and value != getattr(plain, name):
+            raise ConfigError(
+                f"{name} would have no effect: it needs a KL term, got kl_coef: 0; remove it or raise kl_coef"
+            )
 
 
 def word(value: Any) -> str:

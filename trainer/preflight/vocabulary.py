@@ -39,15 +39,24 @@ def shared_vocabulary(
                     f"{cache.path}; use the model that built it"
                 )
             continue
-        require_same_token_ids(cache, tokenizer)
-        num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
-        if num_outputs < min(num_tokens, size):
-            raise IdentityMismatchError(
-                f"a student must have an output for each token of its vocabulary, got {num_outputs} outputs for "
-                f"{num_tokens} tokens, and {cache.path} of {size}; use a model whose head covers its tokenizer"
-            )
+        require_outputs(cache, num_outputs, tokenizer)
         smallest = min(smallest, size)
     return smallest
+
+
+def require_outputs(cache: TeacherCache, num_outputs: int, tokenizer: Any) -> None:
+    """Refuse a model that reads the cache's token ids otherwise, or cannot predict one of them.
+
+    Raises:
+        IdentityMismatchError: names the first id that differs, or the sizes.
+    """
+    require_same_token_ids(cache, tokenizer)
+    num_tokens, size = max(tokenizer.get_vocab().values(), default=-1) + 1, cache.manifest.vocab_size
+    if num_outputs < min(num_tokens, size):
+        raise IdentityMismatchError(
+            f"a student must have an output for each token of its vocabulary, got {num_outputs} outputs for "
+            f"{num_tokens} tokens, and {cache.path} of {size}; use a model whose head covers its tokenizer"
+        )
 
 
 def require_same_token_ids(cache: TeacherCache, tokenizer: Any) -> None:

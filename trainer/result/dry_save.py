@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.identity.fingerprint import TokenizerFingerprint
 from formats.progress import format_bytes
-from trainer.loading import load_tokenizer, one_line
+from trainer.loading import load_tokenizer
 from trainer.result.saving import ResultLayout, copy_companions, write_config
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.install import how_to_install
 from trainer.config import LoraSettings
-from trainer.loading import one_line
 
 ADAPTER_DIRECTORY = "adapter"
 MERGE_TOLERANCE = 1e-3

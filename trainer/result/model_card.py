@@ -9,9 +9,9 @@ from trainer.config import TrainConfig
 def method_name(config: TrainConfig) -> str:
     """How the model was held to its initial weights, such as `label annealing with L2`."""
     used = [
-        *(["L2 towards the initial weights"] if config.l2 else []),
+        *(["L2 towards the weights at the start"] if config.l2 else []),
         *(["elastic weight consolidation"] if config.ewc else []),
-        *(["averaging with the initial weights (SFA)"] if config.sfa else []),
+        *(["averaging with the weights at the start (SFA)"] if config.sfa else []),
         *(["replay"] if any(cache.loss == "ce" and cache.weight for cache in config.caches) else []),
     ]
     base = "direct fine-tuning" if config.kl_coef == 0 else "label annealing"
@@ -23,22 +23,37 @@ def retention_lines(config: TrainConfig) -> dict[str, str]:
     lines = {}
     if config.l2:
         lines["l2"] = (
-            f"The loss also holds `{config.l2.coef:g} / 2 * ||theta - theta0||^2` (L2 towards the initial "
-            "weights)."
+            f"The loss also holds `{config.l2.coef:g} / 2 * ||theta - theta0||^2` (L2; theta0 are the weights at "
+            "the start of this run)."
         )
     if config.ewc:
         lines["ewc"] = (
-            f"The loss also holds `{config.ewc.coef:g} / 2 * sum_i F_i (theta_i - theta0_i)^2` (elastic "
-            f"weight consolidation), F being the diagonal Fisher information per token over "
-            f"{config.ewc.num_rows} rows with {config.ewc.labels} labels."
+            f"The loss also holds `{config.ewc.coef:g} / 2 * sum_i F_i (theta_i - theta0_i)^2` (elastic weight "
+            "consolidation; theta0 are the weights at the start of this run), F being the diagonal Fisher "
+            f"information per token over {config.ewc.num_rows} rows with {config.ewc.labels} labels."
         )
     if config.sfa:
         lines["sfa"] = (
             f"After every {config.sfa.period:g} of all steps, and at the end, the weights became "
             f"`{1 - config.sfa.beta:g} * theta + {config.sfa.beta:g} * theta0` (sequential fine-tuning with "
-            "averaging)."
+            "averaging; theta0 are the weights at the start of this run: in a chain those of the last task's model)."
         )
     return lines
+
+
+def kl_line(config: TrainConfig, kl_to: str | None) -> str:
+    """What the loss was, and to which model KL holds."""
+    if not config.kl_coef:
+        return "`loss = CE` on the training tokens."
+    loss = f"`loss = CE + {config.kl_coef:g} * KL` on every training token, where KL "
+    if kl_to is None:
+        return (
+            loss + "compares the model with its own initial weights, read from a cache of teacher logprobs."
+        )
+    return (
+        f"{loss}is KL({kl_to} || model), read from a cache of the logprobs of `{kl_to}`: another model than the one "
+        "that this run started from."
+    )
 
 
 def card_head(base: str, tag: str, made: str) -> list[str]:
@@ -60,14 +75,20 @@ def model_card(
     num_steps: int,
     last: Mapping[str, float],
     evaluation: Mapping[str, Mapping[str, Any]],
+    kl_to: str | None = None,
 ) -> str:
-    """The card as Markdown with the front matter that model hubs read."""
+    """The card as Markdown with the front matter that model hubs read.
+
+    Args:
+        kl_to: the model that built the cache, where it is another one than the run starts from.
+    """
     teacher, corpus = identity.get("teacher", {}), identity.get("corpus", {})
-    base = str(teacher.get("name") or config.model)
+    base = str(
+        config.model if kl_to is not None or not config.kl_coef else teacher.get("name") or config.model
+    )
     lines = card_head(base, "label-annealing", f"fine-tuned by {method_name(config)}")
     lines += [
-        f"Fine-tuned from `{base}` with `loss = CE + {config.kl_coef:g} * KL` on every training token, "
-        "where KL compares the model with its own initial weights, read from a cache of teacher logprobs.",
+        f"Fine-tuned from `{base}` with {kl_line(config, kl_to)}",
         *retention_lines(config).values(),
         "",
         "| setting | value |",
@@ -88,7 +109,10 @@ def model_card(
         else "none",
     }
     if step0:
-        settings["KL before the first update"] = f"{step0['kl']:.2e} nats (threshold {step0['threshold']:g})"
+        limit = (
+            f" from {step0['ancestor']}" if step0.get("ancestor") else f" (threshold {step0['threshold']:g})"
+        )
+        settings["KL before the first update"] = f"{step0['kl']:.2e} nats{limit}"
     if "ce" in last:
         settings["last logged CE"] = f"{last['ce']:.4f}"
     for name in retention_lines(config):
@@ -102,16 +126,19 @@ def model_card(
             "",
             "## Evaluation",
             "",
-            "| text | CE | perplexity | KL(initial \\|\\| model) | tokens |",
-            "|---|---|---|---|---|",
+            "| text | CE | perplexity | KL | KL to | accuracy | kept | tokens |",
+            "|---|---|---|---|---|---|---|---|",
         ]
+        measures = (("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"), ("kl_to", ""))
+        shown = (*measures, ("accuracy", ".4f"), ("kept", ".4f"), ("num_tokens", ","))
         for name, result in evaluation.items():
-            kl = "-" if result.get("kl") is None else f"{result['kl']:.5f}"
-            lines.append(
-                f"| {name} | {result['ce']:.4f} | {result['perplexity']:.3f} | {kl} | "
-                f"{result['num_tokens']:,} |"
-            )
-        lines += ["", "KL is measured at T = 1 in nats per token against the initial model."]
+            cells = ("-" if result.get(key) is None else format(result[key], form) for key, form in shown)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "KL is KL(that model || this one) at T = 1 in nats per token; `kept` the share of the tokens which that "
+            "model had right with a probability above one half, and which this one has right too.",
+        ]
     lines += [
         "",
         "The settings to repeat the run are in `anneal.yaml`, the measurements in `anneal.json`.",

@@ -225,15 +225,6 @@ class RunDirectory:
         self.write_record(status="complete", **record)
 
 
-def recorded_initial(model_dir: Path) -> str | None:
-    """Fingerprint of the weights that a model was made from, by its `anneal.json`; None when it has none."""
-    try:
-        record = json.loads((model_dir / RECORD_NAME).read_text(encoding="utf-8"))
-        return str(record["identity"]["teacher"]["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))

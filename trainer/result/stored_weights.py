@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.identity.fingerprint import weight_files
 from formats.identity.tensor_hash import read_header
-from trainer.loading import one_line
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

@@ -57,15 +57,16 @@ class EwcSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SfaSettings:
-    """Average with the initial weights while training: theta <- (1 - beta) theta + beta theta0 every
-    period * T steps and at the end, T being all steps (Kleiman et al. 2025, arXiv 2501.05559).
+    """Average with the weights at the start of the run while training: theta <- (1 - beta) theta + beta theta0
+    every period * T steps and at the end, T being all steps (Kleiman et al. 2025, arXiv 2501.05559, whose theta_o
+    this is: in a chain of tasks the last task's merged model).
 
     Raises:
         ConfigError: a field is out of range.
     """
 
     beta: float
-    """Weight of the initial model in each average, in [0, 1]."""
+    """Weight of the model that the run starts from in each average, in [0, 1]."""
     period: float = 0.25
     """The paper's p: the share of all steps between two averages, in (0, 1]; 1 averages once, at the end."""
 

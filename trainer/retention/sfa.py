@@ -1,7 +1,8 @@
 """Sequential fine-tuning with averaging: training is interrupted to walk part of the way back.
 
 Kleiman et al. 2025 (arXiv 2501.05559): every p * T steps, and at the end, theta becomes
-(1 - beta) theta + beta theta0. The optimiser's state is left as it is. Between two averages training is
+(1 - beta) theta + beta theta0; theta0 are the weights that the run starts from, the paper's theta_o: in a chain of
+tasks those of the last task's merged model. The optimiser's state is left as it is. Between two averages training is
 ordinary, so a step costs nothing; a checkpoint between them is not averaged.
 
 Cost: one more copy of the trained weights.

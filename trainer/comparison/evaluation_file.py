@@ -1,0 +1,96 @@
+"""evaluations.json: what a model's evaluations on caches found, so that none is paid for twice.
+
+MODEL/evaluations.json           one entry per cache and settings
+WORK/LABEL-HASH.json             the same beside each other, where the models' directories are not to be written to
+
+An entry is found by everything that decides its numbers: the weights, configuration and vocabulary of the model, the
+digest of the cache, dtype, row limit, kind of device and the versions of this program's evaluation, torch and
+transformers. Nothing is ever compared by time or by name, so a stale entry is not found, and one of other weights is
+dropped at the next write.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from formats.cache import TeacherCache
+from formats.disk.durable import atomic_write_bytes
+from formats.identity.fingerprint import sha256_json
+from trainer.evaluation.evaluate import Result
+
+EVALUATIONS_NAME = "evaluations.json"
+FORMAT = 1
+EVALUATION_VERSION = 1
+"""Goes up when `evaluate` computes something else, or more."""
+
+
+class EvaluationFile:
+    """The remembered evaluations of one model. Losing the file costs time, nothing else.
+
+    Args:
+        directory: the model.
+        model: its identity (`model_identity`).
+        label: its name in a comparison, for the file's name in `work`.
+        work: a folder for the files of all models; None puts them beside the models.
+    """
+
+    def __init__(
+        self, directory: Path, model: Mapping[str, str], label: str, work: str | Path | None = None
+    ) -> None:
+        self.model = dict(model)
+        self.path = directory / EVALUATIONS_NAME
+        if work is not None:
+            name = re.sub(r"[^\w.-]+", "_", label)[:60]
+            self.path = Path(work) / f"{name}-{sha256_json(self.model)[:16]}.json"
+
+    @staticmethod
+    def key(cache: TeacherCache, *, dtype: str, device: str, limit: int | None) -> dict[str, Any]:
+        """What decides the numbers beside the model, as plain values."""
+        num_rows = len(cache)
+        return {
+            "cache": cache.digest,
+            "dtype": dtype,
+            "device": device.partition(":")[0],
+            "limit": None if limit is None or limit >= num_rows else limit,
+            "evaluation": EVALUATION_VERSION,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+
+    def find(self, key: Mapping[str, Any]) -> Result | None:
+        """The result under these settings, of this model; None if it has to be computed."""
+        for entry in self._entries():
+            if entry["settings"] == dict(key):
+                return dict(entry["result"])
+        return None
+
+    def add(self, key: Mapping[str, Any], result: Result) -> bool:
+        """Remember a result; False where the place cannot be written, which is no error.
+
+        That of a model that has diverged is not remembered: JSON has no word for what is not a number.
+        """
+        if any(isinstance(value, float) and not math.isfinite(value) for value in result.values()):
+            return True
+        entries = [entry for entry in self._entries() if entry["settings"] != dict(key)]
+        entries.append({"settings": dict(key), "result": dict(result)})
+        content = {"format": FORMAT, "model": self.model, "evaluations": entries}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_bytes(self.path, json.dumps(content, indent=1).encode())
+        except OSError:
+            return False
+        return True
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """All entries of this very model; none of a file that is torn, of another format, or of other weights."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT or content["model"] != self.model:
+                return []
+            return [entry for entry in content["evaluations"] if {"settings", "result"} <= set(entry)]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []

@@ -1,0 +1,96 @@
+"""What models' own records say for a comparison: who was fine-tuned directly, and who differs by a seed alone."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from formats.errors import AnnealError
+from formats.identity.fingerprint import sha256_json
+from trainer.config_file import RESOLVED_NAME, parse_yaml
+from trainer.evaluation.recorded_method import AppliedMethod
+from trainer.result.run_directory import RECORD_NAME
+
+SEEDS = ("seed", "data_seed")
+"""Of `training`: what a group of runs may differ in, beside where they were written."""
+
+
+def is_direct(method: AppliedMethod | None) -> bool:
+    """Whether a record says plain fine-tuning: no KL, no penalty, no other text, no adapters, no merge."""
+    return method is not None and not method.parts
+
+
+def recipe_of(directory: Path, recipes: Mapping[str, str]) -> str | None:
+    """A hash of how a model was made, equal for runs that differ in `training.seed`, `training.data_seed` and `out`.
+
+    Args:
+        directory: of the model.
+        recipes: weights -> recipe of the other models of the comparison: merges of runs that are one recipe are one
+            recipe, too.
+
+    None where the directory records nothing.
+    """
+    try:
+        record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
+        if "merge" in record:
+            merge = dict(record["merge"])
+            tuned = [str(model["weights"]) for model in merge.pop("tuned")]
+            return sha256_json(["merge", merge, [recipes.get(weights, weights) for weights in tuned]])
+        text = (directory / RESOLVED_NAME).read_text(encoding="utf-8")
+        settings = parse_yaml(text, str(directory / RESOLVED_NAME))
+        return sha256_json(["run", _without_seeds(dict(settings))])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AnnealError):
+        return None
+
+
+def _without_seeds(settings: dict[str, Any]) -> dict[str, Any]:
+    settings = {key: value for key, value in settings.items() if key != "out"}
+    training = settings.get("training")
+    if isinstance(training, dict):
+        settings["training"] = {key: value for key, value in training.items() if key not in SEEDS}
+    return settings
+
+
+def groups_of(
+    directories: Mapping[str, Path], weights: Mapping[str, str], *, alone: str | None = None
+) -> dict[str, list[str]]:
+    """Label of a line -> labels of the models on it, in the given order.
+
+    Args:
+        directories: label -> model.
+        weights: label -> fingerprint of its weights.
+        alone: the initial model, which is a line of its own.
+
+    Two labels of equal weights stay apart: the same model twice is not a second seed.
+    """
+    recipes: dict[str, str] = {}
+    for _ in range(2):  # runs first, then merges of them
+        for label, directory in directories.items():
+            if label != alone and (recipe := recipe_of(directory, recipes)) is not None:
+                recipes[weights[label]] = recipe
+    together: dict[str, list[str]] = {}
+    for label in directories:
+        recipe = recipes.get(weights[label]) if label != alone else None
+        key = recipe if recipe is not None else f"alone {label}"
+        if any(weights[label] == weights[other] for other in together.get(key, ())):
+            key = f"alone {label}"
+        together.setdefault(key, []).append(label)
+    found: dict[str, list[str]] = {}
+    for labels in together.values():
+        found[_common_name(labels, {*directories, *found})] = labels
+    return found
+
+
+def _common_name(labels: list[str], taken: set[str]) -> str:
+    """What the labels begin with, without a dangling `-seed`; the first label where that says nothing."""
+    if len(labels) == 1:
+        return labels[0]
+    first, last = min(labels), max(labels)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    common = first[:length].rstrip("-_., ")
+    for word in ("data_seed", "seed", "s", "run"):
+        if common.endswith(("-" + word, "_" + word, "." + word)):
+            common = common[: -len(word) - 1].rstrip("-_., ")
+            break
+    name = common or labels[0]
+    return name if name not in taken - set(labels) else " ".join(labels)

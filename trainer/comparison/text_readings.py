@@ -1,0 +1,142 @@
+"""Readings of texts: every model is evaluated once on every cache; what was found before is not computed again.
+
+The evaluation that a run records is not reused: it was measured on the weights before they were rounded to the saved
+dtype, and on rows that the record does not name.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from formats.cache import TeacherCache
+from formats.errors import ConfigError, IdentityMismatchError
+from formats.progress import Progress
+from trainer.comparison.evaluation_file import EvaluationFile
+from trainer.comparison.metric import PERPLEXITY, Metric
+from trainer.comparison.reading import Items, Reading
+from trainer.evaluation.evaluate import Result, evaluate, require_related
+from trainer.loading import load_tokenizer, open_cache
+
+ROWS = ("row_ce", "row_tokens")
+
+
+def open_texts(words: Mapping[tuple[str, str], str]) -> dict[Metric, TeacherCache]:
+    """(side, name) -> cache as metric -> opened cache.
+
+    Raises:
+        FormatError: a cache is missing, unfinished or broken.
+        IdentityMismatchError: they were built with different initial models.
+    """
+    found = {}
+    for (side, name), word in words.items():
+        metric = Metric(
+            side=side, name=name, kind="text", measure=PERPLEXITY, higher_is_better=False, where=str(word)
+        )
+        found[metric] = TeacherCache(word)
+    weights = {metric: cache.identity.teacher.get("weights") for metric, cache in found.items()}
+    if None not in weights.values() and len(set(weights.values())) > 1:
+        one, *others = found
+        other = next(metric for metric in others if weights[metric] != weights[one])
+        raise IdentityMismatchError(
+            "--source and --target must be caches of one initial model, got "
+            + " and ".join(f"{found[m].path} ({str(weights[m])[:12]})" for m in (one, other))
+            + "; build both with the initial model"
+        )
+    return found
+
+
+def require_readable(caches: Mapping[Metric, TeacherCache], directory: Path, *, is_initial: bool) -> None:
+    """Refuse caches that mean nothing for this model, before anything is evaluated.
+
+    Raises:
+        ConfigError: the model has no tokenizer.
+        IdentityMismatchError: naming the part that differs.
+    """
+    tokenizer = load_tokenizer(directory)
+    for cache in caches.values():
+        require_related(cache, directory, tokenizer)
+        if is_initial:
+            open_cache(str(cache.path), directory, tokenizer)
+
+
+def read_texts(
+    label: str,
+    directory: Path,
+    caches: Mapping[Metric, TeacherCache],
+    memory: EvaluationFile,
+    *,
+    dtype: str,
+    device: str | None,
+    limit: int | None,
+    progress: Progress,
+    forget: Callable[[str], None] = lambda reason: None,
+) -> dict[Metric, Reading]:
+    """Readings of one model on all caches.
+
+    Args:
+        memory: results of earlier calls, and the place for new ones, which are written one by one.
+        forget: called with a sentence for every result that could not be written down.
+
+    Raises:
+        ConfigError: a cache has no tokens that carry loss.
+    """
+    import torch
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    keys = {
+        m: EvaluationFile.key(cache, dtype=dtype, device=place, limit=limit) for m, cache in caches.items()
+    }
+    found: dict[Metric, Result] = {}
+    pending: dict[str, Metric] = {}
+    for metric in caches:
+        known = memory.find(keys[metric])
+        if known is not None:
+            found[metric] = known
+        elif not any(keys[metric] == keys[other] for other in pending.values()):
+            pending[_phase(metric, caches)] = metric
+
+    def remember(name: str, result: Result) -> None:
+        if not memory.add(keys[pending[name]], result):
+            forget(
+                f"{memory.path} cannot be written: evaluations are not remembered; name a folder with --work"
+            )
+
+    if pending:
+        results = evaluate(
+            directory,
+            {name: caches[metric].path for name, metric in pending.items()},
+            dtype=dtype,
+            device=device,
+            limit=limit,
+            progress=progress,
+            label=f"{label}: ",
+            per_row=True,
+            on_result=remember,
+        )
+        for metric in caches:
+            for name, other in pending.items():
+                if metric not in found and keys[other] == keys[metric]:
+                    found[metric] = results[name]
+    return {metric: _reading(found[metric], metric) for metric in caches}
+
+
+def _phase(metric: Metric, caches: Mapping[Metric, TeacherCache]) -> str:
+    """What a phase of the progress is called: the text's name, with its side where both sides have one."""
+    twice = sum(other.name == metric.name for other in caches) > 1
+    return f"{metric.side} {metric.name}" if twice else metric.name
+
+
+def _reading(result: Result, metric: Metric) -> Reading:
+    if result["perplexity"] is None:
+        raise ConfigError(f"--{metric.side} needs tokens that carry loss, got none in {metric.where}")
+    value = float(result["perplexity"])
+    items = None
+    if all(name in result for name in ROWS):
+        ce, tokens = (np.asarray(result[name], np.float64) for name in ROWS)
+        counts = tokens > 0
+        items = Items(-ce[counts], tokens[counts], np.zeros(int(counts.sum()), np.int32))
+    details: dict[str, Any] = {key: found for key, found in result.items() if key not in ROWS}
+    return Reading(value=math.inf if math.isnan(value) else value, items=items, details=details)

@@ -1,0 +1,194 @@
+"""Which of several models to take: rules over points, separate from how the points were measured.
+
+    paper            out: no improvement on every target metric; of the rest the one that lost least on the source
+                     (label annealing, section 3: "drop settings with no improvement on the target, best source")
+    keep-gain:0.9    of those that keep at least 0.9 of direct fine-tuning's gain, the one that lost least
+    budget:2%        of those that lost at most 2 % on the source, the one that gained most
+
+The paper's rule is degenerate where settings lie close together: any improvement passes, so the strongest setting that
+gains an epsilon wins. It is there to be compared with, not to be followed.
+
+Lost is `Standing.source_loss`, gained `Standing.gain`. What another point beats on every metric is never picked, nor is
+the initial model, nor a model that has diverged.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from formats.errors import ConfigError
+from trainer.comparison.metric import Metric
+from trainer.comparison.standing import Point, Standing, beats
+
+PAPER, KEEP_GAIN, BUDGET = "paper", "keep-gain", "budget"
+DEFAULT_RULE = "keep-gain:0.9"
+ALL_RULES = (PAPER, DEFAULT_RULE, "budget:2%")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule and its number."""
+
+    kind: str
+    number: float = 0.0
+    """keep-gain: the least share of direct's gain; budget: the largest loss, 0.02 for 2 %."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Rule":
+        """`paper`, `keep-gain:SHARE` or `budget:PERCENT%`.
+
+        Raises:
+            ConfigError: another word, or a number out of range.
+        """
+        kind, colon, number = text.strip().partition(":")
+        if kind == PAPER and not colon:
+            return cls(PAPER)
+        try:
+            value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+        except ValueError:
+            value = math.nan
+        if kind == KEEP_GAIN and 0 < value <= 1:
+            return cls(KEEP_GAIN, value)
+        if kind == BUDGET and 0 <= value < math.inf:
+            return cls(BUDGET, value)
+        raise ConfigError(
+            f"--rule must be paper, keep-gain:SHARE (0 to 1) or budget:PERCENT%, got {text!r}; for example "
+            f"{DEFAULT_RULE}"
+        )
+
+    def text(self) -> str:
+        """As it is given."""
+        if self.kind == KEEP_GAIN:
+            return f"{KEEP_GAIN}:{self.number:g}"
+        return f"{BUDGET}:{100 * self.number:g}%" if self.kind == BUDGET else PAPER
+
+    def meaning(self) -> str:
+        """In words."""
+        if self.kind == KEEP_GAIN:
+            return f"least lost of those that keep {100 * self.number:g} % of direct's gain"
+        if self.kind == BUDGET:
+            return f"most gained of those that lost at most {100 * self.number:g} %"
+        return "least lost of those that improve on every target"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What a rule chose."""
+
+    rule: Rule
+    label: str | None
+    """None where no point passes."""
+    passed: tuple[str, ...]
+    """Labels that the rule admits, the pick first."""
+    why_none: str = ""
+
+
+def choose(
+    points: Sequence[Point],
+    metrics: Sequence[Metric],
+    standings: Mapping[str, Standing],
+    rule: Rule,
+    *,
+    initial: str,
+    direct: str | None = None,
+    min_gain: float | None = None,
+) -> Pick:
+    """Apply one rule.
+
+    Args:
+        points: every model, the initial one included.
+        standings: of `trainer.comparison.standing.standings` on the same points.
+        min_gain: paper: the improvement on every target metric must be larger than this, in the score's unit (nats,
+            accuracy); by default than the standard error of that improvement, or zero where none is known.
+
+    Raises:
+        ConfigError: keep-gain without direct fine-tuning, or where it gained nothing.
+    """
+    known = {point.label: point for point in points}
+    admitted = []
+    for label in standings:
+        others = [standings[other].gains for other in standings if other != label]
+        if label != initial and not any(beats(other, standings[label].gains) for other in others):
+            admitted.append(label)
+    if any(standings[label].source_loss is None for label in admitted):
+        raise ConfigError(
+            "a selection needs a source metric of which the initial model has something to lose, got none"
+        )
+    if rule.kind == PAPER:
+        passing = [
+            label for label in admitted if _improves(known[label], metrics, standings[label], min_gain)
+        ]
+    elif rule.kind == KEEP_GAIN:
+        if direct is None or standings[direct].gain_kept is None:
+            reason = (
+                "got no model of it; name it with --direct LABEL" if direct is None else "it gained nothing"
+            )
+            raise ConfigError(f"{rule.text()} needs direct fine-tuning to relate to, {reason}")
+        passing = [label for label in admitted if _at_least(standings[label].gain_kept, rule.number)]
+    else:
+        passing = [label for label in admitted if _at_least(-_loss(standings[label]), -rule.number)]
+        passing = [label for label in passing if (standings[label].gain or 0.0) > 0]
+    if rule.kind == BUDGET:
+        passing.sort(key=lambda label: (-_gain(standings[label]), _loss(standings[label])))
+    else:
+        passing.sort(key=lambda label: (_loss(standings[label]), -_gain(standings[label])))
+    return Pick(rule, passing[0] if passing else None, tuple(passing), "" if passing else "no model passes")
+
+
+def _improves(point: Point, metrics: Sequence[Metric], standing: Standing, min_gain: float | None) -> bool:
+    for metric in metrics:
+        if metric.side == "target":
+            least = point.errors.get(metric.key, 0.0) if min_gain is None else min_gain
+            if not standing.gains[metric.key] > least:
+                return False
+    return True
+
+
+def _at_least(value: float | None, least: float) -> bool:
+    """With room for rounding, so that a share of exactly 0.9 passes 0.9."""
+    return value is not None and value >= least - 1e-12
+
+
+def _loss(standing: Standing) -> float:
+    return math.inf if standing.source_loss is None else standing.source_loss
+
+
+def _gain(standing: Standing) -> float:
+    return -math.inf if standing.gain is None else standing.gain
+
+
+def noise_of_a_seed(
+    points: Sequence[Point], metrics: Sequence[Metric], *, initial: str, direct: str | None
+) -> tuple[float, float] | None:
+    """How far one seed moves (lost, gained): the spread over seeds, pooled over the points that have several.
+
+    Spreads of several metrics are taken as independent: the spread of a mean of n is sqrt(sum of squares) / n. A gain
+    is in units of direct's, or of the largest. None without a point of several seeds.
+    """
+    known = {point.label: point for point in points}
+    first = known[initial]
+    lost: list[float] = []
+    gained: list[float] = []
+    for point in points:
+        if point.num_seeds < 2:
+            continue
+        for side, found in (("source", lost), ("target", gained)):
+            own = [metric for metric in metrics if metric.side == side]
+            moves = []
+            for metric in own:
+                spread = point.spreads.get(metric.key, 0.0)
+                if side == "source":
+                    scale = 1.0 if metric.logarithmic else abs(first.values[metric.key])
+                else:
+                    candidates = [known[direct]] if direct is not None else list(points)
+                    scale = max(abs(_moved(metric, other, first)) for other in candidates)
+                moves.append(spread / scale if scale else 0.0)
+            found.append(sum(move**2 for move in moves) / len(own) ** 2)
+    if not lost:
+        return None
+    return math.sqrt(sum(lost) / len(lost)), math.sqrt(sum(gained) / len(gained))
+
+
+def _moved(metric: Metric, point: Point, first: Point) -> float:
+    moved = metric.score(point.values[metric.key]) - metric.score(first.values[metric.key])
+    return moved if math.isfinite(moved) else 0.0
