@@ -1080,6 +1080,7 @@ def sweep_command(
     from trainer.sweep.compared import require_writable
     from trainer.sweep.config import sweep_from_options
     from trainer.sweep.pools import LocalPool
+    from trainer.sweep.runs import SweepStopped
     from trainer.sweep.sweep import plan_sweep, run_sweep
 
     asked = sweep_from_options(
@@ -1105,13 +1106,17 @@ def sweep_command(
     if dry_run:
         show(plan_sweep(asked).text())
         return
-    if ray is not None:
-        from trainer.sweep.on_ray import RayPool
+    try:
+        if ray is not None:
+            from trainer.sweep.on_ray import RayPool
 
-        with RayPool(None if ray == "local" else ray, parallel) as cluster:
-            report = run_sweep(asked, pool=cluster, progress=console_progress())
-    else:
-        report = run_sweep(asked, pool=LocalPool(parallel or 1), progress=console_progress())
+            with RayPool(None if ray == "local" else ray, parallel) as cluster:
+                report = run_sweep(asked, pool=cluster, progress=console_progress())
+        else:
+            report = run_sweep(asked, pool=LocalPool(parallel or 1), progress=console_progress())
+    except SweepStopped as stopped:  # typer would take it for Ctrl-C and say nothing
+        note(str(stopped))
+        raise typer.Exit(stopped.exit_code) from None
     if as_json:
         show_json(report.to_dict())
     else:

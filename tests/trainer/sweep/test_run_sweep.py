@@ -169,8 +169,8 @@ def test_bad_caches_are_refused_before_anything_runs(ask, tmp_path, tiny_qwen3_d
     with pytest.raises(AnnealError, match="gone"):
         run_sweep(ask(out, place=tmp_path / "gone"), pool=InThisProcess())
     foreign = write_cache(tmp_path / "foreign", tiny_qwen3_dir, num_rows=2)
-    with pytest.raises(AnnealError, match=r"^run direct,cache=foreign: "):
-        run_sweep(ask(out, also=[f"cache={foreign}"]), pool=InThisProcess())
+    with pytest.raises(AnnealError, match=r"^run kl_coef=1,cache=foreign: "):
+        run_sweep(ask(out, also=[f"cache={foreign} kl_coef=1"]), pool=InThisProcess())
     assert not out.exists()
 
 
