@@ -88,6 +88,25 @@ def test_every_number_is_that_of_evaluate(sweep, texts, tiny_llama_dir, tmp_path
     assert limited.initial is None and limited.standing("a") is None
 
 
+def test_a_killed_comparison_goes_on_where_it_was(sweep, texts, tiny_llama_dir, tmp_path):
+    class Killed(RecordedProgress):
+        def start(self, what, total, done=0, *, unit="row"):
+            if what == "kl-4: target":
+                raise KeyboardInterrupt
+            super().start(what, total, done, unit=unit)
+
+    known = {"initial": {"base": tiny_llama_dir}, "work": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        compare(sweep, **texts, **known, progress=Killed())
+    again = RecordedProgress()
+    found = compare(sweep, **texts, **known, progress=again)
+    assert [what for what, *_ in again.phases] == ["kl-4: target", "kl-1: source", "kl-1: target"]
+    assert (
+        found.to_dict()
+        == compare(sweep, **texts, initial={"base": tiny_llama_dir}, work=tmp_path / "x").to_dict()
+    )
+
+
 def test_rows_add_up_and_give_the_interval(sweep, texts, tiny_llama_dir, tmp_path):
     """Sums over rows against the whole, and each row against an evaluation of that row alone."""
     whole = evaluate(sweep["kl-1"], texts, per_row=True)["source"]
