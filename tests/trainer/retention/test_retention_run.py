@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import resume_worker
 import torch
-from caches import write_cache
+from caches import identity_of, write_cache
 from processes import run_ranks
 from runs import begin, finish, same_weights, settings
 from safetensors.torch import load_file
@@ -142,7 +142,10 @@ def test_all_methods_in_one_run(tiny_llama_dir, pruned_cache, llama_eval_cache, 
     told = capsys.readouterr().err
     assert "ewc: Fisher information of 5 rows" in told and "L2 " in told and "EWC " in told
     card = (out / "README.md").read_text()
-    assert "label annealing with L2 towards the initial weights and elastic weight consolidation and" in card
+    assert (
+        "label annealing with L2 towards the weights at the start and elastic weight consolidation and"
+        in card
+    )
     assert "300 / 2 * sum_i F_i" in card and "| last logged l2 penalty |" in card and "replay" in card
     initial, trained = load_file(tiny_llama_dir / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(initial[name], trained[name]) for name in initial)
@@ -171,9 +174,12 @@ def test_bad_settings_leave_nothing_behind(tiny_llama_dir, pruned_cache, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fisher_cache_of_another_model_is_refused(tiny_llama_dir, tiny_qwen3_dir, pruned_cache, tmp_path):
-    other = write_cache(tmp_path / "other", tiny_qwen3_dir, num_rows=4)
-    with pytest.raises(IdentityMismatchError, match="weights"):
+def test_a_fisher_cache_of_another_vocabulary_is_refused(tiny_llama_dir, pruned_cache, tmp_path):
+    """Its tokens are all that is read: another model's cache will do, another tokenizer's will not."""
+    identity = identity_of(tiny_llama_dir)
+    identity["tokenizer"] = dict(identity["tokenizer"]) | {"vocabulary": "0" * 64}
+    other = write_cache(tmp_path / "other", tiny_llama_dir, num_rows=4, identity=identity)
+    with pytest.raises(IdentityMismatchError, match="tokenizer vocabulary: 000000000000 in the cache"):
         train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", "ewc.coef=1", f"ewc.cache={other}"))
     assert not (tmp_path / "run").exists()
 
