@@ -201,7 +201,9 @@ def process_chunk(
         if drawn is not None:
             spread_P = kl_weight / tail_sum_P.clamp_min(torch.finfo(tail_sum_P.dtype).tiny)
             tail_P = tail_P + spread_P * drawn.tail_P
-        if targets.masked_E is not None:  # beside a label of nearly 1 the rest may underflow: no infinity times zero
+        if (
+            targets.masked_E is not None
+        ):  # beside a label of nearly 1 the rest may underflow: no infinity times zero
             tail_P = tail_P.clamp(torch.finfo(tail_P.dtype).min, torch.finfo(tail_P.dtype).max)
         gradient = replace(
             ce.gradient,
