@@ -1,9 +1,8 @@
 """`transformers.Trainer` with the label annealing loss, and the traps of that class closed.
 
 - The loss is taken inside the wrapped forward (trainer/loop/output_head.py); `compute_loss_func` would only see logits.
-- Denominators count the shifted labels and the teacher positions of all micro-batches and all ranks of a
-  step, and the mean that DDP and FSDP take over ranks is undone, so the gradient does not depend on how a
-  batch is split.
+- Denominators count shifted labels and teacher positions of all micro-batches and ranks of a step, and the mean that
+  DDP and FSDP take over ranks is undone: the gradient does not depend on how a batch is split.
 - The base class must not divide by the accumulation steps again (`loss_is_scaled_for_ga`).
 - Its loaders would drop the teacher's columns and repeat rows to even out the ranks: batches come from
   trainer/data/sampler.py instead.
