@@ -239,7 +239,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch: summed over micro-batches and averaged over ranks it is the step's."""
-        counts: dict[str, torch.Tensor] = {}
+        counts: dict[str, Any] = {}
         if isinstance(num_items_in_batch, torch.Tensor):
             # DDP and FSDP average over ranks what ought to be summed; a smaller denominator undoes it.
             share = num_items_in_batch[:2] / self.args.world_size

@@ -129,8 +129,8 @@ def model_card(
             "| text | CE | perplexity | KL | KL to | accuracy | kept | tokens |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        shown = (("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"), ("kl_to", ""))
-        shown += (("accuracy", ".4f"), ("kept", ".4f"), ("num_tokens", ","))
+        shown = [("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"), ("kl_to", "")]
+        shown += [("accuracy", ".4f"), ("kept", ".4f"), ("num_tokens", ",")]
         for name, result in evaluation.items():
             cells = ("-" if result.get(key) is None else format(result[key], form) for key, form in shown)
             lines.append(f"| {name} | {' | '.join(cells)} |")
