@@ -10,7 +10,10 @@
 # TORCH_ARGS     extra arguments for installing torch on a machine without a GPU, for example
 #                TORCH_ARGS="--index-url <PyTorch's CPU wheel index>", which spares the download of the CUDA libraries
 
+# WORKERS        processes that share the tests; each holds an engine of its own, so 2 need some 8 GiB
+
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
@@ -50,7 +53,7 @@ real: install
 	$(BIN)/python examples/real/board.py --work real-out
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
