@@ -155,7 +155,7 @@ def test_train_on_two_processes_writes_the_model_of_one(fsdp, tiny_llama_dir, pr
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
     records = [json.loads((tmp_path / name / "anneal.json").read_text()) for name in ("one", "two")]
-    for key in ("ce", "kl"):
+    for key in ("ce", "kl", "entropy", "confidence", "num_tokens"):
         first, second = (record["evaluation"]["again"][key] for record in records)
         assert second == pytest.approx(first, rel=1e-3)
 
