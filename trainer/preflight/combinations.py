@@ -58,6 +58,12 @@ def check_objective(config: TrainConfig) -> None:
             raise ConfigError(
                 f"{name} would have no effect: it needs a KL term, got kl_coef: 0; remove it or raise kl_coef"
             )
+    for number, cache in enumerate(config.caches):
+        if config.kl_coef == 0 and cache.loss == "kl" and cache.weight:
+            raise ConfigError(
+                f"caches.{number}.loss: kl would have no effect: it needs a KL term, got kl_coef: 0; use loss: ce to "
+                "replay the text, or raise kl_coef"
+            )
     if config.loss_kernel == "triton" and (setting := config.needs_rows_of_logits):
         raise ConfigError(
             f"{setting} is not available with loss_kernel: triton, which reads no whole rows of logits; use "

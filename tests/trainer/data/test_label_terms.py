@@ -160,6 +160,10 @@ def test_bad_settings_are_refused_in_one_line(override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["kl_coef=0", "caches=[{path: c, loss: kl}]"],
+            "caches.0.loss: kl would have no effect: it needs a KL term",
+        ),
         (["kl_coef=0", "kl_target=masked"], "kl_target would have no effect: it needs a KL term"),
         (["kl_coef=0", "kl_budget=0.1"], "kl_budget would have no effect: it needs a KL term"),
         (["kl_budget=0.1", "temperature=2"], "at temperature 1, so it needs temperature: 1.0, got 2"),
