@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 PACKAGES = ("formats", "cache_builder", "trainer")
 
@@ -44,7 +46,21 @@ from formats.errors import AnnealError, ConfigError  # noqa: E402
 from formats.install import how_to_install  # noqa: E402
 from formats.progress import ConsoleProgress  # noqa: E402
 
+
+class InterruptibleGroup(TyperGroup):
+    """Commands that a signal ends say how far they came; typer alone exits with 130 and not a word."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            note(str(error) or "interrupted")
+            sys.exit(getattr(error, "exit_code", 130))
+
+
 app = typer.Typer(
+    cls=InterruptibleGroup,
     help="Fine-tune open-weight language models without forgetting.",
     no_args_is_help=True,
     add_completion=False,
@@ -1080,7 +1096,6 @@ def sweep_command(
     from trainer.sweep.compared import require_writable
     from trainer.sweep.config import sweep_from_options
     from trainer.sweep.pools import LocalPool
-    from trainer.sweep.runs import SweepStopped
     from trainer.sweep.sweep import plan_sweep, run_sweep
 
     asked = sweep_from_options(
@@ -1106,17 +1121,13 @@ def sweep_command(
     if dry_run:
         show(plan_sweep(asked).text())
         return
-    try:
-        if ray is not None:
-            from trainer.sweep.on_ray import RayPool
+    if ray is not None:
+        from trainer.sweep.on_ray import RayPool
 
-            with RayPool(None if ray == "local" else ray, parallel) as cluster:
-                report = run_sweep(asked, pool=cluster, progress=console_progress())
-        else:
-            report = run_sweep(asked, pool=LocalPool(parallel or 1), progress=console_progress())
-    except SweepStopped as stopped:  # typer would take it for Ctrl-C and say nothing
-        note(str(stopped))
-        raise typer.Exit(stopped.exit_code) from None
+        with RayPool(None if ray == "local" else ray, parallel) as cluster:
+            report = run_sweep(asked, pool=cluster, progress=console_progress())
+    else:
+        report = run_sweep(asked, pool=LocalPool(parallel or 1), progress=console_progress())
     if as_json:
         show_json(report.to_dict())
     else:
@@ -1162,8 +1173,6 @@ def main() -> None:
         if not missing or missing in (*PACKAGES, "cli"):
             raise
         fail(f"this command needs the package {missing}, which is not installed; {how_to_install()}", error)
-    except KeyboardInterrupt as error:
-        fail(str(error) or "interrupted", error, code=getattr(error, "exit_code", 130))
     except OSError as error:
         what = f" {error.filename}" if error.filename else ""
         fail(f"the file system refused{what}: {error.strerror or error}", error)
