@@ -110,7 +110,9 @@ class ConsoleProgress(Progress):
     def _rates(self) -> str:
         began, rows, tokens = self._first or (time.monotonic(), 0, 0)
         elapsed = max(time.monotonic() - began, 1e-3)
-        text = f"{(self._rows - rows) / elapsed:.1f} {self._unit}s/s"
+        rate = (self._rows - rows) / elapsed
+        slow = 0 < rate < 0.1
+        text = f"{format_seconds(1 / rate)} for each {self._unit}" if slow else f"{rate:.1f} {self._unit}s/s"
         if self._tokens:
             text += f", {(self._tokens - tokens) / elapsed:,.0f} tokens/s"
         return text + (f", {self._bytes / self._written:.1f} bytes/token" if self._written else "")

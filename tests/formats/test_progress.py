@@ -100,3 +100,17 @@ def test_seconds(seconds: float, text: str) -> None:
 )
 def test_bytes(num_bytes: float, text: str) -> None:
     assert format_bytes(num_bytes) == text
+
+
+def test_what_takes_minutes_each_has_its_minutes_shown(clock: Clock) -> None:
+    stream = io.StringIO()
+    shown = ConsoleProgress(stream, interval_seconds=10)
+    shown.start("sweep", 8, unit="run")
+    shown.running()
+    for _ in range(2):
+        clock.now += 150
+        shown.advance(1)
+    assert stream.getvalue().splitlines() == [
+        "sweep: 1 of 8 runs, 2 min 30 s for each run, 17 min 30 s left",
+        "sweep: 2 of 8 runs, 2 min 30 s for each run, 15 min 0 s left",
+    ]
