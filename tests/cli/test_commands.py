@@ -130,7 +130,7 @@ def test_compare_prints_a_table_json_a_picture_and_a_page(
     picture, page = workspace / "compared.png", workspace / "compared.html"
     shown = anneal(*words, "--work", workspace / "work", "--plot", picture, "--html", page)
     lines = [line.split() for line in shown.stdout.splitlines()]
-    assert lines[0] == ["source", "old", "target", cache.name, "lost", "on", "KL", "on"]
+    assert lines[0] == ["source", "old", "target", cache.name, "source", "KL", "on"]
     assert lines[1][:4] == ["model", "method", "ppl", "nats"]
     assert lines[2][:2] == ["*", tiny_llama_dir.name] and "initial model" in shown.stdout
     assert lines[3][:4] == ["half", "WiSE-FT", "alpha", "0.5"] and "+0.000" in lines[3]

@@ -25,14 +25,14 @@ def main_table(comparison: Lines) -> Table:
     shared = comparison.direct is not None and related
     kls = [comparison.kl_on_target(model) for model in comparison.models]
     right = [comparison.still_right(model) for model in comparison.models]
-    groups, header = ["", "", ""], ["", "model", "method"]
+    groups, header = ["", ""], ["  model", "method"]
     for metric in comparison.metrics:
         unit = "ppl" if metric.kind == "text" else measure_name(metric)
         groups += [f"{metric.side} {metric.name}", *([""] if related else [])]
         header += [unit, *(["nats" if metric.logarithmic else "gain"] if related else [])]
     tail = [
         *((("gain", "kept"), ("forgetting", "avoided")) if shared else ()),
-        *((("lost on", "source"),) if related else ()),
+        *((("source", "lost"),) if related else ()),
         *((("still", "right"),) if any(share is not None for share in right) else ()),
         *((("KL on", "target"),) if any(kl is not None for kl in kls) else ()),
     ]
@@ -40,11 +40,8 @@ def main_table(comparison: Lines) -> Table:
     header += [second for _, second in tail]
     rows = []
     for model, kl, share in zip(comparison.models, kls, right, strict=True):
-        row = [
-            "*" if model.label in comparison.front else "",
-            name_of(model),
-            comparison.method_text(model) or "-",
-        ]
+        mark = "* " if model.label in comparison.front else "  "
+        row = [mark + name_of(model), comparison.method_text(model) or "-"]
         for metric in comparison.metrics:
             row.append(value_text(metric, model.cells[metric.key]))
             if related:
@@ -61,7 +58,7 @@ def main_table(comparison: Lines) -> Table:
         if ("KL on", "target") in tail:
             row.append("-" if kl is None else f"{kl:.4f}")
         rows.append(row)
-    return Table(groups, header, rows, 3, [model.label for model in comparison.models])
+    return Table(groups, header, rows, 2, [model.label for model in comparison.models])
 
 
 def flips_table(comparison: Lines) -> Table | None:

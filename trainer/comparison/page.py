@@ -162,7 +162,7 @@ def _tips(comparison: Lines) -> dict[str, str]:
         groups.append(last)
     found = {}
     for label, row in zip(table.labels, table.rows, strict=True):
-        lines = [row[1], row[2]] if row[2] != "-" else [row[1]]
+        lines = [row[0][2:], *([row[1]] if row[1] != "-" else [])]
         for group, head, cell in list(zip(groups, table.header, row, strict=True))[table.num_words :]:
             if cell:
                 lines.append(f"{group} {head}: {cell}")

@@ -214,7 +214,7 @@ def test_the_table_by_hand():
         "nats",
         "kept",
         "avoided",
-        "source",
+        "lost",
         "target",
     ]
     assert lines[2] == ["*", "base", "initial", "model", "10.00", "20.00", "0.2500"]
