@@ -35,7 +35,7 @@ th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-b
 th { color: var(--soft); font-weight: 600; } .word { text-align: left; } tr.lit { background: var(--row); }
 #tip { position: fixed; z-index: 1; pointer-events: none; white-space: pre-line; background: var(--ink);
   color: var(--paper); padding: .4rem .6rem; border-radius: .3rem; font-size: 13px; max-width: 24rem; }
-[hidden] { display: none; } li { margin: .2rem 0; }
+[hidden] { display: none; } select { max-width: 100%; } li { margin: .2rem 0; }
 """
 
 SCRIPT = """
