@@ -75,8 +75,9 @@ def _of_run(config: TrainConfig) -> AppliedMethod:
         )
         parts.append((name, strength | {"temperature": config.temperature}))
     for name, value in config.changed().items():
-        changed = {name: value} if isinstance(value, float) else {}
-        parts.append((name if changed else f"{name} {value}", changed))
+        parts.append(
+            ("label smoothing", {name: value}) if isinstance(value, float) else (f"{name} {value}", {})
+        )
     if config.l2:
         parts.append(("L2", {"l2.coef": config.l2.coef}))
     if config.ewc:

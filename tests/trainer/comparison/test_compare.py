@@ -280,6 +280,12 @@ def test_the_picture_joins_models_of_one_method_and_leaves_out_what_has_diverged
     [
         ({"kl_coef": 0}, "direct fine-tuning"),
         ({"kl_coef": 4}, "label annealing kl_coef 4"),
+        ({"kl_budget": 0.02}, "label annealing kl_budget 0.02"),
+        ({"kl_coef": 0.1, "ce_weight": "dft"}, "label annealing kl_coef 0.1 + ce_weight dft"),
+        (
+            {"kl_target": "masked", "label_smoothing": 0.1},
+            "label annealing kl_coef 1 + kl_target masked + label smoothing label_smoothing 0.1",
+        ),
         ({"kl_coef": 1, "temperature": 2}, "label annealing kl_coef 1 temperature 2"),
         ({"kl_coef": 1, "kl_direction": "reverse"}, "label annealing (reverse KL) kl_coef 1"),
         ({"kl_coef": 0, "l2": {"coef": 0.1}}, "L2 coef 0.1"),

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.loss import triton_passes
 from trainer.loss.label_annealing_loss import label_annealing_loss
+from trainer.objective import Objective
 
 DEVICE = "cpu" if triton_passes.INTERPRETED else "cuda"
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -123,6 +124,23 @@ def test_reverse(head, dtype, temperature):
 @pytest.mark.parametrize("head", ("plain", "all"))
 def test_without_a_teacher(head, dtype):
     compare(replace(make_case(**HEADS[head]), teacher=None), dtype, chunk_size=5)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_weights_and_masked_labels_are_those_of_torch(dtype, temperature):
+    """What acts on single tokens and rows, beside kernels that know nothing of it."""
+    case = cast(make_case(drift=0.3, draw_rate=4.0, temperature=temperature), dtype)
+    flags = torch.zeros(len(case.teacher.token_ids), dtype=torch.bool)
+    flags[case.teacher.offsets[:-1]] = True
+    weights = torch.linspace(0, 1, len(case.teacher))
+    case = replace(case, teacher=replace(case.teacher, masked=flags, weights=weights))
+    objective = Objective(kl_target="masked-weighted", ce_weight="dft")
+    output, gradients = fused(case, objective=objective)
+    torch_output, torch_gradients = fused(case, "torch", objective=objective)
+    assert output.loss.item() == pytest.approx(torch_output.loss.item(), rel=NEAR[dtype])
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, torch_gradients[name]) < NEAR[dtype], name
 
 
 def test_blocks_as_they_are(monkeypatch):
