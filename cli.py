@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -50,7 +49,7 @@ from formats.progress import ConsoleProgress  # noqa: E402
 class InterruptibleGroup(TyperGroup):
     """Commands that a signal ends say how far they came; typer alone exits with 130 and not a word."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
