@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from corpora import ROWS
+from make_corpora import ROWS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -66,7 +66,7 @@ class Board:
         """Model, corpora and caches."""
         if not (self.work / "model" / "config.json").is_file():
             self.script("make_model.py", "--out", "model")
-        self.script("corpora.py", "--out", "corpora", "--scale", self.scale)
+        self.script("make_corpora.py", "--out", "corpora", "--scale", self.scale)
         for name in ROWS[self.scale]:
             if not (self.work / "caches" / name / "manifest.json").is_file():
                 build = (

