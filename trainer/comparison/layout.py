@@ -109,11 +109,7 @@ def notes_of(comparison: Lines) -> list[str]:
             f"gain kept, forgetting avoided: shares of what {comparison.direct} gained and forgot"
             + (", mean over metrics" if len(comparison.metrics) > 2 else "")
         )
-    for metric in comparison.without_share:
-        did = "gain" if metric.side == "target" else "forget"
-        lines.append(
-            f"{metric.side} {metric.name} has no share: {comparison.direct} did not {did} on it beyond noise"
-        )
+    lines += [no_share_note(metric, comparison.direct) for metric in comparison.without_share]
     unknown = [
         f"{metric.side} {metric.name}"
         for metric in comparison.metrics
@@ -128,6 +124,12 @@ def notes_of(comparison: Lines) -> list[str]:
     if law is not None:
         lines.append(law.text())
     return lines
+
+
+def no_share_note(metric: Metric, direct: str | None) -> str:
+    """Why a metric has no share."""
+    did = "gain" if metric.side == "target" else "forget"
+    return f"{metric.side} {metric.name} has no share: {direct} did not {did} on it beyond noise"
 
 
 def name_of(model: ComparedModel) -> str:

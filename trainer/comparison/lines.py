@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from formats.errors import ConfigError
 from trainer.comparison.flips import Flips
@@ -82,6 +82,14 @@ class Lines:
     """Label of direct fine-tuning, if it was named or found."""
     notes: tuple[str, ...] = ()
     """Sentences about what could not be computed, and why."""
+
+    def related_to(self, direct: str) -> Self:
+        """The same lines with shares of this one, which is direct fine-tuning; nothing is read again.
+
+        Raises:
+            ConfigError: there is no such line.
+        """
+        return replace(self, direct=self.line(direct).label, notes=())
 
     @cached_property
     def points(self) -> tuple[Point, ...]:

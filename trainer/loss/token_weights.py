@@ -72,11 +72,7 @@ class CrossEntropy:
         Raises:
             ConfigError: the kernel does not read what is needed, or a number or column is missing.
         """
-        if kernel == "triton" and (setting := objective.needs_rows_of_logits):
-            raise ConfigError(
-                f"{setting} is not available with loss_kernel: triton, which reads no whole rows of logits; use "
-                "loss_kernel: torch"
-            )
+        objective.require_kernel(kernel)
         weighting = objective.weighting
         if weighting.name == "talr" and weighting.value is None:
             raise ConfigError("ce_weight talr needs its tau, got none; write talr:NATS")

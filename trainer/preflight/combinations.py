@@ -64,11 +64,7 @@ def check_objective(config: TrainConfig) -> None:
                 f"caches.{number}.loss: kl would have no effect: it needs a KL term, got kl_coef: 0; use loss: ce to "
                 "replay the text, or raise kl_coef"
             )
-    if config.loss_kernel == "triton" and (setting := config.needs_rows_of_logits):
-        raise ConfigError(
-            f"{setting} is not available with loss_kernel: triton, which reads no whole rows of logits; use "
-            "loss_kernel: torch"
-        )
+    config.require_kernel(config.loss_kernel)
     if config.kl_budget is None:
         return
     for name, needed in OF_THE_PLAIN_KL.items():

@@ -7,7 +7,6 @@ it was trained on. A cache that any of them built says something about the model
 KL may hold to it.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from formats.errors import AnnealError
 from formats.identity.fingerprint import ModelFingerprint
-from trainer.result.run_directory import RECORD_NAME
+from trainer.result.run_directory import read_record
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def ancestors_of(model_dir: Path) -> list[Ancestor]:
 
     A record without a lineage, of an earlier version, names the initial model in its identity.
     """
-    record = _record(model_dir)
+    record = read_record(model_dir)
     found = [_entry(entry) for entry in _list(record.get("lineage"))]
     if "lineage" not in record:
         found.append(_entry(_mapping(_mapping(record.get("identity")).get("teacher"))))
@@ -66,7 +65,7 @@ def lineage_of(model_dir: Path, name: str) -> list[Ancestor]:
         ConfigError: it is not a model.
         FormatError: a weight file is torn.
     """
-    cache = _record(model_dir).get("cache")
+    cache = read_record(model_dir).get("cache")
     itself = Ancestor(
         short_name(name), ModelFingerprint.of(model_dir).weights, None if cache is None else str(cache)
     )
@@ -86,7 +85,7 @@ def known_teachers(model_dir: Path) -> dict[str, str]:
     """Fingerprint -> name of every model whose caches say something about this one, by its record: ancestors, and
     the teacher that it was distilled from. Empty when nothing is recorded.
     """
-    anchor = _entry(_mapping(_record(model_dir).get("kl_to")))
+    anchor = _entry(_mapping(read_record(model_dir).get("kl_to")))
     entries = [*ancestors_of(model_dir), *([anchor] if anchor is not None else [])]
     return {entry.weights: entry.name for entry in entries}
 
@@ -94,13 +93,6 @@ def known_teachers(model_dir: Path) -> dict[str, str]:
 def to_record(lineage: Iterable[Ancestor]) -> list[dict[str, Any]]:
     """As `anneal.json` holds it."""
     return [asdict(entry) for entry in lineage]
-
-
-def _record(model_dir: Path) -> dict[str, Any]:
-    try:
-        return _mapping(json.loads((model_dir / RECORD_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 def _entry(entry: Any) -> Ancestor | None:

@@ -225,9 +225,15 @@ class RunDirectory:
         self.write_record(status="complete", **record)
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def read_record(directory: Path) -> dict[str, Any]:
+    """What the `anneal.json` of a run or a merged model says; empty where there is none that can be read."""
     try:
-        record = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) and record.get("status") in STATUSES else None
+        record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    record = read_record(path)
+    return record if record.get("status") in STATUSES else None

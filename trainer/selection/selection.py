@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.errors import ConfigError
 from trainer.comparison.comparison import Comparison
-from trainer.comparison.layout import Table, percent
+from trainer.comparison.layout import Table, no_share_note, percent
 from trainer.comparison.metric import Metric
 from trainer.comparison.standing import Point, Standing, standings
 from trainer.comparison.table import table_text
@@ -132,12 +132,7 @@ class Selection:
             lines.append(f"within the noise of a seed: {near} ({words})")
         if self.direct is None:
             lines.append("no shares: no model is known to be direct fine-tuning; name it with --direct LABEL")
-        for metric in self.without_share:
-            did = "gain" if metric.side == "target" else "forget"
-            lines.append(
-                f"{metric.side} {metric.name} has no share: {self.direct} did not {did} on it beyond noise"
-            )
-        return lines
+        return lines + [no_share_note(metric, self.direct) for metric in self.without_share]
 
 
 def select(comparison: Comparison, rule: str = DEFAULT_RULE, *, min_gain: float | None = None) -> Selection:

@@ -85,18 +85,18 @@ def comparison_of(
     options |= {"source": config.source, "target": config.target, "initial": initial, "progress": progress}
     found = compare(models, **options, direct=direct)
     if direct is None and found.direct is None and (best := best_direct(found)) is not None:
-        found = compare(models, **options, direct=best)
+        found = found.related_to(best)
     return found
 
 
 def best_direct(comparison: "Comparison") -> str | None:
     """Of several lines of direct fine-tuning the one that gains most on the target."""
-    from trainer.evaluation.recorded_method import DIRECT
+    from trainer.comparison.records import is_direct
 
     gains: dict[str, float] = {}
     for line in comparison.models:
         found = comparison.standing(line.label)
-        told = line.method is not None and line.method.name == DIRECT and line.label != comparison.initial
+        told = is_direct(line.method) and line.label != comparison.initial
         if told and found is not None and found.gain is not None:
             gains[line.label] = found.gain
     return max(gains, key=lambda label: gains[label]) if gains else None

@@ -13,10 +13,11 @@ from formats.errors import AnnealError, ConfigError
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
 from trainer.merging.methods import DEFAULTS, MergeConfig, require_peft
+from trainer.result.run_directory import read_record
 from trainer.sweep.config import MergeEntry, SweepConfig
 from trainer.sweep.names import value_text
 from trainer.sweep.plan import PlannedRun
-from trainer.sweep.runs import is_finished, record_of
+from trainer.sweep.runs import is_finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def is_made(planned: PlannedMerge, out: Path) -> bool:
     if not is_finished(planned.directory(out)) or not is_finished(planned.run.directory(out)):
         return False
     try:
-        (tuned,) = record_of(planned.directory(out))["merge"]["tuned"]
+        (tuned,) = read_record(planned.directory(out))["merge"]["tuned"]
         return bool(tuned["weights"] == ModelFingerprint.of(planned.run.directory(out)).weights)
     except (KeyError, TypeError, ValueError):
         return False

@@ -22,7 +22,7 @@ from trainer.checkpoint import newest_checkpoint
 from trainer.config_file import RESOLVED_NAME, load_config
 from trainer.preflight.continuation import comparable, contents_of
 from trainer.recipe import device_defaults, resolve_training
-from trainer.result.run_directory import RECORD_NAME
+from trainer.result.run_directory import read_record
 from trainer.sweep.names import digest
 from trainer.sweep.plan import PlannedRun
 from trainer.sweep.pools import Job, Outcome, Pool
@@ -42,18 +42,9 @@ class SweepStopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def record_of(directory: Path) -> Mapping[str, Any]:
-    """What a run's directory records; empty where it records nothing."""
-    try:
-        record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def is_finished(directory: Path) -> bool:
     """Whether a run has its result."""
-    return record_of(directory).get("status") == "complete" and (directory / RECORD_NAME).is_file()
+    return read_record(directory).get("status") == "complete"
 
 
 def decisive(run: PlannedRun, out: Path) -> dict[str, Any]:
@@ -85,7 +76,7 @@ def require_same(run: PlannedRun, out: Path) -> None:
         load_config(directory / RESOLVED_NAME).to_dict()
     )  # younger settings take their default
     before = {key: value for key, value in before.items() if key not in ignored}
-    facts = record_of(directory).get("run", {})
+    facts = read_record(directory).get("run", {})
     caches = {"training": [config.cache], "mixed": [cache.path for cache in config.caches]}
     for group, paths in caches.items():
         for number, path in enumerate(paths):
