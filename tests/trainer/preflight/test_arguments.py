@@ -226,12 +226,12 @@ def test_null_is_a_value_where_it_is_one_and_else_the_default():
         resolved({"learning_rat": None})
 
 
-def test_inductor_needs_a_compiler_on_a_cpu(monkeypatch, tmp_path):
-    from torch._inductor import config, cpp_builder
+def test_inductor_needs_a_compiler_on_a_cpu(tmp_path):
+    from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
-    cpp_builder.get_cpp_compiler.cache_clear() if hasattr(
-        cpp_builder.get_cpp_compiler, "cache_clear"
-    ) else None
-    with pytest.raises(ConfigError, match="torch_compile needs a C\\+\\+ compiler on a CPU"):
+    # its own patch: monkeypatch takes the setting for a class attribute and deletes it when done
+    with (
+        config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}),
+        pytest.raises(ConfigError, match="torch_compile needs a C\\+\\+ compiler on a CPU"),
+    ):
         resolved({"torch_compile": True, "use_cpu": True})
