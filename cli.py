@@ -82,6 +82,15 @@ CorpusArgument = Annotated[
         "Hugging Face data set name.",
     ),
 ]
+OptionalCorpusArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CORPUS]",
+        show_default=False,
+        help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a "
+        "Hugging Face data set name; none with --generate.",
+    ),
+]
 ModelOption = Annotated[str, typer.Option("--model", help="Model directory or Hugging Face name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")]
 EngineOption = Annotated[str, typer.Option(help="vllm, or transformers where vLLM cannot be installed.")]
@@ -128,7 +137,11 @@ RevisionOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: the engine's weights.")]
 SeedOption = Annotated[
     int | None,
-    typer.Option(show_default=False, help="With --limit: draw the records at random with this seed."),
+    typer.Option(
+        show_default=False,
+        help="With --limit: draw the records at random with this seed. With --generate: seed of the rows.  [default "
+        "there: 0]",
+    ),
 ]
 EvalDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")]
 EvalLimitOption = Annotated[
@@ -289,9 +302,36 @@ def root(
 
 @cache_app.command("build")
 def cache_build(
-    corpus: CorpusArgument,
     model: ModelOption,
     out: Annotated[str, typer.Option(help="Directory of the cache; made if missing.")],
+    corpus: OptionalCorpusArgument = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Instead of a CORPUS: let the model write N rows, then capture them. From the chat template's empty "
+            "user turn, or from BOS without a template.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="With --generate: what rows begin with, in turn. A .txt file of one prompt per line, or a corpus, whose "
+            "answers are left out.",
+        ),
+    ] = None,
+    generate_temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T",
+            show_default=False,
+            help="With --generate: temperature of the distribution that tokens are drawn from.  [default: 1]",
+        ),
+    ] = None,
     engine: EngineOption = "vllm",
     max_length: MaxLengthOption = None,
     min_prob: Annotated[
@@ -345,10 +385,26 @@ def cache_build(
     ] = None,
 ) -> None:
     """Run the initial model over CORPUS once and store its compressed top-k logprobs."""
-    from cache_builder import BuildConfig, build_cache, plan_build
+    from cache_builder import BuildConfig, GenerationConfig, build_cache, plan_build
 
+    generation = None
+    if generate is not None:
+        temperature = 1.0 if generate_temperature is None else generate_temperature
+        generation = GenerationConfig(
+            num_rows=generate, prompts=prompts, temperature=temperature, seed=seed or 0
+        )
+        seed = None
+    else:
+        for option, value in (("--prompts", prompts), ("--generate-temperature", generate_temperature)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} needs --generate N, got {value} without it; add it or leave it out"
+                )
+        if corpus is None:
+            raise ConfigError("a build needs a CORPUS or --generate N, got neither; see --help")
     config = BuildConfig(
-        corpus=corpus,
+        corpus=corpus or "",
+        generate=generation,
         model=model,
         out=out,
         engine=engine,

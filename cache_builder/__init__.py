@@ -1,4 +1,4 @@
-"""Corpus -> token rows -> teacher -> shards.
+"""Corpus, or rows that the model writes itself -> token rows -> teacher -> shards.
 
 Importing this package loads nothing heavy: every public name is imported from its module on first use.
 The functions `tokenise` and `preview` live in the modules of the same names.
@@ -10,6 +10,7 @@ from typing import Any
 _MODULES = {
     "BuildConfig": "config",
     "BuildReport": "report",
+    "GenerationConfig": "generation.settings",
     "PlanReport": "report",
     "BuildInterrupted": "commit.signals",
     "build_cache": "build",
@@ -23,11 +24,14 @@ _MODULES = {
     "verify_cache": "tools.verify",
     "CorpusConfig": "corpus.corpus",
     "open_corpus": "corpus.corpus",
+    "SampleRequest": "teachers.protocol",
+    "Sampler": "teachers.protocol",
     "Teacher": "teachers.protocol",
     "TeacherConfig": "teachers.protocol",
     "TeacherError": "teachers.protocol",
     "TransformersTeacher": "teachers.transformers_teacher",
     "VLLMTeacher": "teachers.vllm_teacher",
+    "make_sampler": "teachers.engines",
     "make_teacher": "teachers.engines",
 }
 

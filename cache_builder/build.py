@@ -1,5 +1,6 @@
 """`anneal cache build`: plan, capture, finish; every step durable, repeatable, and safe beside other workers.
 
+    write    with `--generate` only: the model writes the rows itself, committed batch by batch
     plan     tokenise the corpus once into staged rows; commit `_build/plan.json`
     capture  each shard: claim, prefill, temporary file, flush, exclusive commit, flush of the directory
     finish   read every shard back, write the manifest, remove `_build/`
@@ -10,7 +11,7 @@ not.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,13 @@ from cache_builder.commit.shard_committer import Step, no_step
 from cache_builder.commit.signals import BuildInterrupted, interruptible
 from cache_builder.commit.staging import StagedShard
 from cache_builder.config import BuildConfig
-from cache_builder.pace import WAVES_PER_SHARD
+from cache_builder.generation.generate import GeneratedRows
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
+from cache_builder.start import MakeSampler, MakeTeacher, start_engine, start_sampler
 from cache_builder.teachers.fast_dtype import dtype_note
 from formats.disk.manifest import Manifest
+from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError, ConfigError
 from formats.identity.teacher_identity import TeacherIdentity
 from formats.progress import Progress
@@ -36,30 +39,10 @@ if TYPE_CHECKING:
 
 PLAN_CLAIM, FINISH_CLAIM = "plan", "finish"
 POLL_SECONDS = 1.0
-MakeTeacher = Callable[[BuildConfig, BuildSource], "Teacher"]
 
 
 class BuildError(AnnealError):
     """The machine failed the build: a full disk, an I/O error. The message says how far it got."""
-
-
-def start_engine(config: BuildConfig, source: BuildSource) -> "Teacher":
-    """The engine that the settings name."""
-    from cache_builder.teachers.engines import make_teacher
-    from cache_builder.teachers.protocol import TeacherConfig
-
-    return make_teacher(
-        config.engine,
-        TeacherConfig(
-            model=str(source.model_dir),
-            dtype=config.dtype,
-            head_dtype=config.head_dtype,
-            capture=config.capture,
-            max_length=source.max_length,
-            wave_tokens=max(source.settings.tokens_per_shard // WAVES_PER_SHARD, 1),
-            engine_args=dict(config.engine_args),
-        ),
-    )
 
 
 def build_cache(
@@ -68,6 +51,7 @@ def build_cache(
     *,
     source: BuildSource | None = None,
     make_teacher: MakeTeacher = start_engine,
+    make_sampler: MakeSampler = start_sampler,
     make_capture: Callable[..., Capture] = Capture,
     step: Step = no_step,
 ) -> BuildReport:
@@ -78,6 +62,7 @@ def build_cache(
         source: model, tokenizer and corpus, opened already; by default opened from `config`.
         make_teacher: starts the engine when the first shard is claimed; for people with a teacher of their
             own, which must draw tail tokens at `config.draw_rate`.
+        make_sampler: starts the engine that writes rows, where `config.generate` asks for some.
         make_capture: does the work of one process; the Ray pool has its own.
         step: called between the operations of the protocol; for fault tests.
 
@@ -91,7 +76,7 @@ def build_cache(
     progress = progress or Progress()
     with interruptible():
         try:
-            return _build(config, directory, progress, source, make_teacher, make_capture, step)
+            return _build(config, directory, progress, source, make_teacher, make_sampler, make_capture, step)
         except BuildInterrupted as signal:
             signal.message = f"interrupted: {directory.how_far()}"
             raise
@@ -112,6 +97,7 @@ def _build(
     progress: Progress,
     source: BuildSource | None,
     make_teacher: MakeTeacher,
+    make_sampler: MakeSampler,
     make_capture: Callable[..., Capture],
     step: Step,
 ) -> BuildReport:
@@ -136,7 +122,8 @@ def _build(
         return _complete(directory, was_complete=True)
     source = _settle(directory, source, reopen, any_size=config.tokens_per_shard is None)
     step("settings")
-    plan, planned_here = _plan(directory, source, config, progress, existed=existed, step=step)
+    open_rows = _rows_of(directory, source, config, make_sampler, progress, step)
+    plan, planned_here = _plan(directory, source, open_rows, config, progress, existed=existed, step=step)
     indices = _selected(config, plan)
     capture = make_capture(
         directory,
@@ -151,9 +138,8 @@ def _build(
         manifest = _capture_and_finish(capture, indices, source, config.heartbeat_seconds, progress, step)
     except AnnealError:
         if planned_here and not capture.started and not directory.num_bytes():
-            directory.leave_as_found(
-                existed=existed
-            )  # no engine ran: the next command may well ask for another one
+            # No engine captured anything: the next command may well ask for another one.
+            _leave_as_found(directory, existed=existed)
         raise
     finally:
         capture.close()
@@ -242,6 +228,7 @@ def _settle(
 def _plan(
     directory: BuildDirectory,
     source: BuildSource,
+    open_rows: Callable[[], Iterable[TokenRow]],
     config: BuildConfig,
     progress: Progress,
     *,
@@ -259,17 +246,54 @@ def _plan(
         if (plan := directory.read_plan()) is not None:
             return plan, False
         try:
-            return _make_plan(directory, source, progress, step), True
+            return _make_plan(directory, source, open_rows, progress, step), True
         except AnnealError:
             # Bad input: leave the place as it was found.
-            directory.leave_as_found(existed=existed)
+            _leave_as_found(directory, existed=existed)
             raise
 
 
-def _make_plan(directory: BuildDirectory, source: BuildSource, progress: Progress, step: Step) -> Plan:
+def _leave_as_found(directory: BuildDirectory, *, existed: bool) -> None:
+    """Unless rows were generated: they cost too much to be thrown away."""
+    if not directory.num_generated():
+        directory.leave_as_found(existed=existed)
+
+
+def _rows_of(
+    directory: BuildDirectory,
+    source: BuildSource,
+    config: BuildConfig,
+    make_sampler: MakeSampler,
+    progress: Progress,
+    step: Step,
+) -> Callable[[], Iterable[TokenRow]]:
+    """Opens the rows of a corpus, or those that the model writes."""
+    recipe = source.recipe
+    if recipe is None:
+        return source.open_rows
+    return lambda: GeneratedRows(
+        directory,
+        recipe,
+        recipe.batch_rows(source.settings.tokens_per_shard),
+        lambda: make_sampler(config, source),
+        tokenizer=source.tokenizer,
+        progress=progress,
+        step=step,
+    )
+
+
+def _make_plan(
+    directory: BuildDirectory,
+    source: BuildSource,
+    open_rows: Callable[[], Iterable[TokenRow]],
+    progress: Progress,
+    step: Step,
+) -> Plan:
     progress.note(source.sample() if source.sample else "\n".join(source.announcements))
-    rows = source.open_rows()
-    progress.start("tokenise", None)
+    rows = open_rows()
+    if isinstance(rows, GeneratedRows):
+        rows.write_missing()
+    progress.start("tokenise" if source.recipe is None else "plan", None)
 
     def staged(index: int, shard: StagedShard) -> None:
         progress.advance(shard.num_rows, shard.num_tokens)

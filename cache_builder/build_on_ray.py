@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cache_builder.build import MakeTeacher, build_cache, start_engine
+from cache_builder.build import build_cache
 from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.capture import Capture
 from cache_builder.commit.plan import Plan
 from cache_builder.config import BuildConfig
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
+from cache_builder.start import MakeTeacher, start_engine
 from formats.errors import AnnealError, ConfigError
 from formats.install import how_to_install
 from formats.progress import Progress
@@ -167,6 +168,11 @@ def build_cache_with_ray(
         WorkerDied: workers keep dying on one shard.
         AnnealError: whatever `build_cache` raises.
     """
+    if config.generate is not None:
+        raise ConfigError(
+            "--ray captures a corpus, got --generate, whose rows one engine writes; build without --ray (several "
+            "commands with the same --out share the capture)"
+        )
     try:
         import ray
     except ImportError:

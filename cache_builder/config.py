@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cache_builder.generation.settings import GenerationConfig
 from cache_builder.teachers.protocol import DTYPES, ENGINES, HEAD_DTYPES
 from formats.capture_settings import CaptureSettings
 from formats.codec.payload import CodecConfig
@@ -23,8 +24,10 @@ class BuildConfig:
         ConfigError: a value is out of its range; the message says which and what is allowed.
     """
 
-    corpus: str
-    """File, directory, glob or Hugging Face data set name."""
+    corpus: str = ""
+    """File, directory, glob or Hugging Face data set name; empty with `generate`."""
+    generate: GenerationConfig | None = None
+    """Let the model write the corpus itself."""
     model: str
     """Model directory or Hugging Face name: the teacher, whose initial weights the training starts from."""
     out: str
@@ -81,8 +84,10 @@ class BuildConfig:
     def __post_init__(self) -> None:
         for name in ("corpus", "model", "out"):
             object.__setattr__(self, name, str(getattr(self, name)))
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "corpus" and self.generate is not None):
                 raise ConfigError(f"{name} must be given, got an empty string")
+        if self.generate is not None:
+            self._refuse_settings_of_a_corpus()
         _ = self.capture
         for name, value, allowed in (
             ("engine", self.engine, ENGINES),
@@ -123,6 +128,12 @@ class BuildConfig:
             first, last = self.shards
             if not 0 <= first < last:
                 raise ConfigError(f"shards must be first:last with 0 <= first < last, got {first}:{last}")
+
+    def _refuse_settings_of_a_corpus(self) -> None:
+        for name in ("corpus", "text_column", "split", "limit", "seed"):
+            if value := getattr(self, name):
+                remedy = "set the seed of generate" if name == "seed" else "leave it out"
+                raise ConfigError(f"generate makes its own text and takes no {name}, got {value}; {remedy}")
 
     @property
     def capture(self) -> CaptureSettings:

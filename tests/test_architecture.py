@@ -20,6 +20,7 @@ FLOORS = {
     "cache_builder": [
         *(
             "teachers.protocol",
+            "generation.settings",
             "config",
             "report",
             "pace",
@@ -28,8 +29,9 @@ FLOORS = {
             "reduction",
             "teachers",
             "commit",
+            "generation",
         ),
-        *("source", "build", "build_on_ray", "tools"),
+        *("source", "start", "build", "build_on_ray", "tools"),
     ],
     "trainer": [
         *("checks", "objective", "checkpoint", "loading", "retention.settings"),

@@ -5,6 +5,8 @@
     out/tokenizer.json     so that `inspect` can show text
     out/_build/            everything unfinished; removed after the manifest
         settings.json      identity, codec and shard sizes; the first command decides, others are compared
+        generated-*.arrow  rows that the model wrote itself, a batch a file (`--generate`)
+        sampler.json       what the engine that wrote them said of itself
         rows-00000.arrow   the staged rows of one shard-to-be
         plan.json          the shards and what was counted; its presence ends planning
         engine.json        what the first engine said of itself; every later one must say the same
@@ -23,7 +25,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -31,6 +33,7 @@ from typing import Any
 
 from cache_builder.commit.claims import Claims, died_here, live_local_owner, this_process
 from cache_builder.commit.engine_record import EngineRecord
+from cache_builder.commit.generated import generated_batches, read_generated, write_generated
 from cache_builder.commit.plan import BuildSettings, Plan, require_work
 from cache_builder.commit.staging import StagedShard, cut, read_staged, stage
 from formats.disk.durable import (
@@ -47,7 +50,8 @@ from formats.errors import AnnealError, ConfigError
 from formats.identity.teacher_identity import TeacherIdentity
 
 TOKENIZER_NAME = "tokenizer.json"
-SETTINGS_NAME, ENGINE_NAME, DISCARD_NAME = "settings.json", "engine.json", "discard"
+SETTINGS_NAME, DISCARD_NAME = "settings.json", "discard"
+ENGINE_NAME, SAMPLER_NAME = "engine.json", "sampler.json"
 CLAIMS_NAME, NOTES_NAME, PARTIAL_NAME, OWNER_NAME = "claims", "notes", "partial", "owner.json"
 _OURS = re.compile(r"shard-\d{5,}\.arrow|tokenizer\.json|\..*" + re.escape(TEMPORARY_SUFFIX))
 
@@ -170,6 +174,8 @@ class BuildDirectory:
         plan = None
         with contextlib.suppress(OSError, AnnealError):
             plan = self.read_plan()
+        if plan is None and (num_rows := self.num_generated()):
+            return f"{num_rows} generated rows are on the disk; run the same command again to go on"
         if plan is None:
             return "no shard is on the disk; run the same command again"
         num_done = len(plan.shards) - len(self.missing(range(len(plan.shards))))
@@ -256,6 +262,29 @@ class BuildDirectory:
             CorruptShardError: the file is not the one that was planned.
         """
         return read_staged(self.working, index, plan.shards[index])
+
+    # --- generated rows -----------------------------------------------------------------------------------
+
+    def write_generated(self, first: int, rows: Sequence[TokenRow]) -> None:
+        """Commit the generated rows `first`, `first` + 1, ...; whole or not at all."""
+        write_generated(self.working, first, rows)
+
+    def read_generated(self, first: int, last: int) -> list[TokenRow] | None:
+        """The generated rows first:last (last excluded) if they were committed together and their bytes are whole."""
+        return read_generated(self.working, first, last)
+
+    def num_generated(self) -> int:
+        """Generated rows on the disk."""
+        return sum(last - first for first, last in generated_batches(self.working))
+
+    def settle_sampler(self, sampler: EngineRecord) -> None:
+        """As `settle_engine`, for the engine that writes rows.
+
+        Raises:
+            IdentityMismatchError: another kind of engine wrote the first rows.
+        """
+        recorded = EngineRecord.from_bytes(self._settle(SAMPLER_NAME, sampler.to_bytes()))
+        recorded.require_same(sampler, self.out, "generated rows")
 
     # --- the engine ---------------------------------------------------------------------------------------
 

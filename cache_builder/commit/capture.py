@@ -8,7 +8,7 @@ renewing its claim.
 
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.claims import Claims
@@ -23,10 +23,26 @@ if TYPE_CHECKING:
     from cache_builder.teachers.protocol import Teacher
 
 MAX_POLL_SECONDS = 1.0
+Engine = TypeVar("Engine")
 
 
 class EngineStartError(AnnealError):
     """The engine did not start: not installed, unknown settings, not enough memory."""
+
+
+def started(make: Callable[[], Engine]) -> Engine:
+    """What `make` starts.
+
+    Raises:
+        EngineStartError: it did not start, for a reason that is not an error of ours already.
+    """
+    try:
+        return make()
+    except AnnealError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise EngineStartError(f"the engine must start, got {type(error).__name__}: {reason}") from error
 
 
 class Capture:
@@ -66,15 +82,7 @@ class Capture:
         """The running engine, started on first use and checked against the build's other engines."""
         if self._teacher is None:
             self._progress.note(f"starting the engine ({self.settings.identity.teacher.get('engine')})")
-            try:
-                self._teacher = self._make_teacher()
-            except AnnealError:
-                raise
-            except Exception as error:
-                reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-                raise EngineStartError(
-                    f"the engine must start, got {type(error).__name__}: {reason}"
-                ) from error
+            self._teacher = started(self._make_teacher)
             self.started = True
             self.directory.settle_engine(EngineRecord.of(self._teacher))
         return self._teacher

@@ -41,8 +41,11 @@ class EngineRecord:
         """The inverse of `to_bytes`."""
         return cls(**json.loads(data))
 
-    def require_same(self, other: "EngineRecord", out: Path) -> None:
+    def require_same(self, other: "EngineRecord", out: Path, what: str = "shards") -> None:
         """Raise unless `other` may go on with what this engine began.
+
+        Args:
+            what: the engine makes, for the message.
 
         Raises:
             IdentityMismatchError: names what differs.
@@ -55,7 +58,7 @@ class EngineRecord:
         ]
         if parts:
             raise IdentityMismatchError(
-                f"all shards of a cache come from equal engines, but {out} was begun with another "
+                f"all {what} of a cache come from equal engines, but {out} was begun with another "
                 f"({'; '.join(parts)}); use the same engine, or start over with --overwrite"
             )
 

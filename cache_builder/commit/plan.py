@@ -29,6 +29,9 @@ OPTION_OF = {
     ("corpus", "split"): "--split",
     ("corpus", "limit"): "--limit",
     ("corpus", "seed"): "--seed",
+    ("corpus", "generate"): "--generate",
+    ("corpus", "generate_temperature"): "--generate-temperature",
+    ("corpus", "prompts"): "--prompts",
     ("preprocessing", "max_length"): "--max-length",
     ("preprocessing", "min_prob"): "--min-prob",
     ("preprocessing", "max_k"): "--max-k",
@@ -86,7 +89,10 @@ class BuildSettings:
 
     def differences(self, other: "BuildSettings") -> list[str]:
         """Each setting in which `other` differs, as a phrase `--max-length: 2048 there, 1024 now`."""
-        found: list[Difference] = self.identity.differences(other.identity)
+        both = (self.identity.corpus, other.identity.corpus)
+        # What the fingerprint of generated text is made of is named by itself.
+        ignore = [("corpus", "fingerprint")] if all("generate" in corpus for corpus in both) else []
+        found: list[Difference] = self.identity.differences(other.identity, ignore=ignore)
         found += [
             Difference("codec", key, self.codec.get(key), other.codec.get(key))
             for key in sorted({*self.codec, *other.codec})

@@ -69,17 +69,32 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
 
 
+def to_bytes(rows: Sequence[TokenRow]) -> bytes:
+    """One Arrow IPC file; the same rows give the same bytes."""
+    sink = pa.BufferOutputStream()
+    columns = [_lists([row.input_ids for row in rows]), _lists([row.loss_mask for row in rows])]
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def from_bytes(data: bytes) -> list[TokenRow]:
+    """The inverse of `to_bytes`."""
+    batch = pa.ipc.open_file(pa.BufferReader(data)).get_batch(0)
+    ids, masks = batch.column(0), batch.column(1)
+    offsets = ids.offsets.to_numpy()
+    values = ids.values.to_numpy()
+    mask_values = masks.values.to_numpy(zero_copy_only=False)
+    return [TokenRow(values[a:b], mask_values[a:b]) for a, b in pairwise(offsets.tolist())]
+
+
 def stage(directory: Path, index: int, rows: Sequence[TokenRow], positions: str) -> StagedShard:
     """Write the rows of one shard atomically and durably; rewriting the same rows gives the same bytes.
 
     Raises:
         OSError: the disk is full or fails; nothing is left under the final name.
     """
-    sink = pa.BufferOutputStream()
-    columns = [_lists([row.input_ids for row in rows]), _lists([row.loss_mask for row in rows])]
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-    data = sink.getvalue().to_pybytes()
+    data = to_bytes(rows)
     atomic_write_bytes(directory / rows_name(index), data)
     return StagedShard(
         num_rows=len(rows),
@@ -101,9 +116,4 @@ def read_staged(directory: Path, index: int, expected: StagedShard) -> list[Toke
         raise CorruptShardError(
             f"staged rows must match the plan, got other bytes in {path}; start over with --overwrite"
         )
-    batch = pa.ipc.open_file(pa.BufferReader(data)).get_batch(0)
-    ids, masks = batch.column(0), batch.column(1)
-    offsets = ids.offsets.to_numpy()
-    values = ids.values.to_numpy()
-    mask_values = masks.values.to_numpy(zero_copy_only=False)
-    return [TokenRow(values[a:b], mask_values[a:b]) for a, b in pairwise(offsets.tolist())]
+    return from_bytes(data)

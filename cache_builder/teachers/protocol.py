@@ -1,13 +1,16 @@
-"""What a teacher is, and what it is told.
+"""What a teacher and a sampler are, and what they are told.
 
 A teacher turns token rows into packed logprobs: for every position whose next token is selected, the adaptive
 head and the tail function of the model's prediction at that position.  Row position i predicts token i + 1.
-Two engines implement it: `vllm` (fast, the default) and `transformers` (the readable reference).
+A sampler lets the same model write rows of its own.
+Two engines implement both: `vllm` (fast, the default) and `transformers` (the readable reference).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
@@ -90,6 +93,48 @@ class Teacher(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Everything about the engine that alters numbers: name, version, dtypes, settings.  JSON-ready."""
+        ...
+
+    def close(self) -> None:
+        """Release the model and stop its processes.  Further calls do nothing."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One row to be written on."""
+
+    prompt: np.ndarray
+    """int32 [L], at least one token: what stands before."""
+    max_new_tokens: int
+    """It ends after so many new tokens at the latest..."""
+    stop_tokens: tuple[int, ...]
+    """... or with one of these, which is kept."""
+    temperature: float
+    """Of the softmax that is drawn from; nothing of it is cut off."""
+    seed: int
+    """Of this row's random numbers, at most 63 bits."""
+
+
+class Sampler(Protocol):
+    """A frozen language model that continues rows with tokens drawn from its own predictions."""
+
+    vocab_size: int
+    """Tokens the model can predict, without an engine's padding."""
+
+    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the request, its new tokens as int32 [L]), each as soon as it is there, in any order.
+
+        A row's random numbers depend on its seed alone. The same requests give the same tokens again on the same
+        machine; among other requests a token may differ where two are equally probable up to rounding.
+
+        Raises:
+            TeacherError: the engine failed.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """As `Teacher.describe`."""
         ...
 
     def close(self) -> None:

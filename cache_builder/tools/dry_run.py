@@ -1,11 +1,12 @@
 """`anneal cache build --dry-run`: the whole corpus through the tokenizer, and nothing else."""
 
-from cache_builder.commit.build_directory import BuildDirectory
+from cache_builder.commit.build_directory import BuildDirectory, State
 from cache_builder.commit.plan import require_work
 from cache_builder.commit.staging import cut
 from cache_builder.config import BuildConfig
 from cache_builder.report import PlanReport, rough_bytes
 from cache_builder.source import BuildSource, open_source
+from cache_builder.generation.recipe import Recipe
 from formats.progress import Progress
 
 
@@ -21,6 +22,8 @@ def plan_build(
     state = BuildDirectory(config.directory).state()
     source = source or open_source(config)
     settings = source.settings
+    if source.recipe is not None:
+        return _of_recipe(config, source, source.recipe, state)
     rows = source.open_rows()
     progress.start("tokenise", None)
     num_rows = num_tokens = num_positions = num_shards = 0
@@ -47,6 +50,29 @@ def plan_build(
         ),
         identity=settings.identity,
         corpus=source.describe(rows),
+        announcements=source.announcements,
+        sample=source.sample() if source.sample else "",
+    )
+
+
+def _of_recipe(config: BuildConfig, source: BuildSource, recipe: Recipe, state: State) -> PlanReport:
+    """Rows that are not written yet: how many tokens they can have at most."""
+    settings = source.settings
+    num_tokens, num_new = recipe.most_tokens()
+    num_rows = recipe.config.num_rows
+    num_positions = num_new if settings.capture.positions == "loss" else num_tokens - num_rows
+    by_tokens = max(settings.tokens_per_shard // recipe.max_length, 1)
+    return PlanReport(
+        out=str(config.directory),
+        state=state.value,
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        num_positions=num_positions,
+        num_shards=-(-num_rows // min(by_tokens, settings.rows_per_shard)),
+        estimated_bytes=rough_bytes(num_tokens, num_positions, settings.capture),
+        identity=settings.identity,
+        corpus={"notes": recipe.prompts.notes()},
+        at_most=True,
         announcements=source.announcements,
         sample=source.sample() if source.sample else "",
     )

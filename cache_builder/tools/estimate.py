@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.build import MakeTeacher, start_engine
 from cache_builder.commit.capture import EngineStartError
 from cache_builder.commit.plan import require_work
 from cache_builder.config import BuildConfig
 from cache_builder.report import records_line
 from cache_builder.source import BuildSource, open_source
+from cache_builder.start import MakeTeacher, start_engine
 from cache_builder.tools.deviation import compare
 from cache_builder.tools.expected_angle import STEP_TOKENS, UNCERTAINTY, expected_angle
 from cache_builder.tools.round_trip import stored_and_read
@@ -177,6 +177,10 @@ def estimate_cache(
         ConfigError, CorpusError: bad settings or input.
         EngineStartError: the engine did not start.
     """
+    if config.generate is not None:
+        raise ConfigError(
+            "an estimate reads a corpus, got generate, whose rows are not written yet; build some of them and divide"
+        )
     if rows < 1 or not min_probs or not tail_draws:
         raise ConfigError(f"rows must be at least 1, got {rows}")
     if step_tokens < 1:

