@@ -320,8 +320,8 @@ def cache_build(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="With --generate: what rows begin with, in turn. A .txt file of one prompt per line, or a corpus, whose "
-            "answers are left out.",
+            help="With --generate: what rows begin with, in turn. A .txt file of one prompt per line, or a "
+            "corpus, whose answers are left out.",
         ),
     ] = None,
     generate_temperature: Annotated[

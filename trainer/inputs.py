@@ -140,7 +140,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
 
 def reads_tokens_only(config: TrainConfig, loss: str) -> bool:
     """Whether training with this `loss` on a cache reads nothing of its teacher."""
-    return loss == "ce" or (loss == "both" and config.kl_coef == 0)
+    return loss == "ce" or (loss == "both" and (config.kl_coef == 0 or config.kl_on == "none"))
 
 
 def teacher_of(cache: TeacherCache, lineage: list[Ancestor]) -> Ancestor:
@@ -160,7 +160,7 @@ def anchor_note(config: TrainConfig, inputs: Inputs) -> str | None:
     if not others:
         return None
     if len({teacher.weights for teacher in held.values()}) == 1:
-        line = f"KL holds to {next(iter(others.values())).name}, the teacher of {config.cache}"
+        line = f"KL holds to {next(iter(others.values())).name}, the teacher of {next(iter(others)) or config.cache}"
     else:
         line = "KL holds to the teacher of each cache: " + ", ".join(
             f"{teacher.name} on {path or config.cache}" for path, teacher in held.items()
@@ -188,7 +188,7 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     objective = resolved(plain(config), inputs.target)
 
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
-        loss = "ce" if config.kl_coef == 0 and loss == "both" else loss
+        loss = "ce" if reads_tokens_only(config, loss) else loss
         return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws, objective=objective)
 
     return Rows(

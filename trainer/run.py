@@ -223,8 +223,8 @@ def check_before_first_step(
     first = trainer.args.process_index == 0
     if rows.first_check is None:
         line = (
-            f"step 0: no KL is measured: kl_coef is 0, so only the tokens of {config.cache} are used, whichever "
-            "model built it"
+            f"step 0: no KL is measured: {'kl_on is none' if config.kl_coef else 'kl_coef is 0'}, so only the tokens "
+            f"of {config.cache} are used, whichever model built it"
         )
         trainer.add_callback(HeadCheck(trainer, rows.training, line, say))
         return

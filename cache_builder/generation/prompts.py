@@ -21,8 +21,8 @@ from cache_builder.corpus.examples import Conversation, Example, PromptCompletio
 from cache_builder.corpus.files import DEFAULT_SPLIT, find_files
 from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
 from cache_builder.corpus.layouts import Layout, recognise
-from cache_builder.corpus.ready_tokens import Tokens
 from cache_builder.corpus.readers import Record, family_of, read_records
+from cache_builder.corpus.ready_tokens import Tokens
 from cache_builder.rows.encoding import SpecialTokens
 from cache_builder.rows.shown import require_shown
 from cache_builder.rows.template import ChatTemplate

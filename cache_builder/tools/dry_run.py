@@ -4,9 +4,9 @@ from cache_builder.commit.build_directory import BuildDirectory, State
 from cache_builder.commit.plan import require_work
 from cache_builder.commit.staging import cut
 from cache_builder.config import BuildConfig
+from cache_builder.generation.recipe import Recipe
 from cache_builder.report import PlanReport, rough_bytes
 from cache_builder.source import BuildSource, open_source
-from cache_builder.generation.recipe import Recipe
 from formats.progress import Progress
 
 

@@ -91,6 +91,10 @@ def run(spec: dict) -> dict:
         args,
         train_dataset=CachedDataset(spec["cache"], spec.get("temperature", 1.0), objective=objective),
         eval_dataset=CachedDataset(spec["eval_cache"]) if spec.get("eval_cache") else None,
+        mixed=[
+            (CachedDataset(path, spec.get("temperature", 1.0), loss, objective=objective), weight)
+            for path, loss, weight in spec.get("mixed", ())
+        ],
         kl_coef=spec.get("kl_coef", 0.7),
         kl_budget=spec.get("kl_budget"),
         objective=objective,

@@ -64,6 +64,8 @@ def check_objective(config: TrainConfig) -> None:
                 f"caches.{number}.loss: kl would have no effect: it needs a KL term, got kl_coef: 0; use loss: ce to "
                 "replay the text, or raise kl_coef"
             )
+    if config.kl_on == "none":
+        _check_kl_elsewhere(config)
     config.require_kernel(config.loss_kernel)
     if config.kl_budget is None:
         return
@@ -78,6 +80,20 @@ def check_objective(config: TrainConfig) -> None:
             raise ConfigError(
                 f"kl_budget is about text that is learnt, got a cache with loss: kl: {cache.path}, whose KL would be "
                 "counted with it; remove one of them"
+            )
+
+
+def _check_kl_elsewhere(config: TrainConfig) -> None:
+    """`kl_on: none` leaves the KL to caches with `loss: kl`, on which gates and masks do not act."""
+    if not any(cache.loss == "kl" and cache.weight for cache in config.caches):
+        raise ConfigError(
+            "kl_on: none needs a cache with loss: kl, which carries the KL, got none; add one under caches, or use "
+            "kl_coef: 0"
+        )
+    for name, default in (("kl_gate", "none"), ("kl_target", "full")):
+        if getattr(config, name) != default:
+            raise ConfigError(
+                f"{name} would have no effect: it is about text that is learnt, got kl_on: none; remove one of them"
             )
 
 

@@ -15,6 +15,8 @@ def method_name(config: TrainConfig) -> str:
         *(["replay"] if any(cache.loss == "ce" and cache.weight for cache in config.caches) else []),
     ]
     base = "direct fine-tuning" if config.kl_coef == 0 else "label annealing"
+    if config.kl_coef and config.kl_on == "none":
+        base = "fine-tuning with KL to the initial model on mixed text"
     return base + (" with " + " and ".join(used) if used else "")
 
 
@@ -45,7 +47,10 @@ def kl_line(config: TrainConfig, kl_to: str | None) -> str:
     """What the loss was, and to which model KL holds."""
     if not config.kl_coef:
         return "`loss = CE` on the training tokens."
-    loss = f"`loss = CE + {config.kl_coef:g} * KL` on every training token, where KL "
+    where = "on every training token, where KL"
+    if config.kl_on == "none":
+        where = "with CE on the training tokens and KL on those of caches with `loss: kl`, where KL"
+    loss = f"`loss = CE + {config.kl_coef:g} * KL` {where} "
     if kl_to is None:
         return (
             loss + "compares the model with its own initial weights, read from a cache of teacher logprobs."
@@ -85,7 +90,9 @@ def model_card(
     """
     teacher, corpus = identity.get("teacher", {}), identity.get("corpus", {})
     base = str(
-        config.model if kl_to is not None or not config.kl_coef else teacher.get("name") or config.model
+        config.model
+        if kl_to is not None or not config.kl_coef or config.kl_on == "none"
+        else teacher.get("name") or config.model
     )
     lines = card_head(base, "label-annealing", f"fine-tuned by {method_name(config)}")
     lines += [

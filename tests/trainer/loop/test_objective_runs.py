@@ -9,7 +9,7 @@ import torch
 from caches import write_cache
 from distributed_worker import Record, relative_difference, run, run_all
 from processes import run_ranks
-from runs import settings
+from runs import copy_model, noise, settings
 
 from formats.cache import TeacherCache
 from trainer.config import LoraSettings
@@ -254,3 +254,48 @@ def test_every_run_records_how_far_it_went_on_its_new_text(tiny_llama_dir, prune
     assert recorded["ce"] == pytest.approx(ce / num, rel=1e-4)
     assert recorded["kl"] == pytest.approx(kl / num, rel=0.05)  # the tail's draws estimate its shape
     assert f"{recorded['kl']:.5f} nats" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "split",
+    ({"batch": 36}, {"batch": 4, "accumulation": 9}, {"batch": 6, "accumulation": 6, "packing": True}),
+)
+def test_cross_entropy_here_and_kl_there_is_its_definition(tiny_llama_dir, llama_cache, tmp_path, split):
+    """Self-generated replay: CE(target) + c KL(initial || model) on other rows, each a mean over its own tokens, against
+    plain float64 computation of both; the model is some way off its teacher, or there would be no KL."""
+    from transformers import AutoModelForCausalLM
+
+    moved = copy_model(tiny_llama_dir, tmp_path / "moved", noise(5))
+    retained = write_cache(tmp_path / "self", tiny_llama_dir, num_rows=12, seed=9, positions="loss")
+    spec = {
+        "model": str(moved), "cache": str(llama_cache), "out": str(tmp_path / "run"), "kl_coef": 3.0, "steps": 1,
+        "objective": {"kl_on": "none"}, "mixed": [(str(retained), "kl", 0.5)], "accumulation": 1, **split,
+    }  # fmt: skip
+    found = run(spec)
+    model = AutoModelForCausalLM.from_pretrained(moved, dtype=torch.float64)
+    terms = {"ce": [0.0, 0], "kl": [0.0, 0]}
+    for row in TeacherCache(llama_cache).rows():
+        logq = torch.log_softmax(model(input_ids=torch.as_tensor(row.input_ids[None]).long()).logits[0], -1)
+        at = np.flatnonzero(row.loss_mask)
+        terms["ce"][0] = terms["ce"][0] - logq[at - 1, row.input_ids[at]].sum()
+        terms["ce"][1] += len(at)
+    for row in TeacherCache(retained).rows():
+        logq = torch.log_softmax(model(input_ids=torch.as_tensor(row.input_ids[None]).long()).logits[0], -1)
+        position = torch.repeat_interleave(
+            torch.arange(len(row.positions)), torch.as_tensor(row.teacher.counts)
+        )
+        logprobs = torch.zeros(len(row.positions), logq.shape[1], dtype=torch.float64)
+        kept = torch.as_tensor(row.teacher.logprobs).double()
+        logprobs[position, torch.as_tensor(row.teacher.token_ids).long()] = kept
+        p = torch.softmax(logprobs, -1)
+        terms["kl"][0] = terms["kl"][0] + (p * (p.log() - logq[row.positions])).sum()
+        terms["kl"][1] += len(row.positions)
+    ce, kl = (total / count for total, count in terms.values())
+    (ce + 3.0 * kl).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_difference({"gradients": [expected]}, found) < 1e-9
+    assert found["log"][0]["ce"] == pytest.approx(float(ce), rel=1e-6)
+    assert found["log"][0]["kl"] == pytest.approx(float(kl), rel=1e-6) and float(kl) > 1e-3
+    if split == {"batch": 36}:
+        everywhere = run(spec | {"objective": {}})
+        assert relative_difference(found, everywhere) > 1e-3, "KL on the target as well is another objective"
