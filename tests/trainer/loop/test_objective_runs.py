@@ -256,13 +256,10 @@ def test_every_run_records_how_far_it_went_on_its_new_text(tiny_llama_dir, prune
     assert f"{recorded['kl']:.5f} nats" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "split",
-    ({"batch": 36}, {"batch": 4, "accumulation": 9}, {"batch": 6, "accumulation": 6, "packing": True}),
-)
+@pytest.mark.parametrize("split", ({"batch": 36}, {"batch": 4, "accumulation": 9}))
 def test_cross_entropy_here_and_kl_there_is_its_definition(tiny_llama_dir, llama_cache, tmp_path, split):
-    """Self-generated replay: CE(target) + c KL(initial || model) on other rows, each a mean over its own tokens, against
-    plain float64 computation of both; the model is some way off its teacher, or there would be no KL."""
+    """Self-generated replay: CE(target) + c KL(initial || model) on other rows, each a mean over its own tokens,
+    against plain float64 computation of both; the model is some way off its teacher, or there would be no KL."""
     from transformers import AutoModelForCausalLM
 
     moved = copy_model(tiny_llama_dir, tmp_path / "moved", noise(5))
@@ -292,10 +289,11 @@ def test_cross_entropy_here_and_kl_there_is_its_definition(tiny_llama_dir, llama
         terms["kl"][1] += len(row.positions)
     ce, kl = (total / count for total, count in terms.values())
     (ce + 3.0 * kl).backward()
+    ce, kl = ce.item(), kl.item()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert relative_difference({"gradients": [expected]}, found) < 1e-9
-    assert found["log"][0]["ce"] == pytest.approx(float(ce), rel=1e-6)
-    assert found["log"][0]["kl"] == pytest.approx(float(kl), rel=1e-6) and float(kl) > 1e-3
+    assert found["log"][0]["ce"] == pytest.approx(ce, rel=1e-6)
+    assert found["log"][0]["kl"] == pytest.approx(kl, rel=1e-6) and kl > 1e-3
     if split == {"batch": 36}:
         everywhere = run(spec | {"objective": {}})
         assert relative_difference(found, everywhere) > 1e-3, "KL on the target as well is another objective"
