@@ -6,6 +6,7 @@ build goes on at its first missing batch and ends with the rows of an undisturbe
 Memory: one batch of rows, and 16 bytes per row to find repetitions.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from cache_builder.generation.recipe import Recipe
 from cache_builder.rows.preview import render_row
 from cache_builder.teachers.protocol import Sampler, TeacherError
 from formats.disk.token_row import TokenRow
-from formats.progress import Progress
+from formats.progress import Progress, format_seconds
 
 
 class GeneratedRows(Iterator[TokenRow]):
@@ -115,14 +116,22 @@ class GeneratedRows(Iterator[TokenRow]):
             self._directory.settle_sampler(EngineRecord.of(sampler))
             self._progress.start("generate", num_rows, num_rows - num_left)
             self._progress.running()
+            began, num_tokens = time.monotonic(), 0
             for first, last in missing:
-                self._directory.write_generated(first, self._written(sampler, first, last))
+                rows = self._written(sampler, first, last)
+                self._directory.write_generated(first, rows)
+                num_tokens += sum(int(row.loss_mask.sum()) for row in rows)
                 self._step(f"generated {first}")
+            seconds = time.monotonic() - began
+            self._progress.note(
+                f"wrote {num_left} rows, {num_tokens} new tokens in {format_seconds(seconds)} "
+                f"({num_tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+            )
         finally:
             sampler.close()
             self._progress.finish()
-        if self._tokenizer is not None and (rows := self._directory.read_generated(*self._batches[0])):
-            self._progress.note(f"first row: {len(rows[0])} tokens\n{render_row(rows[0], self._tokenizer)}")
+        if self._tokenizer is not None and (shown := self._directory.read_generated(*self._batches[0])):
+            self._progress.note(f"first row: {len(shown[0])} tokens\n{render_row(shown[0], self._tokenizer)}")
 
     def _written(self, sampler: Sampler, first: int, last: int) -> list[TokenRow]:
         """The rows first:last, by the engine."""

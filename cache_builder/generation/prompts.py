@@ -149,6 +149,8 @@ class PromptReader:
         example: Example
         if layout is None:
             line = str(record.values[LINE])
+            if not line.strip():
+                return np.zeros(0, np.int32)
             if self._template is None:
                 example = Text(line, record.where)
             else:
