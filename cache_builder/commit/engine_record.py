@@ -15,7 +15,7 @@ from formats.errors import IdentityMismatchError
 from formats.identity.teacher_identity import TeacherIdentity, short
 
 if TYPE_CHECKING:
-    from cache_builder.teachers.protocol import Teacher
+    from cache_builder.teachers.protocol import Sampler, Teacher
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EngineRecord:
     """V: tokens the engine predicts, without padding."""
 
     @classmethod
-    def of(cls, teacher: "Teacher") -> "EngineRecord":
+    def of(cls, teacher: "Teacher | Sampler") -> "EngineRecord":
         """What a running engine says of itself."""
         return cls.from_bytes(cls(teacher.describe(), int(teacher.vocab_size)).to_bytes())
 

@@ -112,7 +112,13 @@ class Recipe:
         """The announcements and the first prompt as text."""
         prompt = self.prompts.tokens[0]
         shown = render_row(TokenRow(prompt, np.zeros(len(prompt), np.bool_)), tokenizer)
-        return "\n".join([*self.announcements(tokenizer), f"first prompt: {len(prompt)} tokens", shown])
+        return "\n".join(
+            [
+                *self.announcements(tokenizer),
+                f"first prompt: {len(prompt)} token{'s' * (len(prompt) != 1)}",
+                shown,
+            ]
+        )
 
 
 def row_seed(seed: int, row: int) -> int:
