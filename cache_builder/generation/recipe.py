@@ -111,14 +111,9 @@ class Recipe:
     def sample(self, tokenizer: Any) -> str:
         """The announcements and the first prompt as text."""
         prompt = self.prompts.tokens[0]
+        heading = f"first prompt: {len(prompt)} token{'s' * (len(prompt) != 1)}"
         shown = render_row(TokenRow(prompt, np.zeros(len(prompt), np.bool_)), tokenizer)
-        return "\n".join(
-            [
-                *self.announcements(tokenizer),
-                f"first prompt: {len(prompt)} token{'s' * (len(prompt) != 1)}",
-                shown,
-            ]
-        )
+        return "\n".join([*self.announcements(tokenizer), heading, shown])
 
 
 def row_seed(seed: int, row: int) -> int:
