@@ -239,7 +239,11 @@ def _plan(
     if (plan := directory.read_plan()) is not None:
         return plan, False
     with directory.claims(config.heartbeat_seconds) as claims:
+        waits = False
         while not claims.acquire(PLAN_CLAIM):
+            if not waits and source.recipe is not None:
+                progress.note("another worker writes the rows; waiting for it")
+            waits = True
             time.sleep(min(POLL_SECONDS, config.heartbeat_seconds))
             if (plan := directory.read_plan()) is not None:
                 return plan, False

@@ -3,7 +3,7 @@
 Each row has random numbers of its own, and a batch is always the same rows, given to the engine alone: so a killed
 build goes on at its first missing batch and ends with the rows of an undisturbed one.
 
-Memory: one batch of rows, and 16 bytes per row to find repetitions.
+Memory: one batch of rows, and some 100 bytes per row to find repetitions.
 """
 
 import time
