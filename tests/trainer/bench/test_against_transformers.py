@@ -143,6 +143,7 @@ def test_written_answers(tmp_path, model, tokenizer) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_agrees(tmp_path) -> None:
     folder = write_forty(tmp_path / "tasks")

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from bench_tasks import MULTIPLE_CHOICE, TINY_BASE, questions, write_forty, write_lines
+from warm_process import anneal
 
 from formats.errors import ConfigError
 from trainer import BenchSettings, bench_models
@@ -169,31 +168,26 @@ def test_the_command_line(tmp_path: Path) -> None:
     folder = write_forty(tmp_path / "tasks")
     write_lines(folder / "forty.jsonl", questions()[:4])
     command = [
-        sys.executable,
-        "-c",
-        "import cli; cli.main()",
         "bench",
         f"tiny={TINY_BASE}",
         "--task-dir",
-        str(folder),
+        folder,
+        "--tasks",
+        "forty:1",
+        "--out",
+        tmp_path / "out",
     ]
-    command += ["--tasks", "forty:1", "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    done = anneal(*command, "--json")
     found = json.loads(done.stdout)["models"][0]
     assert found["label"] == "tiny" and found["tasks"]["forty"]["num_items"] == 4
     assert found["tasks"]["forty"]["settings"]["num_fewshot"] == 1
     assert "Traceback" not in done.stderr and "transformers, " in done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = anneal(*command)
     assert again.stdout.splitlines()[1].split()[:4] == ["forty", "acc", "^", "1"]
     assert "1 of 1 tasks are done" in again.stderr
-    bad = subprocess.run(
-        [*command[:5], "--tasks", "forty", "--task-dir", "x"], capture_output=True, text=True
-    )
-    assert (
-        bad.returncode == 1
-        and bad.stderr.startswith("error: --task-dir must be")
-        and bad.stderr.count("\n") == 1
-    )
+    bad = anneal(*command[:2], "--tasks", "forty", "--task-dir", "x")
+    assert bad.returncode == 1 and bad.stderr.startswith("error: --task-dir must be")
+    assert bad.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -3,14 +3,13 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bench_tasks import DOCUMENTS, TINY_BASE, questions, write_forty, write_lines
+from warm_process import Command
 
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError
 from trainer import BenchSettings, bench_models, load_bench, paired
@@ -71,14 +70,13 @@ def test_a_killed_run_goes_on_with_the_next_task(model: Path, tmp_path: Path) ->
     text = " ".join(record["question"] for record in questions())
     write_lines(folder / "documents.jsonl", [{"text": text}] * 2000)
     (folder / "documents.yaml").write_text(DOCUMENTS)
-    command = [sys.executable, "-c", "import cli; cli.main()", "bench", str(model), "--task-dir", str(folder)]
     options = ["--apply-chat-template", "no", "--tasks", "forty,documents"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    process = Command("bench", model, "--task-dir", folder, *options)
     while not (model / "bench.json").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err
+    ended = process.communicate()
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert [e["task"] for e in json.loads((model / "bench.json").read_text())["results"]] == ["forty"]
     write_lines(folder / "documents.jsonl", [{"text": text}])
     report = bench_models({"a": model}, settings(folder, "forty", "documents", limit=None))

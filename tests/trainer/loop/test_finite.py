@@ -265,7 +265,6 @@ def _rank(model_dir: str, cache: str, out: str) -> None:
     raise AssertionError("the run went on")
 
 
-@pytest.mark.slow
 def test_all_ranks_stop_together(tiny_llama_dir, pruned_cache, tmp_path):
     ranks = run_ranks(
         tmp_path / "ranks", 2, _rank, str(tiny_llama_dir), str(pruned_cache), str(tmp_path / "run")

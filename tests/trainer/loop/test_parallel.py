@@ -90,7 +90,6 @@ def test_the_gradient_is_that_of_the_definition(base, reference, tiny_llama_dir,
     assert relative_difference(first, dense) < 1e-6  # the cache holds float32 logprobs
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_same_gradient(base, reference, tmp_path):
     """DDP over gloo, with accumulation 1, 2, 4 and 8; packing, adapters and length grouping beside."""
     specs = [base | {"batch": 8 // a, "accumulation": a} for a in (1, 2, 4, 8)]
@@ -120,7 +119,6 @@ def test_fsdp2_on_two_processes_equals_one_process(base, reference, tiny_gemma2_
             torch.testing.assert_close(found["weights"][name], weight, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_train_on_two_processes_writes_the_model_of_one(fsdp, tiny_llama_dir, pruned_cache, tmp_path):
     """The whole of `anneal train` under DDP and FSDP2: stopped half-way, continued, published by rank 0."""

@@ -82,7 +82,6 @@ def uninterrupted(tiny_llama_dir, pruned_cache, tmp_path_factory):
     return out, entries
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["step", "weights", "optimizer", "marker", "rename", "publish"])
 def test_a_killed_run_continues_bit_for_bit(tiny_llama_dir, pruned_cache, uninterrupted, tmp_path, where):
     """SIGKILL at a random step, and at every stage of saving a checkpoint and of publishing the result."""
@@ -100,7 +99,6 @@ def test_a_killed_run_continues_bit_for_bit(tiny_llama_dir, pruned_cache, uninte
     assert not list(out.glob(".*")) and not list(out.glob("checkpoint-*"))
 
 
-@pytest.mark.slow
 def test_sigterm_saves_stops_and_continues(tiny_llama_dir, pruned_cache, uninterrupted, tmp_path):
     out, (whole, expected) = tmp_path / "run", uninterrupted
     go = tmp_path / "go"

@@ -187,7 +187,6 @@ def test_a_second_stage_starts_from_the_result(base, tmp_path):
     require_same_layout(merged.out, model_dir)
 
 
-@pytest.mark.slow
 def test_sharded_training_writes_the_same_layout(base, tmp_path):
     """FSDP2 on two processes: tied weights are gathered and written once; the proof is made on one of them."""
     for name, words in {

@@ -207,7 +207,6 @@ def test_sampled_labels_estimate_the_true_fisher_of_the_head(base, methods):
     assert float(empirical.sum() / true.sum()) > 1.2
 
 
-@pytest.mark.slow
 def test_tied_weights_count_once(tiny_gemma2_dir, methods, tmp_path):
     """Gemma 2 shares embedding and head; also sharded, where the tie is made anew. Its norms compute in
     float32."""

@@ -33,7 +33,6 @@ def numbers(entries: list[dict], name: str) -> list[tuple]:
     return [tuple(entry[key] for key in keys) for entry in entries]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["l2", "ewc", "sfa"])
 def test_a_killed_run_continues_bit_for_bit(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path, name):
     """Killed after step 5 of 9, continued from the checkpoint of step 4: still held to the initial weights,
@@ -56,7 +55,6 @@ def test_a_killed_run_continues_bit_for_bit(tiny_llama_dir, pruned_cache, llama_
     assert not [p.name for p in out.iterdir() if p.name.startswith(".") or "fisher" in p.name]
 
 
-@pytest.mark.slow
 def test_the_kept_fisher_is_read_and_belongs_to_its_cache(
     tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path
 ):

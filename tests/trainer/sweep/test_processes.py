@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from caches import write_cache
 from runs import QUICK, same_weights, settings
+from warm_process import Command, anneal
 
 from formats.errors import ConfigError
 from trainer import train
@@ -31,32 +30,27 @@ def command(cache, model, out, text) -> list[str]:
     words += ["--grid", "kl_coef=1", "--merge", "wise-ft:0.5"]
     for override in (*QUICK, "training.max_steps=4", "training.save_strategy=steps", "training.save_steps=1"):
         words += ["--set", override]
-    return [sys.executable, "-m", "cli", *map(str, words)]
+    return [str(word) for word in words]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_killed_sweep_ends_with_the_same_file(number, llama_cache, tiny_llama_dir, text, tmp_path):
     """The kill comes while the second run is under way; what that run had saved is used."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    subprocess.run(
-        command(llama_cache, tiny_llama_dir, whole, text), cwd=ROOT, check=True, capture_output=True
-    )
-    process = subprocess.Popen(
-        command(llama_cache, tiny_llama_dir, out, text), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    done = anneal(*command(llama_cache, tiny_llama_dir, whole, text))
+    assert done.returncode == 0, done.stderr
+    process = Command(*command(llama_cache, tiny_llama_dir, out, text))
     second = out / "runs" / "kl_coef=1"
     while not list(second.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == (143 if number == signal.SIGTERM else -9)
+    stopped = process.communicate()
+    assert stopped.returncode == (143 if number == signal.SIGTERM else -9)
     if number == signal.SIGTERM:
-        assert "stopped by SIGTERM with 1 of 2 runs finished; the same command continues" in said
+        line = "stopped by SIGTERM with 1 of 2 runs finished; the same command continues"
+        assert line in stopped.stderr
     assert not (out / "sweep.json").exists()
-    done = subprocess.run(
-        command(llama_cache, tiny_llama_dir, out, text), cwd=ROOT, capture_output=True, text=True
-    )
+    done = anneal(*command(llama_cache, tiny_llama_dir, out, text))
     assert done.returncode == 0, done.stderr
     found, expected = ((place / "sweep.json").read_bytes() for place in (out, whole))
     assert found.replace(str(out).encode(), str(whole).encode()) == expected
