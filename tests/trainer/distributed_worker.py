@@ -89,7 +89,13 @@ def run(spec: dict) -> dict:
     trainer = LabelAnnealingTrainer(
         model,
         args,
-        train_dataset=CachedDataset(spec["cache"], spec.get("temperature", 1.0), objective=objective),
+        train_dataset=CachedDataset(
+            spec["cache"], spec.get("temperature", 1.0), spec.get("loss", "both"), objective=objective
+        ),
+        mixed=[
+            (CachedDataset(path, spec.get("temperature", 1.0), loss), weight)
+            for path, loss, weight in spec.get("mixed", ())
+        ],
         eval_dataset=CachedDataset(spec["eval_cache"]) if spec.get("eval_cache") else None,
         kl_coef=spec.get("kl_coef", 0.7),
         kl_budget=spec.get("kl_budget"),
