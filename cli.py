@@ -754,6 +754,13 @@ def eval_command(
             help="Also print how far the weights are from those of this model: directory or Hugging Face name.",
         ),
     ] = None,
+    quantize: Annotated[
+        str,
+        typer.Option(
+            metavar="INT:SIZE",
+            help="Evaluate with linear weights rounded to int4 or int8 in groups of SIZE inputs, such as int4:32.",
+        ),
+    ] = "none",
     as_json: JsonOption = False,
     dtype: EvalDtypeOption = "float32",
     limit: EvalLimitOption = None,
@@ -766,7 +773,13 @@ def eval_command(
     caches_by_name = named(caches)
     distance = None if distance_to is None else weight_distance(model, distance_to, what="--distance-to")
     results = evaluate(
-        model, caches_by_name, dtype=dtype, limit=limit, kl=not no_kl, progress=console_progress()
+        model,
+        caches_by_name,
+        dtype=dtype,
+        limit=limit,
+        kl=not no_kl,
+        quantize=quantize,
+        progress=console_progress(),
     )
     if as_json:
         found = {} if distance is None else {"distance": {"to": distance_to, **distance.to_dict()}}

@@ -19,6 +19,7 @@ from trainer.checks import (
     check_texts,
 )
 from trainer.objective import Objective
+from trainer.quantization import WeightQuantization
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 KL_DIRECTIONS = ("forward", "reverse")
@@ -107,6 +108,9 @@ class TrainConfig(Objective):
     """Directory for the result: new, empty, or an interrupted run of the same settings, to continue."""
     revision: str | None = None
     """Revision of a hub model."""
+    loss: str = "both"
+    """What the target cache is for: `both` learns and retains its text, `ce` only learns it (KL is then that of the
+    mixed `caches`), `kl` only holds the model to its teacher there, which is distillation."""
 
     kl_coef: float = 1.0
     """Weight of the KL term, the paper's lambda. 0 is direct fine-tuning through the same code."""
@@ -128,6 +132,9 @@ class TrainConfig(Objective):
     """Rows on which the KL before the first update is measured."""
     allow_different_student: bool = False
     """Distil into another model of the same vocabulary: lifts the identity and the step-0 refusal."""
+    fake_quantize: str = "none"
+    """`int4:SIZE` or `int8:SIZE`: train with linear weights rounded to integers in groups of SIZE inputs, so that the
+    result can be quantised so (docs/quantization.md); needs torchao. Lifts the step-0 refusal."""
 
     packing: bool = False
     """Put several rows into one sequence (best fit), with positions reset and no attention across rows."""
@@ -186,6 +193,8 @@ class TrainConfig(Objective):
                 f"got {self.temperature:g}; 1 is the usual choice"
             )
         check_one_of("kl_direction", self.kl_direction, KL_DIRECTIONS)
+        check_one_of("loss", self.loss, ROW_LOSSES)
+        WeightQuantization.parse("fake_quantize", self.fake_quantize)
         check_at_least("step0_threshold", self.step0_threshold, 0.0, "the default is 0.02 nats")
         check_at_least("step0_rows", self.step0_rows, 1, "the default is 32", integer=True)
         if self.pack_length is not None:
@@ -220,6 +229,10 @@ class TrainConfig(Objective):
                     f"{name} needs full fine-tuning, got lora: the distance of adapters is not that of the "
                     f"merged weights; remove lora or {name}"
                 )
+        if self.lora is not None and self.fake_quantize != "none":
+            raise ConfigError(
+                "fake_quantize trains the weights that are quantised, got lora, which leaves them; remove one of them"
+            )
         if self.sfa is not None and self.training.get("load_best_model_at_end"):
             raise ConfigError(
                 "sfa ends with an average, got training.load_best_model_at_end: true, which may replace it "

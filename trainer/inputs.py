@@ -12,6 +12,7 @@ from trainer.data.label_terms import plain, resolved
 from trainer.loading import load_model, load_tokenizer, open_cache, require_plain_weights
 from trainer.objective import Objective
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
+from trainer.quantization import WeightQuantization
 from trainer.result.lineage import Ancestor, lineage_of, short_name
 from trainer.result.lora import attach_adapters
 from trainer.result.saving import ResultLayout
@@ -30,7 +31,8 @@ class Inputs:
     lineage: list[Ancestor]
     """The models that the result descends from, oldest first; the last one is that in `model_dir`."""
     kl_to: Ancestor | None
-    """The teacher of `target`, to which KL holds the model; None where only the tokens of `target` are used."""
+    """The model to which KL holds: the teacher of `target`, or where only the tokens of `target` are used, of the first
+    mixed cache that has a KL; None without one."""
     target: TeacherCache
     """The cache of the text to learn."""
     mixed: list[TeacherCache]
@@ -124,14 +126,16 @@ def open_inputs(config: TrainConfig) -> Inputs:
         tokens_only.extend([cache] if tokens else [])
         return cache
 
-    target = opened(config.cache, "both")
+    target = opened(config.cache, config.loss)
+    mixed = [opened(cache.path, cache.loss) for cache in config.caches]
+    read = [cache for cache in (target, *mixed) if not any(cache is other for other in tokens_only)]
     return Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
         lineage=lineage,
-        kl_to=None if tokens_only else teacher_of(target, lineage),
+        kl_to=teacher_of(read[0], lineage) if read else None,
         target=target,
-        mixed=[opened(cache.path, cache.loss) for cache in config.caches],
+        mixed=mixed,
         held_out={name: opened(path) for name, path in config.eval_caches.items()},
         known=None if fisher_path is None else opened(fisher_path, "ce"),
         tokens_only=tokens_only,
@@ -140,7 +144,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
 
 def reads_tokens_only(config: TrainConfig, loss: str) -> bool:
     """Whether training with this `loss` on a cache reads nothing of its teacher."""
-    return loss == "ce" or (loss == "both" and (config.kl_coef == 0 or config.kl_on == "none"))
+    return loss == "ce" or (loss == "both" and config.kl_coef == 0)
 
 
 def teacher_of(cache: TeacherCache, lineage: list[Ancestor]) -> Ancestor:
@@ -152,7 +156,9 @@ def teacher_of(cache: TeacherCache, lineage: list[Ancestor]) -> Ancestor:
 
 def anchor_note(config: TrainConfig, inputs: Inputs) -> str | None:
     """One line where KL holds to another model than the one that the run starts from; None elsewhere."""
-    held = {"": inputs.kl_to} if inputs.kl_to is not None else {}
+    held = {}
+    if not reads_tokens_only(config, config.loss):
+        held[""] = teacher_of(inputs.target, inputs.lineage)
     for entry, cache in zip(config.caches, inputs.mixed, strict=True):
         if not reads_tokens_only(config, entry.loss):
             held[entry.path] = teacher_of(cache, inputs.lineage)
@@ -160,7 +166,8 @@ def anchor_note(config: TrainConfig, inputs: Inputs) -> str | None:
     if not others:
         return None
     if len({teacher.weights for teacher in held.values()}) == 1:
-        line = f"KL holds to {next(iter(others.values())).name}, the teacher of {next(iter(others)) or config.cache}"
+        path, teacher = next(iter(others.items()))
+        line = f"KL holds to {teacher.name}, the teacher of {path or config.cache}"
     else:
         line = "KL holds to the teacher of each cache: " + ", ".join(
             f"{teacher.name} on {path or config.cache}" for path, teacher in held.items()
@@ -192,7 +199,7 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
         return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws, objective=objective)
 
     return Rows(
-        training=rows(inputs.target, "both"),
+        training=rows(inputs.target, config.loss),
         mixed=[
             (rows(opened, entry.loss), entry.weight)
             for opened, entry in zip(inputs.mixed, config.caches, strict=True)
@@ -205,14 +212,18 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
 
 
 def rows_to_check(config: TrainConfig, inputs: Inputs, tail_draws: bool) -> CachedDataset | None:
-    """The target's rows for the check before the first update. Where only their tokens are used, the check is still
-    made with the model that built the cache, which must be its own teacher.
+    """Rows for the check before the first update: those of the target, or of the first mixed cache that has a KL. Where
+    only tokens are used, the check is still made with the model that built the target, which must be its own teacher.
     """
-    if inputs.kl_to is None:
-        built_by = inputs.target.identity.teacher.get("weights")
-        has_teacher = any(shard.num_positions for shard in inputs.target.manifest.shards)
-        if built_by != inputs.start.weights or not has_teacher:
-            return None
+    read = [
+        cache for cache in (inputs.target, *inputs.mixed) if any(cache is it for it in inputs.with_teacher)
+    ]
+    if read:
+        return CachedDataset(read[0], config.temperature, tail_draws=tail_draws)
+    built_by = inputs.target.identity.teacher.get("weights")
+    has_teacher = any(shard.num_positions for shard in inputs.target.manifest.shards)
+    if built_by != inputs.start.weights or not has_teacher:
+        return None
     return CachedDataset(inputs.target, config.temperature, tail_draws=tail_draws)
 
 
@@ -246,4 +257,6 @@ def load_student(config: TrainConfig, inputs: Inputs) -> Student:
         layout = ResultLayout.of(model, inputs.model_dir, config.save_dtype)
     if config.lora is not None:
         model = attach_adapters(model, config.lora)
+    if (quantization := WeightQuantization.parse("fake_quantize", config.fake_quantize)) is not None:
+        quantization.prepare(model)
     return Student(model=model, vocab_size=vocab_size, layout=layout)

@@ -12,7 +12,7 @@ from typing import Any
 from formats.errors import ConfigError
 from trainer.checks import check_at_least, check_number, check_one_of
 
-KL_ON = ("captured", "target", "prompt", "all", "none")
+KL_ON = ("captured", "target", "prompt", "all")
 NEEDS_PROMPTS = ("prompt", "all")
 """Values of `kl_on` that need a cache of all positions."""
 KL_GATES: Mapping[str, str] = {"none": "", "unsure": "", "entropy": "nats"}
@@ -99,8 +99,7 @@ class Objective:
 
     kl_on: str = "captured"
     """Positions that carry the KL: `captured`, every one in the cache; `target`, those whose token carries loss;
-    `prompt`, the others (SelfAug, arXiv 2509.03934); `all`, both, and the cache must have both; `none`, so that KL acts
-    on caches with `loss: kl` alone (self-generated replay, arXiv 2605.26097)."""
+    `prompt`, the others (SelfAug, arXiv 2509.03934); `all`, both, and the cache must have both."""
     kl_gate: str = "none"
     """Weight of the KL of single positions: `none`, 1; `unsure`, 1 - p0(token), so that what the initial model knew
     is free to get surer; `entropy:NATS`, 1 where the initial model's entropy is below NATS, else 0."""

@@ -43,6 +43,7 @@ from trainer.loss.chunks import logits_type
 from trainer.preflight.before_start import check_before_start
 from trainer.preflight.continuation import run_facts
 from trainer.preflight.liger import settle_liger
+from trainer.quantization import as_stored
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
 from trainer.result.lineage import to_record
@@ -223,8 +224,8 @@ def check_before_first_step(
     first = trainer.args.process_index == 0
     if rows.first_check is None:
         line = (
-            f"step 0: no KL is measured: {'kl_on is none' if config.kl_coef else 'kl_coef is 0'}, so only the tokens "
-            f"of {config.cache} are used, whichever model built it"
+            f"step 0: no KL is measured: kl_coef is 0, so only the tokens of {config.cache} are used, whichever "
+            "model built it"
         )
         trainer.add_callback(HeadCheck(trainer, rows.training, line, say))
         return
@@ -241,7 +242,7 @@ def check_before_first_step(
         on_report,
         num_rows=config.step0_rows,
         threshold=config.step0_threshold,
-        different_student=config.allow_different_student,
+        different_student=config.allow_different_student or config.fake_quantize != "none",
         ancestor=inputs.ancestor,
     )
     trainer.add_callback(check)
@@ -329,7 +330,10 @@ def publish(
     """
     first = trainer.args.process_index == 0
     refusal: AnnealError | None = None
-    live = live_predictions(trainer, rows.training) if config.verify_saved else None
+    live = None
+    if config.verify_saved:
+        with as_stored(trainer.model):
+            live = live_predictions(trainer, rows.training)
     if first:
         shutil.rmtree(directory.staging, ignore_errors=True)
         directory.staging.mkdir()

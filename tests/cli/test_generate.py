@@ -115,7 +115,7 @@ def test_training_retains_it(anneal: Run, place: Path) -> None:
     assert code == 0, err
     config = place / "run.yaml"
     config.write_text(
-        f"kl_on: none\nkl_coef: 2\ncaches: [{{path: {place / 'self'}, loss: kl, weight: 0.5}}]\nstep0_rows: 2\n"
+        f"loss: ce\nkl_coef: 2\ncaches: [{{path: {place / 'self'}, loss: kl, weight: 0.5}}]\nstep0_rows: 2\n"
         "verify_saved: false\n"
         "training: {max_steps: 2, per_device_train_batch_size: 3, gradient_accumulation_steps: 2, logging_steps: 1}\n"
     )

@@ -89,7 +89,9 @@ def run(spec: dict) -> dict:
     trainer = LabelAnnealingTrainer(
         model,
         args,
-        train_dataset=CachedDataset(spec["cache"], spec.get("temperature", 1.0), objective=objective),
+        train_dataset=CachedDataset(
+            spec["cache"], spec.get("temperature", 1.0), spec.get("loss", "both"), objective=objective
+        ),
         eval_dataset=CachedDataset(spec["eval_cache"]) if spec.get("eval_cache") else None,
         mixed=[
             (CachedDataset(path, spec.get("temperature", 1.0), loss, objective=objective), weight)

@@ -15,8 +15,6 @@ from trainer.objective import NEEDS_PROMPTS, Choice
 
 def chosen_positions(kl_on: str, tokens: TokenRow, positions_P: np.ndarray) -> np.ndarray | None:
     """bool [P]: the positions that carry the KL; None for all of them."""
-    if kl_on == "none":
-        return np.zeros(len(positions_P), np.bool_)
     if kl_on not in ("target", "prompt"):
         return None
     carries_loss_P = tokens.loss_mask[positions_P + 1]

@@ -45,6 +45,7 @@ def evaluate(
     device: str | None = None,
     limit: int | None = None,
     kl: bool = True,
+    quantize: str = "none",
     progress: Progress | None = None,
     label: str = "",
     per_row: bool = False,
@@ -60,6 +61,7 @@ def evaluate(
         device: such as `cuda:0`; by default the first GPU, else the CPU.
         limit: only the first rows of each cache.
         kl: False reads the caches' tokens alone, whichever model built them: no KL, no `kept`.
+        quantize: `int4:SIZE` or `int8:SIZE`: evaluate with linear weights rounded to such integers (torchao).
         progress: a phase of rows for each cache; silent by default.
         label: put before the name of a cache in `progress`, such as `tuned: `.
         per_row: also return `row_ce` (summed over the row's tokens) and `row_tokens`, a number for every row.
@@ -85,9 +87,11 @@ def evaluate(
     from trainer.evaluation.row_losses import RowLosses
     from trainer.loop.measure import measure
     from trainer.loop.output_head import OutputHead
+    from trainer.quantization import WeightQuantization
 
     progress = progress or Progress()
     check_one_of("dtype", dtype, DTYPES)
+    quantization = WeightQuantization.parse("--quantize", quantize)
     named = name_caches(caches)
     quiet_transformers()
     directory = resolve_model(model_dir)
@@ -96,6 +100,8 @@ def evaluate(
     for cache in opened.values():
         require_related(cache, directory, tokenizer, kl=kl)
     model = load_model(directory, dtype=dtype)
+    if quantization is not None:
+        quantization.apply(model)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(target).eval()
     head = OutputHead.of(model).install()

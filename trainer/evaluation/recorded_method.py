@@ -69,15 +69,13 @@ def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
 def _of_run(config: TrainConfig) -> AppliedMethod:
     parts: list[tuple[str, dict[str, float]]] = []
     if config.kl_coef:
-        name = "KL on mixed text" if config.kl_on == "none" else "label annealing"
+        name = {"ce": "KL on mixed text", "kl": "distillation"}.get(config.loss, "label annealing")
         name += "" if config.kl_direction == "forward" else " (reverse KL)"
         strength = (
             {"kl_coef": config.kl_coef} if config.kl_budget is None else {"kl_budget": config.kl_budget}
         )
         parts.append((name, strength | {"temperature": config.temperature}))
     for name, value in config.changed().items():
-        if (name, value) == ("kl_on", "none"):
-            continue  # the name says so
         parts.append(
             ("label smoothing", {name: value}) if isinstance(value, float) else (f"{name} {value}", {})
         )

@@ -41,7 +41,8 @@ OPTIM_ARGS: Mapping[str, tuple[str, ...]] = {
 
 
 KL_SETTINGS = ("kl_on", "kl_gate", "kl_target", "kl_budget")
-"""Settings that mean nothing without a KL term."""
+"""Settings that mean nothing without a KL term on text that is learnt."""
+OF_THE_LABELS = ("ce_weight", "label_smoothing")
 OF_THE_PLAIN_KL = {"temperature": 1.0, "kl_direction": "forward", "kl_gate": "none", "kl_target": "full"}
 """What `kl_budget` needs: nats of KL(initial || model), as they are measured everywhere else."""
 
@@ -53,6 +54,24 @@ def check_objective(config: TrainConfig) -> None:
         ConfigError: names the setting and what it needs.
     """
     defaults = {entry.name: entry.default for entry in fields(config)}
+    losses = [config.loss, *(cache.loss for cache in config.caches if cache.weight)]
+    if config.loss == "ce" and config.kl_coef and set(losses) == {"ce"}:
+        raise ConfigError(
+            "loss: ce leaves the KL to the mixed caches, got none with loss kl or both; add one to caches, or set "
+            "kl_coef: 0"
+        )
+    if config.loss == "kl" and config.kl_coef == 0:
+        raise ConfigError("loss: kl would train nothing with kl_coef: 0; raise kl_coef, or use loss: ce")
+    for name in KL_SETTINGS:
+        if "both" not in losses and getattr(config, name) != defaults[name]:
+            raise ConfigError(
+                f"{name} is about text that is learnt and retained, got no cache with loss: both; remove it"
+            )
+    for name in OF_THE_LABELS:
+        if set(losses) == {"kl"} and getattr(config, name) != defaults[name]:
+            raise ConfigError(
+                f"{name} would have no effect: it needs a cross-entropy, got loss: kl; remove it"
+            )
     for name in KL_SETTINGS:
         if config.kl_coef == 0 and getattr(config, name) != defaults[name]:
             raise ConfigError(
@@ -64,8 +83,6 @@ def check_objective(config: TrainConfig) -> None:
                 f"caches.{number}.loss: kl would have no effect: it needs a KL term, got kl_coef: 0; use loss: ce to "
                 "replay the text, or raise kl_coef"
             )
-    if config.kl_on == "none":
-        _check_kl_elsewhere(config)
     config.require_kernel(config.loss_kernel)
     if config.kl_budget is None:
         return
@@ -75,25 +92,15 @@ def check_objective(config: TrainConfig) -> None:
                 f"kl_budget is in nats of KL(initial || model) at temperature 1, so it needs {name}: {needed}, got "
                 f"{getattr(config, name)}; remove one of them"
             )
+    if config.loss != "both":
+        raise ConfigError(
+            f"kl_budget is about the target's KL beside its cross-entropy, got loss: {config.loss}; remove one of them"
+        )
     for cache in config.caches:
         if cache.loss == "kl" and cache.weight:
             raise ConfigError(
                 f"kl_budget is about text that is learnt, got a cache with loss: kl: {cache.path}, whose KL would be "
                 "counted with it; remove one of them"
-            )
-
-
-def _check_kl_elsewhere(config: TrainConfig) -> None:
-    """`kl_on: none` leaves the KL to caches with `loss: kl`, on which gates and masks do not act."""
-    if not any(cache.loss == "kl" and cache.weight for cache in config.caches):
-        raise ConfigError(
-            "kl_on: none needs a cache with loss: kl, which carries the KL, got none; add one under caches, or use "
-            "kl_coef: 0"
-        )
-    for name, default in (("kl_gate", "none"), ("kl_target", "full")):
-        if getattr(config, name) != default:
-            raise ConfigError(
-                f"{name} would have no effect: it is about text that is learnt, got kl_on: none; remove one of them"
             )
 
 
@@ -269,6 +276,18 @@ def check_processes(resolved: Mapping[str, Any]) -> None:
                 raise ConfigError(
                     f"training.{name} needs several processes, got one; start with torchrun or accelerate launch"
                 )
+
+
+def check_fake_quantize(config: TrainConfig, resolved: Mapping[str, Any]) -> None:
+    """Refuse sharded weights under fake quantisation: groups of a sharded row are not those of the whole one.
+
+    Raises:
+        ConfigError: says what to do instead.
+    """
+    if config.fake_quantize != "none" and resolved.get("fsdp"):
+        raise ConfigError(
+            "fake_quantize needs whole weights, got training.fsdp; use DDP, or remove one of them"
+        )
 
 
 def check_reporters(report_to: Any) -> None:

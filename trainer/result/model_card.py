@@ -15,8 +15,11 @@ def method_name(config: TrainConfig) -> str:
         *(["replay"] if any(cache.loss == "ce" and cache.weight for cache in config.caches) else []),
     ]
     base = "direct fine-tuning" if config.kl_coef == 0 else "label annealing"
-    if config.kl_coef and config.kl_on == "none":
-        base = "fine-tuning with KL to the initial model on mixed text"
+    if config.kl_coef:
+        base = {
+            "ce": "fine-tuning with KL to the initial model on mixed text",
+            "kl": "distillation from the initial model",
+        }.get(config.loss, base)
     return base + (" with " + " and ".join(used) if used else "")
 
 
@@ -48,9 +51,12 @@ def kl_line(config: TrainConfig, kl_to: str | None) -> str:
     if not config.kl_coef:
         return "`loss = CE` on the training tokens."
     where = "on every training token, where KL"
-    if config.kl_on == "none":
+    if config.loss == "ce":
         where = "with CE on the training tokens and KL on those of caches with `loss: kl`, where KL"
-    loss = f"`loss = CE + {config.kl_coef:g} * KL` {where} "
+    terms = f"CE + {config.kl_coef:g} * KL"
+    if config.loss == "kl":
+        terms = f"{config.kl_coef:g} * KL"
+    loss = f"`loss = {terms}` {where} "
     if kl_to is None:
         return (
             loss + "compares the model with its own initial weights, read from a cache of teacher logprobs."
@@ -91,7 +97,7 @@ def model_card(
     teacher, corpus = identity.get("teacher", {}), identity.get("corpus", {})
     base = str(
         config.model
-        if kl_to is not None or not config.kl_coef or config.kl_on == "none"
+        if kl_to is not None or not config.kl_coef or config.loss == "ce"
         else teacher.get("name") or config.model
     )
     lines = card_head(base, "label-annealing", f"fine-tuned by {method_name(config)}")

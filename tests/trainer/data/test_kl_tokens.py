@@ -120,7 +120,7 @@ def test_a_cache_without_what_a_choice_needs_is_refused(llama_cache, tiny_llama_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("kl_on=answer", "kl_on must be one of captured, target, prompt, all, none, got 'answer'"),
+        ("kl_on=answer", "kl_on must be one of captured, target, prompt, all, got 'answer'"),
         ("kl_gate=entropy", "kl_gate entropy needs nats, got none; write entropy:NATS"),
         ("kl_gate=entropy:x", "kl_gate entropy must be a number, got 'x'"),
         ("kl_gate=entropy:0", "kl_gate entropy must be above 0, got 0"),
@@ -142,34 +142,17 @@ def test_choices_without_a_kl_term_are_refused():
 
 
 def test_learnt_text_without_kl(everywhere, tiny_llama_dir, tmp_path):
-    """With `kl_on: none` the target's payloads are not read; caches that are retained only keep all their KL."""
-    overrides = (f"caches=[{{path: {everywhere}, loss: kl}}, {{path: {everywhere}}}]", "kl_on=none")
+    """With `loss: ce` the target's payloads are not read; caches that are retained only keep all their KL."""
+    overrides = (f"caches=[{{path: {everywhere}, loss: kl}}, {{path: {everywhere}, loss: ce}}]", "loss=ce")
     config = settings(everywhere, tiny_llama_dir, tmp_path / "out", *overrides)
     rows = rows_of(config, open_inputs(config))
     retained, learnt = (dataset for dataset, _ in rows.mixed)
-    for dataset in (rows.training, learnt, CachedDataset(everywhere, objective=Objective(kl_on="none"))):
-        assert len(dataset[1]["teacher_positions"]) == 0
+    for dataset in (rows.training, learnt):
+        assert "teacher_positions" not in dataset[1] or len(dataset[1]["teacher_positions"]) == 0
         assert (dataset[1]["labels"] != -100).any()
     assert not rows.training.has_draws and rows.first_check is not None
     assert len(retained[1]["teacher_positions"]) == len(retained[1]["labels"]) - 1
     assert (retained[1]["labels"] == -100).all()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ((), "kl_on: none needs a cache with loss: kl, which carries the KL, got none"),
-        (("caches=[{path: a, loss: kl, weight: 0}]",), "kl_on: none needs a cache with loss: kl"),
-        (("caches=[{path: a, loss: ce}]",), "kl_on: none needs a cache with loss: kl"),
-        (("caches=[{path: a, loss: kl}]", "kl_gate=unsure"), "kl_gate would have no effect"),
-        (("caches=[{path: a, loss: kl}]", "kl_target=masked"), "kl_target would have no effect"),
-        (("caches=[{path: a, loss: kl}]", "kl_coef=0"), "kl_on would have no effect: it needs a KL term"),
-    ],
-)
-def test_kl_nowhere_is_refused(overrides, message):
-    with pytest.raises(ConfigError) as error:
-        resolve_training(settings("c", "m", "o", "kl_on=none", *overrides))
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("choice", ({"kl_on": "prompt"}, {"kl_on": "target", "kl_gate": "unsure"}))

@@ -266,7 +266,7 @@ def test_cross_entropy_here_and_kl_there_is_its_definition(tiny_llama_dir, llama
     retained = write_cache(tmp_path / "self", tiny_llama_dir, num_rows=12, seed=9, positions="loss")
     spec = {
         "model": str(moved), "cache": str(llama_cache), "out": str(tmp_path / "run"), "kl_coef": 3.0, "steps": 1,
-        "objective": {"kl_on": "none"}, "mixed": [(str(retained), "kl", 0.5)], "accumulation": 1, **split,
+        "loss": "ce", "mixed": [(str(retained), "kl", 0.5)], "accumulation": 1, **split,
     }  # fmt: skip
     found = run(spec)
     model = AutoModelForCausalLM.from_pretrained(moved, dtype=torch.float64)
@@ -295,5 +295,5 @@ def test_cross_entropy_here_and_kl_there_is_its_definition(tiny_llama_dir, llama
     assert found["log"][0]["ce"] == pytest.approx(ce, rel=1e-6)
     assert found["log"][0]["kl"] == pytest.approx(kl, rel=1e-6) and kl > 1e-3
     if split == {"batch": 36}:
-        everywhere = run(spec | {"objective": {}})
+        everywhere = run(spec | {"loss": "both"})
         assert relative_difference(found, everywhere) > 1e-3, "KL on the target as well is another objective"
