@@ -249,6 +249,22 @@ def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str,
     return parsed
 
 
+def parse_numbers(text: str | None, option: str) -> list[float] | None:
+    """`0.75,0.25` as numbers.
+
+    Raises:
+        ConfigError: a part is not a number.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} takes numbers with commas, got {text!r}; for example 0.75,0.25"
+        ) from None
+
+
 def parse_shards(text: str | None) -> tuple[int, int] | None:
     """`A:B` as a pair of numbers.
 
@@ -649,7 +665,9 @@ def merge_command(
     method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic or ties.")],
     alpha: Annotated[
         float | None,
-        typer.Option(show_default=False, help="wise-ft: weight of the tuned model, 0 to 1.  [default: 0.5]"),
+        typer.Option(
+            show_default=False, help="wise-ft: weight of the tuned model, 0 to 1.5.  [default: 0.5]"
+        ),
     ] = None,
     scale: Annotated[
         float | None,
@@ -660,6 +678,22 @@ def merge_command(
     density: Annotated[
         float | None,
         typer.Option(show_default=False, help="ties: share of the entries that are kept.  [default: 0.2]"),
+    ] = None,
+    trim: Annotated[
+        str | None,
+        typer.Option(
+            metavar="model|tensor",
+            show_default=False,
+            help="ties: keep that share of each model's task vector as a whole, or of every tensor.  [default: model]",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W1,W2,...",
+            show_default=False,
+            help="task-arithmetic, ties: a factor on each model's task vector.  [default: 1 each]",
+        ),
     ] = None,
 ) -> None:
     """Merge tuned models with the initial one: WiSE-FT, task arithmetic or TIES."""
@@ -673,6 +707,8 @@ def merge_command(
         alpha=alpha,
         scale=scale,
         density=density,
+        trim=trim,
+        weights=parse_numbers(weights, "--weights"),
     )
     show(merge(config, console_progress()).line())
 

@@ -12,10 +12,12 @@ from typing import Any
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
-from trainer.merging.methods import FORMULAS
+from trainer.merging.settings import DEFAULTS as MERGES
+from trainer.merging.settings import FORMULAS, setting_text
 from trainer.result.run_directory import RECORD_NAME
 
 DIRECT = "direct fine-tuning"
+MERGE_ORDER = list(dict.fromkeys(name for settings in MERGES.values() for name in settings))
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,14 @@ def method_of(directory: Path) -> AppliedMethod | None:
 
 def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
     method, _ = str(merge.pop("method")), merge.pop("tuned")
-    strengths = {str(key): float(value) for key, value in merge.items()}
     name, _ = FORMULAS.get(method, (method, ""))
-    return AppliedMethod(((name, strengths),))
+    words, strengths = [name], {}
+    for key in sorted(merge, key=MERGE_ORDER.index):
+        if isinstance(merge[key], str) or key == "weights":
+            words.append(f"{key} {setting_text(merge[key])}")
+        else:
+            strengths[key] = float(merge[key])
+    return AppliedMethod(((" ".join(words), strengths),))
 
 
 def _of_run(config: TrainConfig) -> AppliedMethod:

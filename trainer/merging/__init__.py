@@ -1,6 +1,8 @@
 """Finished models in, one model directory out: WiSE-FT, task arithmetic, TIES.
 
-methods.py        what a person asks for, and the arithmetic, one tensor at a time
+settings.py       what a person asks for
+methods.py        the arithmetic, one tensor at a time
+trim.py           TIES over a whole model: which entries of a task vector stay
 weights.py        which stored tensor of a tuned model is which of the initial one
 merge_models.py   `anneal merge`: from models to a model directory
 

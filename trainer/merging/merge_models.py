@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from formats.progress import Progress
 from trainer.loading import given_as, load_tokenizer, quiet_transformers, require_plain_weights
-from trainer.merging.methods import FORMULAS, Merge, MergeConfig, merge_of
-from trainer.merging.weights import open_safetensors, tied_names
+from trainer.merging.methods import Merge, merge_of, moved, require_peft
+from trainer.merging.settings import FORMULAS, MergeConfig, setting_text
+from trainer.merging.trim import WholeModelTrim
+from trainer.merging.weights import open_safetensors, tied_names, wide
 from trainer.result.lineage import ancestors_of, joined, lineage_of, to_record
 from trainer.result.model_card import card_head
 from trainer.result.run_directory import RECORD_NAME
 from trainer.result.saving import copy_companions, write_config
-from trainer.result.stored_weights import write_like
+from trainer.result.stored_weights import StoredWeights, write_like
 from trainer.result.weight_distance import DistanceSums
 
 
@@ -66,7 +68,12 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     started = time.perf_counter()
     progress = progress or Progress()
     quiet_transformers()
-    function = merge_of(config)
+    if config.method == "ties":
+        require_peft()
+    if config.alpha is not None and config.alpha > 1:
+        progress.note(
+            f"alpha {config.alpha:g} lies beyond the tuned model: what it changed is changed further"
+        )
     out = Path(config.out)
     require_empty(out)
     initial_dir = find_model(config.initial, "--initial")
@@ -76,14 +83,15 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     for path in tuned_dirs:
         require_descendant(path, identity)
     names = [tied_names(initial, weights) for weights in tuned]
-    moved = DistanceSums()
+    function_of = functions(config, initial, tuned, names, progress)
+    distance = DistanceSums()
     progress.start("merge", len(initial.shapes), unit="tensor")
 
     def tensor_of(name: str) -> torch.Tensor:
         others = [weights[known[name]] for weights, known in zip(tuned, names, strict=True)]
         theta0 = initial[name]
-        merged = merge_tensor(name, function, theta0, others)
-        moved.add(merged, theta0)
+        merged = merge_tensor(name, function_of(name), theta0, others)
+        distance.add(merged, theta0)
         progress.advance(1)
         return merged
 
@@ -94,7 +102,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
         "lineage": to_record(joined(lineage_of(path, name) for name, path in models)),
         "merge": {
             "method": config.method,
-            **config.strengths(),
+            **config.settings(),
             "tuned": [
                 {"name": name, "weights": ModelFingerprint.of(path).weights}
                 for name, path in zip(config.tuned, tuned_dirs, strict=True)
@@ -104,7 +112,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     with staged(out) as staging:
         write_like(initial, staging, tensor_of)
         progress.finish()
-        record["distance"] = moved.distance().to_dict()
+        record["distance"] = distance.distance().to_dict()
         copy_companions(initial_dir, staging)
         write_config(initial_dir, staging, None)
         (staging / "README.md").write_text(merge_card(config, identity), encoding="utf-8")
@@ -116,6 +124,28 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
         num_tensors=len(initial.shapes),
         seconds=time.perf_counter() - started,
     )
+
+
+def functions(
+    config: MergeConfig,
+    initial: StoredWeights,
+    tuned: Sequence[StoredWeights],
+    names: Sequence[Mapping[str, str]],
+    progress: Progress,
+) -> Callable[[str], Merge]:
+    """Name of a tensor -> how it is merged. Reads the models where the method looks at all tensors first."""
+    if config.trim == "model" and config.density is not None and config.density < 1:
+        trim = WholeModelTrim(initial, tuned, names, config.density, progress)
+
+        def trimmed(name: str) -> Merge:
+            def merge(theta0: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+                return moved(config, theta0, others, trim.kept(name, [other - theta0 for other in others]))
+
+            return merge
+
+        return trimmed
+    plain = merge_of(config)
+    return lambda name: plain
 
 
 def merge_tensor(
@@ -133,8 +163,8 @@ def merge_tensor(
             f"only floating-point tensors can be merged, got {name} of {initial.dtype}, which differs "
             "between the models; merge before quantising"
         )
-    dtype = torch.promote_types(initial.dtype, torch.float32)
-    merged = function(initial.to(dtype), [other.to(dtype) for other in tuned]).to(initial.dtype)
+    theta0 = wide(initial)
+    merged = function(theta0, [other.to(theta0.dtype) for other in tuned]).to(initial.dtype)
     if not bool(torch.isfinite(merged).all()):
         raise ConfigError(
             f"merged weights must be finite, got infinity or NaN in {name}; use a smaller --scale, and check "
@@ -240,6 +270,6 @@ def merge_card(config: MergeConfig, identity: Mapping[str, Any]) -> str:
     lines += [f"The weights are `{formula}`, theta0 being those of `{base}`.", "", "| setting | value |"]
     lines += ["|---|---|", f"| initial model | `{base}` |"]
     lines += [f"| tuned model | `{name}` |" for name in config.tuned]
-    lines += [f"| {name} | {value:g} |" for name, value in config.strengths().items()]
+    lines += [f"| {name} | {setting_text(value)} |" for name, value in config.settings().items()]
     lines += ["", "What was merged is recorded in `anneal.json`.", ""]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from trainer.bench.settings import BenchSettings
 from trainer.checks import check_at_least, check_flag, check_fraction, check_number, check_one_of, check_path
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, apply_override, parse_yaml, read_config_file, refuse_unknown
-from trainer.merging.methods import DEFAULTS, MergeConfig
+from trainer.merging.settings import DEFAULTS, MergeConfig
 
 Values = tuple[Any, ...]
 NESTED = ("training", *SECTIONS)
@@ -67,16 +67,22 @@ class MergeEntry:
 
     method: str
     strengths: Mapping[str, Values] = field(default_factory=dict)
-    """Strength -> its values; one that is absent takes the method's default."""
+    """Setting -> its values; one that is absent takes the method's default."""
     of: str | Sequence[str] = "direct"
     """`direct`, `all`, or names of entries or runs."""
 
     def __post_init__(self) -> None:
         check_one_of("merges.method", self.method, tuple(DEFAULTS))
         refuse_unknown(self.strengths, DEFAULTS[self.method], f"merges.{self.method}.")
+        if "weights" in self.strengths:
+            raise ConfigError(
+                f"merges.{self.method}.weights needs several models, and a sweep merges run by run; vary scale, or "
+                "merge the finished runs with anneal merge --weights"
+            )
         for strength, values in self.strengths.items():
             for value in values:
-                check_number(f"merges.{self.method}.{strength}", value)
+                if strength != "trim":
+                    check_number(f"merges.{self.method}.{strength}", value)
                 MergeConfig(tuned=["a"], initial="b", out="c", method=self.method, **{strength: value})
         words = [self.of] if isinstance(self.of, str) else self.of
         if not isinstance(words, list | tuple) or not words or not all(isinstance(w, str) for w in words):

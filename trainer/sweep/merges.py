@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from formats.errors import AnnealError, ConfigError
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
-from trainer.merging.methods import DEFAULTS, MergeConfig, require_peft
+from trainer.merging.methods import require_peft
+from trainer.merging.settings import DEFAULTS, MergeConfig
 from trainer.result.run_directory import read_record
 from trainer.sweep.config import MergeEntry, SweepConfig
 from trainer.sweep.names import value_text
@@ -27,7 +29,8 @@ class PlannedMerge:
     name: str
     run: PlannedRun
     method: str
-    strengths: dict[str, float]
+    strengths: dict[str, Any]
+    """Setting of the method -> value."""
 
     def config(self, config: SweepConfig) -> MergeConfig:
         """As `anneal merge` would be given it."""
@@ -63,9 +66,13 @@ def plan_merges(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[Planned
                 raise ConfigError(
                     f"a merge needs whole models, got {run.name} with lora.merge: false; leave it out of merges.of"
                 )
-            axes = {name: (value,) for name, value in DEFAULTS[entry.method].items()} | dict(entry.strengths)
+            defaults = DEFAULTS[entry.method].items()
+            axes = {name: (value,) for name, value in defaults if value is not None} | dict(entry.strengths)
             for values in itertools.product(*axes.values()):
-                strengths = {name: float(value) for name, value in zip(axes, values, strict=True)}
+                strengths = {
+                    name: value if isinstance(value, str) else float(value)
+                    for name, value in zip(axes, values, strict=True)
+                }
                 words = [entry.method, *(f"{name}={value_text(value)}" for name, value in strengths.items())]
                 name = f"{run.name}+{','.join(words)}"
                 merge = PlannedMerge(name=name, run=run, method=entry.method, strengths=strengths)

@@ -132,8 +132,11 @@ def test_merges_of_direct_of_all_and_of_named_entries():
     ]
     assert len(merged(method="task-arithmetic", scale=[0.5], of="all")) == 3
     assert merged(method="ties", density=[0.1], of=["hold"]) == [
-        "hold,l2.coef=0.1+ties,scale=1,density=0.1", "hold,l2.coef=1+ties,scale=1,density=0.1"
-    ]  # fmt: skip
+        f"hold,l2.coef={coef}+ties,scale=1,density=0.1,trim=model" for coef in ("0.1", "1")
+    ]
+    assert merged(method="ties", trim=["model", "tensor"]) == [
+        f"direct+ties,scale=1,density=0.2,trim={trim}" for trim in ("model", "tensor")
+    ]
     assert merged(method="wise-ft", of=["hold,l2.coef=1"]) == ["hold,l2.coef=1+wise-ft,alpha=0.5"]
     with pytest.raises(ConfigError, match="names of entries or runs, got 'held'"):
         merged(method="wise-ft", of=["held"])
@@ -180,8 +183,10 @@ BAD = [
     (["also 'lora.r=8 l2.coef=1".replace("'", "")], "l2 needs full fine-tuning"),
     (["also l2.coef='1"], "--also takes KEY=V1,V2"),
     (["merge wise:0.5"], "--merge must be one of"),
-    (["merge wise-ft:2"], r"must lie in \[0, 1\], got 2"),
+    (["merge wise-ft:2"], r"must lie in \[0, 1.5\], got 2"),
     (["merge wise-ft:scale=1"], "unknown setting merges.wise-ft.scale"),
+    (["merge ties:trim=row"], "--trim must be one of model, tensor, got 'row'"),
+    (["merge task-arithmetic:weights=1"], "a sweep merges run by run"),
     (["merge wise-ft:half"], "must be a number, got 'half'"),
     (["overrides out=x"], "base must not set out"),
     (["overrides l2.coef=1"], "base must not set l2"),

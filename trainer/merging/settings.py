@@ -1,0 +1,132 @@
+"""What a person asks of a merge: the methods, what each of them takes, and the checks. No torch here.
+
+wise-ft          (1 - alpha) theta0 + alpha theta1                           Wortsman et al. 2022, arXiv 2109.01903
+task-arithmetic  theta0 + scale * sum_i w_i (theta_i - theta0)               Ilharco et al. 2023, arXiv 2212.04089
+ties             theta0 + scale * TIES(w_i (theta_i - theta0))               Yadav et al. 2023, arXiv 2306.01708
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from formats.errors import ConfigError
+from trainer.checks import check_fraction, check_number, check_one_of, check_path
+
+FORMULAS: Mapping[str, tuple[str, str]] = {
+    "wise-ft": ("WiSE-FT", "(1 - alpha) * theta0 + alpha * theta1"),
+    "task-arithmetic": ("task arithmetic", "theta0 + scale * sum_i w_i (theta_i - theta0)"),
+    "ties": ("TIES", "theta0 + scale * TIES(w_i (theta_i - theta0))"),
+}
+"""Method -> its name and formula."""
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "wise-ft": {"alpha": 0.5},
+    "task-arithmetic": {"scale": 1.0, "weights": None},
+    "ties": {"scale": 1.0, "density": 0.2, "trim": "model", "weights": None},
+}
+"""Method -> what it takes, and what that is when it is not given."""
+TRIMS = ("model", "tensor")
+LARGEST_ALPHA = 1.5
+"""As far beyond the tuned model as Springer et al. 2025 (arXiv 2503.19206, Fig. 10) walk on the line through both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """One merge. theta0 is the initial model, theta_i the tuned ones; docs/retention.md has the formulas.
+
+    A setting that is None takes the method's default, and stays None where the method has none such.
+
+    Raises:
+        ConfigError: a field is out of range or does not belong to the method.
+    """
+
+    tuned: Sequence[str]
+    """Directories of models that were fine-tuned from the initial one."""
+    initial: str
+    """The initial model: directory or hub name."""
+    out: str
+    """Directory for the result: new or empty."""
+    method: str
+    """A key of `DEFAULTS`."""
+    alpha: float | None = None
+    """wise-ft: weight of the tuned model, in [0, 1.5]; above 1 it walks past the tuned model."""
+    scale: float | None = None
+    """task-arithmetic and ties: factor on what the task vectors come to."""
+    density: float | None = None
+    """ties: the share of entries that a task vector keeps, in (0, 1]."""
+    trim: str | None = None
+    """ties: what the share is of: `model`, a task vector as a whole, as the paper; or every `tensor` of it."""
+    weights: Sequence[float] | None = None
+    """task-arithmetic and ties: w_i, one number per tuned model; None for 1 each."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tuned", tuple(self.tuned))
+        if not self.tuned:
+            raise ConfigError("a merge needs a tuned model, got none; name its directory")
+        for path in self.tuned:
+            check_path("TUNED", path, "a tuned model's directory")
+        check_path("--initial", self.initial, "the model that the tuned ones were trained from")
+        check_path("--out", self.out, "the directory for the result")
+        check_one_of("--method", self.method, tuple(DEFAULTS))
+        self._take_defaults()
+        if self.alpha is not None:
+            check_number("--alpha", self.alpha)
+            if not 0 <= self.alpha <= LARGEST_ALPHA:
+                raise ConfigError(f"--alpha must lie in [0, 1.5], got {self.alpha:g}; 0.5 is half-way")
+        if self.scale is not None:
+            check_number("--scale", self.scale)
+        if self.density is not None:
+            check_fraction("--density", self.density, "0.2 is the paper's")
+        if self.trim is not None:
+            check_one_of("--trim", self.trim, TRIMS)
+        if self.weights is not None:
+            self._check_weights()
+        if self.method == "wise-ft" and len(self.tuned) != 1:
+            raise ConfigError(
+                f"wise-ft merges one tuned model, got {len(self.tuned)}; use --method task-arithmetic or ties"
+            )
+
+    def _take_defaults(self) -> None:
+        defaults = DEFAULTS[self.method]
+        for name in sorted({name for settings in DEFAULTS.values() for name in settings}):
+            value = getattr(self, name)
+            if name not in defaults and value is not None:
+                raise ConfigError(
+                    f"{self.method} has no {option(name)}, got {value}; it takes "
+                    f"{' and '.join(option(known) for known in defaults)}"
+                )
+            if value is None:
+                object.__setattr__(self, name, defaults.get(name))
+
+    def _check_weights(self) -> None:
+        weights = self.weights
+        if not isinstance(weights, list | tuple):
+            raise ConfigError(f"--weights must be a list of numbers, got {weights!r}; for example 0.75,0.25")
+        for weight in weights:
+            check_number("--weights", weight)
+        if len(weights) != len(self.tuned):
+            raise ConfigError(
+                f"--weights must have one number per tuned model, got {len(weights)} for {len(self.tuned)} "
+                "models; give them in the order of the models"
+            )
+        object.__setattr__(self, "weights", tuple(map(float, weights)))
+
+    def settings(self) -> dict[str, Any]:
+        """What the method takes, as `anneal.json` holds it: numbers, texts and lists of numbers."""
+        found = {name: getattr(self, name) for name in DEFAULTS[self.method]}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in found.items()
+            if value is not None
+        }
+
+
+def option(name: str) -> str:
+    """A setting as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def setting_text(value: Any) -> str:
+    """A setting for people: `0.5`, `tensor`, `0.75,0.25`."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(setting_text, value))
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
