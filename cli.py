@@ -662,7 +662,7 @@ def merge_command(
     ],
     initial: Annotated[str, typer.Option(help="The initial model: directory or Hugging Face name.")],
     out: Annotated[str, typer.Option(help="Directory of the merged model; new or empty.")],
-    method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic or ties.")],
+    method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic, ties or soup.")],
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -692,11 +692,19 @@ def merge_command(
         typer.Option(
             metavar="W1,W2,...",
             show_default=False,
-            help="task-arithmetic, ties: a factor on each model's task vector.  [default: 1 each]",
+            help="task-arithmetic, ties: a factor on each model's task vector; soup: its share.  [default: 1 each]",
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CACHE",
+            show_default=False,
+            help="soup: add models one by one, the best on this held-out text first, where it gets no worse.",
         ),
     ] = None,
 ) -> None:
-    """Merge tuned models with the initial one: WiSE-FT, task arithmetic or TIES."""
+    """Merge tuned models with the initial one: WiSE-FT, task arithmetic, TIES or a soup."""
     from trainer import MergeConfig, merge
 
     config = MergeConfig(
@@ -709,6 +717,7 @@ def merge_command(
         density=density,
         trim=trim,
         weights=parse_numbers(weights, "--weights"),
+        by=by,
     )
     show(merge(config, console_progress()).line())
 
@@ -1038,7 +1047,7 @@ def sweep_command(
         typer.Option(
             metavar="METHOD:V1,V2",
             show_default=False,
-            help="Merges of finished runs, such as wise-ft:0.25,0.5 or ties:density=0.1,0.2:scale=1.",
+            help="Merges of finished runs, such as wise-ft:0.25,0.5, ties:density=0.1,0.2:scale=1 or soup:by=CACHE.",
         ),
     ] = None,
     merge_of: Annotated[

@@ -67,7 +67,7 @@ def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
     words, strengths = [name], {}
     for key in sorted(merge, key=MERGE_ORDER.index):
         if isinstance(merge[key], str) or key == "weights":
-            words.append(f"{key} {setting_text(merge[key])}")
+            words.append(f"{key} {setting_text(merge[key]).rstrip('/').rsplit('/', 1)[-1]}")
         else:
             strengths[key] = float(merge[key])
     return AppliedMethod(((" ".join(words), strengths),))

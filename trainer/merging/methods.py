@@ -23,13 +23,15 @@ Kept = Sequence[torch.Tensor]
 
 def merge_of(config: MergeConfig) -> Merge:
     """The function of (theta0, [theta_1, ...]), all of one shape and floating dtype, that gives the merged
-    tensor in that dtype, for methods that look at nothing else: all but ties with `trim: model`.
+    tensor, for methods that look at nothing else: all but ties with `trim: model`, and fisher.
     """
 
     def merge(initial: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
         if config.method == "wise-ft":
             assert config.alpha is not None
             return (1 - config.alpha) * initial + config.alpha * tuned[0]
+        if config.method == "soup":
+            return weighted_mean(initial, tuned, config.weights)
         return moved(config, initial, tuned)
 
     return merge
@@ -74,6 +76,46 @@ def ties_of(
         vectors = [weight * vector for weight, vector in zip(weights, vectors, strict=True)]
     stacked = torch.stack(list(vectors))
     return disjoint_merge(stacked, calculate_majority_sign_mask(stacked))
+
+
+def weighted_mean(
+    initial: torch.Tensor,
+    tuned: Sequence[torch.Tensor],
+    weights: Sequence[float] | None = None,
+    fishers: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """sum_i w_i F_i theta_i / sum_i w_i F_i, entry by entry, in float64.
+
+    Where all w_i F_i are zero no model has a say, and the entry is the mean with w_i alone: what one and the same F for
+    all, however small, gives.
+
+    Args:
+        initial: not used; as every method is called.
+        tuned: theta_i, of one shape.
+        weights: w_i, not negative and not all zero; None for 1.
+        fishers: F_i of that shape, not negative; None for 1.
+    """
+    plain = [1.0] * len(tuned) if weights is None else list(weights)
+    if fishers is None:  # divided once: thirds that are rounded first miss the nearest float32
+        return _sum_of(plain, tuned) / sum(plain)
+    weighted = [weight * fisher.double() for weight, fisher in zip(plain, fishers, strict=True)]
+    total = torch.stack(weighted).sum(0)
+    known = total > 0
+    total = torch.where(known, total, 1.0)
+    shares = [
+        torch.where(known, own / total, weight / sum(plain))
+        for own, weight in zip(weighted, plain, strict=True)
+    ]
+    return _sum_of(shares, tuned)
+
+
+def _sum_of(
+    factors: Sequence[float] | Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    total = torch.zeros(tensors[0].shape, dtype=torch.float64)
+    for factor, tensor in zip(factors, tensors, strict=True):
+        total += factor * tensor.double()
+    return total
 
 
 def require_peft() -> None:

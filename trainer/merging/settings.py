@@ -3,6 +3,7 @@
 wise-ft          (1 - alpha) theta0 + alpha theta1                           Wortsman et al. 2022, arXiv 2109.01903
 task-arithmetic  theta0 + scale * sum_i w_i (theta_i - theta0)               Ilharco et al. 2023, arXiv 2212.04089
 ties             theta0 + scale * TIES(w_i (theta_i - theta0))               Yadav et al. 2023, arXiv 2306.01708
+soup             sum_i w_i theta_i / sum_i w_i; greedy with `by`                  Wortsman et al. 2022, arXiv 2203.05482
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,21 @@ FORMULAS: Mapping[str, tuple[str, str]] = {
     "wise-ft": ("WiSE-FT", "(1 - alpha) * theta0 + alpha * theta1"),
     "task-arithmetic": ("task arithmetic", "theta0 + scale * sum_i w_i (theta_i - theta0)"),
     "ties": ("TIES", "theta0 + scale * TIES(w_i (theta_i - theta0))"),
+    "soup": ("soup", "sum_i w_i theta_i / sum_i w_i"),
 }
 """Method -> its name and formula."""
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "wise-ft": {"alpha": 0.5},
     "task-arithmetic": {"scale": 1.0, "weights": None},
     "ties": {"scale": 1.0, "density": 0.2, "trim": "model", "weights": None},
+    "soup": {"by": None, "weights": None},
 }
 """Method -> what it takes, and what that is when it is not given."""
 TRIMS = ("model", "tensor")
+AVERAGES = ("soup", "fisher")
+"""Methods that are averages of the tuned models; theta0 only lends them its layout."""
+TEXTS = ("trim", "by")
+"""Settings that are a text."""
 LARGEST_ALPHA = 1.5
 """As far beyond the tuned model as Springer et al. 2025 (arXiv 2503.19206, Fig. 10) walk on the line through both."""
 
@@ -56,7 +63,9 @@ class MergeConfig:
     trim: str | None = None
     """ties: what the share is of: `model`, a task vector as a whole, as the paper; or every `tensor` of it."""
     weights: Sequence[float] | None = None
-    """task-arithmetic and ties: w_i, one number per tuned model; None for 1 each."""
+    """w_i, one number per tuned model; None for 1 each. Not for wise-ft, nor a greedy soup."""
+    by: str | None = None
+    """soup: a cache of held-out text; models enter one by one, the best first, where the loss on it gets no worse."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tuned", tuple(self.tuned))
@@ -80,6 +89,12 @@ class MergeConfig:
             check_one_of("--trim", self.trim, TRIMS)
         if self.weights is not None:
             self._check_weights()
+        if self.by is not None:
+            check_path("--by", self.by, "a cache of held-out text")
+            if self.weights is not None:
+                raise ConfigError(
+                    "a greedy soup weighs its models alike, got --weights beside --by; keep one of them"
+                )
         if self.method == "wise-ft" and len(self.tuned) != 1:
             raise ConfigError(
                 f"wise-ft merges one tuned model, got {len(self.tuned)}; use --method task-arithmetic or ties"
@@ -107,6 +122,11 @@ class MergeConfig:
             raise ConfigError(
                 f"--weights must have one number per tuned model, got {len(weights)} for {len(self.tuned)} "
                 "models; give them in the order of the models"
+            )
+        if self.method in AVERAGES and (min(weights) < 0 or sum(weights) == 0):
+            raise ConfigError(
+                f"--weights of an average must not be negative, nor all 0, got {setting_text(weights)}; "
+                "task-arithmetic takes any"
             )
         object.__setattr__(self, "weights", tuple(map(float, weights)))
 

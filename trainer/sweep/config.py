@@ -20,7 +20,7 @@ from trainer.bench.settings import BenchSettings
 from trainer.checks import check_at_least, check_flag, check_fraction, check_number, check_one_of, check_path
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, apply_override, parse_yaml, read_config_file, refuse_unknown
-from trainer.merging.settings import DEFAULTS, MergeConfig
+from trainer.merging.settings import DEFAULTS, TEXTS, MergeConfig
 
 Values = tuple[Any, ...]
 NESTED = ("training", *SECTIONS)
@@ -76,12 +76,12 @@ class MergeEntry:
         refuse_unknown(self.strengths, DEFAULTS[self.method], f"merges.{self.method}.")
         if "weights" in self.strengths:
             raise ConfigError(
-                f"merges.{self.method}.weights needs several models, and a sweep merges run by run; vary scale, or "
-                "merge the finished runs with anneal merge --weights"
+                f"merges.{self.method}.weights are given model by model, which an entry of a sweep cannot; merge its "
+                "finished runs with anneal merge --weights"
             )
         for strength, values in self.strengths.items():
             for value in values:
-                if strength != "trim":
+                if strength not in TEXTS:
                     check_number(f"merges.{self.method}.{strength}", value)
                 MergeConfig(tuned=["a"], initial="b", out="c", method=self.method, **{strength: value})
         words = [self.of] if isinstance(self.of, str) else self.of

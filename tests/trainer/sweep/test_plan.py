@@ -138,6 +138,10 @@ def test_merges_of_direct_of_all_and_of_named_entries():
         f"direct+ties,scale=1,density=0.2,trim={trim}" for trim in ("model", "tensor")
     ]
     assert merged(method="wise-ft", of=["hold,l2.coef=1"]) == ["hold,l2.coef=1+wise-ft,alpha=0.5"]
+    assert merged(method="soup", of=["hold", "direct"]) == ["direct,hold+soup"]
+    assert merged(method="soup", by=["V1", "x/V2"], of="all") == ["all+soup,by=V1", "all+soup,by=V2"]
+    with pytest.raises(ConfigError, match=r"a soup needs at least two runs, got 1 \(direct\)"):
+        merged(method="soup")
     with pytest.raises(ConfigError, match="names of entries or runs, got 'held'"):
         merged(method="wise-ft", of=["held"])
 
@@ -186,7 +190,7 @@ BAD = [
     (["merge wise-ft:2"], r"must lie in \[0, 1.5\], got 2"),
     (["merge wise-ft:scale=1"], "unknown setting merges.wise-ft.scale"),
     (["merge ties:trim=row"], "--trim must be one of model, tensor, got 'row'"),
-    (["merge task-arithmetic:weights=1"], "a sweep merges run by run"),
+    (["merge task-arithmetic:weights=1"], "are given model by model"),
     (["merge wise-ft:half"], "must be a number, got 'half'"),
     (["overrides out=x"], "base must not set out"),
     (["overrides l2.coef=1"], "base must not set l2"),
