@@ -144,8 +144,9 @@ class TrainConfig(Objective):
     """Train adapters instead of all weights."""
     l2: L2Settings | None = None
     """Pull every weight towards its value in `model`."""
-    ewc: EwcSettings | None = None
-    """Pull weights towards their values in `model`, each as strongly as that model depends on it."""
+    ewc: EwcSettings | Sequence[EwcSettings] | None = None
+    """Pull weights towards their values in `model`, each as strongly as that model depends on it; or a list, of
+    earlier tasks of a chain with models of their own."""
     sfa: SfaSettings | None = None
     """Average with the weights of `model` every so often, and at the end."""
     dtype: str = "float32"
@@ -207,6 +208,12 @@ class TrainConfig(Objective):
         object.__setattr__(self, "caches", tuple(self.caches))
         object.__setattr__(self, "eval_caches", dict(self.eval_caches))
         object.__setattr__(self, "training", dict(self.training))
+        if isinstance(self.ewc, list | tuple):
+            object.__setattr__(self, "ewc", tuple(self.ewc))
+        if not all(isinstance(task, EwcSettings) for task in self.ewc_tasks) or self.ewc == ():
+            raise ConfigError(
+                f"ewc must be a mapping of coef, cache, ... or a list of them, got {self.ewc!r}"
+            )
         for cache in self.caches:
             if not isinstance(cache, MixedCache):
                 raise ConfigError(f"caches must hold entries of path, weight and loss, got {cache!r}")
@@ -225,6 +232,13 @@ class TrainConfig(Objective):
                 "sfa ends with an average, got training.load_best_model_at_end: true, which may replace it "
                 "by a checkpoint that was not averaged; remove one of them"
             )
+
+    @property
+    def ewc_tasks(self) -> tuple[EwcSettings, ...]:
+        """Those of `ewc`, one or many."""
+        if self.ewc is None:
+            return ()
+        return tuple(self.ewc) if isinstance(self.ewc, list | tuple) else (self.ewc,)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as written to `anneal.yaml`."""

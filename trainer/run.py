@@ -50,7 +50,7 @@ from trainer.result.model_card import model_card
 from trainer.result.run_directory import RunDirectory
 from trainer.result.saving import ResultLayout, save_result
 from trainer.result.verify_saved import check_saved, live_predictions
-from trainer.retention.ewc import Ewc
+from trainer.retention.ewc_tasks import ewc_of
 from trainer.retention.fisher_file import remove_fisher
 from trainer.retention.l2 import L2
 from trainer.retention.method import RetentionMethod
@@ -123,7 +123,7 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     student = load_student(config, inputs)
     for dataset in rows.with_teacher:
         dataset.vocab_size = student.vocab_size
-    retention = retention_methods(config, rows, int(resolved["seed"]))
+    retention = retention_methods(config, inputs, rows, student, int(resolved["seed"]))
     saves = str(resolved["save_strategy"]) not in ("no", "SaveStrategy.NO")
     out = Path(config.out)
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
@@ -166,14 +166,15 @@ def require_loss_kernel(config: TrainConfig, resolved: Mapping[str, Any]) -> Non
     logits_type(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
 
 
-def retention_methods(config: TrainConfig, rows: Rows, seed: int) -> list[RetentionMethod]:
+def retention_methods(
+    config: TrainConfig, inputs: Inputs, rows: Rows, student: Student, seed: int
+) -> list[RetentionMethod]:
     """The methods that the settings ask for, in the order in which they act."""
     methods: list[RetentionMethod] = []
     if config.l2 is not None:
         methods.append(L2(config.l2))
-    if config.ewc is not None:
-        assert rows.fisher is not None
-        methods.append(Ewc(config.ewc, rows.fisher, seed=seed, say=say))
+    tasks, start = config.ewc_tasks, inputs.start.weights
+    methods += ewc_of(tasks, rows.fisher, inputs.anchors, student.model, start=start, seed=seed, say=say)
     if config.sfa is not None:
         methods.append(Sfa(config.sfa))
     return methods
@@ -377,7 +378,7 @@ def publish(
             new_text=report.new_text,
             evaluation=report.evaluation,
         )
-        remove_fisher(directory.path)
+        remove_fisher(directory.path, [n for n, task in enumerate(config.ewc_tasks) if task.keep_fisher])
         if not config.keep_checkpoints:
             for checkpoint in directory.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)

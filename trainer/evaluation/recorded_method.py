@@ -66,8 +66,10 @@ def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
     name, _ = FORMULAS.get(method, (method, ""))
     words, strengths = [name], {}
     for key in sorted(merge, key=MERGE_ORDER.index):
-        if isinstance(merge[key], str) or key == "weights":
-            words.append(f"{key} {setting_text(merge[key]).rstrip('/').rsplit('/', 1)[-1]}")
+        if isinstance(merge[key], str | list):
+            values = merge[key] if isinstance(merge[key], list) else [merge[key]]
+            shown = [setting_text(value).rstrip("/").rsplit("/", 1)[-1] for value in values]
+            words.append(f"{key} {','.join(shown)}")
         else:
             strengths[key] = float(merge[key])
     return AppliedMethod(((" ".join(words), strengths),))
@@ -87,8 +89,11 @@ def _of_run(config: TrainConfig) -> AppliedMethod:
         )
     if config.l2:
         parts.append(("L2", {"l2.coef": config.l2.coef}))
-    if config.ewc:
-        parts.append(("EWC", {"ewc.coef": config.ewc.coef}))
+    if len(tasks := config.ewc_tasks) == 1:
+        parts.append(("EWC", {"ewc.coef": tasks[0].coef}))
+    elif tasks:
+        name = f"EWC of {len(tasks)} tasks"
+        parts.append((name, {f"ewc.{number}.coef": task.coef for number, task in enumerate(tasks)}))
     if config.sfa:
         parts.append(("SFA", {"sfa.beta": config.sfa.beta, "sfa.period": config.sfa.period}))
     for number, cache in enumerate(config.caches):

@@ -27,11 +27,13 @@ def retention_lines(config: TrainConfig) -> dict[str, str]:
             "the start of this run)."
         )
     if config.ewc:
-        lines["ewc"] = (
-            f"The loss also holds `{config.ewc.coef:g} / 2 * sum_i F_i (theta_i - theta0_i)^2` (elastic weight "
-            "consolidation; theta0 are the weights at the start of this run), F being the diagonal Fisher "
-            f"information per token over {config.ewc.num_rows} rows with {config.ewc.labels} labels."
-        )
+        tasks = [
+            f"`{task.coef:g} / 2 * sum_i F_i (theta_i - theta0_i)^2`, theta0 being "
+            + ("the weights at the start of this run" if task.model is None else f"those of `{task.model}`")
+            + f" and F the diagonal Fisher information per token over {task.num_rows} rows with {task.labels} labels"
+            for task in config.ewc_tasks
+        ]
+        lines["ewc"] = f"The loss also holds {', and '.join(tasks)} (elastic weight consolidation)."
     if config.sfa:
         lines["sfa"] = (
             f"After every {config.sfa.period:g} of all steps, and at the end, the weights became "

@@ -25,7 +25,7 @@ from trainer.merging.settings import DEFAULTS, TEXTS, MergeConfig
 Values = tuple[Any, ...]
 NESTED = ("training", *SECTIONS)
 """Settings that hold settings."""
-LISTS = ("caches", "lora.target_modules", "training.report_to")
+LISTS = ("caches", "ewc", "lora.target_modules", "training.report_to")
 """Settings whose value may be a list itself: only a list of lists is several values of them."""
 OF_THE_SWEEP = {
     "out": "the sweep gives every run its own directory",
@@ -73,6 +73,11 @@ class MergeEntry:
 
     def __post_init__(self) -> None:
         check_one_of("merges.method", self.method, tuple(DEFAULTS))
+        if self.method == "fisher":
+            raise ConfigError(
+                "merges.method fisher needs a text per model, which an entry of a sweep cannot name; merge its "
+                "finished runs with anneal merge --method fisher"
+            )
         refuse_unknown(self.strengths, DEFAULTS[self.method], f"merges.{self.method}.")
         if "weights" in self.strengths:
             raise ConfigError(
@@ -185,7 +190,9 @@ def flatten(settings: Any, where: str) -> dict[str, Values]:
         raise ConfigError(f"{where} must map settings to values, got {settings!r}")
     found: dict[str, Values] = {}
     for key, value in settings.items():
-        if key in NESTED:
+        if key == "ewc" and isinstance(value, list | tuple):
+            pairs = [(key, value)]
+        elif key in NESTED:
             if not isinstance(value, Mapping) or not value:
                 raise ConfigError(
                     f"{where}: {key} must hold settings, got {value!r}; write {key}.NAME: VALUES"
@@ -206,6 +213,8 @@ def check_setting(name: str, where: str) -> None:
     if name in OF_THE_SWEEP:
         raise ConfigError(f"{where} must not set {name}: {OF_THE_SWEEP[name]}")
     section, _, rest = name.partition(".")
+    if name == "ewc":  # a list of tasks; `ewc.coef` is of the one task
+        return
     if section in SECTIONS:
         refuse_unknown([rest], [entry.name for entry in fields(SECTIONS[section])], f"{section}.")
     elif section != "training" or not rest:

@@ -119,6 +119,20 @@ def test_replay_is_a_setting_like_others_and_its_list_is_one_value():
     assert plan_runs(config)[1].settings["caches"] == replay  # the same again under another prefix is dropped
 
 
+def test_a_list_of_earlier_tasks_is_one_value():
+    one, two = {"coef": 10, "cache": "x/A"}, {"coef": 5, "cache": "B", "model": "M2"}
+    plain = {"base": BASE, "out": "OUT", **TEXTS, "runs": [{"ewc": [one, two]}, {"ewc": [[one], [one, two]]}]}
+    config = sweep_from_dict(plain)
+    assert names(config) == ["direct", "ewc=A-10+B-M2-5", "ewc=A-10"]
+    tasks = plan_runs(config)[1].config(Path("OUT")).ewc_tasks
+    assert [(task.coef, task.cache, task.model) for task in tasks] == [(10, "x/A", None), (5, "B", "M2")]
+    assert names(sweep_from_dict({**plain, "runs": [{"ewc": {"coef": [1, 2], "cache": "A"}}]})) == [
+        "direct", "ewc.cache=A,ewc.coef=1", "ewc.cache=A,ewc.coef=2"
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="ewc must hold settings, got 3"):
+        names(sweep_from_dict({**plain, "runs": [{"ewc": 3}]}))
+
+
 def test_merges_of_direct_of_all_and_of_named_entries():
     plain = {"base": BASE, "out": "OUT", **TEXTS, "runs": [{"name": "hold", "l2.coef": [0.1, 1]}]}
 
@@ -191,6 +205,7 @@ BAD = [
     (["merge wise-ft:scale=1"], "unknown setting merges.wise-ft.scale"),
     (["merge ties:trim=row"], "--trim must be one of model, tensor, got 'row'"),
     (["merge task-arithmetic:weights=1"], "are given model by model"),
+    (["merge fisher"], "merges.method fisher needs a text per model"),
     (["merge wise-ft:half"], "must be a number, got 'half'"),
     (["overrides out=x"], "base must not set out"),
     (["overrides l2.coef=1"], "base must not set l2"),
