@@ -662,7 +662,7 @@ def merge_command(
     ],
     initial: Annotated[str, typer.Option(help="The initial model: directory or Hugging Face name.")],
     out: Annotated[str, typer.Option(help="Directory of the merged model; new or empty.")],
-    method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic, ties or soup.")],
+    method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic, ties, soup or fisher.")],
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -692,7 +692,8 @@ def merge_command(
         typer.Option(
             metavar="W1,W2,...",
             show_default=False,
-            help="task-arithmetic, ties: a factor on each model's task vector; soup: its share.  [default: 1 each]",
+            help="task-arithmetic, ties: a factor on each model's task vector; soup, fisher: its share.  "
+            "[default: 1 each]",
         ),
     ] = None,
     by: Annotated[
@@ -703,8 +704,20 @@ def merge_command(
             help="soup: add models one by one, the best on this held-out text first, where it gets no worse.",
         ),
     ] = None,
+    fisher: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CACHE|DIR",
+            show_default=False,
+            help="fisher: text that the model knows, or F that a run kept (ewc.keep_fisher); once per model, in order.",
+        ),
+    ] = None,
+    fisher_rows: Annotated[
+        int | None,
+        typer.Option(show_default=False, help="fisher: rows of each text that are read.  [default: 256]"),
+    ] = None,
 ) -> None:
-    """Merge tuned models with the initial one: WiSE-FT, task arithmetic, TIES or a soup."""
+    """Merge tuned models with the initial one: WiSE-FT, task arithmetic, TIES, a soup or Fisher merging."""
     from trainer import MergeConfig, merge
 
     config = MergeConfig(
@@ -718,6 +731,8 @@ def merge_command(
         trim=trim,
         weights=parse_numbers(weights, "--weights"),
         by=by,
+        fisher=fisher or None,
+        fisher_rows=fisher_rows,
     )
     show(merge(config, console_progress()).line())
 

@@ -362,7 +362,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--method", "broth"), "wise-ft, task-arithmetic, ties, soup"),
+        (("--method", "broth"), "wise-ft, task-arithmetic, ties, soup, fisher"),
         (("--method", "wise-ft", "--alpha", "2"), "--alpha must lie in [0, 1.5]"),
         (("--method", "ties", "--trim", "row"), "--trim must be one of model, tensor"),
         (("--method", "ties", "--weights", "1,2"), "--weights must have one number per tuned model"),

@@ -22,6 +22,7 @@ from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
 from trainer.loading import quiet_transformers
+from trainer.merging.fisher import FisherOfModels
 from trainer.merging.methods import Merge, merge_of, moved, require_peft, weighted_mean
 from trainer.merging.models import Models
 from trainer.merging.settings import FORMULAS, MergeConfig, setting_text
@@ -86,15 +87,17 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
         distance.add(merged, theta0)
         progress.advance(1)
 
-    with staged(out) as staging:
+    with staged(out) as staging, contextlib.ExitStack() as opened:
         tasted = taste(config, models, staging, progress)
         entered = sorted(entry.model for entry in tasted if entry.entered) or range(len(config.tuned))
         chosen = models.only(entered)
-        function_of = functions(config, chosen, progress)
+        fisher = fisher_of(config, chosen, staging, progress, opened)
+        function_of = functions(config, chosen, fisher, progress)
         progress.start("merge", len(models.initial.shapes), unit="tensor")
         chosen.write(staging, function_of, seen)
         progress.finish()
-        record = record_of(config, models, tasted)
+        opened.close()
+        record = record_of(config, models, tasted, fisher)
         record["distance"] = distance.distance().to_dict()
         card = merge_card(config, models.identity, tasted)
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -121,8 +124,24 @@ def taste(config: MergeConfig, models: Models, staging: Path, progress: Progress
     return greedy_soup(models.tuned_dirs, config.by, average, staging / ".candidate", progress)
 
 
-def functions(config: MergeConfig, models: Models, progress: Progress) -> Callable[[str], Merge]:
+def fisher_of(
+    config: MergeConfig, models: Models, staging: Path, progress: Progress, opened: contextlib.ExitStack
+) -> FisherOfModels | None:
+    """F of every model, for fisher; it is removed when `opened` is closed."""
+    if config.method != "fisher":
+        return None
+    assert config.fisher is not None and config.fisher_rows is not None
+    found = FisherOfModels(config.fisher, models, config.fisher_rows, staging / ".fisher", progress)
+    opened.callback(found.close)
+    return found
+
+
+def functions(
+    config: MergeConfig, models: Models, fisher: FisherOfModels | None, progress: Progress
+) -> Callable[[str], Merge]:
     """Name of a tensor -> how it is merged. Reads the models where the method looks at all tensors first."""
+    if fisher is not None:
+        return lambda name: lambda theta0, others: weighted_mean(theta0, others, config.weights, fisher[name])
     if config.trim == "model" and config.density is not None and config.density < 1:
         trim = WholeModelTrim(models.initial, models.tuned, models.names, config.density, progress)
 
@@ -137,9 +156,13 @@ def functions(config: MergeConfig, models: Models, progress: Progress) -> Callab
     return lambda name: plain
 
 
-def record_of(config: MergeConfig, models: Models, tasted: Sequence[Tasted]) -> dict[str, Any]:
+def record_of(
+    config: MergeConfig, models: Models, tasted: Sequence[Tasted], fisher: FisherOfModels | None
+) -> dict[str, Any]:
     """`anneal.json` but for the distance. The result descends from the models that went in."""
-    found = {entry.model: entry.to_dict() for entry in tasted}
+    found: dict[int, dict[str, Any]] = {entry.model: entry.to_dict() for entry in tasted}
+    if fisher is not None:
+        found = {place: {"fisher": key} for place, key in enumerate(fisher.keys)}
     tuned = [
         {"name": name, "weights": ModelFingerprint.of(path).weights, **found.get(place, {})}
         for place, (name, path) in enumerate(zip(config.tuned, models.tuned_dirs, strict=True))

@@ -3,6 +3,7 @@
 wise-ft          (1 - alpha) theta0 + alpha theta1                           Wortsman et al. 2022, arXiv 2109.01903
 task-arithmetic  theta0 + scale * sum_i w_i (theta_i - theta0)               Ilharco et al. 2023, arXiv 2212.04089
 ties             theta0 + scale * TIES(w_i (theta_i - theta0))               Yadav et al. 2023, arXiv 2306.01708
+fisher           sum_i w_i F_i theta_i / sum_i w_i F_i                  Matena and Raffel 2022, arXiv 2111.09832
 soup             sum_i w_i theta_i / sum_i w_i; greedy with `by`                  Wortsman et al. 2022, arXiv 2203.05482
 """
 
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from formats.errors import ConfigError
-from trainer.checks import check_fraction, check_number, check_one_of, check_path
+from trainer.checks import check_at_least, check_fraction, check_number, check_one_of, check_path, check_texts
 
 FORMULAS: Mapping[str, tuple[str, str]] = {
     "wise-ft": ("WiSE-FT", "(1 - alpha) * theta0 + alpha * theta1"),
     "task-arithmetic": ("task arithmetic", "theta0 + scale * sum_i w_i (theta_i - theta0)"),
     "ties": ("TIES", "theta0 + scale * TIES(w_i (theta_i - theta0))"),
     "soup": ("soup", "sum_i w_i theta_i / sum_i w_i"),
+    "fisher": ("Fisher merging", "sum_i w_i F_i theta_i / sum_i w_i F_i"),
 }
 """Method -> its name and formula."""
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -25,6 +27,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "task-arithmetic": {"scale": 1.0, "weights": None},
     "ties": {"scale": 1.0, "density": 0.2, "trim": "model", "weights": None},
     "soup": {"by": None, "weights": None},
+    "fisher": {"fisher": None, "weights": None, "fisher_rows": 256},
 }
 """Method -> what it takes, and what that is when it is not given."""
 TRIMS = ("model", "tensor")
@@ -67,6 +70,11 @@ class MergeConfig:
     by: str | None = None
     """soup: a cache of held-out text; models enter one by one, the best first, where the loss on it gets no worse."""
 
+    fisher: Sequence[str] | None = None
+    """fisher: per tuned model a cache of text that it knows, or the `ewc-fisher` directory of a run from that model."""
+    fisher_rows: int | None = None
+    """fisher: rows of a cache from which F is estimated."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "tuned", tuple(self.tuned))
         if not self.tuned:
@@ -95,6 +103,8 @@ class MergeConfig:
                 raise ConfigError(
                     "a greedy soup weighs its models alike, got --weights beside --by; keep one of them"
                 )
+        if self.method == "fisher":
+            self._check_fisher()
         if self.method == "wise-ft" and len(self.tuned) != 1:
             raise ConfigError(
                 f"wise-ft merges one tuned model, got {len(self.tuned)}; use --method task-arithmetic or ties"
@@ -129,6 +139,18 @@ class MergeConfig:
                 "task-arithmetic takes any"
             )
         object.__setattr__(self, "weights", tuple(map(float, weights)))
+
+    def _check_fisher(self) -> None:
+        if self.fisher:
+            check_texts("--fisher", self.fisher)
+        sources = [self.fisher] if isinstance(self.fisher, str) else list(self.fisher or ())
+        if len(sources) != len(self.tuned):
+            raise ConfigError(
+                f"fisher needs --fisher once per tuned model, got {len(sources)} for {len(self.tuned)}; give a cache "
+                "of text that each knows, in the order of the models"
+            )
+        object.__setattr__(self, "fisher", tuple(sources))
+        check_at_least("--fisher-rows", self.fisher_rows, 1, "256 are usual", integer=True)
 
     def settings(self) -> dict[str, Any]:
         """What the method takes, as `anneal.json` holds it: numbers, texts and lists of numbers."""

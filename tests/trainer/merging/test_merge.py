@@ -284,7 +284,7 @@ def test_models_that_do_not_belong_are_refused_in_one_line(models, tiny_qwen3_di
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "broth"}, "--method must be one of wise-ft, task-arithmetic, ties, soup"),
+        ({"method": "broth"}, "--method must be one of wise-ft, task-arithmetic, ties, soup, fisher"),
         ({"method": "wise-ft", "alpha": 2.0}, "--alpha must lie in [0, 1.5], got 2"),
         ({"method": "wise-ft", "scale": 0.5}, "wise-ft has no --scale, got 0.5; it takes --alpha"),
         ({"method": "ties", "density": 0.0}, "--density must be above 0"),
