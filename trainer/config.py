@@ -40,17 +40,38 @@ class MixedCache:
 
     path: str
     """Directory of the cache. Its teacher must be the same initial model."""
-    weight: float = 1.0
-    """Rows (or packs) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth."""
+    weight: float | None = None
+    """Rows (or packs) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth. 1 when neither it
+    nor `share` is given."""
+    share: float | None = None
+    """Instead of `weight`: its share of all tokens of the mixture, in (0, 1); with 0.1 every tenth token is its."""
     loss: str = "both"
     """`both` learns and retains its text, `ce` is plain replay, `kl` retains without learning the text."""
 
     def __post_init__(self) -> None:
         check_path("caches.path", self.path, "a cache directory")
-        check_at_least(
-            "caches.weight", self.weight, 0.0, "a weight of 0.1 adds one row to ten of the target cache"
-        )
+        if self.share is not None:
+            check_number("caches.share", self.share)
+            if not 0 < self.share < 1:
+                raise ConfigError(
+                    f"caches.share must lie between 0 and 1, got {self.share:g}; 0.1 is a tenth"
+                )
+            if self.weight is not None:
+                raise ConfigError(
+                    f"caches.share and caches.weight say the same in two ways, got share {self.share:g} and weight "
+                    f"{self.weight!r} for {self.path}; keep one of them"
+                )
+        else:
+            object.__setattr__(self, "weight", 1.0 if self.weight is None else self.weight)
+            check_at_least(
+                "caches.weight", self.weight, 0.0, "a weight of 0.1 adds one row to ten of the target cache"
+            )
         check_one_of("caches.loss", self.loss, ROW_LOSSES)
+
+    @property
+    def used(self) -> bool:
+        """Whether any of its rows are drawn."""
+        return self.share is not None or bool(self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +237,14 @@ class TrainConfig(Objective):
             )
         for cache in self.caches:
             if not isinstance(cache, MixedCache):
-                raise ConfigError(f"caches must hold entries of path, weight and loss, got {cache!r}")
+                raise ConfigError(
+                    f"caches must hold entries of path, weight or share, and loss, got {cache!r}"
+                )
+        shares = sum(cache.share or 0.0 for cache in self.caches)
+        if shares >= 1:
+            raise ConfigError(
+                f"caches.share must leave something to the target cache, got shares that sum to {shares:g}; lower them"
+            )
         for name, path in self.eval_caches.items():
             check_path(f"eval_caches.{name}", path, "a cache directory")
         if self.pack_length is not None and not self.packing:

@@ -161,7 +161,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
             values[name] = _section(name, kind, value)
     caches = values.get("caches") or []
     if not isinstance(caches, list | tuple):
-        raise ConfigError(f"caches must be a list of path, weight and loss, got {caches!r}")
+        raise ConfigError(f"caches must be a list of path, weight or share, and loss, got {caches!r}")
     mixed = []
     for entry in caches:
         cache = {"path": entry} if isinstance(entry, str) else _mapping("an entry of caches", entry)

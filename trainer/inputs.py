@@ -10,6 +10,7 @@ from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
 from trainer.data.label_terms import plain, resolved
+from trainer.data.mixture import Share
 from trainer.loading import given_as, load_model, load_tokenizer, open_cache, require_plain_weights
 from trainer.objective import Objective
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
@@ -69,7 +70,7 @@ class Rows:
 
     training: CachedDataset
     mixed: list[tuple[CachedDataset, float]]
-    """Further training rows, and how many of them per row of `training`."""
+    """Further training rows, and how many of them per row of `training`, or their `Share`."""
     first_check: CachedDataset | None
     """Rows of the target cache with their teacher, for the KL before the first update; None where nothing is read
     of the teacher and it is another model."""
@@ -219,7 +220,10 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     return Rows(
         training=rows(inputs.target, "both"),
         mixed=[
-            (rows(opened, entry.loss), entry.weight)
+            (
+                rows(opened, entry.loss),
+                Share(entry.share) if entry.share is not None else float(entry.weight or 0),
+            )
             for opened, entry in zip(inputs.mixed, config.caches, strict=True)
         ],
         first_check=rows_to_check(config, inputs, tail_draws),

@@ -98,7 +98,8 @@ def _of_run(config: TrainConfig) -> AppliedMethod:
         parts.append(("SFA", {"sfa.beta": config.sfa.beta, "sfa.period": config.sfa.period}))
     for number, cache in enumerate(config.caches):
         name = "replay" if cache.loss == "ce" else f"mixed text ({cache.loss})"
-        parts.append((name, {f"caches.{number}.weight": cache.weight}))
+        amount = {"weight": cache.weight} if cache.share is None else {"share": cache.share}
+        parts.append((name, {f"caches.{number}.{key}": float(value or 0) for key, value in amount.items()}))
     if config.lora:
         parts.append(("LoRA", {"lora.r": config.lora.r}))
     return AppliedMethod(tuple(parts))

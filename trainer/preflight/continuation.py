@@ -94,7 +94,8 @@ def _methods(settings: Mapping[str, Any]) -> dict[str, Any]:
             kept = [{k: v for k, v in one.items() if k not in entries and v is not None} for one in several]
             found[section] = kept if isinstance(value, list) else kept[0]
     found["caches"] = [
-        {key: value for key, value in cache.items() if key != "path"} for cache in settings.get("caches", [])
+        {key: value for key, value in cache.items() if key != "path" and value is not None}
+        for cache in settings.get("caches", [])
     ]
     return found
 

@@ -12,7 +12,7 @@ def method_name(config: TrainConfig) -> str:
         *(["L2 towards the weights at the start"] if config.l2 else []),
         *(["elastic weight consolidation"] if config.ewc else []),
         *(["averaging with the weights at the start (SFA)"] if config.sfa else []),
-        *(["replay"] if any(cache.loss == "ce" and cache.weight for cache in config.caches) else []),
+        *(["replay"] if any(cache.loss == "ce" and cache.used for cache in config.caches) else []),
     ]
     base = "direct fine-tuning" if config.kl_coef == 0 else "label annealing"
     return base + (" with " + " and ".join(used) if used else "")
