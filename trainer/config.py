@@ -169,7 +169,7 @@ class TrainConfig(Objective):
     """Pull weights towards their values in `model`, each as strongly as that model depends on it; or a list, of
     earlier tasks of a chain with models of their own."""
     sfa: SfaSettings | None = None
-    """Average with the weights of `model` every so often, and at the end."""
+    """Average with the weights of `model`, in a chain the last task's model, every so often, and at the end."""
     dtype: str = "float32"
     """Dtype of the weights while training. At fine-tuning rates bfloat16 weights swallow most updates: keep
     float32 and let `training.bf16` compute in bfloat16."""

@@ -75,19 +75,19 @@ class EwcSettings:
 class SfaSettings:
     """Average with the weights at the start of the run while training: theta <- (1 - beta) theta + beta theta0
     every period * T steps and at the end, T being all steps (Kleiman et al. 2025, arXiv 2501.05559, whose theta_o
-    this is: in a chain of tasks the last task's merged model).
+    theta0 is: in a chain of tasks the last task's merged model).
 
     Raises:
         ConfigError: a field is out of range.
     """
 
-    beta: float
-    """Weight of the model that the run starts from in each average, in [0, 1]."""
+    beta: float = 0.5
+    """Weight of theta0 in each average, in [0, 1]; the default is the paper's."""
     period: float = 0.25
     """The paper's p: the share of all steps between two averages, in (0, 1]; 1 averages once, at the end."""
 
     def __post_init__(self) -> None:
         check_number("sfa.beta", self.beta)
         if not 0 <= self.beta <= 1:
-            raise ConfigError(f"sfa.beta must lie in [0, 1], got {self.beta:g}; 0.25 is a usual start")
+            raise ConfigError(f"sfa.beta must lie in [0, 1], got {self.beta:g}; 0.5 is the paper's")
         check_fraction("sfa.period", self.period, "0.25 averages four times")

@@ -56,9 +56,9 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(value_text, value))
     if isinstance(value, Mapping) and "path" in value:
-        return "-".join(
-            value_text(entry) for key in ("path", "weight", "share", "loss") if (entry := value.get(key))
-        )
+        share = {} if value.get("share") is None else {"share": f"share{value_text(value['share'])}"}
+        shown = {**value, **share}
+        return "-".join(value_text(e) for key in ("path", "weight", "share", "loss") if (e := shown.get(key)))
     if isinstance(value, Mapping) and "cache" in value:
         return "-".join(value_text(entry) for key in ("cache", "model", "coef") if (entry := value.get(key)))
     return digest(value)

@@ -118,7 +118,7 @@ def test_replay_is_a_setting_like_others_and_its_list_is_one_value():
     assert names(config) == ["direct", "caches=text-0.1-ce", "mix,caches=text-0.1-ce+text-0.1-ce"]
     share = [{"path": "x/text", "share": 0.1}]
     assert names(sweep_from_dict({"base": BASE, "out": "OUT", **TEXTS, "runs": [{"caches": share}]}))[1] == (
-        "caches=text-0.1"
+        "caches=text-share0.1"
     )
     assert plan_runs(config)[1].settings["caches"] == replay  # the same again under another prefix is dropped
 
