@@ -4,6 +4,7 @@ Everything that `transformers.TrainingArguments` already names stays under that 
 here are what label annealing adds. `trainer.config_file` reads them from YAML and from the command line.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -163,6 +164,9 @@ class TrainConfig(Objective):
     """Name -> cache directory: evaluated after training, and whenever `training.eval_strategy` says so."""
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
+    freeze: Sequence[str] = ()
+    """Regular expressions: parameters in whose names one is found are not trained, such as `embed_tokens` or
+    `^model\\.` for all but the output head."""
     l2: L2Settings | None = None
     """Pull every weight towards its value in `model`."""
     ewc: EwcSettings | Sequence[EwcSettings] | None = None
@@ -249,6 +253,7 @@ class TrainConfig(Objective):
             check_path(f"eval_caches.{name}", path, "a cache directory")
         if self.pack_length is not None and not self.packing:
             raise ConfigError("pack_length needs packing, got packing: false; add packing: true")
+        self._check_freeze()
         for name in ("l2", "ewc", "sfa"):
             if self.lora is not None and getattr(self, name) is not None:
                 raise ConfigError(
@@ -259,6 +264,24 @@ class TrainConfig(Objective):
             raise ConfigError(
                 "sfa ends with an average, got training.load_best_model_at_end: true, which may replace it "
                 "by a checkpoint that was not averaged; remove one of them"
+            )
+
+    def _check_freeze(self) -> None:
+        given: Any = [] if self.freeze is None else self.freeze
+        if given not in ((), []):
+            check_texts("freeze", given)
+        object.__setattr__(self, "freeze", (given,) if isinstance(given, str) else tuple(given))
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"freeze must hold regular expressions, got {pattern!r}: {error}; a dot in a name is written \\."
+                ) from None
+        if self.freeze and self.lora is not None:
+            raise ConfigError(
+                "freeze needs full fine-tuning, got lora, which freezes every weight but the adapters; remove one of "
+                "them, or choose lora.target_modules"
             )
 
     @property

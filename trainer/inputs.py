@@ -13,6 +13,7 @@ from trainer.data.label_terms import plain, resolved
 from trainer.data.mixture import Share
 from trainer.loading import given_as, load_model, load_tokenizer, open_cache, require_plain_weights
 from trainer.objective import Objective
+from trainer.preflight.frozen import freeze
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
 from trainer.result.lineage import Ancestor, lineage_of, short_name
 from trainer.result.lora import attach_adapters
@@ -273,6 +274,7 @@ def load_student(config: TrainConfig, inputs: Inputs) -> Student:
     layout = None
     if config.lora is None or config.lora.merge:
         layout = ResultLayout.of(model, inputs.model_dir, config.save_dtype)
+    freeze(model, config.freeze, layout.stored_dtypes if layout is not None else (), config.training)
     if config.lora is not None:
         model = attach_adapters(model, config.lora)
     return Student(model=model, vocab_size=vocab_size, layout=layout)

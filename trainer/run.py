@@ -42,6 +42,7 @@ from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
 from trainer.preflight.before_start import check_before_start
 from trainer.preflight.continuation import run_facts
+from trainer.preflight.frozen import freeze_note, frozen_record
 from trainer.preflight.liger import settle_liger
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
@@ -129,7 +130,8 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
     args = training_arguments(resolved, out)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    for line in (anchor_note(config, inputs), draws_note(config, rows, rows_per_step)):
+    frozen = freeze_note(student.model, config.freeze)
+    for line in (anchor_note(config, inputs), draws_note(config, rows, rows_per_step), frozen):
         if args.process_index == 0 and line is not None:
             say(line)
     with args.main_process_first():
@@ -370,6 +372,7 @@ def publish(
             cache=identity.digest(),
             lineage=to_record(inputs.lineage),
             distance=distance,
+            frozen=frozen_record(trainer.evaluation_model(), config.freeze),
             kl_to=None
             if inputs.kl_to is None
             else {k: v for k, v in asdict(inputs.kl_to).items() if k != "cache"},

@@ -100,6 +100,8 @@ def _of_run(config: TrainConfig) -> AppliedMethod:
         name = "replay" if cache.loss == "ce" else f"mixed text ({cache.loss})"
         amount = {"weight": cache.weight} if cache.share is None else {"share": cache.share}
         parts.append((name, {f"caches.{number}.{key}": float(value or 0) for key, value in amount.items()}))
+    if config.freeze:
+        parts.append((f"freeze {','.join(config.freeze)}", {}))
     if config.lora:
         parts.append(("LoRA", {"lora.r": config.lora.r}))
     return AppliedMethod(tuple(parts))

@@ -93,6 +93,8 @@ def _methods(settings: Mapping[str, Any]) -> dict[str, Any]:
             several = value if isinstance(value, list) else [value]
             kept = [{k: v for k, v in one.items() if k not in entries and v is not None} for one in several]
             found[section] = kept if isinstance(value, list) else kept[0]
+    if not found.get("freeze"):
+        found.pop("freeze", None)
     found["caches"] = [
         {key: value for key, value in cache.items() if key != "path" and value is not None}
         for cache in settings.get("caches", [])

@@ -109,6 +109,7 @@ def model_card(
         "learning rate": training.get("learning_rate"),
         "sequences per step (per process)": int(training.get("per_device_train_batch_size", 1))
         * int(training.get("gradient_accumulation_steps", 1)),
+        **({"frozen": ", ".join(f"`{pattern}`" for pattern in config.freeze)} if config.freeze else {}),
         "adapters": f"LoRA, rank {config.lora.r}{', merged' if config.lora.merge else ''}"
         if config.lora
         else "none",

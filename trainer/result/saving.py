@@ -85,10 +85,14 @@ class ResultLayout:
         return cls(stored, None if dtype == "same" else getattr(torch, dtype), kept)
 
     @property
+    def stored_dtypes(self) -> set[torch.dtype]:
+        """The floating dtypes of the initial model's weights."""
+        return {t.dtype for t in self.stored.tensors.values() if t.dtype.is_floating_point}
+
+    @property
     def dtypes(self) -> set[torch.dtype]:
         """The floating dtypes of the result's weights."""
-        stored = {t.dtype for t in self.stored.tensors.values() if t.dtype.is_floating_point}
-        return stored if self.dtype is None else {self.dtype}
+        return self.stored_dtypes if self.dtype is None else {self.dtype}
 
     @property
     def num_bytes(self) -> int:

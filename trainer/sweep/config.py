@@ -25,7 +25,7 @@ from trainer.merging.settings import DEFAULTS, TEXTS, MergeConfig
 Values = tuple[Any, ...]
 NESTED = ("training", *SECTIONS)
 """Settings that hold settings."""
-LISTS = ("caches", "ewc", "lora.target_modules", "training.report_to")
+LISTS = ("caches", "ewc", "freeze", "lora.target_modules", "training.report_to")
 """Settings whose value may be a list itself: only a list of lists is several values of them."""
 OF_THE_SWEEP = {
     "out": "the sweep gives every run its own directory",

@@ -14,7 +14,7 @@ LONGEST = 150
 """Characters of a name; the staging directories of a run add some, and file systems end at 255 bytes."""
 DIRECT = "direct"
 SHORT = {"training.learning_rate": "lr", "training.seed": "seed"}
-FIRST = ("kl_coef", "temperature", "kl_direction", "l2", "ewc", "sfa", "lora", "caches", "cache")
+FIRST = ("kl_coef", "temperature", "kl_direction", "l2", "ewc", "sfa", "freeze", "lora", "caches", "cache")
 
 
 def short_name(setting: str) -> str:

@@ -122,7 +122,7 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
             settings[section] = dict(settings.get(section) or {}) | {rest: copy.deepcopy(value)}
         else:
             settings[name] = copy.deepcopy(value)
-    methods = [name for name in varied if name.split(".")[0] in (*SECTIONS, "caches")]
+    methods = [name for name in varied if name.split(".")[0] in (*SECTIONS, "caches", "freeze")]
     direct = varied["kl_coef"] == 0 and not methods
     name = run_name(shown_of(config, varied), prefix=entry, direct=direct)
     run = PlannedRun(name=name, settings=settings, varied=varied, direct=direct, entry=entry)

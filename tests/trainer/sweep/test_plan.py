@@ -137,6 +137,21 @@ def test_a_list_of_earlier_tasks_is_one_value():
         names(sweep_from_dict({**plain, "runs": [{"ewc": 3}]}))
 
 
+def test_frozen_parameters_are_a_method_and_a_list_is_one_value():
+    plain = {
+        "base": BASE,
+        "out": "OUT",
+        **TEXTS,
+        "runs": [{"freeze": ["a", "b"]}, {"freeze": [["a"], ["b"]]}],
+    }
+    runs = plan_runs(sweep_from_dict(plain))
+    assert [run.name for run in runs] == ["direct", "freeze=a+b", "freeze=a", "freeze=b"]
+    assert [run.direct for run in runs] == [True, False, False, False]
+    assert runs[1].config(Path("OUT")).freeze == ("a", "b")
+    with pytest.raises(ConfigError, match="freeze must hold regular expressions"):
+        names(sweep_from_dict({**plain, "runs": [{"freeze": "a("}]}))
+
+
 def test_merges_of_direct_of_all_and_of_named_entries():
     plain = {"base": BASE, "out": "OUT", **TEXTS, "runs": [{"name": "hold", "l2.coef": [0.1, 1]}]}
 
