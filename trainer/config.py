@@ -233,12 +233,7 @@ class TrainConfig(Objective):
         object.__setattr__(self, "caches", tuple(self.caches))
         object.__setattr__(self, "eval_caches", dict(self.eval_caches))
         object.__setattr__(self, "training", dict(self.training))
-        if isinstance(self.ewc, list | tuple):
-            object.__setattr__(self, "ewc", tuple(self.ewc))
-        if not all(isinstance(task, EwcSettings) for task in self.ewc_tasks) or self.ewc == ():
-            raise ConfigError(
-                f"ewc must be a mapping of coef, cache, ... or a list of them, got {self.ewc!r}"
-            )
+        self._check_ewc()
         for cache in self.caches:
             if not isinstance(cache, MixedCache):
                 raise ConfigError(
@@ -266,6 +261,15 @@ class TrainConfig(Objective):
                 "by a checkpoint that was not averaged; remove one of them"
             )
 
+    def _check_ewc(self) -> None:
+        tasks: Any = self.ewc
+        if tasks is None or isinstance(tasks, EwcSettings):
+            return
+        given = list(tasks) if isinstance(tasks, list | tuple) else []
+        if not given or not all(isinstance(task, EwcSettings) for task in given):
+            raise ConfigError(f"ewc must be a mapping of coef, cache, ... or a list of them, got {tasks!r}")
+        object.__setattr__(self, "ewc", tuple(given))
+
     def _check_freeze(self) -> None:
         given: Any = [] if self.freeze is None else self.freeze
         if given not in ((), []):
@@ -289,7 +293,7 @@ class TrainConfig(Objective):
         """Those of `ewc`, one or many."""
         if self.ewc is None:
             return ()
-        return tuple(self.ewc) if isinstance(self.ewc, list | tuple) else (self.ewc,)  # type: ignore[arg-type]
+        return (self.ewc,) if isinstance(self.ewc, EwcSettings) else tuple(self.ewc)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as written to `anneal.yaml`."""

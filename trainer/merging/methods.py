@@ -9,6 +9,7 @@ Everything is computed in float32 (float64 for tensors that are stored so).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -109,9 +110,7 @@ def weighted_mean(
     return _sum_of(shares, tuned)
 
 
-def _sum_of(
-    factors: Sequence[float] | Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def _sum_of(factors: Sequence[Any], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     total = torch.zeros(tensors[0].shape, dtype=torch.float64)
     for factor, tensor in zip(factors, tensors, strict=True):
         total += factor * tensor.double()

@@ -123,7 +123,7 @@ def stored_twice(
     for name, entry in initial.tensors.items():
         if len(entry.shape) < 2 or not entry.dtype.is_floating_point:
             continue
-        data = initial[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = initial[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
         key = (entry.shape, entry.dtype, hashlib.blake2b(data).digest())
         first = seen.setdefault(key, name)
         if first != name and all(

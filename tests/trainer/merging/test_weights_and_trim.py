@@ -28,7 +28,7 @@ def models(tiny_llama_dir, tmp_path_factory) -> dict[str, Path]:
 
 
 def merged(models: dict, out: Path, method: str, *, progress: Progress | None = None, **options) -> Path:
-    tuned = options.pop("tuned", [models["a"], models["b"]])
+    tuned = options.pop("tuned", None) or [models["a"], models["b"]]
     config = MergeConfig(
         tuned=[str(path) for path in tuned],
         initial=str(models["initial"]),

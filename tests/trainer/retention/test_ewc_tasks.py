@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from formats.cache import TeacherCache
-from formats.errors import AnnealError
+from formats.errors import AnnealError, ConfigError
 from trainer import train
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
@@ -137,6 +137,9 @@ def test_one_task_in_a_list_is_one_task(chain):
     assert TrainConfig(**options, ewc=[EwcSettings(**one)]).ewc_tasks == (EwcSettings(**one),)
     assert TrainConfig(**options, ewc=EwcSettings(**one)).ewc_tasks == (EwcSettings(**one),)
     assert TrainConfig(**options).ewc_tasks == ()
+    for wrong in (3, [], [one]):
+        with pytest.raises(ConfigError, match="ewc must be a mapping of coef"):
+            TrainConfig(**options, ewc=wrong)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_one_task_in_a_list_is_one_task(chain):
         ({"keep_fisher": "yes"}, "ewc.keep_fisher must be true or false"),
         ({"strength": 1}, "unknown setting ewc.1.strength"),
         ({"cache": None}, "ewc.1.cache is required"),
-        ("none", "ewc must be a mapping of coef, cache, ... or a list of them, got ()"),
+        ("none", "ewc must be a mapping of coef, cache, ... or a list of them, got []"),
         ("number", "ewc.0 must be a mapping, got 3"),
     ],
 )
