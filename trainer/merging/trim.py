@@ -16,6 +16,7 @@ import torch
 from formats.progress import Progress
 from trainer.merging.weights import wide
 from trainer.result.stored_weights import StoredWeights
+from trainer.result.weight_distance import SLICE
 
 UPPER, LOWER = 1 << 15, 1 << 16
 """Values of the upper and of the lower bits of a float32 without its sign."""
@@ -74,7 +75,8 @@ class WholeModelTrim:
             theta0 = wide(self.initial[name])
             for model, (weights, known) in enumerate(zip(self.tuned, self.names, strict=True)):
                 bits = magnitude_bits(weights[known[name]].to(theta0.dtype) - theta0)
-                counts[model] += torch.bincount(values(bits, model), minlength=num_values)
+                for part in bits.split(SLICE):  # counting takes 8 bytes an entry
+                    counts[model] += torch.bincount(values(part, model), minlength=num_values)
             progress.advance(1)
         return counts
 
