@@ -262,6 +262,22 @@ def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str,
     return parsed
 
 
+def parse_numbers(text: str | None, option: str) -> list[float] | None:
+    """`0.75,0.25` as numbers.
+
+    Raises:
+        ConfigError: a part is not a number.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} takes numbers with commas, got {text!r}; for example 0.75,0.25"
+        ) from None
+
+
 def parse_shards(text: str | None) -> tuple[int, int] | None:
     """`A:B` as a pair of numbers.
 
@@ -702,10 +718,12 @@ def merge_command(
     ],
     initial: Annotated[str, typer.Option(help="The initial model: directory or Hugging Face name.")],
     out: Annotated[str, typer.Option(help="Directory of the merged model; new or empty.")],
-    method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic or ties.")],
+    method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic, ties, soup or fisher.")],
     alpha: Annotated[
         float | None,
-        typer.Option(show_default=False, help="wise-ft: weight of the tuned model, 0 to 1.  [default: 0.5]"),
+        typer.Option(
+            show_default=False, help="wise-ft: weight of the tuned model, 0 to 1.5.  [default: 0.5]"
+        ),
     ] = None,
     scale: Annotated[
         float | None,
@@ -717,8 +735,45 @@ def merge_command(
         float | None,
         typer.Option(show_default=False, help="ties: share of the entries that are kept.  [default: 0.2]"),
     ] = None,
+    trim: Annotated[
+        str | None,
+        typer.Option(
+            metavar="model|tensor",
+            show_default=False,
+            help="ties: keep that share of each model's task vector as a whole, or of every tensor.  [default: model]",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W1,W2,...",
+            show_default=False,
+            help="task-arithmetic, ties: a factor on each model's task vector; soup, fisher: its share.  "
+            "[default: 1 each]",
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CACHE",
+            show_default=False,
+            help="soup: add models one by one, the best on this held-out text first, where it gets no worse.",
+        ),
+    ] = None,
+    fisher: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CACHE|DIR",
+            show_default=False,
+            help="fisher: text that the model knows, or F that a run kept (ewc.keep_fisher); once per model, in order.",
+        ),
+    ] = None,
+    fisher_rows: Annotated[
+        int | None,
+        typer.Option(show_default=False, help="fisher: rows of each text that are read.  [default: 256]"),
+    ] = None,
 ) -> None:
-    """Merge tuned models with the initial one: WiSE-FT, task arithmetic or TIES."""
+    """Merge tuned models with the initial one: WiSE-FT, task arithmetic, TIES, a soup or Fisher merging."""
     from trainer import MergeConfig, merge
 
     config = MergeConfig(
@@ -729,6 +784,11 @@ def merge_command(
         alpha=alpha,
         scale=scale,
         density=density,
+        trim=trim,
+        weights=parse_numbers(weights, "--weights"),
+        by=by,
+        fisher=fisher or None,
+        fisher_rows=fisher_rows,
     )
     show(merge(config, console_progress()).line())
 
@@ -1071,7 +1131,7 @@ def sweep_command(
         typer.Option(
             metavar="METHOD:V1,V2",
             show_default=False,
-            help="Merges of finished runs, such as wise-ft:0.25,0.5 or ties:density=0.1,0.2:scale=1.",
+            help="Merges of finished runs, such as wise-ft:0.25,0.5, ties:density=0.1,0.2:scale=1 or soup:by=CACHE.",
         ),
     ] = None,
     merge_of: Annotated[

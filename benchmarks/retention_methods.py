@@ -56,7 +56,7 @@ class Merged:
     """Of `anneal merge`."""
     tuned: Sequence[str]
     """Labels of the runs that are merged."""
-    strengths: Mapping[str, float]
+    strengths: Mapping[str, Any]
     """Of `MergeConfig`."""
 
     @property
@@ -137,8 +137,8 @@ RUNS: tuple[Run, ...] = (
 )
 
 
-def _merged(family: str, method: str, tuned: tuple[str, ...], note: str = "", **strengths: float) -> Merged:
-    words = ", ".join(f"{name} {value:g}" for name, value in strengths.items())
+def _merged(family: str, method: str, tuned: tuple[str, ...], note: str = "", **strengths: Any) -> Merged:
+    words = ", ".join(f"{name} {value:g}" for name, value in strengths.items() if name != "trim")
     return Merged(
         family=family,
         strength=words + note,
@@ -154,9 +154,9 @@ MERGES: tuple[Merged, ...] = (
     _merged("WiSE-FT", "wise-ft", (HIGHER,), ", lr 1e-3", alpha=0.5),
     _merged("task arithmetic", "task-arithmetic", (DIRECT, AGAIN), scale=0.5),
     _merged("task arithmetic", "task-arithmetic", (DIRECT, AGAIN), scale=0.3),
-    _merged("TIES", "ties", (DIRECT, AGAIN), density=0.2, scale=1.0),
-    _merged("TIES", "ties", (DIRECT, AGAIN), density=0.5, scale=1.0),
-    _merged("TIES", "ties", (DIRECT, AGAIN), density=0.5, scale=0.5),
+    _merged("TIES", "ties", (DIRECT, AGAIN), density=0.2, scale=1.0, trim="tensor"),
+    _merged("TIES", "ties", (DIRECT, AGAIN), density=0.5, scale=1.0, trim="tensor"),
+    _merged("TIES", "ties", (DIRECT, AGAIN), density=0.5, scale=0.5, trim="tensor"),
 )
 
 

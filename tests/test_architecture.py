@@ -38,7 +38,18 @@ FLOORS = {
         *("config", "config_file", "schedule", "preflight", "recipe", "data", "loss"),
         *("loop.signals", "loop.output_head", "loop.measure", "running", "retention", "loop"),
         *("preflight.continuation", "preflight.before_start", "result"),
-        *("merging", "evaluation", "bench", "comparison", "selection", "inputs", "run", "sweep"),
+        *(
+            "merging.settings",
+            "merging.weights",
+            "evaluation",
+            "merging",
+            "bench",
+            "comparison",
+            "selection",
+            "inputs",
+            "run",
+            "sweep",
+        ),
     ],
 }
 """The rooms of each package from the ground up: a room imports from rooms on its left, and from nothing on its right.

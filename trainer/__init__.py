@@ -18,7 +18,7 @@ _HOME = {
     "LabelAnnealingOutput": "loss.label_annealing_loss",
     "LabelAnnealingTrainer": "loop.label_annealing_trainer",
     "LoraSettings": "config",
-    "MergeConfig": "merging.methods",
+    "MergeConfig": "merging.settings",
     "MergedModel": "merging.merge_models",
     "MixedCache": "config",
     "OutputHead": "loop.output_head",

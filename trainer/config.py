@@ -4,6 +4,7 @@ Everything that `transformers.TrainingArguments` already names stays under that 
 here are what label annealing adds. `trainer.config_file` reads them from YAML and from the command line.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -41,17 +42,38 @@ class MixedCache:
 
     path: str
     """Directory of the cache. Its teacher must be the same initial model."""
-    weight: float = 1.0
-    """Rows (or packs) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth."""
+    weight: float | None = None
+    """Rows (or packs) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth. 1 when neither it
+    nor `share` is given."""
+    share: float | None = None
+    """Instead of `weight`: its share of all tokens of the mixture, in (0, 1); with 0.1 every tenth token is its."""
     loss: str = "both"
     """`both` learns and retains its text, `ce` is plain replay, `kl` retains without learning the text."""
 
     def __post_init__(self) -> None:
         check_path("caches.path", self.path, "a cache directory")
-        check_at_least(
-            "caches.weight", self.weight, 0.0, "a weight of 0.1 adds one row to ten of the target cache"
-        )
+        if self.share is not None:
+            check_number("caches.share", self.share)
+            if not 0 < self.share < 1:
+                raise ConfigError(
+                    f"caches.share must lie between 0 and 1, got {self.share:g}; 0.1 is a tenth"
+                )
+            if self.weight is not None:
+                raise ConfigError(
+                    f"caches.share and caches.weight say the same in two ways, got share {self.share:g} and weight "
+                    f"{self.weight!r} for {self.path}; keep one of them"
+                )
+        else:
+            object.__setattr__(self, "weight", 1.0 if self.weight is None else self.weight)
+            check_at_least(
+                "caches.weight", self.weight, 0.0, "a weight of 0.1 adds one row to ten of the target cache"
+            )
         check_one_of("caches.loss", self.loss, ROW_LOSSES)
+
+    @property
+    def used(self) -> bool:
+        """Whether any of its rows are drawn."""
+        return self.share is not None or bool(self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +171,16 @@ class TrainConfig(Objective):
     """Name -> cache directory: evaluated after training, and whenever `training.eval_strategy` says so."""
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
+    freeze: Sequence[str] = ()
+    """Regular expressions: parameters in whose names one is found are not trained, such as `embed_tokens` or
+    `^model\\.` for all but the output head."""
     l2: L2Settings | None = None
     """Pull every weight towards its value in `model`."""
-    ewc: EwcSettings | None = None
-    """Pull weights towards their values in `model`, each as strongly as that model depends on it."""
+    ewc: EwcSettings | Sequence[EwcSettings] | None = None
+    """Pull weights towards their values in `model`, each as strongly as that model depends on it; or a list, of
+    earlier tasks of a chain with models of their own."""
     sfa: SfaSettings | None = None
-    """Average with the weights of `model` every so often, and at the end."""
+    """Average with the weights of `model`, in a chain the last task's model, every so often, and at the end."""
     dtype: str = "float32"
     """Dtype of the weights while training. At fine-tuning rates bfloat16 weights swallow most updates: keep
     float32 and let `training.bf16` compute in bfloat16."""
@@ -216,13 +242,22 @@ class TrainConfig(Objective):
         object.__setattr__(self, "caches", tuple(self.caches))
         object.__setattr__(self, "eval_caches", dict(self.eval_caches))
         object.__setattr__(self, "training", dict(self.training))
+        self._check_ewc()
         for cache in self.caches:
             if not isinstance(cache, MixedCache):
-                raise ConfigError(f"caches must hold entries of path, weight and loss, got {cache!r}")
+                raise ConfigError(
+                    f"caches must hold entries of path, weight or share, and loss, got {cache!r}"
+                )
+        shares = sum(cache.share or 0.0 for cache in self.caches)
+        if shares >= 1:
+            raise ConfigError(
+                f"caches.share must leave something to the target cache, got shares that sum to {shares:g}; lower them"
+            )
         for name, path in self.eval_caches.items():
             check_path(f"eval_caches.{name}", path, "a cache directory")
         if self.pack_length is not None and not self.packing:
             raise ConfigError("pack_length needs packing, got packing: false; add packing: true")
+        self._check_freeze()
         for name in ("l2", "ewc", "sfa"):
             if self.lora is not None and getattr(self, name) is not None:
                 raise ConfigError(
@@ -238,6 +273,40 @@ class TrainConfig(Objective):
                 "sfa ends with an average, got training.load_best_model_at_end: true, which may replace it "
                 "by a checkpoint that was not averaged; remove one of them"
             )
+
+    def _check_ewc(self) -> None:
+        tasks: Any = self.ewc
+        if tasks is None or isinstance(tasks, EwcSettings):
+            return
+        given = list(tasks) if isinstance(tasks, list | tuple) else []
+        if not given or not all(isinstance(task, EwcSettings) for task in given):
+            raise ConfigError(f"ewc must be a mapping of coef, cache, ... or a list of them, got {tasks!r}")
+        object.__setattr__(self, "ewc", tuple(given))
+
+    def _check_freeze(self) -> None:
+        given: Any = [] if self.freeze is None else self.freeze
+        if given not in ((), []):
+            check_texts("freeze", given)
+        object.__setattr__(self, "freeze", (given,) if isinstance(given, str) else tuple(given))
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"freeze must hold regular expressions, got {pattern!r}: {error}; a dot in a name is written \\."
+                ) from None
+        if self.freeze and self.lora is not None:
+            raise ConfigError(
+                "freeze needs full fine-tuning, got lora, which freezes every weight but the adapters; remove one of "
+                "them, or choose lora.target_modules"
+            )
+
+    @property
+    def ewc_tasks(self) -> tuple[EwcSettings, ...]:
+        """Those of `ewc`, one or many."""
+        if self.ewc is None:
+            return ()
+        return (self.ewc,) if isinstance(self.ewc, EwcSettings) else tuple(self.ewc)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as written to `anneal.yaml`."""

@@ -154,11 +154,14 @@ def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
         if name in values:
             values[name] = _mapping(name, values[name] or {})
     for name, kind in SECTIONS.items():
-        if values.get(name) is not None:
-            values[name] = _section(name, kind, values[name])
+        value = values.get(name)
+        if name == "ewc" and isinstance(value, list | tuple):
+            values[name] = [_section(f"{name}.{place}", kind, entry) for place, entry in enumerate(value)]
+        elif value is not None:
+            values[name] = _section(name, kind, value)
     caches = values.get("caches") or []
     if not isinstance(caches, list | tuple):
-        raise ConfigError(f"caches must be a list of path, weight and loss, got {caches!r}")
+        raise ConfigError(f"caches must be a list of path, weight or share, and loss, got {caches!r}")
     mixed = []
     for entry in caches:
         cache = {"path": entry} if isinstance(entry, str) else _mapping("an entry of caches", entry)

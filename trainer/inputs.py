@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.identity.fingerprint import resolve_model
+from formats.errors import IdentityMismatchError
+from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
 from trainer.data.label_terms import plain, resolved
-from trainer.loading import load_model, load_tokenizer, open_cache, require_plain_weights
+from trainer.data.mixture import Share
+from trainer.loading import given_as, load_model, load_tokenizer, open_cache, require_plain_weights
 from trainer.objective import Objective
+from trainer.preflight.frozen import freeze
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
 from trainer.quantization import WeightQuantization
 from trainer.result.lineage import Ancestor, lineage_of, short_name
@@ -39,8 +42,10 @@ class Inputs:
     """Those of `config.caches`."""
     held_out: dict[str, TeacherCache]
     """Name -> evaluation cache."""
-    known: TeacherCache | None
-    """That of `config.ewc`."""
+    known: list[TeacherCache]
+    """Those of `config.ewc_tasks`."""
+    anchors: list[Path | None]
+    """The directory of each of these tasks' model; None for the model that the run starts from."""
     tokens_only: list[TeacherCache]
     """Those of them that only give text."""
 
@@ -58,8 +63,7 @@ class Inputs:
     @property
     def with_teacher(self) -> list[TeacherCache]:
         """The caches whose teacher's numbers are read."""
-        known = [self.known] if self.known is not None else []
-        caches = [self.target, *self.mixed, *self.held_out.values(), *known]
+        caches = [self.target, *self.mixed, *self.held_out.values(), *self.known]
         return [cache for cache in caches if not any(cache is other for other in self.tokens_only)]
 
 
@@ -69,13 +73,13 @@ class Rows:
 
     training: CachedDataset
     mixed: list[tuple[CachedDataset, float]]
-    """Further training rows, and how many of them per row of `training`."""
+    """Further training rows, and how many of them per row of `training`, or their `Share`."""
     first_check: CachedDataset | None
     """Rows of the target cache with their teacher, for the KL before the first update; None where nothing is read
     of the teacher and it is another model."""
     evaluation: dict[str, CachedDataset]
-    fisher: CachedDataset | None
-    """Text for the Fisher information."""
+    fisher: list[CachedDataset]
+    """Text for the Fisher information of each EWC task."""
     objective: Objective
     """That of the settings, with every number known."""
 
@@ -104,9 +108,8 @@ def open_inputs(config: TrainConfig) -> Inputs:
     A cache whose teacher is read must have been built by the model or by one of its ancestors; one of which only
     the tokens are used, by a model of the same tokenizer and template.
     """
-    fisher_path = None if config.ewc is None else config.ewc.cache
     paths = [config.cache, *(cache.path for cache in config.caches), *config.eval_caches.values()]
-    for path in [*paths, *([fisher_path] if fisher_path is not None else [])]:
+    for path in [*paths, *(task.cache for task in config.ewc_tasks)]:
         TeacherCache(path)  # the cheapest mistakes first
     model_dir = resolve_model(config.model, config.revision)
     require_plain_weights(model_dir, "--model")
@@ -137,9 +140,31 @@ def open_inputs(config: TrainConfig) -> Inputs:
         target=target,
         mixed=mixed,
         held_out={name: opened(path) for name, path in config.eval_caches.items()},
-        known=None if fisher_path is None else opened(fisher_path, "ce"),
+        known=[opened(task.cache, "ce") for task in config.ewc_tasks],
+        anchors=[
+            None if task.model is None else anchor_dir(task.model, tokenizer) for task in config.ewc_tasks
+        ],
         tokens_only=tokens_only,
     )
+
+
+def anchor_dir(name: str, tokenizer: Any) -> Path:
+    """The directory of an EWC task's model.
+
+    Raises:
+        ConfigError: there is none, or its weights are quantised.
+        IdentityMismatchError: it reads text otherwise than the model that the run starts from.
+    """
+    with given_as("ewc.model"):
+        path = resolve_model(name)
+    require_plain_weights(path, "ewc.model")
+    mine, its = (TokenizerFingerprint.of(which).vocabulary for which in (tokenizer, load_tokenizer(path)))
+    if mine != its:
+        raise IdentityMismatchError(
+            f"ewc.model must use the tokenizer of --model, got another vocabulary in {path}; give a model of the same "
+            "chain"
+        )
+    return path
 
 
 def reads_tokens_only(config: TrainConfig, loss: str) -> bool:
@@ -172,7 +197,9 @@ def anchor_note(config: TrainConfig, inputs: Inputs) -> str | None:
         line = "KL holds to the teacher of each cache: " + ", ".join(
             f"{teacher.name} on {path or config.cache}" for path, teacher in held.items()
         )
-    used = [name for name in ("l2", "ewc", "sfa") if getattr(config, name) is not None]
+    tasks = [task for task in config.ewc_tasks if task.model is None]
+    held_here = {"l2": config.l2, "ewc": tasks, "sfa": config.sfa}
+    used = [name for name, settings in held_here.items() if settings]
     weights = f"; {' and '.join(used)} {'hold' if len(used) > 1 else 'holds'} to it" if used else ""
     return f"{line}; the run starts from {inputs.start.name} (--model){weights}"
 
@@ -201,12 +228,15 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     return Rows(
         training=rows(inputs.target, config.loss),
         mixed=[
-            (rows(opened, entry.loss), entry.weight)
+            (
+                rows(opened, entry.loss),
+                Share(entry.share) if entry.share is not None else float(entry.weight or 0),
+            )
             for opened, entry in zip(inputs.mixed, config.caches, strict=True)
         ],
         first_check=rows_to_check(config, inputs, tail_draws),
         evaluation={name: CachedDataset(opened) for name, opened in inputs.held_out.items()},
-        fisher=None if inputs.known is None else CachedDataset(inputs.known, loss="ce"),
+        fisher=[CachedDataset(opened, loss="ce") for opened in inputs.known],
         objective=objective,
     )
 
@@ -255,6 +285,7 @@ def load_student(config: TrainConfig, inputs: Inputs) -> Student:
     layout = None
     if config.lora is None or config.lora.merge:
         layout = ResultLayout.of(model, inputs.model_dir, config.save_dtype)
+    freeze(model, config.freeze, layout.stored_dtypes if layout is not None else (), config.training)
     if config.lora is not None:
         model = attach_adapters(model, config.lora)
     if (quantization := WeightQuantization.parse("fake_quantize", config.fake_quantize)) is not None:

@@ -42,6 +42,7 @@ from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
 from trainer.preflight.before_start import check_before_start
 from trainer.preflight.continuation import run_facts
+from trainer.preflight.frozen import freeze_note, frozen_record
 from trainer.preflight.liger import settle_liger
 from trainer.quantization import as_stored
 from trainer.recipe import resolve_training, training_arguments
@@ -51,7 +52,7 @@ from trainer.result.model_card import model_card
 from trainer.result.run_directory import RunDirectory
 from trainer.result.saving import ResultLayout, save_result
 from trainer.result.verify_saved import check_saved, live_predictions
-from trainer.retention.ewc import Ewc
+from trainer.retention.ewc_tasks import ewc_of
 from trainer.retention.fisher_file import remove_fisher
 from trainer.retention.l2 import L2
 from trainer.retention.method import RetentionMethod
@@ -124,13 +125,14 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     student = load_student(config, inputs)
     for dataset in rows.with_teacher:
         dataset.vocab_size = student.vocab_size
-    retention = retention_methods(config, rows, int(resolved["seed"]))
+    retention = retention_methods(config, inputs, rows, student, int(resolved["seed"]))
     saves = str(resolved["save_strategy"]) not in ("no", "SaveStrategy.NO")
     out = Path(config.out)
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
     args = training_arguments(resolved, out)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    for line in (anchor_note(config, inputs), draws_note(config, rows, rows_per_step)):
+    frozen = freeze_note(student.model, config.freeze)
+    for line in (anchor_note(config, inputs), draws_note(config, rows, rows_per_step), frozen):
         if args.process_index == 0 and line is not None:
             say(line)
     with args.main_process_first():
@@ -167,14 +169,15 @@ def require_loss_kernel(config: TrainConfig, resolved: Mapping[str, Any]) -> Non
     logits_type(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
 
 
-def retention_methods(config: TrainConfig, rows: Rows, seed: int) -> list[RetentionMethod]:
+def retention_methods(
+    config: TrainConfig, inputs: Inputs, rows: Rows, student: Student, seed: int
+) -> list[RetentionMethod]:
     """The methods that the settings ask for, in the order in which they act."""
     methods: list[RetentionMethod] = []
     if config.l2 is not None:
         methods.append(L2(config.l2))
-    if config.ewc is not None:
-        assert rows.fisher is not None
-        methods.append(Ewc(config.ewc, rows.fisher, seed=seed, say=say))
+    tasks, start = config.ewc_tasks, inputs.start.weights
+    methods += ewc_of(tasks, rows.fisher, inputs.anchors, student.model, start=start, seed=seed, say=say)
     if config.sfa is not None:
         methods.append(Sfa(config.sfa))
     return methods
@@ -373,6 +376,7 @@ def publish(
             cache=identity.digest(),
             lineage=to_record(inputs.lineage),
             distance=distance,
+            frozen=frozen_record(trainer.evaluation_model(), config.freeze),
             kl_to=None
             if inputs.kl_to is None
             else {k: v for k, v in asdict(inputs.kl_to).items() if k != "cache"},
@@ -381,7 +385,7 @@ def publish(
             new_text=report.new_text,
             evaluation=report.evaluation,
         )
-        remove_fisher(directory.path)
+        remove_fisher(directory.path, [n for n, task in enumerate(config.ewc_tasks) if task.keep_fisher])
         if not config.keep_checkpoints:
             for checkpoint in directory.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)

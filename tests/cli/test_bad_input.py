@@ -360,8 +360,12 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--method", "soup"), "wise-ft, task-arithmetic, ties"),
-        (("--method", "wise-ft", "--alpha", "2"), "--alpha must lie in [0, 1]"),
+        (("--method", "broth"), "wise-ft, task-arithmetic, ties, soup, fisher"),
+        (("--method", "wise-ft", "--alpha", "2"), "--alpha must lie in [0, 1.5]"),
+        (("--method", "ties", "--trim", "row"), "--trim must be one of model, tensor"),
+        (("--method", "ties", "--weights", "1,2"), "--weights must have one number per tuned model"),
+        (("--method", "ties", "--weights", "half"), "--weights takes numbers with commas"),
+        (("--method", "wise-ft", "--weights", "1"), "wise-ft has no --weights"),
         (("--method", "ties", "--density", "0"), "--density must be above 0"),
         (("--method", "wise-ft", "--scale", "1"), "wise-ft has no --scale"),
     ],

@@ -19,6 +19,7 @@ from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.objective import Objective
 from trainer.result.lora import attach_adapters
 from trainer.retention.ewc import Ewc
+from trainer.retention.ewc_tasks import ewc_of
 from trainer.retention.fisher_file import load_fisher, remove_fisher
 from trainer.retention.l2 import L2
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
@@ -46,12 +47,17 @@ class Record(TrainerCallback):
         self.gradients.append(grads)
 
 
-def retention_of(spec: dict) -> list:
-    """The methods that a spec names; `ewc` with its cache."""
+def retention_of(spec: dict, model: torch.nn.Module) -> list:
+    """The methods that a spec names; `ewc` with its cache, `ewc_tasks` a list of such with models of their own."""
     methods: list = [L2(L2Settings(**spec["l2"]))] if "l2" in spec else []
     if "ewc" in spec:
         settings = EwcSettings(**spec["ewc"])
         methods.append(Ewc(settings, CachedDataset(settings.cache, loss="ce"), seed=3))
+    if "ewc_tasks" in spec:
+        tasks = [EwcSettings(**task) for task in spec["ewc_tasks"]]
+        datasets = [CachedDataset(task.cache, loss="ce") for task in tasks]
+        anchors = [Path(task.model) if task.model else None for task in tasks]
+        methods += ewc_of(tasks, datasets, anchors, model, seed=3)
     return methods + ([Sfa(SfaSettings(**spec["sfa"]))] if "sfa" in spec else [])
 
 
@@ -102,7 +108,7 @@ def run(spec: dict) -> dict:
         objective=objective,
         packing=spec.get("packing", False),
         group_by_length=spec.get("group_by_length", False),
-        retention=retention_of(spec),
+        retention=retention_of(spec, model),
         callbacks=[record],
     )
     if "loss_scale" in spec:  # what fp16 does on a GPU, which a CPU can do as well
@@ -111,8 +117,8 @@ def run(spec: dict) -> dict:
     metrics = trainer.evaluate() if spec.get("eval_cache") else {}
     weights = {plain_name(n): whole(p) for n, p in trainer.model.named_parameters()}
     kept = None
-    if "ewc" in spec and int(os.environ.get("RANK", 0)) == 0:
-        kept = load_fisher(Path(spec["out"]), {})
+    if int(os.environ.get("RANK", 0)) == 0:
+        kept = load_fisher(Path(spec["out"]), {}, len(spec.get("ewc_tasks", [0])) - 1)
         remove_fisher(Path(spec["out"]))
     return {
         "fisher": kept,

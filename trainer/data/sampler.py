@@ -19,6 +19,7 @@ import numpy as np
 import torch.utils.data
 
 from trainer.data.dataset import CachedDataset, Filler, Unit
+from trainer.data.mixture import unit_weights
 
 GROUPING_WINDOW = 32
 """Optimizer steps over which units are sorted by length; wider pads less and shuffles less."""
@@ -32,6 +33,24 @@ class Source:
     """Row numbers of each unit."""
     weight: float = 1.0
     """Units per epoch, relative to the units of the first source."""
+
+
+def sources_of(
+    units: Sequence[Sequence[Sequence[int]]], datasets: Sequence[CachedDataset], amounts: Sequence[float]
+) -> list[Source]:
+    """The sources of a mixture: of every dataset its units, and how many an epoch takes.
+
+    Args:
+        units: of every dataset, in overall row numbers.
+        datasets: the target first.
+        amounts: of each a weight or a `Share`.
+
+    Raises:
+        ConfigError: as `unit_weights`.
+    """
+    tokens = [int(dataset.lengths().sum()) for dataset in datasets]
+    weights = unit_weights(amounts, [len(each) for each in units], tokens)
+    return [Source(units=each, weight=weight) for each, weight in zip(units, weights, strict=True)]
 
 
 class EpochBatches(torch.utils.data.Sampler[list[Unit]]):

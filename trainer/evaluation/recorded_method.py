@@ -12,10 +12,12 @@ from typing import Any
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
-from trainer.merging.methods import FORMULAS
+from trainer.merging.settings import DEFAULTS as MERGES
+from trainer.merging.settings import FORMULAS, setting_text
 from trainer.result.run_directory import RECORD_NAME
 
 DIRECT = "direct fine-tuning"
+MERGE_ORDER = list(dict.fromkeys(name for settings in MERGES.values() for name in settings))
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,16 @@ def method_of(directory: Path) -> AppliedMethod | None:
 
 def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
     method, _ = str(merge.pop("method")), merge.pop("tuned")
-    strengths = {str(key): float(value) for key, value in merge.items()}
     name, _ = FORMULAS.get(method, (method, ""))
-    return AppliedMethod(((name, strengths),))
+    words, strengths = [name], {}
+    for key in sorted(merge, key=MERGE_ORDER.index):
+        if isinstance(merge[key], str | list):
+            values = merge[key] if isinstance(merge[key], list) else [merge[key]]
+            shown = [setting_text(value).rstrip("/").rsplit("/", 1)[-1] for value in values]
+            words.append(f"{key} {','.join(shown)}")
+        else:
+            strengths[key] = float(merge[key])
+    return AppliedMethod(((" ".join(words), strengths),))
 
 
 def _of_run(config: TrainConfig) -> AppliedMethod:
@@ -81,13 +90,19 @@ def _of_run(config: TrainConfig) -> AppliedMethod:
         )
     if config.l2:
         parts.append(("L2", {"l2.coef": config.l2.coef}))
-    if config.ewc:
-        parts.append(("EWC", {"ewc.coef": config.ewc.coef}))
+    if len(tasks := config.ewc_tasks) == 1:
+        parts.append(("EWC", {"ewc.coef": tasks[0].coef}))
+    elif tasks:
+        name = f"EWC of {len(tasks)} tasks"
+        parts.append((name, {f"ewc.{number}.coef": task.coef for number, task in enumerate(tasks)}))
     if config.sfa:
         parts.append(("SFA", {"sfa.beta": config.sfa.beta, "sfa.period": config.sfa.period}))
     for number, cache in enumerate(config.caches):
         name = "replay" if cache.loss == "ce" else f"mixed text ({cache.loss})"
-        parts.append((name, {f"caches.{number}.weight": cache.weight}))
+        amount = {"weight": cache.weight} if cache.share is None else {"share": cache.share}
+        parts.append((name, {f"caches.{number}.{key}": float(value or 0) for key, value in amount.items()}))
+    if config.freeze:
+        parts.append((f"freeze {','.join(config.freeze)}", {}))
     if config.lora:
         parts.append(("LoRA", {"lora.r": config.lora.r}))
     return AppliedMethod(tuple(parts))

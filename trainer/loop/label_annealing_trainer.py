@@ -29,7 +29,7 @@ from trainer import checkpoint
 from trainer.data.collator import LabelAnnealingCollator, count_targets
 from trainer.data.dataset import CachedDataset, UnitDataset, require_one_tail
 from trainer.data.packing import best_fit
-from trainer.data.sampler import EpochBatches, Source
+from trainer.data.sampler import EpochBatches, Source, sources_of
 from trainer.loop.guarded_trainer import GuardedTrainer
 from trainer.loop.kl_budget import KlBudget
 from trainer.loop.log_window import LogWindow
@@ -53,7 +53,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         args: `TrainingArguments`; `remove_unused_columns` is turned off, what cannot be honoured is refused.
         train_dataset: a `CachedDataset` at the run's temperature.
         eval_dataset: a `CachedDataset` or a dict of them.
-        mixed: further datasets, each with its weight (units per unit of the training dataset).
+        mixed: further datasets, each with its weight (units per unit of the training dataset) or `Share`.
         kl_coef, kl_direction, objective: as in `label_annealing_loss`; the datasets are made with `objective`.
         kl_budget: nats; `kl_coef` is then the first coefficient (trainer/loop/kl_budget.py).
         loss_kernel: its `kernel`, in training and evaluation.
@@ -176,10 +176,10 @@ class LabelAnnealingTrainer(GuardedTrainer):
             raise ConfigError("training needs a train_dataset, got none")
         datasets = [self.train_dataset, *(dataset for dataset, _ in self.mixed)]
         units, lengths = self._units(datasets)  # type: ignore[arg-type]
-        weights = [1.0, *(weight for _, weight in self.mixed)]
+        amounts = [1.0, *(amount for _, amount in self.mixed)]
         args = self.args
         self.epoch_batches = EpochBatches(
-            [Source(units=u, weight=w) for u, w in zip(units, weights, strict=True)],
+            sources_of(units, datasets, amounts),  # type: ignore[arg-type]
             self._train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy != "sequential",

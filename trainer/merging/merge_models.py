@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,19 @@ from typing import Any
 import torch
 
 from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
-from formats.errors import ConfigError, IdentityMismatchError
-from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.errors import ConfigError
+from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
-from trainer.loading import given_as, load_tokenizer, quiet_transformers, require_plain_weights
-from trainer.merging.methods import FORMULAS, Merge, MergeConfig, merge_of
-from trainer.merging.weights import open_safetensors, tied_names
-from trainer.result.lineage import ancestors_of, joined, lineage_of, to_record
+from trainer.loading import quiet_transformers
+from trainer.merging.fisher import FisherOfModels
+from trainer.merging.methods import Merge, merge_of, moved, require_peft, weighted_mean
+from trainer.merging.models import Models
+from trainer.merging.settings import FORMULAS, MergeConfig, setting_text
+from trainer.merging.soup import Tasted, greedy_soup
+from trainer.merging.trim import WholeModelTrim
+from trainer.result.lineage import joined, lineage_of, to_record
 from trainer.result.model_card import card_head
 from trainer.result.run_directory import RECORD_NAME
-from trainer.result.saving import copy_companions, write_config
-from trainer.result.stored_weights import write_like
 from trainer.result.weight_distance import DistanceSums
 
 
@@ -39,15 +41,19 @@ class MergedModel:
     out: Path
     """The model directory."""
     num_models: int
-    """Tuned models that were merged."""
+    """Tuned models that went in."""
     num_tensors: int
     """Tensors of the result."""
     seconds: float
     """Wall time."""
+    tasted: tuple[Tasted, ...] = ()
+    """A greedy soup: what was found of every model, the best first."""
 
     def line(self) -> str:
         """The last line for the user."""
         models = "1 model" if self.num_models == 1 else f"{self.num_models} models"
+        if len(self.tasted) > self.num_models:
+            models = f"{self.num_models} of {len(self.tasted)} models"
         return f"merged {models}, {self.num_tensors} tensors in {self.seconds:.0f} s; model in {self.out}"
 
 
@@ -55,8 +61,8 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     """Merge `config.tuned` with `config.initial` and write the result to `config.out`.
 
     Args:
-        config: models, method, strengths.
-        progress: a phase of tensors; silent by default.
+        config: models, method, and what it takes.
+        progress: a phase of tensors, and what a method does before; silent by default.
 
     Raises:
         ConfigError: a model, its tensors or the output directory do not fit.
@@ -66,81 +72,113 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
     started = time.perf_counter()
     progress = progress or Progress()
     quiet_transformers()
-    function = merge_of(config)
+    if config.method == "ties":
+        require_peft()
+    if config.alpha is not None and config.alpha > 1:
+        progress.note(
+            f"alpha {config.alpha:g} lies beyond the tuned model: what it changed is changed further"
+        )
     out = Path(config.out)
     require_empty(out)
-    initial_dir = find_model(config.initial, "--initial")
-    tuned_dirs = [find_model(name, "TUNED") for name in config.tuned]
-    initial, tuned = open_safetensors(initial_dir), [open_safetensors(path) for path in tuned_dirs]
-    identity = identity_of(initial_dir, config.initial, load_tokenizer(initial_dir))
-    for path in tuned_dirs:
-        require_descendant(path, identity)
-    names = [tied_names(initial, weights) for weights in tuned]
-    moved = DistanceSums()
-    progress.start("merge", len(initial.shapes), unit="tensor")
+    models = Models.open(config)
+    distance = DistanceSums()
 
-    def tensor_of(name: str) -> torch.Tensor:
-        others = [weights[known[name]] for weights, known in zip(tuned, names, strict=True)]
-        theta0 = initial[name]
-        merged = merge_tensor(name, function, theta0, others)
-        moved.add(merged, theta0)
+    def seen(merged: torch.Tensor, theta0: torch.Tensor) -> None:
+        distance.add(merged, theta0)
         progress.advance(1)
-        return merged
 
-    models = zip([config.initial, *config.tuned], [initial_dir, *tuned_dirs], strict=True)
-    record: dict[str, Any] = {
-        "status": "complete",
-        "identity": identity,
-        "lineage": to_record(joined(lineage_of(path, name) for name, path in models)),
-        "merge": {
-            "method": config.method,
-            **config.strengths(),
-            "tuned": [
-                {"name": name, "weights": ModelFingerprint.of(path).weights}
-                for name, path in zip(config.tuned, tuned_dirs, strict=True)
-            ],
-        },
-    }
-    with staged(out) as staging:
-        write_like(initial, staging, tensor_of)
+    with staged(out) as staging, contextlib.ExitStack() as opened:
+        tasted = taste(config, models, staging, progress)
+        entered = sorted(entry.model for entry in tasted if entry.entered) or range(len(config.tuned))
+        chosen = models.only(entered)
+        fisher = fisher_of(config, chosen, staging, progress, opened)
+        function_of = functions(config, chosen, fisher, progress)
+        progress.start("merge", len(models.initial.shapes), unit="tensor")
+        chosen.write(staging, function_of, seen)
         progress.finish()
-        record["distance"] = moved.distance().to_dict()
-        copy_companions(initial_dir, staging)
-        write_config(initial_dir, staging, None)
-        (staging / "README.md").write_text(merge_card(config, identity), encoding="utf-8")
+        opened.close()
+        record = record_of(config, models, tasted, fisher)
+        record["distance"] = distance.distance().to_dict()
+        card = merge_card(config, models.identity, tasted)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)
         atomic_write_bytes(staging / RECORD_NAME, text.encode())
     return MergedModel(
         out=out,
-        num_models=len(tuned),
-        num_tensors=len(initial.shapes),
+        num_models=len(entered),
+        num_tensors=len(models.initial.shapes),
         seconds=time.perf_counter() - started,
+        tasted=tuple(tasted),
     )
 
 
-def merge_tensor(
-    name: str, function: Merge, initial: torch.Tensor, tuned: list[torch.Tensor]
-) -> torch.Tensor:
-    """The merged tensor in the dtype in which the initial one is stored.
+def taste(config: MergeConfig, models: Models, staging: Path, progress: Progress) -> list[Tasted]:
+    """What a greedy soup found of every model; empty for every other merge."""
+    if config.by is None:
+        return []
 
-    Raises:
-        ConfigError: integers differ, of which there is no in-between, or the result is not finite.
-    """
-    if not initial.is_floating_point():
-        if all(torch.equal(initial, other) for other in tuned):
-            return initial
-        raise ConfigError(
-            f"only floating-point tensors can be merged, got {name} of {initial.dtype}, which differs "
-            "between the models; merge before quantising"
-        )
-    dtype = torch.promote_types(initial.dtype, torch.float32)
-    merged = function(initial.to(dtype), [other.to(dtype) for other in tuned]).to(initial.dtype)
-    if not bool(torch.isfinite(merged).all()):
-        raise ConfigError(
-            f"merged weights must be finite, got infinity or NaN in {name}; use a smaller --scale, and check "
-            "the tuned models"
-        )
-    return merged
+    def average(places: Sequence[int], target: Path) -> None:
+        target.mkdir()
+        models.only(places).write(target, lambda name: weighted_mean)
+
+    return greedy_soup(models.tuned_dirs, config.by, average, staging / ".candidate", progress)
+
+
+def fisher_of(
+    config: MergeConfig, models: Models, staging: Path, progress: Progress, opened: contextlib.ExitStack
+) -> FisherOfModels | None:
+    """F of every model, for fisher; it is removed when `opened` is closed."""
+    if config.method != "fisher":
+        return None
+    assert config.fisher is not None and config.fisher_rows is not None
+    found = FisherOfModels(config.fisher, models, config.fisher_rows, staging / ".fisher", progress)
+    opened.callback(found.close)
+    return found
+
+
+def functions(
+    config: MergeConfig, models: Models, fisher: FisherOfModels | None, progress: Progress
+) -> Callable[[str], Merge]:
+    """Name of a tensor -> how it is merged. Reads the models where the method looks at all tensors first."""
+    if fisher is not None:
+        return lambda name: lambda theta0, others: weighted_mean(theta0, others, config.weights, fisher[name])
+    if config.trim == "model" and config.density is not None and config.density < 1:
+        trim = WholeModelTrim(models.initial, models.tuned, models.names, config.density, progress)
+
+        def trimmed(name: str) -> Merge:
+            def merge(theta0: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+                return moved(config, theta0, others, trim.kept(name, [other - theta0 for other in others]))
+
+            return merge
+
+        return trimmed
+    plain = merge_of(config)
+    return lambda name: plain
+
+
+def record_of(
+    config: MergeConfig, models: Models, tasted: Sequence[Tasted], fisher: FisherOfModels | None
+) -> dict[str, Any]:
+    """`anneal.json` but for the distance. The result descends from the models that went in."""
+    found: dict[int, dict[str, Any]] = {entry.model: entry.to_dict() for entry in tasted}
+    if fisher is not None:
+        found = {place: {"fisher": key} for place, key in enumerate(fisher.keys)}
+    tuned = [
+        {"name": name, "weights": ModelFingerprint.of(path).weights, **found.get(place, {})}
+        for place, (name, path) in enumerate(zip(config.tuned, models.tuned_dirs, strict=True))
+    ]
+    lineages = [lineage_of(models.initial_dir, config.initial)]
+    lineages += [
+        lineage_of(path, name)
+        for entry, name, path in zip(tuned, config.tuned, models.tuned_dirs, strict=True)
+        if entry.get("entered", True)
+    ]
+    return {
+        "status": "complete",
+        "identity": models.identity,
+        "lineage": to_record(joined(lineages)),
+        "merge": {"method": config.method, **config.settings(), "tuned": tuned},
+    }
 
 
 def require_empty(out: Path) -> None:
@@ -182,57 +220,7 @@ def staged(out: Path) -> Iterator[Path]:
         raise
 
 
-# --- which models belong together ---------------------------------------------------------------------
-
-
-def find_model(name: str, what: str) -> Path:
-    """The directory of a model.
-
-    Raises:
-        ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
-    """
-    with given_as(what):
-        path = resolve_model(name)
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise ConfigError(
-                f"{what} must be a whole model, got adapters alone in {path}; train with lora.merge: true"
-            )
-        raise ConfigError(f"{what} must be a finished model, got no config.json in {path}; finish its run")
-    require_plain_weights(path, what)
-    return path
-
-
-def identity_of(initial: Path, name: str, tokenizer: Any) -> dict[str, Any]:
-    """What `anneal.json` says of the initial model, as a training run says it from its cache."""
-    model = ModelFingerprint.of(initial)
-    teacher = {"name": name, "weights": model.weights, "config": model.config}
-    return {"teacher": teacher, "tokenizer": vars(TokenizerFingerprint.of(tokenizer))}
-
-
-def require_descendant(tuned: Path, identity: dict[str, Any]) -> None:
-    """Refuse a tuned model that records other ancestors, or reads text otherwise.
-
-    Raises:
-        IdentityMismatchError: naming the part that differs.
-    """
-    recorded, weights = ancestors_of(tuned), identity["teacher"]["weights"]
-    if recorded and weights not in {entry.weights for entry in recorded}:
-        line = ", ".join(entry.weights[:12] for entry in recorded)
-        raise IdentityMismatchError(
-            f"tuned models must come from --initial, got {tuned}, which was trained from other weights "
-            f"({line}; --initial has {weights[:12]}); give the model it was trained from"
-        )
-    found = vars(TokenizerFingerprint.of(load_tokenizer(tuned)))
-    for part, meaning in (("vocabulary", "vocabulary"), ("pipeline", "tokenizer pipeline")):
-        if found[part] != identity["tokenizer"][part]:
-            raise IdentityMismatchError(
-                f"tuned models must use the tokenizer of --initial, got another {meaning} in {tuned}; merge "
-                "models that were fine-tuned from --initial"
-            )
-
-
-def merge_card(config: MergeConfig, identity: Mapping[str, Any]) -> str:
+def merge_card(config: MergeConfig, identity: Mapping[str, Any], tasted: Sequence[Tasted] = ()) -> str:
     """The card as Markdown with the front matter that model hubs read."""
     base = str(identity["teacher"]["name"])
     title, formula = FORMULAS[config.method]
@@ -240,6 +228,13 @@ def merge_card(config: MergeConfig, identity: Mapping[str, Any]) -> str:
     lines += [f"The weights are `{formula}`, theta0 being those of `{base}`.", "", "| setting | value |"]
     lines += ["|---|---|", f"| initial model | `{base}` |"]
     lines += [f"| tuned model | `{name}` |" for name in config.tuned]
-    lines += [f"| {name} | {value:g} |" for name, value in config.strengths().items()]
+    lines += [f"| {name} | {setting_text(value)} |" for name, value in config.settings().items()]
+    if tasted:
+        lines += ["", "| model, the best first | its loss | the soup's with it | |", "|---|---|---|---|"]
+        lines += [
+            f"| `{config.tuned[entry.model]}` | {entry.loss:.4f} | {entry.soup_loss:.4f} | "
+            f"{'added' if entry.entered else 'left out'} |"
+            for entry in tasted
+        ]
     lines += ["", "What was merged is recorded in `anneal.json`.", ""]
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from formats.errors import ConfigError
 from formats.identity.fingerprint import weight_files
 from trainer.result.stored_weights import StoredWeights
@@ -56,3 +58,8 @@ def tied_names(initial: StoredWeights, tuned: StoredWeights) -> dict[str, str]:
                 "them; merge models that were fine-tuned from --initial"
             )
     return found
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A floating tensor in the dtype in which merges compute: float32, or float64 where it is stored so."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -78,7 +78,7 @@ def check_objective(config: TrainConfig) -> None:
                 f"{name} would have no effect: it needs a KL term, got kl_coef: 0; remove it or raise kl_coef"
             )
     for number, cache in enumerate(config.caches):
-        if config.kl_coef == 0 and cache.loss == "kl" and cache.weight:
+        if config.kl_coef == 0 and cache.loss == "kl" and cache.used:
             raise ConfigError(
                 f"caches.{number}.loss: kl would have no effect: it needs a KL term, got kl_coef: 0; use loss: ce to "
                 "replay the text, or raise kl_coef"
@@ -97,7 +97,7 @@ def check_objective(config: TrainConfig) -> None:
             f"kl_budget is about the target's KL beside its cross-entropy, got loss: {config.loss}; remove one of them"
         )
     for cache in config.caches:
-        if cache.loss == "kl" and cache.weight:
+        if cache.loss == "kl" and cache.used:
             raise ConfigError(
                 f"kl_budget is about text that is learnt, got a cache with loss: kl: {cache.path}, whose KL would be "
                 "counted with it; remove one of them"

@@ -88,11 +88,16 @@ def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _methods(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings beside `training` that decide what a run computes, without where its caches are."""
     found = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
-    for section, entry in (("lora", "merge"), ("ewc", "cache")):
-        if found.get(section):
-            found[section] = {key: value for key, value in found[section].items() if key != entry}
+    for section, entries in (("lora", ("merge",)), ("ewc", ("cache", "keep_fisher"))):
+        if value := found.get(section):
+            several = value if isinstance(value, list) else [value]
+            kept = [{k: v for k, v in one.items() if k not in entries and v is not None} for one in several]
+            found[section] = kept if isinstance(value, list) else kept[0]
+    if not found.get("freeze"):
+        found.pop("freeze", None)
     found["caches"] = [
-        {key: value for key, value in cache.items() if key != "path"} for cache in settings.get("caches", [])
+        {key: value for key, value in cache.items() if key != "path" and value is not None}
+        for cache in settings.get("caches", [])
     ]
     return found
 

@@ -12,7 +12,7 @@ def method_name(config: TrainConfig) -> str:
         *(["L2 towards the weights at the start"] if config.l2 else []),
         *(["elastic weight consolidation"] if config.ewc else []),
         *(["averaging with the weights at the start (SFA)"] if config.sfa else []),
-        *(["replay"] if any(cache.loss == "ce" and cache.weight for cache in config.caches) else []),
+        *(["replay"] if any(cache.loss == "ce" and cache.used for cache in config.caches) else []),
     ]
     base = "direct fine-tuning" if config.kl_coef == 0 else "label annealing"
     if config.kl_coef:
@@ -32,11 +32,13 @@ def retention_lines(config: TrainConfig) -> dict[str, str]:
             "the start of this run)."
         )
     if config.ewc:
-        lines["ewc"] = (
-            f"The loss also holds `{config.ewc.coef:g} / 2 * sum_i F_i (theta_i - theta0_i)^2` (elastic weight "
-            "consolidation; theta0 are the weights at the start of this run), F being the diagonal Fisher "
-            f"information per token over {config.ewc.num_rows} rows with {config.ewc.labels} labels."
-        )
+        tasks = [
+            f"`{task.coef:g} / 2 * sum_i F_i (theta_i - theta0_i)^2`, theta0 being "
+            + ("the weights at the start of this run" if task.model is None else f"those of `{task.model}`")
+            + f" and F the diagonal Fisher information per token over {task.num_rows} rows with {task.labels} labels"
+            for task in config.ewc_tasks
+        ]
+        lines["ewc"] = f"The loss also holds {', and '.join(tasks)} (elastic weight consolidation)."
     if config.sfa:
         lines["sfa"] = (
             f"After every {config.sfa.period:g} of all steps, and at the end, the weights became "
@@ -120,6 +122,7 @@ def model_card(
         "learning rate": training.get("learning_rate"),
         "sequences per step (per process)": int(training.get("per_device_train_batch_size", 1))
         * int(training.get("gradient_accumulation_steps", 1)),
+        **({"frozen": ", ".join(f"`{pattern}`" for pattern in config.freeze)} if config.freeze else {}),
         "adapters": f"LoRA, rank {config.lora.r}{', merged' if config.lora.merge else ''}"
         if config.lora
         else "none",

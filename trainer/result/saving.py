@@ -68,9 +68,9 @@ class ResultLayout:
                     f"{list(tensor.shape)}; its config.json belongs to another model"
                 )
         homes = {name: set(stored_form(model, {name: state[name]})) for name in _alias_names(model)}
-        for aliases in _aliases(model):
-            if any(homes[name] & stored.tensors.keys() for name in aliases):
-                for name in aliases:
+        for names in tied_groups(model):
+            if any(homes[name] & stored.tensors.keys() for name in names):
+                for name in names:
                     for home in homes[name]:
                         found.pop(home, None)
         parameters = {name: state[name] for name, _ in model.named_parameters()}
@@ -85,10 +85,14 @@ class ResultLayout:
         return cls(stored, None if dtype == "same" else getattr(torch, dtype), kept)
 
     @property
+    def stored_dtypes(self) -> set[torch.dtype]:
+        """The floating dtypes of the initial model's weights."""
+        return {t.dtype for t in self.stored.tensors.values() if t.dtype.is_floating_point}
+
+    @property
     def dtypes(self) -> set[torch.dtype]:
         """The floating dtypes of the result's weights."""
-        stored = {t.dtype for t in self.stored.tensors.values() if t.dtype.is_floating_point}
-        return stored if self.dtype is None else {self.dtype}
+        return self.stored_dtypes if self.dtype is None else {self.dtype}
 
     @property
     def num_bytes(self) -> int:
@@ -130,7 +134,7 @@ def stored_form(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.T
     return revert_weight_conversion(model, state)
 
 
-def _aliases(model: Any) -> list[list[str]]:
+def tied_groups(model: Any) -> list[list[str]]:
     """Names of parameters that are one and the same: tied weights."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -139,7 +143,7 @@ def _aliases(model: Any) -> list[list[str]]:
 
 
 def _alias_names(model: Any) -> list[str]:
-    return [name for names in _aliases(model) for name in names]
+    return [name for names in tied_groups(model) for name in names]
 
 
 def write_config(model_dir: Path, target: Path, dtype: torch.dtype | None) -> None:

@@ -89,18 +89,22 @@ class Anchor:
 
     Args:
         model: not wrapped, with its initial weights.
+        weights: plain name -> theta0 of every trained parameter, on the CPU, which is kept; None for a copy of the
+            model's own.
 
     Raises:
         ConfigError: the model has adapters: how far they are from their start is not how far the merged
             weights are from the initial ones.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weights: dict[str, torch.Tensor] | None = None) -> None:
         if hasattr(model, "peft_config"):
             raise ConfigError(
                 "l2, ewc and sfa need full fine-tuning, got a model with adapters; train it without lora"
             )
-        self._whole = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+        if weights is None:
+            weights = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+        self._whole = weights
         self._placed: dict[str, torch.Tensor] = {}
         self.held: list[Held] = []
 

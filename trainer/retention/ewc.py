@@ -1,10 +1,12 @@
 """Elastic weight consolidation: a weight is held as strongly as the initial model's predictions depend on it.
 
-Kirkpatrick et al. 2017 (arXiv 1612.00796), Eq. 3, with one earlier task: what the initial model knows, given
-by a cache of such text. fisher.py says how F is estimated and normalised.
+Kirkpatrick et al. 2017 (arXiv 1612.00796), Eq. 3: what a model knows of an earlier task, given by a cache of such
+text. Without more that model, theta_k, is the one that the run starts from; in a chain of tasks there is one penalty
+per task, each with the weights after that task and with F there. fisher.py says how F is estimated and normalised.
 
-Cost: two more copies of the trained weights (theta0 and F, which is at least float32), and once, before the
-first step, the computation of about four thirds of a training step per batch of rows.
+Cost: two more copies of the trained weights per task (theta_k and F, which is at least float32; theta0 is shared with
+the other methods), and once, before the first step, the computation of about four thirds of a training step per batch
+of rows.
 """
 
 import time
@@ -27,11 +29,14 @@ from trainer.running import RunningTrainer
 
 
 class Ewc(RetentionMethod):
-    """Adds coef / 2 * sum_i F_i (theta_i - theta0_i)^2 over all trained parameters, tied ones once.
+    """Adds coef / 2 * sum_i F_i (theta_i - theta_k,i)^2 over all trained parameters, tied ones once.
 
     Args:
         settings: coefficient, rows and kind of labels.
         dataset: the rows of `settings.cache`, opened with `loss="ce"`.
+        task: its number among several, from 0.
+        theta_k: the weights after that task, not placed yet; None for theta0.
+        weights: fingerprint of the model of theta_k, to know a kept F by.
         seed: of the choice of rows and of the labels that are drawn.
         say: called on rank 0 with a line about the estimate.
 
@@ -46,10 +51,14 @@ class Ewc(RetentionMethod):
         settings: EwcSettings,
         dataset: CachedDataset,
         *,
+        task: int = 0,
+        theta_k: Anchor | None = None,
+        weights: str | None = None,
         seed: int = 0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.settings, self.dataset, self.seed, self.say = settings, dataset, seed, say
+        self.task, self.theta_k, self.of_weights = task, theta_k, weights
         self.rows = sample_rows(dataset, settings.num_rows, seed)
         if not any((dataset[row]["labels"][1:] != IGNORED).any() for row in self.rows.tolist()):
             raise ConfigError(
@@ -65,7 +74,10 @@ class Ewc(RetentionMethod):
         return self._weights
 
     def prepare(self, trainer: RunningTrainer, anchor: Anchor) -> None:
-        """Read F of an interrupted run, or estimate it at theta0 and keep it in the run's directory."""
+        """Read F of an interrupted run, or estimate it at theta_k and keep it in the run's directory."""
+        if self.theta_k is not None:
+            self.theta_k.place(trainer.evaluation_model())
+            anchor = self.theta_k
         if self._weights is not None:
             return
         run_dir = Path(trainer.args.output_dir or ".")
@@ -74,9 +86,10 @@ class Ewc(RetentionMethod):
             "num_rows": self.settings.num_rows,
             "labels": self.settings.labels,
             "seed": self.seed,
+            **({} if self.of_weights is None else {"weights": self.of_weights}),
         }
         trainer.accelerator.wait_for_everyone()
-        kept = load_fisher(run_dir, key)
+        kept = load_fisher(run_dir, key, self.task)
         found = torch.tensor(int(kept is not None), device=trainer.args.device)
         if trainer.args.world_size > 1:  # all ranks read it, or all estimate
             found = trainer.accelerator.reduce(found, reduction="sum")
@@ -85,15 +98,17 @@ class Ewc(RetentionMethod):
             return
         started = time.perf_counter()
         # A resumed run has the weights of its checkpoint; it gets here when the kept F was lost.
-        with anchor.restored() if trainer.state.global_step else nullcontext():
+        elsewhere = self.theta_k is not None or trainer.state.global_step
+        with anchor.restored() if elsewhere else nullcontext():
             fisher, num_tokens = estimate_fisher(
                 trainer, anchor.held, self.dataset, self.rows, self.settings.labels, self.seed
             )
         self._keep(trainer, run_dir, fisher, key)
         self._weights = {name: local(value) for name, value in fisher.items()}
         if trainer.args.process_index == 0:
+            which = f"ewc.{self.task}" if self.task else "ewc"
             self.say(
-                f"ewc: Fisher information of {len(self.rows)} rows, {num_tokens:,} tokens "
+                f"{which}: Fisher information of {len(self.rows)} rows, {num_tokens:,} tokens "
                 f"({self.settings.labels} labels) in {time.perf_counter() - started:.0f} s"
             )
 
@@ -105,9 +120,9 @@ class Ewc(RetentionMethod):
             if first:
                 whole[name] = gathered.cpu()
         if first:
-            save_fisher(run_dir, whole, key)
+            save_fisher(run_dir, whole, key, self.task)
         trainer.accelerator.wait_for_everyone()
 
     def add_gradients(self, anchor: Anchor, scale: float) -> torch.Tensor:
-        """Adds coef * F * (theta - theta0)."""
-        return add_quadratic(anchor, self.settings.coef, self.fisher, scale)
+        """Adds coef * F * (theta - theta_k)."""
+        return add_quadratic(self.theta_k or anchor, self.settings.coef, self.fisher, scale)

@@ -4,13 +4,14 @@
     out/ewc-fisher/            complete: complete.json names every file and its size, as in a checkpoint
         fisher.safetensors     plain parameter name -> F
         key.json               what F was estimated from
+    out/ewc-fisher-1/          that of the second task, and so on
 
-It goes when the run is finished.
+It goes when the run is finished, unless `ewc.keep_fisher` asks for it.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,18 @@ from formats.errors import ConfigError
 from trainer.checkpoint import commit_checkpoint, is_complete
 
 DIRECTORY = "ewc-fisher"
-STAGING = ".ewc-fisher.staging"
 WEIGHTS = "fisher.safetensors"
 KEY = "key.json"
 
 
-def save_fisher(run_dir: Path, fisher: Mapping[str, torch.Tensor], key: Mapping[str, Any]) -> None:
+def directory_name(task: int) -> str:
+    """Of the task of this number, counted from 0."""
+    return DIRECTORY if task == 0 else f"{DIRECTORY}-{task}"
+
+
+def save_fisher(
+    run_dir: Path, fisher: Mapping[str, torch.Tensor], key: Mapping[str, Any], task: int = 0
+) -> None:
     """Write whole CPU tensors and their key; complete or absent. One process of a run calls this.
 
     Raises:
@@ -33,15 +40,15 @@ def save_fisher(run_dir: Path, fisher: Mapping[str, torch.Tensor], key: Mapping[
     """
     from safetensors.torch import save_file
 
-    staging = run_dir / STAGING
+    staging = run_dir / f".{directory_name(task)}.staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in fisher.items()}, staging / WEIGHTS)
     (staging / KEY).write_text(json.dumps(dict(key), indent=1, sort_keys=True), encoding="utf-8")
-    commit_checkpoint(staging, run_dir / DIRECTORY, 0)
+    commit_checkpoint(staging, run_dir / directory_name(task), 0)
 
 
-def load_fisher(run_dir: Path, key: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+def load_fisher(run_dir: Path, key: Mapping[str, Any], task: int = 0) -> dict[str, torch.Tensor] | None:
     """The kept Fisher information on the CPU; None when there is none or it is torn.
 
     Raises:
@@ -49,7 +56,7 @@ def load_fisher(run_dir: Path, key: Mapping[str, Any]) -> dict[str, torch.Tensor
     """
     from safetensors.torch import load_file
 
-    directory = run_dir / DIRECTORY
+    directory = run_dir / directory_name(task)
     if not is_complete(directory):
         return None
     kept = json.loads((directory / KEY).read_text(encoding="utf-8"))
@@ -62,7 +69,9 @@ def load_fisher(run_dir: Path, key: Mapping[str, Any]) -> dict[str, torch.Tensor
     return load_file(directory / WEIGHTS)
 
 
-def remove_fisher(run_dir: Path) -> None:
-    """Remove it, and what an interrupted save left."""
-    for name in (DIRECTORY, STAGING):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+def remove_fisher(run_dir: Path, kept: Collection[int] = ()) -> None:
+    """Remove it, that of all tasks but those `kept`, and what interrupted saves left."""
+    names = {directory_name(task) for task in kept}
+    for path in [*run_dir.glob(f"{DIRECTORY}*"), *run_dir.glob(f".{DIRECTORY}*.staging")]:
+        if path.name not in names:
+            shutil.rmtree(path, ignore_errors=True)

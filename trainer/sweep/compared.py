@@ -19,28 +19,36 @@ if TYPE_CHECKING:
 
 
 def check_yardsticks(config: SweepConfig) -> None:
-    """Open every text and find every task of `source` and `target`, before anything is trained.
+    """Open every text and find every task of `source` and `target`, and the texts that soups go by, before anything
+    is trained.
 
     Raises:
         AnnealError: naming the one that is no cache, or no task.
     """
-    from formats.cache import TeacherCache
-    from formats.errors import AnnealError
-
     for side in ("source", "target"):
         for name, word in getattr(config, side).items():
             if is_task(word):
                 continue
-            try:
-                TeacherCache(word)
-            except AnnealError as error:
-                raise type(error)(f"{side}.{name} must be a cache: {error}") from None
+            _require_cache(f"{side}.{name}", word)
+    for entry in config.merges:
+        for word in entry.strengths.get("by", ()):
+            _require_cache(f"merges.{entry.method}.by", word)
     if (settings := bench_settings(config)) is not None:
         from trainer.bench.catalogue import load_catalogue
         from trainer.bench.harness import import_harness
 
         import_harness()
         load_catalogue(settings.requests(), settings.task_dirs, allow_code=settings.allow_code)
+
+
+def _require_cache(name: str, place: str) -> None:
+    from formats.cache import TeacherCache
+    from formats.errors import AnnealError
+
+    try:
+        TeacherCache(place)
+    except AnnealError as error:
+        raise type(error)(f"{name} must be a cache: {error}") from None
 
 
 def bench_settings(config: SweepConfig) -> "BenchSettings | None":

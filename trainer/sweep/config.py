@@ -20,12 +20,12 @@ from trainer.bench.settings import BenchSettings
 from trainer.checks import check_at_least, check_flag, check_fraction, check_number, check_one_of, check_path
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, apply_override, parse_yaml, read_config_file, refuse_unknown
-from trainer.merging.methods import DEFAULTS, MergeConfig
+from trainer.merging.settings import DEFAULTS, TEXTS, MergeConfig
 
 Values = tuple[Any, ...]
 NESTED = ("training", *SECTIONS)
 """Settings that hold settings."""
-LISTS = ("caches", "lora.target_modules", "training.report_to")
+LISTS = ("caches", "ewc", "freeze", "lora.target_modules", "training.report_to")
 """Settings whose value may be a list itself: only a list of lists is several values of them."""
 OF_THE_SWEEP = {
     "out": "the sweep gives every run its own directory",
@@ -67,16 +67,27 @@ class MergeEntry:
 
     method: str
     strengths: Mapping[str, Values] = field(default_factory=dict)
-    """Strength -> its values; one that is absent takes the method's default."""
+    """Setting -> its values; one that is absent takes the method's default."""
     of: str | Sequence[str] = "direct"
     """`direct`, `all`, or names of entries or runs."""
 
     def __post_init__(self) -> None:
         check_one_of("merges.method", self.method, tuple(DEFAULTS))
+        if self.method == "fisher":
+            raise ConfigError(
+                "merges.method fisher needs a text per model, which an entry of a sweep cannot name; merge its "
+                "finished runs with anneal merge --method fisher"
+            )
         refuse_unknown(self.strengths, DEFAULTS[self.method], f"merges.{self.method}.")
+        if "weights" in self.strengths:
+            raise ConfigError(
+                f"merges.{self.method}.weights are given model by model, which an entry of a sweep cannot; merge its "
+                "finished runs with anneal merge --weights"
+            )
         for strength, values in self.strengths.items():
             for value in values:
-                check_number(f"merges.{self.method}.{strength}", value)
+                if strength not in TEXTS:
+                    check_number(f"merges.{self.method}.{strength}", value)
                 MergeConfig(tuned=["a"], initial="b", out="c", method=self.method, **{strength: value})
         words = [self.of] if isinstance(self.of, str) else self.of
         if not isinstance(words, list | tuple) or not words or not all(isinstance(w, str) for w in words):
@@ -179,7 +190,9 @@ def flatten(settings: Any, where: str) -> dict[str, Values]:
         raise ConfigError(f"{where} must map settings to values, got {settings!r}")
     found: dict[str, Values] = {}
     for key, value in settings.items():
-        if key in NESTED:
+        if key == "ewc" and isinstance(value, list | tuple):
+            pairs = [(key, value)]
+        elif key in NESTED:
             if not isinstance(value, Mapping) or not value:
                 raise ConfigError(
                     f"{where}: {key} must hold settings, got {value!r}; write {key}.NAME: VALUES"
@@ -200,6 +213,8 @@ def check_setting(name: str, where: str) -> None:
     if name in OF_THE_SWEEP:
         raise ConfigError(f"{where} must not set {name}: {OF_THE_SWEEP[name]}")
     section, _, rest = name.partition(".")
+    if name == "ewc":  # a list of tasks; `ewc.coef` is of the one task
+        return
     if section in SECTIONS:
         refuse_unknown([rest], [entry.name for entry in fields(SECTIONS[section])], f"{section}.")
     elif section != "training" or not rest:

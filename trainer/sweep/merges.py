@@ -1,6 +1,6 @@
 """Merges of finished runs with the initial model: seconds each, no training.
 
-merges/NAME   a model directory, as `anneal merge` leaves it; NAME is the run's, a plus, method and strengths
+merges/NAME   a model directory, as `anneal merge` leaves it; NAME is the run's, or `of`, a plus, method and strengths
 """
 
 import itertools
@@ -8,32 +8,38 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from formats.errors import AnnealError, ConfigError
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
-from trainer.merging.methods import DEFAULTS, MergeConfig, require_peft
+from trainer.merging.methods import require_peft
+from trainer.merging.settings import DEFAULTS, MergeConfig
 from trainer.result.run_directory import read_record
 from trainer.sweep.config import MergeEntry, SweepConfig
-from trainer.sweep.names import value_text
+from trainer.sweep.names import LONGEST, digest, safe, value_text
 from trainer.sweep.plan import PlannedRun
 from trainer.sweep.runs import is_finished
+
+TOGETHER = ("soup",)
+"""Methods that make one model of all runs of an entry; the others merge run by run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedMerge:
-    """One merge: of which run, how."""
+    """One merge: of which runs, how."""
 
     name: str
-    run: PlannedRun
+    runs: Sequence[PlannedRun]
     method: str
-    strengths: dict[str, float]
+    strengths: dict[str, Any]
+    """Setting of the method -> value."""
 
     def config(self, config: SweepConfig) -> MergeConfig:
         """As `anneal merge` would be given it."""
         out = Path(config.out)
         return MergeConfig(
-            tuned=[str(self.run.directory(out))],
+            tuned=[str(run.directory(out)) for run in self.runs],
             initial=str(config.base["model"]),
             out=str(self.directory(out)),
             method=self.method,
@@ -46,31 +52,58 @@ class PlannedMerge:
 
 
 def plan_merges(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[PlannedMerge]:
-    """Every merge once, in the order of the runs.
+    """Every merge once: those of single runs in the order of the runs, then those of several.
 
     Raises:
-        ConfigError: an unknown name in `of`, a run that saves adapters alone, no peft for ties.
+        ConfigError: an unknown name in `of`, a run that saves adapters alone, a soup of one run, no peft for ties.
     """
     found: dict[str, PlannedMerge] = {}
     for run in runs:
         for entry in config.merges:
-            if not applies(entry, run, runs):
-                continue
-            if entry.method == "ties":
-                require_peft()
-            lora = run.settings.get("lora") or {}
-            if lora and lora.get("merge") is False:
+            if entry.method not in TOGETHER and applies(entry, run, runs):
+                add_merges(found, entry, run.name, [run])
+    for entry in config.merges:
+        if entry.method in TOGETHER:
+            chosen = [run for run in runs if applies(entry, run, runs)]
+            if len(chosen) < 2:
                 raise ConfigError(
-                    f"a merge needs whole models, got {run.name} with lora.merge: false; leave it out of merges.of"
+                    f"a {entry.method} needs at least two runs, got {len(chosen)} "
+                    f"({', '.join(run.name for run in chosen)}); name more of them in merges.of (--merge-of)"
                 )
-            axes = {name: (value,) for name, value in DEFAULTS[entry.method].items()} | dict(entry.strengths)
-            for values in itertools.product(*axes.values()):
-                strengths = {name: float(value) for name, value in zip(axes, values, strict=True)}
-                words = [entry.method, *(f"{name}={value_text(value)}" for name, value in strengths.items())]
-                name = f"{run.name}+{','.join(words)}"
-                merge = PlannedMerge(name=name, run=run, method=entry.method, strengths=strengths)
-                found.setdefault(name, merge)
+            words = [entry.of] if isinstance(entry.of, str) else sorted(entry.of)
+            add_merges(found, entry, safe_name(words), chosen)
     return list(found.values())
+
+
+def safe_name(words: Sequence[str]) -> str:
+    """What the name of a merge of several runs begins with."""
+    name = ",".join(map(safe, words))
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{digest(words)}"
+
+
+def add_merges(
+    found: dict[str, PlannedMerge], entry: MergeEntry, begin: str, runs: Sequence[PlannedRun]
+) -> None:
+    """Add the merges of these runs, one for every combination of the entry's values."""
+    if entry.method == "ties":
+        require_peft()
+    for run in runs:
+        lora = run.settings.get("lora") or {}
+        if lora and lora.get("merge") is False:
+            raise ConfigError(
+                f"a merge needs whole models, got {run.name} with lora.merge: false; leave it out of merges.of"
+            )
+    defaults = DEFAULTS[entry.method].items()
+    axes = {name: (value,) for name, value in defaults if value is not None} | dict(entry.strengths)
+    for values in itertools.product(*axes.values()):
+        strengths = {
+            name: value if isinstance(value, str) else float(value)
+            for name, value in zip(axes, values, strict=True)
+        }
+        words = [entry.method, *(f"{name}={value_text(value)}" for name, value in strengths.items())]
+        name = f"{begin}+{','.join(words)}"
+        merge = PlannedMerge(name=name, runs=tuple(runs), method=entry.method, strengths=strengths)
+        found.setdefault(name, merge)
 
 
 def applies(entry: MergeEntry, run: PlannedRun, runs: Sequence[PlannedRun]) -> bool:
@@ -93,12 +126,13 @@ def applies(entry: MergeEntry, run: PlannedRun, runs: Sequence[PlannedRun]) -> b
 
 
 def is_made(planned: PlannedMerge, out: Path) -> bool:
-    """Whether a merge is there, and of the run's weights as they are now."""
-    if not is_finished(planned.directory(out)) or not is_finished(planned.run.directory(out)):
+    """Whether a merge is there, and of the runs' weights as they are now."""
+    runs = [run.directory(out) for run in planned.runs]
+    if not all(is_finished(path) for path in (planned.directory(out), *runs)):
         return False
     try:
-        (tuned,) = read_record(planned.directory(out))["merge"]["tuned"]
-        return bool(tuned["weights"] == ModelFingerprint.of(planned.run.directory(out)).weights)
+        found = [entry["weights"] for entry in read_record(planned.directory(out))["merge"]["tuned"]]
+        return found == [ModelFingerprint.of(path).weights for path in runs]
     except (KeyError, TypeError, ValueError):
         return False
 
@@ -112,8 +146,9 @@ def make_merges(config: SweepConfig, merges: Sequence[PlannedMerge], progress: P
     progress.start("merges", len(merges), len(merges) - len(waiting), unit="merge")
     progress.running()
     for planned in waiting:
-        if not is_finished(planned.run.directory(out)):
-            failed[planned.name] = f"its run {planned.run.name} has no result"
+        missing = [run.name for run in planned.runs if not is_finished(run.directory(out))]
+        if missing:
+            failed[planned.name] = f"its run {missing[0]} has no result"
         else:
             try:
                 shutil.rmtree(planned.directory(out), ignore_errors=True)  # of a run that was done again

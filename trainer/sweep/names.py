@@ -14,7 +14,7 @@ LONGEST = 150
 """Characters of a name; the staging directories of a run add some, and file systems end at 255 bytes."""
 DIRECT = "direct"
 SHORT = {"training.learning_rate": "lr", "training.seed": "seed"}
-FIRST = ("kl_coef", "temperature", "kl_direction", "l2", "ewc", "sfa", "lora", "caches", "cache")
+FIRST = ("kl_coef", "temperature", "kl_direction", "l2", "ewc", "sfa", "freeze", "lora", "caches", "cache")
 
 
 def short_name(setting: str) -> str:
@@ -56,7 +56,11 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(value_text, value))
     if isinstance(value, Mapping) and "path" in value:
-        return "-".join(value_text(entry) for key in ("path", "weight", "loss") if (entry := value.get(key)))
+        share = {} if value.get("share") is None else {"share": f"share{value_text(value['share'])}"}
+        shown = {**value, **share}
+        return "-".join(value_text(e) for key in ("path", "weight", "share", "loss") if (e := shown.get(key)))
+    if isinstance(value, Mapping) and "cache" in value:
+        return "-".join(value_text(entry) for key in ("cache", "model", "coef") if (entry := value.get(key)))
     return digest(value)
 
 

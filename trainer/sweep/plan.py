@@ -15,6 +15,7 @@ from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, config_from_dict
+from trainer.data.mixture import Share, unit_weights
 from trainer.recipe import DEFAULTS, resolve_training
 from trainer.sweep.config import RunEntry, SweepConfig
 from trainer.sweep.names import run_name
@@ -121,7 +122,7 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
             settings[section] = dict(settings.get(section) or {}) | {rest: copy.deepcopy(value)}
         else:
             settings[name] = copy.deepcopy(value)
-    methods = [name for name in varied if name.split(".")[0] in (*SECTIONS, "caches")]
+    methods = [name for name in varied if name.split(".")[0] in (*SECTIONS, "caches", "freeze")]
     direct = varied["kl_coef"] == 0 and not methods
     name = run_name(shown_of(config, varied), prefix=entry, direct=direct)
     run = PlannedRun(name=name, settings=settings, varied=varied, direct=direct, entry=entry)
@@ -177,10 +178,16 @@ def estimated_tokens(run: PlannedRun) -> int:
     rows, tokens = _size(config.cache)
     per_row, weight = tokens / max(rows, 1), 1.0
     epoch_tokens = float(tokens)
-    for mixed in config.caches:
-        num_rows, num_tokens = _size(mixed.path)
-        epoch_tokens += mixed.weight * rows * num_tokens / max(num_rows, 1)
-        weight += mixed.weight
+    if rows:
+        sizes = [(rows, tokens), *(_size(mixed.path) for mixed in config.caches)]
+        amounts = [
+            Share(mixed.share) if mixed.share is not None else float(mixed.weight or 0)
+            for mixed in config.caches
+        ]
+        num_units, num_tokens = [max(size[0], 1) for size in sizes], [size[1] for size in sizes]
+        weights = unit_weights([1.0, *amounts], num_units, num_tokens)
+        weight = sum(weights)
+        epoch_tokens = sum(w * rows * t / n for w, n, t in zip(weights, num_units, num_tokens, strict=True))
     max_steps = int(training.get("max_steps") or -1)
     if max_steps < 1:
         return round(epoch_tokens * float(training["num_train_epochs"]))

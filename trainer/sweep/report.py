@@ -57,7 +57,7 @@ class SweepReport:
             "merges": [
                 {
                     "name": merge.name,
-                    "run": merge.run.name,
+                    "runs": [run.name for run in merge.runs],
                     "method": merge.method,
                     "strengths": merge.strengths,
                     "error": self.failed.get(merge.name),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from trainer import MergeConfig, evaluate, merge, train
 from trainer.merging.methods import ties_of
+from trainer.merging.settings import setting_text
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ CASES = {
     "wise-ft": ({"alpha": 0.3}, lambda t0, ts: 0.7 * t0 + 0.3 * ts[0]),
     "task-arithmetic": ({"scale": 0.4}, lambda t0, ts: t0 + 0.4 * sum(t - t0 for t in ts)),
     "ties": (
-        {"scale": 0.8, "density": 0.25},
+        {"scale": 0.8, "density": 0.25, "trim": "tensor"},
         lambda t0, ts: t0 + 0.8 * ties_by_hand([t - t0 for t in ts], 0.25),
     ),
 }
@@ -109,7 +110,7 @@ def test_every_tensor_equals_the_hand_computation(models, tmp_path, method):
     assert record["merge"]["method"] == method and record["merge"].items() >= strengths.items()
     card = (report.out / "README.md").read_text()
     assert str(models["a"]) in card and all(
-        f"| {name} | {value:g} |" in card for name, value in strengths.items()
+        f"| {name} | {setting_text(value)} |" in card for name, value in strengths.items()
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep"]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
@@ -283,8 +284,8 @@ def test_models_that_do_not_belong_are_refused_in_one_line(models, tiny_qwen3_di
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "soup"}, "--method must be one of wise-ft, task-arithmetic, ties, got 'soup'"),
-        ({"method": "wise-ft", "alpha": 2.0}, "--alpha must lie in [0, 1], got 2"),
+        ({"method": "broth"}, "--method must be one of wise-ft, task-arithmetic, ties, soup, fisher"),
+        ({"method": "wise-ft", "alpha": 2.0}, "--alpha must lie in [0, 1.5], got 2"),
         ({"method": "wise-ft", "scale": 0.5}, "wise-ft has no --scale, got 0.5; it takes --alpha"),
         ({"method": "ties", "density": 0.0}, "--density must be above 0"),
         ({"method": "ties", "alpha": 0.5}, "ties has no --alpha"),

@@ -306,3 +306,9 @@ def test_adapters_and_fused_optimisers_are_refused_by_name(base):
         ConfigError, match="l2 needs an optimiser that updates after the backward pass, got lomo"
     ):
         run(base | {"l2": {"coef": 1.0}, "arguments": {"optim": "lomo"}})
+
+
+def test_sfa_has_the_defaults_of_the_paper():
+    """Algorithm 1 of arXiv 2501.05559: beta is one half unless it is given."""
+    assert (SfaSettings().beta, SfaSettings().period) == (0.5, 0.25)
+    assert SfaSettings(period=1).beta == 0.5

@@ -116,7 +116,40 @@ def test_replay_is_a_setting_like_others_and_its_list_is_one_value():
     entries = [{"caches": replay}, {"name": "mix", "caches": [replay, replay * 2]}]
     config = sweep_from_dict({"base": BASE, "out": "OUT", **TEXTS, "runs": entries})
     assert names(config) == ["direct", "caches=text-0.1-ce", "mix,caches=text-0.1-ce+text-0.1-ce"]
+    share = [{"path": "x/text", "share": 0.1}]
+    assert names(sweep_from_dict({"base": BASE, "out": "OUT", **TEXTS, "runs": [{"caches": share}]}))[1] == (
+        "caches=text-share0.1"
+    )
     assert plan_runs(config)[1].settings["caches"] == replay  # the same again under another prefix is dropped
+
+
+def test_a_list_of_earlier_tasks_is_one_value():
+    one, two = {"coef": 10, "cache": "x/A"}, {"coef": 5, "cache": "B", "model": "M2"}
+    plain = {"base": BASE, "out": "OUT", **TEXTS, "runs": [{"ewc": [one, two]}, {"ewc": [[one], [one, two]]}]}
+    config = sweep_from_dict(plain)
+    assert names(config) == ["direct", "ewc=A-10+B-M2-5", "ewc=A-10"]
+    tasks = plan_runs(config)[1].config(Path("OUT")).ewc_tasks
+    assert [(task.coef, task.cache, task.model) for task in tasks] == [(10, "x/A", None), (5, "B", "M2")]
+    assert names(sweep_from_dict({**plain, "runs": [{"ewc": {"coef": [1, 2], "cache": "A"}}]})) == [
+        "direct", "ewc.cache=A,ewc.coef=1", "ewc.cache=A,ewc.coef=2"
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="ewc must hold settings, got 3"):
+        names(sweep_from_dict({**plain, "runs": [{"ewc": 3}]}))
+
+
+def test_frozen_parameters_are_a_method_and_a_list_is_one_value():
+    plain = {
+        "base": BASE,
+        "out": "OUT",
+        **TEXTS,
+        "runs": [{"freeze": ["a", "b"]}, {"freeze": [["a"], ["b"]]}],
+    }
+    runs = plan_runs(sweep_from_dict(plain))
+    assert [run.name for run in runs] == ["direct", "freeze=a+b", "freeze=a", "freeze=b"]
+    assert [run.direct for run in runs] == [True, False, False, False]
+    assert runs[1].config(Path("OUT")).freeze == ("a", "b")
+    with pytest.raises(ConfigError, match="freeze must hold regular expressions"):
+        names(sweep_from_dict({**plain, "runs": [{"freeze": "a("}]}))
 
 
 def test_merges_of_direct_of_all_and_of_named_entries():
@@ -132,9 +165,16 @@ def test_merges_of_direct_of_all_and_of_named_entries():
     ]
     assert len(merged(method="task-arithmetic", scale=[0.5], of="all")) == 3
     assert merged(method="ties", density=[0.1], of=["hold"]) == [
-        "hold,l2.coef=0.1+ties,scale=1,density=0.1", "hold,l2.coef=1+ties,scale=1,density=0.1"
-    ]  # fmt: skip
+        f"hold,l2.coef={coef}+ties,scale=1,density=0.1,trim=model" for coef in ("0.1", "1")
+    ]
+    assert merged(method="ties", trim=["model", "tensor"]) == [
+        f"direct+ties,scale=1,density=0.2,trim={trim}" for trim in ("model", "tensor")
+    ]
     assert merged(method="wise-ft", of=["hold,l2.coef=1"]) == ["hold,l2.coef=1+wise-ft,alpha=0.5"]
+    assert merged(method="soup", of=["hold", "direct"]) == ["direct,hold+soup"]
+    assert merged(method="soup", by=["V1", "x/V2"], of="all") == ["all+soup,by=V1", "all+soup,by=V2"]
+    with pytest.raises(ConfigError, match=r"a soup needs at least two runs, got 1 \(direct\)"):
+        merged(method="soup")
     with pytest.raises(ConfigError, match="names of entries or runs, got 'held'"):
         merged(method="wise-ft", of=["held"])
 
@@ -180,8 +220,11 @@ BAD = [
     (["also 'lora.r=8 l2.coef=1".replace("'", "")], "l2 needs full fine-tuning"),
     (["also l2.coef='1"], "--also takes KEY=V1,V2"),
     (["merge wise:0.5"], "--merge must be one of"),
-    (["merge wise-ft:2"], r"must lie in \[0, 1\], got 2"),
+    (["merge wise-ft:2"], r"must lie in \[0, 1.5\], got 2"),
     (["merge wise-ft:scale=1"], "unknown setting merges.wise-ft.scale"),
+    (["merge ties:trim=row"], "--trim must be one of model, tensor, got 'row'"),
+    (["merge task-arithmetic:weights=1"], "are given model by model"),
+    (["merge fisher"], "merges.method fisher needs a text per model"),
     (["merge wise-ft:half"], "must be a number, got 'half'"),
     (["overrides out=x"], "base must not set out"),
     (["overrides l2.coef=1"], "base must not set l2"),

@@ -189,3 +189,24 @@ def test_a_merge_of_another_run_is_made_again(done, ask, tmp_path):
     shutil.copytree(done[0] / "runs" / "kl_coef=1", merged)  # finished, but of other weights
     report = run_sweep(ask(out, **OPTIONS), pool=InThisProcess())
     assert not report.failed and (merged / "model.safetensors").read_bytes() == before
+
+
+def test_a_soup_is_made_of_all_runs_of_its_entry_once(ask, llama_eval_cache, tmp_path):
+    out = tmp_path / "out"
+    asked = {"also": ["l2.coef=0.1"], "merge": ["soup", f"soup:by={llama_eval_cache}"], "merge_of": ["all"]}
+    report = run_sweep(ask(out, **asked), pool=InThisProcess())
+    greedy = f"all+soup,by={llama_eval_cache.name}"
+    assert not report.failed and [merge.name for merge in report.merges] == ["all+soup", greedy]
+    found = json.loads((out / "sweep.json").read_text())["merges"]
+    assert found[0]["runs"] == ["direct", "l2.coef=0.1"] and found[1]["strengths"]["by"] == str(
+        llama_eval_cache
+    )
+    tuned = json.loads((out / "merges" / greedy / "anneal.json").read_text())["merge"]["tuned"]
+    assert {Path(entry["name"]).name for entry in tuned} == {"direct", "l2.coef=0.1"}
+    assert all(entry["loss"] > 0 for entry in tuned) and any(entry["entered"] for entry in tuned)
+    assert "soup by" in report.text()
+    before = (out / "merges" / greedy / "model.safetensors").stat().st_mtime_ns
+    run_sweep(ask(out, **asked), pool=InThisProcess())
+    assert (out / "merges" / greedy / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(AnnealError, match=r"merges.soup.by must be a cache"):
+        plan_sweep(ask(out, also=["l2.coef=0.1"], merge=["soup:by=nowhere"], merge_of=["all"]))
