@@ -126,7 +126,7 @@ def _fake_quantizers(model: nn.Module) -> Iterator[Any]:
 
 
 @contextmanager
-def as_stored(model: nn.Module) -> Iterator[None]:
+def as_stored(model: Any) -> Iterator[None]:
     """Let a prepared model compute with the weights as they are saved, without rounding; any other is left alone."""
     quantizers = list(_fake_quantizers(model))
     for quantizer in quantizers:

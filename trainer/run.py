@@ -1,8 +1,7 @@
 """`train`: from a cache and a model to a directory that transformers and vLLM load.
 
-Order: settings, identity, model, a dry save, output directory, then the Trainer; so a mistake costs seconds
-and leaves nothing behind. An interrupted run (SIGTERM, Ctrl-C, power cut) continues when the same command is
-given again.
+Order: settings, identity, model, a dry save, output directory, then the Trainer; so a mistake costs seconds and leaves
+nothing behind. An interrupted run (a signal, a power cut) continues when the same command is given again.
 """
 
 import shutil
@@ -333,10 +332,8 @@ def publish(
     """
     first = trainer.args.process_index == 0
     refusal: AnnealError | None = None
-    live = None
-    if config.verify_saved:
-        with as_stored(trainer.model):
-            live = live_predictions(trainer, rows.training)
+    with as_stored(trainer.model):
+        live = live_predictions(trainer, rows.training) if config.verify_saved else None
     if first:
         shutil.rmtree(directory.staging, ignore_errors=True)
         directory.staging.mkdir()
