@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                      # 2 cores: 58M parameters, vocabulary 32,000
     python benchmarks/training.py --only loss          # loss and gradients alone, vocabulary 128,256
+    python benchmarks/training.py --only objectives    # a step of every objective against plain label annealing
     python benchmarks/training.py --device cuda --dtype bf16 --preset 1b --loss-hidden 2048 --dense-rows 8192
     ... --loss-kernel triton                           # the same with Triton kernels, and beside PyTorch's
 
@@ -42,6 +43,21 @@ NAMES = {
     "online": "online two-model label annealing",
     "hf": "transformers.Trainer, direct fine-tuning",
 }
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "again": {},
+    **{f"kl_target {name}": {"kl_target": name} for name in ("masked", "masked-weighted")},
+    **{f"kl_gate {name}": {"kl_gate": name} for name in ("unsure", "entropy:2")},
+    **{
+        f"ce_weight {name}": {"ce_weight": name}
+        for name in ("stm", "flow:5", "psft", "eaft", "eaft0", "dft", "talr:5")
+    },
+    "label_smoothing 0.1": {"label_smoothing": 0.1},
+    "kl_budget 0.02": {"kl-budget": 0.02},
+}
+"""Name -> settings. `again` is plain once more: what two equal steps differ by."""
 
 
 def run_variant(variant: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +142,47 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
     return {**results, "loader_seconds_per_batch": loader}
 
 
+def objectives_report(args: argparse.Namespace) -> dict[str, Any]:
+    """Step time and peak memory of every objective against plain label annealing."""
+    sizes = PRESETS[args.preset]
+    options = {
+        **sizes,
+        "steps": args.steps,
+        "warmup": args.warmup,
+        "device": args.device,
+        "dtype": args.dtype,
+    }
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in OBJECTIVES}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        num_rows = sizes["batch"] * (args.warmup + args.steps)
+        write_cache(
+            cache, num_rows=num_rows, length=sizes["seq"], vocab_size=sizes["vocab"], num_kept=args.num_kept
+        )
+        for _ in range(args.rounds):
+            for name, settings in OBJECTIVES.items():
+                budget = {key: value for key, value in settings.items() if key == "kl-budget"}
+                objective = {} if budget else settings
+                runs[name].append(
+                    run_variant(
+                        "anneal", {**options, **budget, "objective": json.dumps(objective), "cache": cache}
+                    )
+                )
+    results = {name: merge(found) for name, found in runs.items()}
+    plain = results["plain"]
+    print(
+        f"\n## Objectives: vocabulary {sizes['vocab']:,}, {sizes['batch']} x {sizes['seq']} tokens, {args.device} "
+        f"{args.dtype}, {args.rounds} x {args.steps} steps\n"
+    )
+    print("| objective | s/step | against plain | by CPU time | peak memory |\n|---|---:|---:|---:|---:|")
+    for name, result in results.items():
+        ratios = [result[key] / plain[key] for key in ("seconds", "cpu_seconds", "peak_bytes")]
+        print(
+            f"| {name} | {result['seconds']:.3f} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |"
+        )
+    return results
+
+
 def loss_report(args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory and time of the loss with its gradients, fused and dense."""
     common = {
@@ -193,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("steps", "loss"), help="one of the two parts")
+    parser.add_argument("--only", choices=("steps", "loss", "objectives"), help="one part alone")
     parser.add_argument("--preset", choices=PRESETS, default="60m", help="model and batch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
@@ -211,10 +268,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all raw numbers here")
     args = parser.parse_args()
     found: dict[str, Any] = {}
-    if args.only != "loss":
+    if args.only in (None, "steps"):
         found["steps"] = steps_report(args)
-    if args.only != "steps":
+    if args.only in (None, "loss"):
         found["loss"] = loss_report(args)
+    if args.only in (None, "objectives"):
+        found["objectives"] = objectives_report(args)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

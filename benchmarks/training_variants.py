@@ -78,6 +78,7 @@ def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
 
     from trainer.data.dataset import CachedDataset
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+    from trainer.objective import Objective
 
     marks: list[tuple[float, float]] = []
 
@@ -101,7 +102,9 @@ def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
             kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
             return F.cross_entropy(student, labels) + kl
 
-    cached = CachedDataset(sizes.cache, sizes.temperature, loss="ce" if sizes.variant == "direct" else "both")
+    objective = Objective(**json.loads(sizes.objective))
+    loss = "ce" if sizes.variant == "direct" else "both"
+    cached = CachedDataset(sizes.cache, sizes.temperature, loss=loss, objective=objective)
     plain = [
         {name: torch.as_tensor(cached[i][name]).long() for name in ("input_ids", "labels")}
         for i in range(len(cached))
@@ -124,7 +127,13 @@ def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
         )
         if sizes.variant in ("anneal", "direct"):
             trainer: Trainer = LabelAnnealingTrainer(
-                model, arguments, train_dataset=cached, loss_kernel=sizes.loss_kernel, callbacks=[Clock()]
+                model,
+                arguments,
+                train_dataset=cached,
+                objective=objective,
+                kl_budget=sizes.kl_budget,
+                loss_kernel=sizes.loss_kernel,
+                callbacks=[Clock()],
             )
         else:
             kind = Online if sizes.variant == "online" else Trainer
@@ -232,6 +241,8 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--objective", default="{}", help="settings of trainer.objective, as JSON")
+    parser.add_argument("--kl-budget", type=float)
     sizes = parser.parse_args()
     run = run_training if sizes.variant in TRAINING else run_loader if sizes.variant == LOADER else run_loss
     print(json.dumps(run(sizes)))

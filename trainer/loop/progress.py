@@ -65,7 +65,8 @@ class AnnealProgress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "ce" in logs:
-            parts = describe(logs)
+            # exactly 0 is the sum of no token: distillation has no cross-entropy
+            parts = describe(logs if logs["ce"] else {key: logs[key] for key in logs if key != "ce"})
             if self.bar is not None:
                 self.bar.set_postfix_str(", ".join(parts))
             else:

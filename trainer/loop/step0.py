@@ -57,7 +57,7 @@ class Step0Report:
                 f"how far the model has moved from its ancestor {teacher}, the cache's teacher; not judged"
             )
         elif self.kl > self.threshold:
-            verdict = "not the cache's teacher, which was allowed"
+            verdict = "not what the cache's teacher says, which was allowed"
         return (
             f"step 0: KL({teacher} || model) = {self.kl:.2e} nats over {self.num_positions:,} positions of "
             f"{self.num_rows} rows{limit}: {verdict}"

@@ -17,8 +17,10 @@ def other_cache(tiny_llama_dir, tmp_path_factory):
     return write_cache(tmp_path_factory.mktemp("other") / "cache", tiny_llama_dir, num_rows=12, seed=7)
 
 
-def test_a_target_that_is_only_retained_stays_where_it_is(tiny_llama_dir, llama_cache, tmp_path):
+def test_a_target_that_is_only_retained_stays_where_it_is(tiny_llama_dir, llama_cache, tmp_path, capsys):
     report = train(settings(llama_cache, tiny_llama_dir, tmp_path / "out", "loss=kl", "training.optim=sgd"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 2/2: ")]
+    assert line.startswith("step 2/2: KL ")
     assert report.new_text["kl"] < 1e-3
     assert "\nloss: kl\n" in (tmp_path / "out" / "anneal.yaml").read_text()
 
