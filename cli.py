@@ -636,11 +636,33 @@ def cache_push(
     ],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     revision: Annotated[str | None, typer.Option(show_default=False, help="Branch to commit to.")] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/MODEL",
+            show_default=False,
+            help="The teacher's name on the Hub, which the card links.  [default: the name that the cache was built "
+            "with, if the Hub has it]",
+        ),
+    ] = None,
 ) -> None:
-    """Check a cache and upload it to the Hugging Face Hub as a data set."""
+    """Check a cache and upload it to the Hugging Face Hub as a data set.
+
+    The card opens the shards in the Hub's viewer; what others wrote in it stays.
+    """
     from cache_builder import push_cache
 
-    show(push_cache(cache, repository, private=not public, revision=revision, progress=console_progress()))
+    progress = console_progress()
+    show(
+        push_cache(
+            cache,
+            repository,
+            private=not public,
+            revision=revision,
+            base_model=base_model,
+            progress=progress,
+        )
+    )
 
 
 @cache_app.command("pull")
