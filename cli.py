@@ -597,11 +597,34 @@ def cache_merge(
 def cache_export(
     cache: CacheArgument,
     parquet: Annotated[Path, typer.Option("--parquet", metavar="FILE", help="The .parquet file to write.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="positions: one line per position, for DuckDB, Polars and friends; topk: one line per row with "
+            "rectangles of token ids and logprobs, for other trainers."
+        ),
+    ] = "positions",
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "--k",
+            min=1,
+            show_default=False,
+            help="With --layout topk: entries of every position.  [default: the most that a position keeps]",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Export only N rows.")] = None,
 ) -> None:
-    """Write the decoded values, one line per position, for DuckDB, Polars and friends."""
-    from cache_builder import export_parquet
+    """Write the decoded values of a cache to one Parquet file."""
+    from cache_builder import export_parquet, export_topk
 
+    if layout not in ("positions", "topk"):
+        raise ConfigError(f"--layout must be positions or topk, got {layout!r}")
+    if layout == "topk":
+        show(export_topk(cache, parquet, k=k, limit=limit, progress=console_progress()).text())
+        return
+    if k is not None:
+        raise ConfigError(f"--k belongs to --layout topk, got it with --layout {layout}")
     show(export_parquet(cache, parquet, limit=limit, progress=console_progress()).text())
 
 
@@ -613,11 +636,33 @@ def cache_push(
     ],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     revision: Annotated[str | None, typer.Option(show_default=False, help="Branch to commit to.")] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/MODEL",
+            show_default=False,
+            help="The teacher's name on the Hub, which the card links.  [default: the name that the cache was built "
+            "with, if the Hub has it]",
+        ),
+    ] = None,
 ) -> None:
-    """Check a cache and upload it to the Hugging Face Hub as a data set."""
+    """Check a cache and upload it to the Hugging Face Hub as a data set.
+
+    The card opens the shards in the Hub's viewer; what others wrote in it stays.
+    """
     from cache_builder import push_cache
 
-    show(push_cache(cache, repository, private=not public, revision=revision, progress=console_progress()))
+    progress = console_progress()
+    show(
+        push_cache(
+            cache,
+            repository,
+            private=not public,
+            revision=revision,
+            base_model=base_model,
+            progress=progress,
+        )
+    )
 
 
 @cache_app.command("pull")

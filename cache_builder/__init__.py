@@ -17,6 +17,7 @@ _MODULES = {
     "build_cache_with_ray": "build_on_ray",
     "estimate_cache": "tools.estimate",
     "export_parquet": "tools.export_parquet",
+    "export_topk": "tools.export_topk",
     "merge_caches": "tools.merge_caches",
     "plan_build": "tools.dry_run",
     "pull_cache": "tools.hub_share",

@@ -1,4 +1,4 @@
-"""`anneal cache export --parquet`: the decoded values as plain columns, for DuckDB, Polars, pandas or Spark.
+"""`anneal cache export --layout positions`: the decoded values as plain columns, for DuckDB, Polars, pandas or Spark.
 
 One row per captured position; the head is a pair of lists, likeliest token first, which `UNNEST` (DuckDB) or
 `explode` (Polars) turns into one row per entry:
@@ -23,7 +23,6 @@ Exported values are those that training sees. A Parquet file is five to twenty t
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cache_builder.tools.parquet_file import NewParquetFile
 from formats.cache import CacheRow, TeacherCache
-from formats.disk.durable import fsync_directory, fsync_file, temporary_name
 from formats.errors import ConfigError
 from formats.logprobs.tail_function import TAIL_BETAS
 from formats.progress import Progress, format_bytes
@@ -91,14 +90,9 @@ def export_parquet(
         ConfigError: `out` exists, is no .parquet file name, or cannot be written.
         FormatError: `cache` is no cache, or damaged.
     """
-    import pyarrow.parquet as pq
-
     progress = progress or Progress()
     opened = TeacherCache(cache)
-    out = Path(out).expanduser()
-    if out.suffix != ".parquet" or out.exists():
-        reason = "which exists" if out.exists() else "which has another suffix"
-        raise ConfigError(f"--parquet must name a new .parquet file, got {out}, {reason}")
+    file = NewParquetFile(out)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
     num_rows = min(len(opened), limit or len(opened))
@@ -108,28 +102,22 @@ def export_parquet(
         "anneal_identity": json.dumps(opened.identity.to_dict()),
         "vocab_size": str(opened.manifest.vocab_size),
     }
-    temporary = temporary_name(out)
     num_positions = 0
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal num_positions
+        for group in _groups(opened, num_rows, progress):
+            table = _table(group)
+            num_positions += table.num_rows
+            yield table
+
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         progress.start("export", num_rows)
-        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata), compression="zstd") as writer:
-            for group in _groups(opened, num_rows, progress):
-                table = _table(group)
-                num_positions += table.num_rows
-                writer.write_table(table)
-        fsync_file(temporary)
-        os.replace(temporary, out)
-        fsync_directory(out.parent)
-    except OSError as error:
-        raise ConfigError(
-            f"--parquet must name a file that can be written, got {out}: {error.strerror}"
-        ) from None
+        num_bytes = file.write(SCHEMA, metadata, tables())
     finally:
         progress.finish()
-        temporary.unlink(missing_ok=True)
     return ExportReport(
-        out=str(out), num_rows=num_rows, num_positions=num_positions, num_bytes=out.stat().st_size
+        out=str(file.path), num_rows=num_rows, num_positions=num_positions, num_bytes=num_bytes
     )
 
 

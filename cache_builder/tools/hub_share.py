@@ -1,9 +1,9 @@
 """`anneal cache push` and `pull`: a cache as a data set repository on the Hugging Face Hub.
 
-The files go up as they are, in one commit; a data set card is added so that people know what they look at. A
-pulled cache is checked, every checksum and every row, before it appears under the name that was asked for; an
-interrupted pull continues where it stopped. Credentials are those of `huggingface_hub` (`hf auth login`,
-HF_TOKEN).
+The files go up as they are, in one commit; a data set card (hub_card.py) is added or amended, so that people know
+what they look at and the Hub's viewer opens the shards. A pulled cache is checked, every checksum and every row,
+before it appears under the name that was asked for; an interrupted pull continues where it stopped. Credentials are
+those of `huggingface_hub` (`hf auth login`, HF_TOKEN).
 """
 
 import os
@@ -12,50 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.commit.build_directory import BuildDirectory, State
+from cache_builder.tools.hub_card import CARD_NAME, HUB_NAME, HubError, card_of
 from formats.cache import TeacherCache
 from formats.disk.durable import fsync_directory
 from formats.disk.manifest import MANIFEST_NAME
-from formats.errors import AnnealError, ConfigError, one_line
-from formats.identity.teacher_identity import short
-from formats.progress import Progress, format_bytes
-
-CARD_NAME = "README.md"
-
-
-class HubError(AnnealError):
-    """The Hub could not be reached, or refused."""
+from formats.errors import ConfigError, one_line
+from formats.progress import Progress
 
 
 def files_of(cache: TeacherCache) -> list[str]:
     """The files that make up a cache, and nothing that happens to lie beside them."""
     manifest = cache.manifest
     return [MANIFEST_NAME, *manifest.files, *(shard.name for shard in manifest.shards)]
-
-
-def card_of(cache: TeacherCache) -> str:
-    """The data set card: what this is, and how to use it."""
-    identity, shards = cache.identity, cache.manifest.shards
-    teacher, corpus = identity.teacher, identity.corpus
-    rows = [
-        ("teacher", teacher.get("name", teacher.get("architecture", "unknown"))),
-        ("weights (SHA-256)", short(teacher.get("weights"))),
-        ("engine", f"{teacher.get('engine', 'unknown')} {teacher.get('engine_version', '')}".strip()),
-        ("corpus", corpus.get("source", "unknown")),
-        ("rows", len(cache)),
-        ("tokens", sum(shard.num_tokens for shard in shards)),
-        ("positions", sum(shard.num_positions for shard in shards)),
-        ("min_prob", cache.manifest.min_prob),
-        ("max_k", cache.manifest.max_k),
-        ("size", format_bytes(sum(shard.num_bytes for shard in shards))),
-        ("identity", identity.digest()),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        "---\ntags:\n- anneal\n- distillation\n- logprobs\nviewer: false\n---\n\n# Teacher logprobs\n\n"
-        "A cache of compressed teacher logprobs made by `anneal cache build`, for label annealing.\n\n"
-        f"| | |\n|---|---|\n{table}\n\n```\nanneal cache pull REPOSITORY DIRECTORY\n"
-        "anneal cache inspect DIRECTORY\nanneal train DIRECTORY --model MODEL --out OUT\n```\n"
-    )
 
 
 def push_cache(
@@ -66,36 +34,68 @@ def push_cache(
     revision: str | None = None,
     token: str | None = None,
     message: str = "Teacher logprobs",
+    base_model: str | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Upload a complete cache to the data set repository `repo_id`, made if missing; returns the commit's
-    URL.
+    URL. A card that is there keeps what others wrote in it.
+
+    Args:
+        base_model: the teacher's name on the Hub, for a link to it; None takes the name that the cache was built with
+            if it is no directory here and the Hub has such a model.
 
     Raises:
+        ConfigError: `base_model` is no name of a repository; `cache` is not local.
         FormatError: `cache` is no complete cache, or damaged: nothing is uploaded.
-        HubError: no access, no network, no such owner.
+        HubError: no access, no network, no such owner; a card that cannot be read.
     """
     progress = progress or Progress()
     if "://" in str(cache):
         raise ConfigError(f"a cache to push must be a local directory, got {cache}")
+    if base_model is not None and not HUB_NAME.fullmatch(base_model):
+        raise ConfigError(f"--base-model must be a name on the Hub, such as owner/model, got {base_model!r}")
     opened = TeacherCache(cache)
     progress.note(f"checking {len(opened.manifest.shards)} shards before they go up")
     opened.validate(full=True)
     from huggingface_hub import CommitOperationAdd, HfApi
 
     operations = [CommitOperationAdd(name, str(Path(cache) / name)) for name in files_of(opened)]
-    operations.append(CommitOperationAdd(CARD_NAME, card_of(opened).encode()))
     try:
         api = HfApi(token=token)
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        card = card_of(
+            opened,
+            repo_id,
+            base_model=base_model or _teacher_on_the_hub(api, opened),
+            existing=_card_there(api, repo_id, revision),
+        )
+        operations.append(CommitOperationAdd(CARD_NAME, card.encode()))
         result: Any = api.create_commit(
             repo_id, operations, repo_type="dataset", revision=revision, commit_message=message
         )
+    except HubError:
+        raise
     except Exception as error:  # a dozen classes of requests and of the Hub, all meaning that it did not work
         raise HubError(
             f"the upload to {repo_id} must be possible, got: {one_line(error, whole=True)}"
         ) from error
     return str(result.commit_url)
+
+
+def _card_there(api: Any, repo_id: str, revision: str | None) -> str:
+    """The card of the repository, "" if it has none."""
+    if not api.file_exists(repo_id, CARD_NAME, repo_type="dataset", revision=revision):
+        return ""
+    path = api.hf_hub_download(repo_id, CARD_NAME, repo_type="dataset", revision=revision)
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _teacher_on_the_hub(api: Any, cache: TeacherCache) -> str | None:
+    """The name that the cache was built with, if it is one of the Hub's: the directory `models/mine` looks like one."""
+    name = str(cache.identity.teacher.get("name", ""))
+    if not HUB_NAME.fullmatch(name) or Path(name).exists() or not api.repo_exists(name):
+        return None
+    return name
 
 
 def pull_cache(

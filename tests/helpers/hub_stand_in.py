@@ -26,6 +26,8 @@ class HubStandIn(ThreadingHTTPServer):
         self.commits: dict[str, str] = {}
         self.requests: list[str] = []
         self.break_after: int | None = None
+        self.models: set[str] = set()
+        """Names of model repositories that exist; there is nothing in them."""
 
     @property
     def url(self) -> str:
@@ -122,6 +124,13 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.server.requests.append(f"{self.command} {path}")
         parts = path.split("/")
+        if path.startswith("/api/models/"):
+            name = "/".join(parts[3:5])
+            if name in self.server.models:
+                self.reply({"id": name, "siblings": []})
+            else:
+                self.reply({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            return
         if path.startswith("/api/datasets/"):
             name = "/".join(parts[3:5])
             if name not in self.server.files:

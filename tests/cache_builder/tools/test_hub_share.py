@@ -7,14 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from deterministic_build import SeededTeacher, contents, make_config, make_source
 from hub_stand_in import HubStandIn
 
 from cache_builder.build import build_cache
-from cache_builder.tools.hub_share import card_of, files_of, pull_cache, push_cache
+from cache_builder.tools.hub_card import CONFIG_NAME, HubError, card_of
+from cache_builder.tools.hub_share import files_of, pull_cache, push_cache
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError
 
@@ -23,15 +27,15 @@ CALL = """
 import json, sys
 from cache_builder.tools.hub_share import pull_cache, push_cache
 from formats.errors import AnnealError
-name, arguments = sys.argv[1], json.loads(sys.argv[2])
+name, arguments, options = sys.argv[1], *map(json.loads, sys.argv[2:])
 try:
-    print(json.dumps({"result": str({"push": push_cache, "pull": pull_cache}[name](*arguments))}))
+    print(json.dumps({"result": str({"push": push_cache, "pull": pull_cache}[name](*arguments, **options))}))
 except AnnealError as error:
     print(json.dumps({"error": str(error), "type": type(error).__name__}))
 """
 
 
-def call(server: HubStandIn, name: str, *arguments: str, home: Path) -> dict[str, str]:
+def call(server: HubStandIn, name: str, *arguments: str, home: Path, **options: str) -> dict[str, str]:
     """In a process of its own: the client reads its settings when it is imported, and our tests are
     offline."""
     environment = {
@@ -45,7 +49,7 @@ def call(server: HubStandIn, name: str, *arguments: str, home: Path) -> dict[str
         "PYTHONPATH": ROOT,
     }
     result = subprocess.run(
-        [sys.executable, "-c", CALL, name, json.dumps(arguments)],
+        [sys.executable, "-c", CALL, name, json.dumps(arguments), json.dumps(options)],
         env=environment,
         capture_output=True,
         text=True,
@@ -126,6 +130,94 @@ def test_calls_that_need_no_hub(cache: Path, tmp_path: Path) -> None:
         pull_cache("someone/teacher", tmp_path / "d")
 
 
+def front_matter(card: str) -> dict[str, Any]:
+    """What the Hub reads at the top of a card."""
+    start, front, _ = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(front)
+
+
 def test_the_card_names_the_teacher_and_the_size(cache: Path) -> None:
-    card = card_of(TeacherCache(cache))
-    assert card.startswith("---\n") and "| rows | 30 |" in card and "anneal cache pull" in card
+    opened = TeacherCache(cache)
+    card = card_of(opened, "someone/teacher")
+    assert "| rows | 30 |" in card and "anneal cache pull someone/teacher DIRECTORY" in card
+    assert f"| identity | {opened.identity.digest()} |" in card
+    front = front_matter(card)
+    assert "base_model" not in front and "huggingface.co" not in card
+    assert {"knowledge-distillation", "teacher-logits", "anneal"} <= set(front["tags"])
+    (config,) = front["configs"]
+    assert config["data_files"] == [{"split": "train", "path": [s.name for s in opened.manifest.shards]}]
+
+
+def test_datasets_opens_the_shards_by_the_card(cache: Path, tmp_path: Path) -> None:
+    """`datasets` reads the card as the Hub's viewer does, and takes the cache's own shards only."""
+    from datasets import load_dataset
+
+    opened = TeacherCache(cache)
+    (cache / "README.md").write_text(card_of(opened))
+    (cache / "shard-00099.arrow").write_bytes(b"left behind by an earlier push")
+    found = load_dataset(str(cache), cache_dir=str(tmp_path / "datasets"))
+    assert list(found) == ["train"] and len(found["train"]) == len(opened) == 30
+    assert len(opened.manifest.shards) == 3
+    for line, row in zip(found["train"], opened, strict=True):
+        assert (line["key"], line["input_ids"]) == (row.key, row.input_ids.tolist())
+        assert line["loss_mask"] == row.loss_mask.tolist()
+
+
+def test_a_card_that_is_there_keeps_what_others_wrote(cache: Path) -> None:
+    opened = TeacherCache(cache)
+    theirs = (
+        "---\nlicense: apache-2.0\ntags:\n- chemistry\n- logprobs\nbase_model: other/model\nconfigs:\n"
+        "- config_name: plain\n  data_files: plain.parquet\n---\n# My cache\n\nMade with care: ä.\n"
+    )
+    first = card_of(opened, base_model="owner/model", existing=theirs)
+    front = front_matter(first)
+    assert front["license"] == "apache-2.0" and front["base_model"] == ["other/model", "owner/model"]
+    assert front["tags"][:2] == ["chemistry", "logprobs"] and front["tags"].count("logprobs") == 1
+    assert [config["config_name"] for config in front["configs"]] == ["plain", CONFIG_NAME]
+    assert first.split("---\n", 2)[2].startswith("# My cache\n\nMade with care: ä.\n\n<!--")
+    # The next push replaces its own part, and that alone.
+    more = first + "\n## Contact\n\nme\n"
+    older = more.replace("| rows | 30 |", "| rows | 29 |").replace("shard-00001", "shard-00007")
+    assert card_of(opened, base_model="owner/model", existing=older) == more
+    assert card_of(opened, base_model="owner/model", existing=more) == more
+
+
+@pytest.mark.parametrize("front", ["a: [", "- a\n- b", "tags: chemistry", "configs:\n  a: b"])
+def test_a_card_that_cannot_be_read_is_refused(cache: Path, front: str) -> None:
+    with pytest.raises(HubError, match=r"README\.md must") as refused:
+        card_of(TeacherCache(cache), existing=f"---\n{front}\n---\n")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_teacher_is_linked_where_the_hub_has_it(tmp_path: Path, monkeypatch) -> None:
+    source = make_source(30)
+    identity = source.settings.identity
+    named = replace(identity, teacher=identity.teacher | {"name": "owner/model"})
+    build_cache(
+        make_config(tmp_path / "c"),
+        source=replace(source, settings=replace(source.settings, identity=named)),
+        make_teacher=lambda config, source: SeededTeacher(),
+    )
+    link = "[owner/model](https://huggingface.co/owner/model)"
+    with HubStandIn() as server:
+
+        def card() -> str:
+            return server.files["someone/teacher"]["README.md"].decode()
+
+        call(server, "push", str(tmp_path / "c"), "someone/teacher", home=tmp_path)
+        assert "base_model" not in front_matter(card()) and "| teacher | owner/model |" in card()
+        server.files["someone/teacher"]["README.md"] = card().encode() + b"\nMine.\n"
+        server.models.add("owner/model")
+        call(server, "push", str(tmp_path / "c"), "someone/teacher", home=tmp_path)
+        assert front_matter(card())["base_model"] == "owner/model" and link in card()
+        assert card().endswith("\nMine.\n")
+        server.files["someone/teacher"]["README.md"] = b"---\na: [\n---\n"
+        result = call(server, "push", str(tmp_path / "c"), "someone/teacher", home=tmp_path)
+        assert result["type"] == "HubError" and "README.md" in result["error"] and "\n" not in result["error"]
+        assert server.files["someone/teacher"]["README.md"] == b"---\na: [\n---\n"
+        named_here = {"base_model": "else/where"}
+        call(server, "push", str(tmp_path / "c"), "someone/other", home=tmp_path, **named_here)
+        assert front_matter(server.files["someone/other"]["README.md"].decode())["base_model"] == "else/where"
+    with pytest.raises(ConfigError, match=r"--base-model must be a name on the Hub.*got 'models'"):
+        push_cache(tmp_path / "c", "someone/teacher", base_model="models")

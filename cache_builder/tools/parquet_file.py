@@ -1,0 +1,55 @@
+"""A Parquet file that an export writes: refused where something stands already, and there only when it is complete."""
+
+import errno
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from formats.disk.durable import commit_exclusive, temporary_name
+from formats.errors import ConfigError, one_line
+
+
+class NewParquetFile:
+    """The name is checked first, so that nothing is computed for a file that cannot be.
+
+    Raises:
+        ConfigError: `out` exists or has another suffix.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.path = Path(out).expanduser()
+        if self.path.suffix != ".parquet" or self.path.exists():
+            raise self._refusal("which exists" if self.path.exists() else "which has another suffix")
+
+    def _refusal(self, reason: str) -> ConfigError:
+        return ConfigError(f"--parquet must name a new .parquet file, got {self.path}, {reason}")
+
+    def write(self, schema: pa.Schema, metadata: Mapping[str, str], tables: Iterable[pa.Table]) -> int:
+        """Write the tables, one after the other, each at least one row group; returns the size in bytes.
+
+        Memory: one table. Whatever ends the writing early leaves nothing behind.
+
+        Raises:
+            ConfigError: the file cannot be written, or somebody made it meanwhile.
+        """
+        import pyarrow.parquet as pq
+
+        temporary = temporary_name(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with pq.ParquetWriter(
+                temporary, schema.with_metadata(dict(metadata)), compression="zstd"
+            ) as writer:
+                for table in tables:
+                    writer.write_table(table)
+            if not commit_exclusive(temporary, self.path):
+                raise self._refusal("which exists")
+            return self.path.stat().st_size
+        except OSError as error:
+            reason = error.strerror or errno.errorcode.get(error.errno or 0) or one_line(error)
+            raise ConfigError(
+                f"--parquet must name a file that can be written, got {self.path}: {reason}"
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
