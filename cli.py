@@ -628,6 +628,33 @@ def cache_export(
     show(export_parquet(cache, parquet, limit=limit, progress=console_progress()).text())
 
 
+@cache_app.command("convert")
+def cache_convert(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Parquet files of DistillKit, compressed.")
+    ],
+    compression: Annotated[
+        Path, typer.Option(metavar="FILE", help="The compression_config.yaml that belongs to them.")
+    ],
+    parquet: Annotated[Path, typer.Option("--parquet", metavar="FILE", help="The .parquet file to write.")],
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "--k", min=1, show_default=False, help="Entries of every position.  [default: the files' own]"
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Read only N lines.")] = None,
+) -> None:
+    """Write teacher logprobs that DistillKit stored in the layout of `export --layout topk`.
+
+    They are known at T = 1 only, and nobody recorded whose they are: the file says so.
+    """
+    from cache_builder import convert_distillkit
+
+    report = convert_distillkit(files, compression, parquet, k=k, limit=limit, progress=console_progress())
+    show(report.text())
+
+
 @cache_app.command("push")
 def cache_push(
     cache: CacheArgument,

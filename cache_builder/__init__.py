@@ -15,6 +15,7 @@ _MODULES = {
     "BuildInterrupted": "commit.signals",
     "build_cache": "build",
     "build_cache_with_ray": "build_on_ray",
+    "convert_distillkit": "tools.convert_distillkit",
     "estimate_cache": "tools.estimate",
     "export_parquet": "tools.export_parquet",
     "export_topk": "tools.export_topk",

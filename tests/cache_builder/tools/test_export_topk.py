@@ -12,7 +12,9 @@ from deterministic_build import VOCAB_SIZE, SeededTeacher, logits_of, make_confi
 import cli
 from cache_builder.build import build_cache
 from cache_builder.tools import export_topk as export_module
-from cache_builder.tools.export_topk import PADDING_LOGPROB, export_topk
+from cache_builder.tools import topk_table
+from cache_builder.tools.export_topk import export_topk
+from cache_builder.tools.topk_table import PADDING_LOGPROB
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
 
@@ -44,7 +46,7 @@ def lines_of(path: Path) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize("k", [None, 1, 3, VOCAB_SIZE])
 def test_every_value_of_every_position(cache: Path, tmp_path: Path, monkeypatch, k: int | None) -> None:
     """Entries and tail are those of `prune`, made whole; what pads them changes no sum."""
-    monkeypatch.setattr(export_module, "CELLS_PER_GROUP", 30 * (k or 8))  # several row groups
+    monkeypatch.setattr(topk_table, "CELLS_PER_GROUP", 30 * (k or 8))  # several row groups
     report = export_topk(cache, tmp_path / "x.parquet", k=k)
     lines = lines_of(tmp_path / "x.parquet")
     assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups > 5
@@ -145,7 +147,7 @@ def test_bad_input_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch) -> N
             export_topk(cache, tmp_path / "x.parquet", k=k)
     with pytest.raises(ConfigError, match="limit must be at least 1"):
         export_topk(cache, tmp_path / "x.parquet", limit=0)
-    monkeypatch.setattr(export_module, "MOST_CELLS", 100)
+    monkeypatch.setattr(topk_table, "MOST_CELLS", 100)
     with pytest.raises(ConfigError, match=r"k must be at most \d+ for row \d+ of \d+ tokens, got 30"):
         export_topk(cache, tmp_path / "x.parquet", k=30)
     assert [path.name for path in tmp_path.iterdir()] == ["there.parquet"]
@@ -153,7 +155,7 @@ def test_bad_input_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch) -> N
 
 
 def test_an_interrupted_export_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export_module, "CELLS_PER_GROUP", 30)
+    monkeypatch.setattr(topk_table, "CELLS_PER_GROUP", 30)
     seen = []
 
     def stop(row):
@@ -162,7 +164,7 @@ def test_an_interrupted_export_leaves_nothing(cache: Path, tmp_path: Path, monke
             raise KeyboardInterrupt
         return 0.0
 
-    monkeypatch.setattr(export_module.TopKRow, "mass", stop)
+    monkeypatch.setattr(topk_table.TopKRow, "mass", stop)
     with pytest.raises(KeyboardInterrupt):
         export_topk(cache, tmp_path / "x.parquet")
     assert len(seen) > 8 and list(tmp_path.iterdir()) == []
