@@ -116,6 +116,8 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
     if varied["kl_coef"] == 0:
         varied = {key: value for key, value in varied.items() if key not in OF_KL}
     settings = copy.deepcopy(dict(config.base))
+    if varied["kl_coef"] == 0 and any(any(entry.settings.get("kl_coef", ())) for entry in config.runs):
+        without_kl(settings)
     for name, value in varied.items():
         section, _, rest = name.partition(".")
         if rest:
@@ -131,6 +133,13 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
     except AnnealError as error:
         raise type(error)(f"run {name}: {error}") from None
     return run
+
+
+def without_kl(settings: dict[str, Any]) -> None:
+    """Leave text that is only retained out of a base that other runs retain, in place, for direct fine-tuning."""
+    caches = settings.get("caches")
+    if isinstance(caches, list):
+        settings["caches"] = [c for c in caches if not (isinstance(c, Mapping) and c.get("loss") == "kl")]
 
 
 def shown_of(config: SweepConfig, varied: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,20 @@ def test_replay_is_a_setting_like_others_and_its_list_is_one_value():
     assert plan_runs(config)[1].settings["caches"] == replay  # the same again under another prefix is dropped
 
 
+def test_a_base_with_text_to_retain_serves_direct_fine_tuning_too():
+    """Self-generated text in the base: runs without KL leave it out, and other mixed text in."""
+    caches = [{"path": "self", "loss": "kl", "weight": 0.25}, {"path": "old", "loss": "ce"}]
+    base = BASE | {"loss": "ce", "caches": caches}
+    plain = {"base": base, "runs": [{"kl_coef": [1, 3]}, {"kl_coef": 0, "l2.coef": 0.1}], **TEXTS}
+    runs = {run.name: run for run in plan_runs(sweep_from_dict({**plain, "out": "OUT"}))}
+    assert list(runs) == ["direct", "kl_coef=1", "kl_coef=3", "l2.coef=0.1"]
+    with pytest.raises(ConfigError, match="loss: kl would have no effect"):
+        plan_runs(sweep_from_dict(plain | {"out": "OUT", "runs": [{"l2.coef": 0.1}]}))
+    for name in ("direct", "l2.coef=0.1"):
+        assert runs[name].settings["caches"] == caches[1:]
+    assert runs["kl_coef=3"].settings["caches"] == caches
+
+
 def test_a_list_of_earlier_tasks_is_one_value():
     one, two = {"coef": 10, "cache": "x/A"}, {"coef": 5, "cache": "B", "model": "M2"}
     plain = {"base": BASE, "out": "OUT", **TEXTS, "runs": [{"ewc": [one, two]}, {"ewc": [[one], [one, two]]}]}
