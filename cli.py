@@ -7,6 +7,7 @@ so that `--help` and `cache inspect` start fast on a machine without torch or vL
 
 import importlib.util
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import typer
 from typer.core import TyperGroup
 
 PACKAGES = ("formats", "cache_builder", "trainer")
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, on import, of kernels for other hardware and of another library's use of torch."""
 
 
 def stranger() -> str | None:
@@ -1364,6 +1367,8 @@ def console_progress() -> ConsoleProgress:
 
 def main() -> None:
     """Entry point of the console script: runs the app, turns known errors into one line."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except AnnealError as error:
