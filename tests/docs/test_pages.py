@@ -13,9 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 LONGEST_LINE = 120
 
-SPEAK_OF_MOMENTS = {"benchmarks-encoding.md", "benchmarks.md"}
-"""Pages that still describe tail moments, which were taken out; one that does not must be deleted here."""
-
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^(#{1,6}) +(.*?) *#*$")
 
@@ -116,8 +113,7 @@ def test_what_was_taken_out_is_not_described() -> None:
         "log.md",
         "CHANGELOG.md",
     }
-    assert sorted(speaking - SPEAK_OF_MOMENTS) == []
-    assert sorted(SPEAK_OF_MOMENTS - speaking) == [], "these are done: delete them from SPEAK_OF_MOMENTS"
+    assert sorted(speaking) == []
 
 
 def test_the_base_model_has_one_size() -> None:

@@ -33,7 +33,8 @@ def command(cache, model, out, text) -> list[str]:
     return [str(word) for word in words]
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_sweep_ends_with_the_same_file(number, llama_cache, tiny_llama_dir, text, tmp_path):
     """The kill comes while the second run is under way; what that run had saved is used."""
     whole, out = tmp_path / "whole", tmp_path / "out"
