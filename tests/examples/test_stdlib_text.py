@@ -94,7 +94,13 @@ def test_private_twins_and_submodules_share_a_key(module: str, key: str) -> None
     assert stdlib_text.split_key(module) == key
 
 
-@pytest.mark.parametrize(("domain", "split"), LIGHT_SPLITS)
+@pytest.mark.parametrize(
+    ("domain", "split"),
+    [
+        pytest.param(*names, marks=pytest.mark.slow) if names[1].endswith("train") else names
+        for names in LIGHT_SPLITS
+    ],
+)
 def test_reading_again_gives_the_same_documents(domain: str, split: str) -> None:
     again = stdlib_text.documents(domain, split)
     assert again == documents(domain, split)
