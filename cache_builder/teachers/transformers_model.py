@@ -40,6 +40,30 @@ class LoadedModel:
         }
 
 
+class HeldModel:
+    """What the teacher and the sampler of this engine have in common: one loaded model, until it is closed.
+
+    Raises:
+        ConfigError: as `load_frozen`.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        loaded = load_frozen(config)
+        self._model: Any = loaded.model
+        self._device, self.vocab_size = loaded.device, loaded.vocab_size
+        self._description = loaded.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """See `Teacher.describe`."""
+        return dict(self._description)
+
+    def close(self) -> None:
+        """See `Teacher.close`."""
+        self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def load_frozen(config: TeacherConfig) -> LoadedModel:
     """Load `AutoModelForCausalLM` for inference.
 

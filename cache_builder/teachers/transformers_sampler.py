@@ -10,22 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_builder.teachers.protocol import SampleRequest, TeacherConfig, TeacherError
-from cache_builder.teachers.transformers_model import load_frozen
+from cache_builder.teachers.protocol import SampleRequest, TeacherError
+from cache_builder.teachers.transformers_model import HeldModel
 
 
-class TransformersSampler:
+class TransformersSampler(HeldModel):
     """A `transformers.AutoModelForCausalLM` that writes; engine arguments are those of `TransformersTeacher`.
 
     Raises:
         ConfigError: the model cannot be loaded, or an engine argument is unknown.
     """
-
-    def __init__(self, config: TeacherConfig) -> None:
-        loaded = load_frozen(config)
-        self._model: Any = loaded.model
-        self._device, self.vocab_size = loaded.device, loaded.vocab_size
-        self._description = loaded.describe()
 
     def sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, np.ndarray]]:
         """See `Sampler.sample`."""
@@ -53,13 +47,3 @@ class TransformersSampler:
                 break
             inputs_1L = inputs_1L.new_tensor([[token]])
         return np.array(tokens, np.int32)
-
-    def describe(self) -> dict[str, Any]:
-        """See `Teacher.describe`."""
-        return dict(self._description)
-
-    def close(self) -> None:
-        """See `Teacher.close`."""
-        self._model = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()

@@ -6,21 +6,20 @@ logits exist once, [P, V] in the type of the head.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 from cache_builder.reduction.reduce import reduce_logits
 from cache_builder.teachers.protocol import TeacherConfig, check_numbers, check_row
-from cache_builder.teachers.transformers_model import load_frozen
+from cache_builder.teachers.transformers_model import HeldModel
 from cache_builder.teachers.wire import pack, unpack
 from formats.disk.token_row import TokenRow
 from formats.logprobs.tail_draws import starts
 from formats.logprobs.topk import TopKLogprobs
 
 
-class TransformersTeacher:
+class TransformersTeacher(HeldModel):
     """A `transformers.AutoModelForCausalLM` as a teacher.
 
     Engine arguments: `device` (default: cuda when available, else cpu), `attn_implementation`, `revision`,
@@ -32,10 +31,7 @@ class TransformersTeacher:
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
-        loaded = load_frozen(config)
-        self._model: Any = loaded.model
-        self._device, self.vocab_size = loaded.device, loaded.vocab_size
-        self._description = loaded.describe()
+        super().__init__(config)
 
     @torch.inference_mode()
     def _predict(self, row: TokenRow, positions: np.ndarray) -> TopKLogprobs:
@@ -60,13 +56,3 @@ class TransformersTeacher:
                 yield TopKLogprobs.empty(self.vocab_size, self.config.capture.draw_rate)
             else:
                 yield check_numbers(self._predict(row, positions), number)
-
-    def describe(self) -> dict[str, Any]:
-        """See `Teacher.describe`."""
-        return dict(self._description)
-
-    def close(self) -> None:
-        """See `Teacher.close`."""
-        self._model = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ is of one kind for as long as it lives.
 
 import contextlib
 import importlib.metadata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,51 @@ class RunningEngine:
         if self.reduces:
             described["reduction"] = "compiled" if compiles_on(described["platform"]) else "plain"
         return described
+
+
+class HeldEngine:
+    """What the teacher and the sampler of this engine have in common: one running engine, until it is closed.
+
+    Raises:
+        ConfigError, TeacherError: as `start_engine`.
+    """
+
+    def __init__(self, config: TeacherConfig, *, pooling: bool) -> None:
+        self._engine: Any = None
+        running = start_engine(config, pooling=pooling)
+        self._engine, self._log = running.engine, running.log
+        self.vocab_size = running.vocab_size
+        self._description = running.describe()
+        self._num_requests = 0
+
+    def _step(self) -> list[Any]:
+        """The outputs of one step; an engine that fails is closed.
+
+        Raises:
+            TeacherError: with what its processes said.
+        """
+        try:
+            return list(self._engine.step())
+        except Exception as error:
+            self.close()
+            cause = self._log.explain(f"{type(error).__name__}: {engine_line(error)}")
+            raise TeacherError(f"the vLLM engine must keep running, got {cause}") from error
+
+    def _abort(self, requests: Iterable[str]) -> None:
+        """Take back requests that nobody waits for, of an engine that may be closed."""
+        if (names := list(requests)) and self._engine is not None:
+            with contextlib.suppress(Exception):
+                self._engine.abort_request(names)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Teacher.describe`."""
+        return dict(self._description)
+
+    def close(self) -> None:
+        """See `Teacher.close`."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            shut_down(engine)
 
 
 def start_engine(config: TeacherConfig, *, pooling: bool) -> RunningEngine:

@@ -5,18 +5,15 @@ depends on the requests alone, never on timing, so the same call gives the same 
 taken as they are; nothing is decoded.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from cache_builder.teachers.protocol import SampleRequest, TeacherConfig, TeacherError
-from cache_builder.teachers.vllm_engine import shut_down, start_engine
-from cache_builder.teachers.vllm_settings import engine_line
+from cache_builder.teachers.vllm_engine import HeldEngine
 
 
-class VLLMSampler:
+class VLLMSampler(HeldEngine):
     """A vLLM engine as a sampler; as for `VLLMTeacher`, a script that makes one needs the usual guard of its main part.
 
     Raises:
@@ -25,12 +22,7 @@ class VLLMSampler:
     """
 
     def __init__(self, config: TeacherConfig) -> None:
-        running = start_engine(config, pooling=False)
-        self._engine: Any = running.engine
-        self._log = running.log
-        self.vocab_size = running.vocab_size
-        self._description = running.describe()
-        self._num_requests = 0
+        super().__init__(config, pooling=False)
 
     def sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, np.ndarray]]:
         """See `Sampler.sample`."""
@@ -45,9 +37,7 @@ class VLLMSampler:
                         number = running.pop(output.request_id)
                         yield number, np.array(output.outputs[0].token_ids, np.int32)
         finally:
-            if running and self._engine is not None:  # the caller stopped early
-                with contextlib.suppress(Exception):
-                    self._engine.abort_request(list(running))
+            self._abort(running)  # the caller stopped early
 
     def _release(self, requests: Sequence[SampleRequest], running: dict[str, int]) -> None:
         """Queue all requests on the paused scheduler, then let it run."""
@@ -71,21 +61,3 @@ class VLLMSampler:
             self._engine.add_request(name, tokens_input(request.prompt.tolist()), params)
             running[name] = number
         self._engine.wake_up(tags=["scheduling"])
-
-    def _step(self) -> list[Any]:
-        try:
-            return list(self._engine.step())
-        except Exception as error:
-            self.close()
-            cause = self._log.explain(f"{type(error).__name__}: {engine_line(error)}")
-            raise TeacherError(f"the vLLM engine must keep running, got {cause}") from error
-
-    def describe(self) -> dict[str, Any]:
-        """See `Teacher.describe`."""
-        return dict(self._description)
-
-    def close(self) -> None:
-        """See `Teacher.close`."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            shut_down(engine)

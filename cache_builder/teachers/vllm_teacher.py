@@ -11,16 +11,13 @@ handed out, so the engine computes while the caller encodes and writes.  In memo
 rows and results.
 """
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from cache_builder.teachers.protocol import TeacherConfig, TeacherError, check_numbers, check_row
-from cache_builder.teachers.vllm_engine import shut_down, start_engine
-from cache_builder.teachers.vllm_settings import engine_line
+from cache_builder.teachers.vllm_engine import HeldEngine
 from formats.disk.token_row import TokenRow
 from formats.logprobs.topk import TopKLogprobs
 
@@ -38,7 +35,7 @@ class _Member:
     result: TopKLogprobs | None = None
 
 
-class VLLMTeacher:
+class VLLMTeacher(HeldEngine):
     """A vLLM engine as a teacher.
 
     The engine runs in processes of its own, which re-import the main module: a script that makes a
@@ -51,16 +48,11 @@ class VLLMTeacher:
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
-        self._engine: Any = None
-        running = start_engine(config, pooling=True)
-        self._engine, self._log = running.engine, running.log
-        settings = running.engine.vllm_config
-        self.vocab_size = running.vocab_size
+        super().__init__(config, pooling=True)
+        settings = self._engine.vllm_config
         self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
         if config.wave_tokens is not None:
             self._wave_tokens = min(self._wave_tokens, config.wave_tokens)
-        self._description = running.describe()
-        self._num_requests = 0
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
         """See `Teacher.prefill`."""
@@ -77,9 +69,7 @@ class VLLMTeacher:
             self._finish(running)
             yield from _results(previous)
         finally:
-            if running and self._engine is not None:  # the caller stopped early, or a row was refused
-                with contextlib.suppress(Exception):
-                    self._engine.abort_request(list(running))
+            self._abort(running)  # the caller stopped early, or a row was refused
 
     def _waves(self, rows: Iterable[TokenRow]) -> Iterator[list[_Member]]:
         """Cut the rows into waves of `_wave_tokens` tokens that need the engine, or of one longer row."""
@@ -138,27 +128,11 @@ class VLLMTeacher:
         from cache_builder.teachers.wire import unpack
 
         while running:
-            try:
-                outputs = self._engine.step()
-            except Exception as error:
-                self.close()
-                cause = self._log.explain(f"{type(error).__name__}: {engine_line(error)}")
-                raise TeacherError(f"the vLLM engine must keep running, got {cause}") from error
-            for output in outputs:
+            for output in self._step():
                 member = running.pop(output.request_id)
                 result = unpack(output.outputs.data, self.vocab_size, self.config.capture.draw_rate)
                 assert len(result) == len(member.positions), (len(result), len(member.positions))
                 member.result = result
-
-    def describe(self) -> dict[str, Any]:
-        """See `Teacher.describe`."""
-        return dict(self._description)
-
-    def close(self) -> None:
-        """See `Teacher.close`."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            shut_down(engine)
 
     def __enter__(self) -> "VLLMTeacher":
         return self
