@@ -5,6 +5,7 @@ Nothing here may reach a network, and no test may use more than two threads.
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,11 @@ def tiny_gemma2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir
     from tiny_models import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny-gemma2"), "gemma2", tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def anneal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs `anneal WORDS...` in this process; gives exit code, stdout, stderr (`typed_here.Run`)."""
+    from typed_here import run_here
+
+    return partial(run_here, monkeypatch, capsys)

@@ -3,34 +3,13 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import warm_process
+from typed_here import Run
 
-import cli
 from formats import TeacherCache
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def anneal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `anneal WORDS...` in this process; gives exit code, stdout, stderr."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["anneal", *map(str, words)])
-        capsys.readouterr()
-        code: int | str | None = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return int(code or 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

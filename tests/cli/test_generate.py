@@ -1,14 +1,12 @@
 """`cache build --generate` as it is typed, with the model of the examples: written, captured, looked at, retained."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typed_here import Run
 
-import cli
 from cache_builder import BuildConfig, GenerationConfig
 from cache_builder.source import open_source
 from cache_builder.teachers.protocol import TeacherConfig
@@ -19,25 +17,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-base"
 NUM_ROWS, MAX_LENGTH = 6, 24
 BUILD = ("cache", "build", "--model", MODEL, "--engine", "transformers", "--max-length", MAX_LENGTH)
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def anneal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `anneal WORDS...` in this process; gives exit code, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["anneal", *map(str, words)])
-        capsys.readouterr()
-        code: int | str | None = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return int(code or 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typed_here import Run
 
 import cli
 
@@ -47,9 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Train:
+def train(cache: Path, tmp_path: Path, anneal: Run) -> Train:
     """Runs `anneal train` with `training` arguments by name; gives exit code and stderr."""
 
     def run(*words: str, **training: str) -> tuple[int, str]:
@@ -68,14 +67,8 @@ def train(
             "--set",
             "step0_rows=2",
         ]
-        monkeypatch.setattr(sys, "argv", ["anneal", *given, *sets, *words])
-        capsys.readouterr()
-        code: int | str | None = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        return int(code or 0), capsys.readouterr().err
+        code, _, err = anneal(*given, *sets, *words)
+        return code, err
 
     return run
 

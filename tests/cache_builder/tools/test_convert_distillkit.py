@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import cli
 from cache_builder.tools.convert_distillkit import convert_distillkit
 from cache_builder.tools.distillkit import Compression
 from cache_builder.tools.topk_table import PADDING_LOGPROB
@@ -269,7 +267,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, settings: Path) -> None:
         convert_distillkit([tmp_path / "a.parquet"], settings, tmp_path / "x.parquet", k=25)
 
 
-def test_the_command(tmp_path: Path, settings: Path, monkeypatch, capsys) -> None:
+def test_the_command(tmp_path: Path, settings: Path, anneal) -> None:
     file = write(tmp_path / "a.parquet", [line_of(5, 5, 0)])
     words = [
         "cache",
@@ -283,8 +281,5 @@ def test_the_command(tmp_path: Path, settings: Path, monkeypatch, capsys) -> Non
         4,
     ]
     for code, found in ((0, "identity unverified"), (1, "which exists")):
-        monkeypatch.setattr(sys, "argv", ["anneal", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        assert int(stop.value.code or 0) == code and found in (printed.err if code else printed.out)
+        exit_code, out, err = anneal(*words)
+        assert exit_code == code and found in (err if code else out)

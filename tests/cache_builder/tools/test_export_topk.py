@@ -1,7 +1,7 @@
 """The rectangles say what the cache says, position by position, read back by Parquet alone."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from deterministic_build import VOCAB_SIZE, SeededTeacher, logits_of, make_config, make_source
 
-import cli
 from cache_builder.build import build_cache
 from cache_builder.tools import export_topk as export_module
 from cache_builder.tools import topk_table
@@ -182,17 +181,9 @@ def test_a_file_that_appears_meanwhile_is_kept(cache: Path, tmp_path: Path, monk
     assert (tmp_path / "x.parquet").read_text() == "mine"
 
 
-def test_the_command(cache: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def anneal(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["anneal", "cache", "export", str(cache), *map(str, words)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    code, out, _ = anneal("--layout", "topk", "--k", "4", "--limit", "5", "--parquet", tmp_path / "x.parquet")
+def test_the_command(cache: Path, tmp_path: Path, anneal) -> None:
+    export = partial(anneal, "cache", "export", cache)
+    code, out, _ = export("--layout", "topk", "--k", "4", "--limit", "5", "--parquet", tmp_path / "x.parquet")
     assert code == 0 and "5 rows" in out and "4 entries" in out and "load_dataset" in out
     assert lines_of(tmp_path / "x.parquet")[0]["teacher_ids"].shape[1] == 4
     for words, message in (
@@ -200,6 +191,6 @@ def test_the_command(cache: Path, tmp_path: Path, monkeypatch, capsys) -> None:
         (("--layout", "wide", "--parquet", tmp_path / "y.parquet"), "positions or topk, got 'wide'"),
         (("--k", "4", "--parquet", tmp_path / "y.parquet"), "--k belongs to --layout topk"),
     ):
-        code, out, err = anneal(*words)
+        code, out, err = export(*words)
         assert (code, out) == (1, "") and message in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
