@@ -45,19 +45,22 @@ NAMES = {
 }
 
 
+def objective(**settings: Any) -> dict[str, str]:
+    """The option of a variant that trains with these settings of trainer.objective."""
+    return {"objective": json.dumps(settings)}
+
+
+CE_WEIGHTS = ("stm", "flow:5", "psft", "eaft", "eaft0", "dft", "talr:5")
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "plain": {},
     "again": {},
-    **{f"kl_target {name}": {"kl_target": name} for name in ("masked", "masked-weighted")},
-    **{f"kl_gate {name}": {"kl_gate": name} for name in ("unsure", "entropy:2")},
-    **{
-        f"ce_weight {name}": {"ce_weight": name}
-        for name in ("stm", "flow:5", "psft", "eaft", "eaft0", "dft", "talr:5")
-    },
-    "label_smoothing 0.1": {"label_smoothing": 0.1},
+    **{f"kl_target {name}": objective(kl_target=name) for name in ("masked", "masked-weighted")},
+    **{f"kl_gate {name}": objective(kl_gate=name) for name in ("unsure", "entropy:2")},
+    **{f"ce_weight {name}": objective(ce_weight=name) for name in CE_WEIGHTS},
+    "label_smoothing 0.1": objective(label_smoothing=0.1),
     "kl_budget 0.02": {"kl-budget": 0.02},
 }
-"""Name -> settings. `again` is plain once more: what two equal steps differ by."""
+"""Name -> options of the variant. `again` is plain once more: what two equal steps differ by."""
 
 
 def run_variant(variant: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -85,29 +88,37 @@ def merge(runs: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def step_options(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """What every variant of a training step is told; writes the cache that they train on."""
+    sizes = PRESETS[args.preset]
+    num_rows = sizes["batch"] * (args.warmup + args.steps)
+    write_cache(
+        cache, num_rows=num_rows, length=sizes["seq"], vocab_size=sizes["vocab"], num_kept=args.num_kept
+    )
+    names = ("steps", "warmup", "device", "dtype")
+    return {**sizes, **{name: getattr(args, name) for name in names}, "cache": cache}
+
+
+def alternate(
+    rounds: int, variants: dict[str, tuple[str, dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Name -> what each round of its (variant, options) found, rounds alternating between the names."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, (variant, options) in variants.items():
+            runs[name].append(run_variant(variant, options))
+    return runs
+
+
 def steps_report(args: argparse.Namespace) -> dict[str, Any]:
     """Step time and peak memory of the four trainers."""
     sizes = PRESETS[args.preset]
-    options = {
-        **sizes,
-        "steps": args.steps,
-        "warmup": args.warmup,
-        "device": args.device,
-        "dtype": args.dtype,
-    }
-    options |= {"temperature": args.temperature, "checkpointing": args.checkpointing}
-    options["loss-kernel"] = args.loss_kernel
-    runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in STEP_VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder) / "cache"
-        num_rows = sizes["batch"] * (args.warmup + args.steps)
-        write_cache(
-            cache, num_rows=num_rows, length=sizes["seq"], vocab_size=sizes["vocab"], num_kept=args.num_kept
-        )
-        for _ in range(args.rounds):
-            for variant in STEP_VARIANTS:
-                runs[variant].append(run_variant(variant, {**options, "cache": cache}))
-        loader = run_variant("loader", {**options, "cache": cache, "device": "cpu"})["seconds"][0]
+        options = step_options(args, Path(folder) / "cache")
+        options |= {"temperature": args.temperature, "checkpointing": args.checkpointing}
+        options["loss-kernel"] = args.loss_kernel
+        runs = alternate(args.rounds, {variant: (variant, options) for variant in STEP_VARIANTS})
+        loader = run_variant("loader", {**options, "device": "cpu"})["seconds"][0]
     results = {variant: merge(found) for variant, found in runs.items()}
     print(
         f"\n## Steps: {runs['hf'][0]['parameters'] / 1e6:.1f}M parameters, "
@@ -145,29 +156,11 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
 def objectives_report(args: argparse.Namespace) -> dict[str, Any]:
     """Step time and peak memory of every objective against plain label annealing."""
     sizes = PRESETS[args.preset]
-    options = {
-        **sizes,
-        "steps": args.steps,
-        "warmup": args.warmup,
-        "device": args.device,
-        "dtype": args.dtype,
-    }
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in OBJECTIVES}
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder) / "cache"
-        num_rows = sizes["batch"] * (args.warmup + args.steps)
-        write_cache(
-            cache, num_rows=num_rows, length=sizes["seq"], vocab_size=sizes["vocab"], num_kept=args.num_kept
+        options = step_options(args, Path(folder) / "cache")
+        runs = alternate(
+            args.rounds, {name: ("anneal", options | settings) for name, settings in OBJECTIVES.items()}
         )
-        for _ in range(args.rounds):
-            for name, settings in OBJECTIVES.items():
-                budget = {key: value for key, value in settings.items() if key == "kl-budget"}
-                objective = {} if budget else settings
-                runs[name].append(
-                    run_variant(
-                        "anneal", {**options, **budget, "objective": json.dumps(objective), "cache": cache}
-                    )
-                )
     results = {name: merge(found) for name, found in runs.items()}
     plain = results["plain"]
     print(

@@ -33,9 +33,6 @@ class Inputs:
     tokenizer: Any
     lineage: list[Ancestor]
     """The models that the result descends from, oldest first; the last one is that in `model_dir`."""
-    kl_to: Ancestor | None
-    """The model to which KL holds: the teacher of `target`, or where only the tokens of `target` are used, of the first
-    mixed cache that has a KL; None without one."""
     target: TeacherCache
     """The cache of the text to learn."""
     mixed: list[TeacherCache]
@@ -55,6 +52,19 @@ class Inputs:
         return self.lineage[-1]
 
     @property
+    def with_kl(self) -> list[TeacherCache]:
+        """The caches of the training rows on which KL acts, the target first if it is one."""
+        return [cache for cache in (self.target, *self.mixed) if self._reads_teacher(cache)]
+
+    @property
+    def kl_to(self) -> Ancestor | None:
+        """The model to which KL holds: the teacher of the first cache that has a KL; None without one."""
+        return teacher_of(self.with_kl[0], self.lineage) if self.with_kl else None
+
+    def _reads_teacher(self, cache: TeacherCache) -> bool:
+        return not any(cache is other for other in self.tokens_only)
+
+    @property
     def ancestor(self) -> str | None:
         """The name of the teacher to which KL holds, where it is an ancestor of the model that the run starts from."""
         older = {entry.weights for entry in self.lineage[:-1]}
@@ -64,7 +74,7 @@ class Inputs:
     def with_teacher(self) -> list[TeacherCache]:
         """The caches whose teacher's numbers are read."""
         caches = [self.target, *self.mixed, *self.held_out.values(), *self.known]
-        return [cache for cache in caches if not any(cache is other for other in self.tokens_only)]
+        return [cache for cache in caches if self._reads_teacher(cache)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,15 +140,12 @@ def open_inputs(config: TrainConfig) -> Inputs:
         return cache
 
     target = opened(config.cache, config.loss)
-    mixed = [opened(cache.path, cache.loss) for cache in config.caches]
-    read = [cache for cache in (target, *mixed) if not any(cache is other for other in tokens_only)]
     return Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
         lineage=lineage,
-        kl_to=teacher_of(read[0], lineage) if read else None,
         target=target,
-        mixed=mixed,
+        mixed=[opened(cache.path, cache.loss) for cache in config.caches],
         held_out={name: opened(path) for name, path in config.eval_caches.items()},
         known=[opened(task.cache, "ce") for task in config.ewc_tasks],
         anchors=[
@@ -245,11 +252,8 @@ def rows_to_check(config: TrainConfig, inputs: Inputs, tail_draws: bool) -> Cach
     """Rows for the check before the first update: those of the target, or of the first mixed cache that has a KL. Where
     only tokens are used, the check is still made with the model that built the target, which must be its own teacher.
     """
-    read = [
-        cache for cache in (inputs.target, *inputs.mixed) if any(cache is it for it in inputs.with_teacher)
-    ]
-    if read:
-        return CachedDataset(read[0], config.temperature, tail_draws=tail_draws)
+    if inputs.with_kl:
+        return CachedDataset(inputs.with_kl[0], config.temperature, tail_draws=tail_draws)
     built_by = inputs.target.identity.teacher.get("weights")
     has_teacher = any(shard.num_positions for shard in inputs.target.manifest.shards)
     if built_by != inputs.start.weights or not has_teacher:

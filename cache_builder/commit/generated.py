@@ -23,8 +23,7 @@ def write_generated(directory: Path, first: int, rows: Sequence[TokenRow]) -> No
         OSError: the disk is full or fails; nothing is left under the final name.
     """
     data = to_bytes(rows)
-    name = f"generated-{first:010d}-{first + len(rows):010d}-{_hash(data)}.arrow"
-    atomic_write_bytes(directory / name, data)
+    atomic_write_bytes(directory / _name(first, first + len(rows), data), data)
 
 
 def generated_batches(directory: Path) -> dict[tuple[int, int], Path]:
@@ -38,17 +37,15 @@ def generated_batches(directory: Path) -> dict[tuple[int, int], Path]:
 
 def read_generated(directory: Path, first: int, last: int) -> list[TokenRow] | None:
     """The rows of one batch; None if it is not there, or not what was written."""
-    path = generated_batches(directory).get((first, last))
-    if path is None:
-        return None
-    data = path.read_bytes()
-    match = NAME.fullmatch(path.name)
-    assert match is not None
-    if _hash(data) != match[3]:
+    for path in sorted(directory.glob(f"generated-{first:010d}-{last:010d}-*.arrow")):
+        if not NAME.fullmatch(path.name):
+            continue
+        data = path.read_bytes()
+        if path.name == _name(first, last, data):
+            return from_bytes(data)
         path.unlink()
-        return None
-    return from_bytes(data)
+    return None
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
+def _name(first: int, last: int, data: bytes) -> str:
+    return f"generated-{first:010d}-{last:010d}-{hashlib.sha256(data).hexdigest()[:32]}.arrow"

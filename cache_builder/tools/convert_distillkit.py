@@ -24,6 +24,8 @@ from cache_builder.tools.topk_table import (
     TopKRow,
     TopKTables,
     check_cells,
+    check_choice,
+    layout_metadata,
     schema_of,
 )
 from formats.disk.token_row import IGNORED
@@ -81,21 +83,13 @@ def convert_distillkit(
     settings = Compression.read(compression)
     if not files:
         raise ConfigError("convert needs at least one Parquet file, got none")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
-    if k is not None and not 1 <= k <= settings.k:
-        raise ConfigError(
-            f"k must be from 1 to {settings.k}, the entries of a position in these files, got {k}"
-        )
-    reading = _Reading(
-        [Path(name).expanduser() for name in files], settings, k or settings.k, limit, progress
-    )
-    tables = TopKTables(reading.rows(), k or settings.k)
+    check_choice(k, limit, most=settings.k, what="the entries of a position in these files")
+    k = k or settings.k
+    reading = _Reading([Path(name).expanduser() for name in files], settings, k, limit, progress)
+    tables = TopKTables(reading.rows(), k)
     try:
         progress.start("convert", reading.count_lines(), unit="line")
-        num_bytes = file.write(
-            schema_of(k or settings.k), _metadata(files, settings, k or settings.k), tables
-        )
+        num_bytes = file.write(schema_of(k), _metadata(files, settings, k), tables)
     finally:
         progress.finish()
     return ConvertReport(table=tables.report(str(file.path), num_bytes), num_over=reading.num_over)
@@ -103,11 +97,7 @@ def convert_distillkit(
 
 def _metadata(files: Sequence[str | Path], settings: Compression, k: int) -> dict[str, str]:
     return {
-        "anneal_layout": "topk",
-        "k": str(k),
-        "temperature": "1",
-        "predicts": "position t predicts token t + 1; labels are not shifted",
-        "padding_logprob": str(PADDING_LOGPROB),
+        **layout_metadata(k),
         "anneal_marks": json.dumps(["T = 1 only", "identity unverified"]),
         "distillkit": json.dumps(
             {"files": [Path(name).name for name in files], "d": settings.d, "k": settings.k}

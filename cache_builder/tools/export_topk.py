@@ -9,15 +9,15 @@ from pathlib import Path
 
 from cache_builder.tools.parquet_file import NewParquetFile
 from cache_builder.tools.topk_table import (
-    PADDING_LOGPROB,
     TopKReport,
     TopKRow,
     TopKTables,
     check_cells,
+    check_choice,
+    layout_metadata,
     schema_of,
 )
 from formats.cache import TeacherCache
-from formats.errors import ConfigError
 from formats.progress import Progress
 
 
@@ -42,12 +42,8 @@ def export_topk(
     """
     progress = progress or Progress()
     opened = TeacherCache(cache)
-    vocab_size = opened.manifest.vocab_size
     file = NewParquetFile(out)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
-    if k is not None and not 1 <= k <= vocab_size:
-        raise ConfigError(f"k must be from 1 to {vocab_size}, the teacher's vocabulary, got {k}")
+    check_choice(k, limit, most=opened.manifest.vocab_size, what="the teacher's vocabulary")
     num_rows = min(len(opened), limit or len(opened))
     try:
         if k is None:
@@ -79,11 +75,7 @@ def _largest_head(cache: TeacherCache, num_rows: int, progress: Progress) -> int
 
 def _metadata(cache: TeacherCache, k: int) -> dict[str, str]:
     return {
-        "anneal_layout": "topk",
-        "k": str(k),
-        "temperature": "1",
-        "predicts": "position t predicts token t + 1; labels are not shifted",
-        "padding_logprob": str(PADDING_LOGPROB),
+        **layout_metadata(k),
         "vocab_size": str(cache.manifest.vocab_size),
         "anneal_identity": json.dumps(cache.identity.to_dict()),
     }

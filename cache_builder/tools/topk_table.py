@@ -71,6 +71,33 @@ class TopKReport:
         )
 
 
+def check_choice(k: int | None, limit: int | None, *, most: int, what: str) -> None:
+    """Refuse numbers of entries and of examples that cannot be.
+
+    Args:
+        most: entries that a position can have.
+        what: that number is, for the message.
+
+    Raises:
+        ConfigError: `limit` is below 1, or `k` out of range.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
+    if k is not None and not 1 <= k <= most:
+        raise ConfigError(f"k must be from 1 to {most}, {what}, got {k}")
+
+
+def layout_metadata(k: int) -> dict[str, str]:
+    """What the file says of its columns, whoever the teacher is."""
+    return {
+        "anneal_layout": "topk",
+        "k": str(k),
+        "temperature": "1",
+        "predicts": "position t predicts token t + 1; labels are not shifted",
+        "padding_logprob": str(PADDING_LOGPROB),
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class TopKRow:
     """One example as rectangles; the columns are described above."""

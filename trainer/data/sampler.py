@@ -19,7 +19,7 @@ import numpy as np
 import torch.utils.data
 
 from trainer.data.dataset import CachedDataset, Filler, Unit
-from trainer.data.mixture import unit_weights
+from trainer.data.mixture import Share, unit_weights
 
 GROUPING_WINDOW = 32
 """Optimizer steps over which units are sorted by length; wider pads less and shuffles less."""
@@ -48,8 +48,10 @@ def sources_of(
     Raises:
         ConfigError: as `unit_weights`.
     """
-    tokens = [int(dataset.lengths().sum()) for dataset in datasets]
-    weights = unit_weights(amounts, [len(each) for each in units], tokens)
+    weights: Sequence[float] = amounts
+    if any(isinstance(amount, Share) for amount in amounts):  # else no row's length is read
+        tokens = [int(dataset.lengths().sum()) for dataset in datasets]
+        weights = unit_weights(amounts, [len(each) for each in units], tokens)
     return [Source(units=each, weight=weight) for each, weight in zip(units, weights, strict=True)]
 
 
