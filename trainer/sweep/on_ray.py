@@ -116,6 +116,10 @@ class RayPool:
         if self._started_here:
             ray.shutdown()
 
+    @property
+    def parallel(self) -> int:
+        return self._share.parallel
+
     def run(
         self, jobs: Sequence[Job], started: Callable[[Job], None], ended: Callable[[Job, Outcome], None]
     ) -> None:

@@ -1,4 +1,4 @@
-"""Processes that train the runs of a sweep: one after another, or several at a time.
+"""Processes that train the runs of a sweep and measure its models: one after another, or several at a time.
 
 Every run has a process of its own: memory of one run is gone when the next one starts, a run that the system kills
 takes nothing with it, and the first lines of the run are the same as those of `anneal train`.
@@ -31,13 +31,19 @@ class Job:
 
     name: str
     settings: Mapping[str, Any]
-    """Of `anneal train`, with `out`."""
+    """Of `anneal train`, with `out`; or what `work` takes."""
     log: Path
     """The file to which the run's own lines are added."""
+    work: str = "train"
+    """What the process does: a key of `worker.WORKS`."""
 
 
 class Pool(Protocol):
     """Something that runs jobs."""
+
+    @property
+    def parallel(self) -> int:
+        """How many at a time."""
 
     def run(
         self, jobs: Sequence[Job], started: Callable[[Job], None], ended: Callable[[Job, Outcome], None]
@@ -74,7 +80,8 @@ class Process:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(dict(self._job.settings)).encode() + b"\n")
+            order = {"work": self._job.work, "settings": dict(self._job.settings)}
+            process.stdin.write(json.dumps(order).encode() + b"\n")
             process.stdin.flush()
         text = process.stdout.read().decode(errors="replace").strip()
         code = process.wait()

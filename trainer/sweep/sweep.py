@@ -23,6 +23,7 @@ from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.report import SweepReport
 from trainer.sweep.runs import Runs, is_finished, require_same
 from trainer.sweep.search import search
+from trainer.sweep.shares import measure_in_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,8 @@ def run_sweep(
     plan = plan_sweep(config)
     out = Path(config.out)
     with held(out):
-        runs = Runs(out, pool or LocalPool(), progress)
+        pool = pool or LocalPool()
+        runs = Runs(out, pool, progress)
         runs.complete(plan.runs)
         planned, searches = list(plan.runs), list[dict[str, object]]()
         if config.search:
@@ -113,6 +115,9 @@ def run_sweep(
                 names = {run.name for run in planned}
                 planned += [run for run in more if run.name not in names]
         merges = plan_merges(config, planned)
+        finished = {run.name: run.directory(out) for run in planned if is_finished(run.directory(out))}
+        if finished:
+            measure_in_shares(config, finished, merges, pool, progress)
         failed = {**runs.failed, **make_merges(config, merges, progress)}
         made: list[PlannedRun | PlannedMerge] = [*planned, *merges]
         models = {item.name: item.directory(out) for item in made if is_finished(item.directory(out))}

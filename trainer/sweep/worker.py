@@ -1,4 +1,5 @@
-"""One run in a process of its own: settings come in as one line of JSON on stdin, the outcome goes out on stdout.
+"""A piece of a sweep's work in a process of its own: settings come in as a line of JSON on stdin, the outcome goes out
+on stdout.
 
 The process is stopped by SIGTERM as `anneal train` is, and stops in the same way when stdin ends: then the sweep that
 started it is gone, and nobody would read the outcome. What the run says goes to stderr.
@@ -30,12 +31,24 @@ def run_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     from trainer.config_file import config_from_dict
     from trainer.run import train
 
+    wait_for_lock(Path(settings["out"]))
     try:
         report = train(config_from_dict(settings))
     except (AnnealError, OSError, RuntimeError, MemoryError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return {"error": " ".join(lines[0].split()), "kind": type(error).__name__}
     return {"interrupted": report.interrupted_by} if report.interrupted_by else {"done": True}
+
+
+def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge and measure a share of the models."""
+    from trainer.sweep.shares import measure_share
+
+    return measure_share(settings)
+
+
+WORKS = {"train": run_settings, "measure": measure}
+"""What a process can be told to do."""
 
 
 def wait_for_lock(directory: Path, seconds: float = LOCKED_SECONDS) -> None:
@@ -77,10 +90,9 @@ def main() -> None:
     """Entry point of the process."""
     outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print belongs to the log
-    settings = json.loads(read_line())
+    order = json.loads(read_line())
     stop_when_stdin_ends()
-    wait_for_lock(Path(settings["out"]))
-    found = run_settings(settings)
+    found = WORKS[order["work"]](order["settings"])
     print(json.dumps(found), file=outcome, flush=True)
     if "error" in found:
         print(f"error: {found['error']}", file=sys.stderr, flush=True)

@@ -14,14 +14,15 @@ from formats.errors import AnnealError, ConfigError
 from trainer import train
 from trainer.sweep.config import sweep_from_options
 from trainer.sweep.sweep import plan_sweep, run_sweep
-from trainer.sweep.worker import run_settings
+from trainer.sweep.worker import WORKS
 
 
 class InThisProcess:
-    """The pool without its processes: the same function, one job after another."""
+    """The pool without its processes: the same functions, one job after another."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    def __init__(self, stop_after: int | None = None, parallel: int = 1) -> None:
         self.names: list[str] = []
+        self.parallel = parallel
         self._stop_after = stop_after
 
     def run(self, jobs, started, ended) -> None:
@@ -30,7 +31,7 @@ class InThisProcess:
                 raise KeyboardInterrupt
             started(job)
             self.names.append(job.name)
-            ended(job, run_settings(job.settings))
+            ended(job, WORKS[job.work](json.loads(json.dumps(dict(job.settings)))))
 
     def stop(self) -> None: ...
 

@@ -1,0 +1,110 @@
+"""Models merged and measured in shares: nothing is left to do for the steps that follow, and the result is the same."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from caches import write_cache
+from recorded_progress import RecordedProgress
+from runs import QUICK
+
+from trainer.sweep.config import sweep_from_options
+from trainer.sweep.pools import Job
+from trainer.sweep.shares import LARGEST_SHARE, ModelWork, divide
+from trainer.sweep.sweep import run_sweep
+from trainer.sweep.worker import WORKS
+
+
+class InThisProcess:
+    """A pool of two, without its processes."""
+
+    parallel = 2
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def run(self, jobs, started, ended) -> None:
+        for job in jobs:
+            started(job)
+            self.jobs.append(job)
+            ended(job, WORKS[job.work](job.settings))
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class OneAtATime(InThisProcess):
+    """The same pool, with room for one."""
+
+    parallel = 1
+
+
+@pytest.fixture(scope="module")
+def ask(llama_cache, tiny_llama_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    texts = {
+        side: {side: str(write_cache(folder / side, tiny_llama_dir, num_rows=3, seed=seed))}
+        for side, seed in (("source", 1), ("target", 2))
+    }
+
+    def asked(out: Path):
+        return sweep_from_options(
+            str(llama_cache), model=str(tiny_llama_dir), out=str(out), overrides=QUICK, grid=["kl_coef=1"],
+            merge=["wise-ft:0.25,0.5"], merge_of=["all"], **texts,
+        )  # fmt: skip
+
+    return asked
+
+
+def test_shares_leave_nothing_to_do_and_change_nothing(ask, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    run_sweep(ask(one), pool=OneAtATime())
+    pool, seen = InThisProcess(), RecordedProgress()
+    run_sweep(ask(many), pool=pool, progress=seen)
+    assert [job.work for job in pool.jobs] == ["train", "train", "measure", "measure"]
+    assert seen.phases[:2] == [("sweep", 2, 2), ("measure", 7, 7)]
+    # All four merges are there, and no text is read again.
+    assert seen.phases[2:] == [("merges", 4, 4)]
+    found, expected = ((place / "sweep.json").read_bytes() for place in (many, one))
+    assert found.replace(str(many).encode(), str(one).encode()) == expected
+
+
+def test_what_a_share_could_not_do_is_done_or_said_later(ask, tmp_path):
+    out = tmp_path / "out"
+
+    class Fails(InThisProcess):
+        def run(self, jobs, started, ended) -> None:
+            if jobs[0].work == "train":
+                return super().run(jobs, started, ended)
+            for job in jobs:
+                ended(job, {"error": "the run's process ended with SIGKILL", "kind": "Process"})
+
+    seen = RecordedProgress()
+    report = run_sweep(ask(out), pool=Fails(), progress=seen)
+    assert not report.failed and any("SIGKILL" in note for note in seen.notes)
+    names = [phase for phase, _, _ in seen.phases]
+    assert names.count("merges") == 1 and "direct: source" in names
+
+
+def test_a_model_that_fails_leaves_the_others_of_its_share(ask, tmp_path):
+    out = tmp_path / "out"
+    pool = InThisProcess()
+    run_sweep(ask(out), pool=pool)
+    share = pool.jobs[-1].settings
+    for path in (out / "evaluations").iterdir():
+        path.unlink()
+    broken, *others = share["models"]
+    shutil.rmtree(out / "merges")
+    settings = {**share, "models": [{**broken, "directory": str(tmp_path / "none"), "merge": None}, *others]}
+    found = WORKS["measure"](settings)
+    assert found["error"].startswith(f"{broken['label']}: ")
+    assert len(list((out / "evaluations").iterdir())) == len(others)
+
+
+@pytest.mark.parametrize(("count", "parallel", "sizes"), [(3, 8, [1, 1, 1]), (9, 2, [5, 4]), (40, 2, [8] * 5)])
+def test_shares_are_even_and_small(count, parallel, sizes):
+    work = [ModelWork(label=str(i), directory=str(i)) for i in range(count)]
+    found = divide(work, parallel)
+    assert [len(share) for share in found] == sizes and max(sizes) <= LARGEST_SHARE
+    assert sorted(model.label for share in found for model in share) == sorted(model.label for model in work)
