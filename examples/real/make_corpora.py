@@ -7,11 +7,12 @@ To be learnt, each with a held-out part (texts.py splits by a digest of the docu
     maths       ASDiv word problems as conversations; only the short answers carry loss
     abstracts   PubMedQA abstracts as plain text; every token carries loss
 
-To be kept, never trained on: `news` (XSum), `code` (HumanEval, problem and solution) as plain text, `chat`
-(CommonsenseQA questions, answered in the chat format). `news-replay` holds other news, for replay.
+To be kept, never trained on: `news` (XSum), `reviews` (IMDB) and `code` (HumanEval, problem and solution) as plain
+text, `chat` (CommonsenseQA questions, answered in the chat format). `news-replay` holds other news, for replay.
 """
 
 import argparse
+import csv
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,11 +26,11 @@ Record = dict[str, Any]
 ROWS: dict[str, dict[str, int]] = {
     "cpu": {
         "maths-train": 270, "maths-heldout": 100, "abstracts-train": 64, "abstracts-heldout": 12,
-        "news": 12, "code": 24, "chat": 60, "news-replay": 24,
+        "news": 12, "reviews": 12, "code": 24, "chat": 60, "news-replay": 24,
     },
     "gpu": {
-        "maths-train": 2000, "maths-heldout": 600, "abstracts-train": 700, "abstracts-heldout": 200,
-        "news": 200, "code": 164, "chat": 1000, "news-replay": 300,
+        "maths-train": 2000, "maths-heldout": 600, "abstracts-train": 700, "abstracts-heldout": 100,
+        "news": 60, "reviews": 60, "code": 164, "chat": 300, "news-replay": 300,
     },
 }  # fmt: skip
 """Rows of each corpus at most: what two cores manage in hours, and a GPU in minutes."""
@@ -70,6 +71,18 @@ def code() -> Iterator[Record]:
             yield {"text": problem["prompt"] + problem["canonical_solution"]}
 
 
+def reviews() -> Iterator[Record]:
+    """IMDB: reviews of films.
+
+    Raises:
+        TextsMissingError: the package is not installed.
+    """
+    path = data_file("imdb/sample.csv", "the corpus of reviews")
+    with path.open(encoding="utf-8", newline="") as lines:
+        for record in csv.DictReader(lines):
+            yield {"text": record["text"].strip()}
+
+
 def chat() -> Iterator[Record]:
     """CommonsenseQA: the question with its options, then the option's letter and text.
 
@@ -91,6 +104,7 @@ def corpora() -> Mapping[str, Iterable[Record]]:
         "abstracts-train": texts("abstracts", "train"),
         "abstracts-heldout": texts("abstracts", "heldout"),
         "news": texts("news", "heldout"),
+        "reviews": reviews(),
         "code": code(),
         "chat": chat(),
         "news-replay": texts("news", "train"),

@@ -102,7 +102,9 @@ def test_a_model_that_fails_leaves_the_others_of_its_share(ask, tmp_path):
     assert len(list((out / "evaluations").iterdir())) == len(others)
 
 
-@pytest.mark.parametrize(("count", "parallel", "sizes"), [(3, 8, [1, 1, 1]), (9, 2, [5, 4]), (40, 2, [8] * 5)])
+@pytest.mark.parametrize(
+    ("count", "parallel", "sizes"), [(3, 8, [1, 1, 1]), (9, 2, [5, 4]), (40, 2, [8] * 5)]
+)
 def test_shares_are_even_and_small(count, parallel, sizes):
     work = [ModelWork(label=str(i), directory=str(i)) for i in range(count)]
     found = divide(work, parallel)
