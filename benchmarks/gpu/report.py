@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Place:
         out: folder for whatever the section wants to leave behind.
     """
 
-    device: torch.device
+    device: "torch.device"
     tiny: bool
     out: Path
 
