@@ -226,12 +226,12 @@ class LabelAnnealingTrainer(GuardedTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """int64 [3]: labels, teacher positions and tokens of all micro-batches of a step on all ranks."""
         counts = [(*count_targets(batch), batch["num_tokens"]) for batch in batch_samples]
-        totals = torch.tensor(counts, dtype=torch.int64).reshape(-1, 3).sum(0).to(device)
+        totals = self._prepare_input(torch.tensor(counts, dtype=torch.int64).reshape(-1, 3).sum(0))
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         if self.log_window is None:
             self.log_window = LogWindow(self.args.device)
-        self.log_window.step(int(totals[2]))
+        self.log_window.step(totals[2])
         return totals
 
     def compute_loss(
