@@ -24,7 +24,7 @@ BIG = dict(vocab=128_256, hidden=2048, intermediate=8192, layers=16, heads=32, s
 TINY = dict(vocab=1000, hidden=64, intermediate=128, layers=2, heads=2, seq=64, batch=2)
 WARMUP, STEPS = 3, 5
 MOST_SYNCS = 2
-"""Waits of the host in a step: one where the loss asks how many rows count, one to spare."""
+"""Waits of the host in a step: where the loss asks how many rows count, where transformers looks at the mask."""
 
 
 class CountSyncs(TrainerCallback):
