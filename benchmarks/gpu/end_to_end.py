@@ -40,8 +40,8 @@ def run(report: Report, place: Place) -> None:
 
         shutil.rmtree(folder)
     folder.mkdir()
-    training = PLAIN | ({"max_steps": 3, "per_device_train_batch_size": 2} if place.tiny else {})
-    texts = write_texts(folder, 6_000 if place.tiny else 120_000)
+    training = PLAIN | ({"max_steps": 2, "per_device_train_batch_size": 1} if place.tiny else {})
+    texts = write_texts(folder, 1_500 if place.tiny else 120_000)
     caches = {
         name: build(report, place, name, path, folder / f"{name}-cache") for name, path in texts.items()
     }
