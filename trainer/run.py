@@ -305,7 +305,7 @@ def measure_new_text(
     dataset = CachedDataset(inputs.target)
     dataset.vocab_size = vocab_size
     rows = sample_rows(dataset, config.step0_rows, trainer.args.seed)
-    loader = trainer.loader_of_rows(dataset, rows, packing=trainer.packing)
+    loader = trainer.loader_of_rows(dataset, rows, as_trained=True)
     found = trainer.measure_rows(loader).require_finite("the new text")
     return {
         "kl": found.kl,

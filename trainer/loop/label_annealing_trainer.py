@@ -197,20 +197,20 @@ class LabelAnnealingTrainer(GuardedTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(dataset, CachedDataset):
             raise ConfigError(f"evaluation needs a CachedDataset, got {type(dataset).__name__}")
-        return self.loader_of_rows(dataset, np.arange(len(dataset)), packing=False)
+        return self.loader_of_rows(dataset, np.arange(len(dataset)), as_trained=False)
 
-    def loader_of_rows(self, dataset: CachedDataset, rows: Iterable[int], *, packing: bool) -> DataLoader:
-        """This rank's share of the given rows, in order (or packed), in batches of the evaluation size."""
+    def loader_of_rows(self, dataset: CachedDataset, rows: Iterable[int], *, as_trained: bool) -> DataLoader:
+        """This rank's share of the given rows, in order: packed and batched as in training, or as in evaluation."""
         args = self.args
         chosen = np.asarray(list(rows), dtype=np.int64)
         units = chosen[:, None].tolist()
-        if packing:
+        if packing := as_trained and self.packing:
             lengths = np.asarray([len(dataset[row]["input_ids"]) for row in chosen.tolist()])
             capacity = self.pack_length or 2 * int(lengths.max())  # room for two rows at least
             units = [chosen[pack].tolist() for pack in best_fit(lengths, capacity)]
         batches = EpochBatches(
             [Source(units=units)],
-            args.eval_batch_size,
+            self._train_batch_size if as_trained else args.eval_batch_size,
             shuffle=False,
             rank=args.process_index,
             world_size=args.world_size,

@@ -23,9 +23,7 @@ def add_product(
     if total_VD.dtype == dtype:
         total_VD.addmm_(gradient_CV.t(), hidden_CD, alpha=scale)
     elif adds_in_fp32(total_VD.device, dtype):
-        torch.addmm(
-            total_VD, gradient_CV.t(), hidden_CD, alpha=scale, out_dtype=total_VD.dtype, out=total_VD
-        )
+        torch.addmm(total_VD, gradient_CV.t(), hidden_CD, alpha=scale, out_dtype=total_VD.dtype, out=total_VD)
     else:
         for start in range(0, total_VD.shape[0], ACCUMULATE_ROWS):
             columns = gradient_CV[:, start : start + ACCUMULATE_ROWS]

@@ -295,4 +295,3 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
         if sums.grad_bias_V is not None:
             sums.grad_bias_V[:vocab_size].add_(logits.bias_gradient(), alpha=scale)
     return sums
-
