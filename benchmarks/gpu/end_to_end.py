@@ -57,7 +57,7 @@ def run(report: Report, place: Place) -> None:
             training | {"bf16": True},
             on_gpu,
             packing=True,
-            pack_length=1024,
+            pack_length=300 if place.tiny else 1024,
         )
         if on_gpu:
             kernel = {"loss_kernel": "triton"}

@@ -174,7 +174,7 @@ def variants(report: Report, place: Place, inputs: Inputs, kernels: tuple[str, .
         losses, gradients = [], []
         for kernel in kernels:
             work = fused(inputs, teacher, kernel=kernel, **options)
-            report.info(f"{name}, {kernel}", milliseconds(work, place.device, repeats=3, warmup=1), "ms")
+            report.info(f"{name}, {kernel}", milliseconds(work, place.device, repeats=3, warm_ups=1), "ms")
             losses.append(float(work()))
             gradients.append([gradient.clone() for _, gradient in inputs.gradients()])
         if len(kernels) < 2:

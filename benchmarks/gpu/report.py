@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Place:
         out: folder for whatever the section wants to leave behind.
     """
 
-    device: "torch.device"
+    device: torch.device
     tiny: bool
     out: Path
 
