@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,20 @@ def make_model(sizes: argparse.Namespace) -> Any:
         use_cache=False,
     )
     dtype = torch.bfloat16 if sizes.dtype == "bf16" else torch.float32
-    return LlamaForCausalLM(config).to(sizes.device, dtype)
+    with torch.device(sizes.device):  # a billion random numbers take a CPU half a minute
+        model = LlamaForCausalLM(config).to(dtype)
+    if not sizes.lora:
+        return model
+    from trainer.config import LoraSettings
+    from trainer.result.lora import attach_adapters
+
+    return attach_adapters(model, LoraSettings())
 
 
-def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
+def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Seconds of the timed steps, and the peak; `callbacks` join the Trainer's."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     from trainer.data.dataset import CachedDataset
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
@@ -123,7 +133,9 @@ def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
             use_cpu=sizes.device == "cpu",
+            bf16=sizes.amp,
             gradient_checkpointing=sizes.checkpointing,
+            dataloader_num_workers=0 if sizes.variant in ("hf", "online") else sizes.workers,
         )
         if sizes.variant in ("anneal", "direct"):
             trainer: Trainer = LabelAnnealingTrainer(
@@ -133,11 +145,14 @@ def run_training(sizes: argparse.Namespace) -> dict[str, Any]:
                 objective=objective,
                 kl_budget=sizes.kl_budget,
                 loss_kernel=sizes.loss_kernel,
-                callbacks=[Clock()],
+                packing=sizes.packing,
+                pack_length=sizes.seq if sizes.packing else None,
+                callbacks=[Clock(), *callbacks],
             )
         else:
             kind = Online if sizes.variant == "online" else Trainer
-            trainer = kind(model=model, args=arguments, train_dataset=plain, callbacks=[Clock()])  # type: ignore[arg-type]
+            trainer = kind(model=model, args=arguments, train_dataset=plain, callbacks=[Clock(), *callbacks])  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks)][sizes.warmup - 1 :]
     return {
@@ -227,7 +242,8 @@ def run_loader(sizes: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": [(time.perf_counter() - start) / count], "cpu_seconds": [0.0], "peak_bytes": 0}
 
 
-def main() -> None:
+def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a variant, from the command line or from `words`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", choices=(*TRAINING, *LOSSES, LOADER), required=True)
     for name in ("vocab", "hidden", "intermediate", "layers", "heads", "seq", "batch", "rows", "num_kept"):
@@ -243,7 +259,17 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--objective", default="{}", help="settings of trainer.objective, as JSON")
     parser.add_argument("--kl-budget", type=float)
-    sizes = parser.parse_args()
+    parser.add_argument("--amp", action="store_true", help="compute in bf16, whatever the weights are")
+    parser.add_argument(
+        "--lora", action="store_true", help="adapters on all linear modules instead of all weights"
+    )
+    parser.add_argument("--packing", action="store_true", help="several rows to a sequence of --seq tokens")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes of our trainer")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    sizes = options_of()
     run = run_training if sizes.variant in TRAINING else run_loader if sizes.variant == LOADER else run_loss
     print(json.dumps(run(sizes)))
 

@@ -47,6 +47,7 @@ FLOORS = {
             "comparison",
             "selection",
             "inputs",
+            "notes",
             "run",
             "sweep",
         ),

@@ -27,6 +27,7 @@ KL_DIRECTIONS = ("forward", "reverse")
 LOSS_KERNELS = ("torch", "triton")
 ROW_LOSSES = ("both", "ce", "kl")
 DTYPES = ("float32", "bfloat16", "float16")
+TRAINING_DTYPES = ("auto", *DTYPES)
 SAVE_DTYPES = ("same", *DTYPES)
 SMALLEST_TEMPERATURE = 0.5
 """The coldest temperature at which caches hold the exact tail mass (formats.logprobs.tail_function)."""
@@ -181,9 +182,10 @@ class TrainConfig(Objective):
     earlier tasks of a chain with models of their own."""
     sfa: SfaSettings | None = None
     """Average with the weights of `model`, in a chain the last task's model, every so often, and at the end."""
-    dtype: str = "float32"
-    """Dtype of the weights while training. At fine-tuning rates bfloat16 weights swallow most updates: keep
-    float32 and let `training.bf16` compute in bfloat16."""
+    dtype: str = "auto"
+    """Dtype of the weights while training. `auto` is float32; under adapters that compute in bfloat16 on a GPU it is
+    bfloat16 for a model that is stored so, whose weights stay as they are. At fine-tuning rates trained bfloat16
+    weights swallow most updates."""
     save_dtype: str = "same"
     """Dtype of the saved model; `same` is the dtype in which the initial model is stored."""
     verify_saved: bool = True
@@ -237,7 +239,7 @@ class TrainConfig(Objective):
         ):
             check_flag(name, getattr(self, name))
         check_one_of("loss_kernel", self.loss_kernel, LOSS_KERNELS)
-        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("dtype", self.dtype, TRAINING_DTYPES)
         check_one_of("save_dtype", self.save_dtype, SAVE_DTYPES)
         object.__setattr__(self, "caches", tuple(self.caches))
         object.__setattr__(self, "eval_caches", dict(self.eval_caches))

@@ -1,5 +1,6 @@
 """What a run reads and starts from: settings in; opened caches, their rows and the loaded initial model out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,11 @@ from trainer.objective import Objective
 from trainer.preflight.frozen import freeze
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
 from trainer.quantization import WeightQuantization
+from trainer.recipe import weights_dtype
 from trainer.result.lineage import Ancestor, lineage_of, short_name
 from trainer.result.lora import attach_adapters
 from trainer.result.saving import ResultLayout
-
-LEAST_TOKENS = 150.0
-"""Times T^2: tokens per step at which the noise of draws is as large as the gradient (SmolLM2-135M, 10 steps of drift,
-2026-11-25: 400 at T = 2 and 2,300 at T = 4)."""
+from trainer.result.stored_weights import StoredWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +109,8 @@ class Student:
     """V, where the output head is padded beyond it."""
     layout: ResultLayout | None
     """Where its weights go in the result; None when adapters alone are saved."""
+    dtype: str
+    """Of its weights; adapters keep float32 ones of their own."""
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
@@ -186,31 +187,6 @@ def teacher_of(cache: TeacherCache, lineage: list[Ancestor]) -> Ancestor:
     return found or Ancestor(short_name(cache.identity.teacher.get("name") or weights[:12]), weights)
 
 
-def anchor_note(config: TrainConfig, inputs: Inputs) -> str | None:
-    """One line where KL holds to another model than the one that the run starts from; None elsewhere."""
-    held = {}
-    if not reads_tokens_only(config, config.loss):
-        held[""] = teacher_of(inputs.target, inputs.lineage)
-    for entry, cache in zip(config.caches, inputs.mixed, strict=True):
-        if not reads_tokens_only(config, entry.loss):
-            held[entry.path] = teacher_of(cache, inputs.lineage)
-    others = {path: teacher for path, teacher in held.items() if teacher.weights != inputs.start.weights}
-    if not others:
-        return None
-    if len({teacher.weights for teacher in held.values()}) == 1:
-        path, teacher = next(iter(others.items()))
-        line = f"KL holds to {teacher.name}, the teacher of {path or config.cache}"
-    else:
-        line = "KL holds to the teacher of each cache: " + ", ".join(
-            f"{teacher.name} on {path or config.cache}" for path, teacher in held.items()
-        )
-    tasks = [task for task in config.ewc_tasks if task.model is None]
-    held_here = {"l2": config.l2, "ewc": tasks, "sfa": config.sfa}
-    used = [name for name, settings in held_here.items() if settings]
-    weights = f"; {' and '.join(used)} {'hold' if len(used) > 1 else 'holds'} to it" if used else ""
-    return f"{line}; the run starts from {inputs.start.name} (--model){weights}"
-
-
 def facts_of(config: TrainConfig, inputs: Inputs) -> tuple[dict[str, list[TeacherCache]], str | None]:
     """The caches by their use, and the fingerprint of a student's weights that no cache's identity holds."""
     held_out = [*inputs.held_out.values()]
@@ -261,24 +237,14 @@ def rows_to_check(config: TrainConfig, inputs: Inputs, tail_draws: bool) -> Cach
     return CachedDataset(inputs.target, config.temperature, tail_draws=tail_draws)
 
 
-def draws_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | None:
-    """One line where a step is so small that the noise of tail draws outweighs what they mend; None elsewhere, and
-    where packing leaves the size of a step to the rows.
+def load_student(config: TrainConfig, inputs: Inputs, resolved: Mapping[str, Any]) -> Student:
+    """Load the initial model, find the place of its weights in the result, and attach adapters.
+
+    Args:
+        resolved: from `resolve_training`.
     """
-    if config.packing or not rows.training.has_draws:
-        return None
-    tokens, least = rows_per_step * rows.training.kl_tokens_per_row(), LEAST_TOKENS * config.temperature**2
-    if tokens >= least:
-        return None
-    return (
-        f"about {tokens:.0f} tokens with KL in a step: below {least:.0f} at temperature {config.temperature:g} the "
-        "noise of tail draws outweighs what they mend; take larger steps, or tail_draws=false"
-    )
-
-
-def load_student(config: TrainConfig, inputs: Inputs) -> Student:
-    """Load the initial model, find the place of its weights in the result, and attach adapters."""
-    model = load_model(inputs.model_dir, dtype=config.dtype, attn_implementation=config.attn_implementation)
+    dtype = weights_dtype(config, resolved, StoredWeights(inputs.model_dir).float_dtypes)
+    model = load_model(inputs.model_dir, dtype=dtype, attn_implementation=config.attn_implementation)
     num_outputs = int(model.get_output_embeddings().weight.shape[0]) if model.get_output_embeddings() else 0
     others = config.allow_different_student
     for cache in inputs.tokens_only:
@@ -294,4 +260,4 @@ def load_student(config: TrainConfig, inputs: Inputs) -> Student:
         model = attach_adapters(model, config.lora)
     if (quantization := WeightQuantization.parse("fake_quantize", config.fake_quantize)) is not None:
         quantization.prepare(model)
-    return Student(model=model, vocab_size=vocab_size, layout=layout)
+    return Student(model=model, vocab_size=vocab_size, layout=layout, dtype=dtype)

@@ -7,7 +7,7 @@ unchanged; `trainer.preflight.arguments` says what becomes of each.
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from trainer.preflight.arguments import ARGUMENTS, FORMER, PASSED, refuse_argume
 from trainer.preflight.combinations import word
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
 
 DEFAULTS: Mapping[str, Any] = {
@@ -50,14 +51,32 @@ def on_gpu(training: Mapping[str, Any]) -> bool:
     return torch.cuda.is_available() and not training.get("use_cpu")
 
 
-def device_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
-    """What depends on this machine, and on what was typed for it."""
+def device_defaults(training: Mapping[str, Any], *, lora: bool) -> dict[str, Any]:
+    """What depends on this machine, and on what was typed for it. Adapters are for models that fill a GPU: there,
+    activations are computed again in the backward pass.
+    """
     import torch
 
     if on_gpu(training):
         bf16 = torch.cuda.is_bf16_supported() and not training.get("fp16")
-        return {"bf16": bf16, "dataloader_num_workers": 2}
+        again = {"gradient_checkpointing": True} if lora else {}
+        return {"bf16": bf16, "dataloader_num_workers": 2, **again}
     return {"use_cpu": True, "dataloader_num_workers": 0}
+
+
+def weights_dtype(config: TrainConfig, resolved: Mapping[str, Any], stored: Collection["torch.dtype"]) -> str:
+    """The dtype of the weights while training, `auto` resolved.
+
+    Args:
+        resolved: from `resolve_training`.
+        stored: floating dtypes of the initial model's weights.
+    """
+    import torch
+
+    if config.dtype != "auto":
+        return config.dtype
+    halves = config.lora is not None and bool(resolved.get("bf16")) and on_gpu(resolved)
+    return "bfloat16" if halves and set(stored) == {torch.bfloat16} else "float32"
 
 
 def check_names(training: Mapping[str, Any]) -> None:
@@ -91,7 +110,7 @@ def resolve_training(config: TrainConfig) -> dict[str, Any]:
     check_names(config.training)
     combinations.check_objective(config)
     given = {k: v for k, v in config.training.items() if v is not None or takes_null(k)}
-    resolved = {**DEFAULTS, **device_defaults(given), **given}
+    resolved = {**DEFAULTS, **device_defaults(given, lora=config.lora is not None), **given}
     if word(resolved["eval_strategy"]) != "no" and not config.eval_caches:
         raise ConfigError(
             "training.eval_strategy needs eval_caches, got none; add `eval_caches: {name: CACHE}`"

@@ -26,8 +26,6 @@ from trainer.inputs import (
     Inputs,
     Rows,
     Student,
-    anchor_note,
-    draws_note,
     facts_of,
     load_student,
     open_inputs,
@@ -39,9 +37,10 @@ from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
 from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
+from trainer.notes import notes
 from trainer.preflight.before_start import check_before_start
 from trainer.preflight.continuation import run_facts
-from trainer.preflight.frozen import freeze_note, frozen_record
+from trainer.preflight.frozen import frozen_record
 from trainer.preflight.liger import settle_liger
 from trainer.quantization import as_stored
 from trainer.recipe import resolve_training, training_arguments
@@ -121,7 +120,7 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     quiet_transformers()
     inputs = open_inputs(config)
     rows = rows_of(config, inputs)
-    student = load_student(config, inputs)
+    student = load_student(config, inputs, resolved)
     for dataset in rows.with_teacher:
         dataset.vocab_size = student.vocab_size
     retention = retention_methods(config, inputs, rows, student, int(resolved["seed"]))
@@ -130,9 +129,8 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
     args = training_arguments(resolved, out)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    frozen = freeze_note(student.model, config.freeze)
-    for line in (anchor_note(config, inputs), draws_note(config, rows, rows_per_step), frozen):
-        if args.process_index == 0 and line is not None:
+    if args.process_index == 0:
+        for line in notes(config, resolved, inputs, rows, student, rows_per_step):
             say(line)
     with args.main_process_first():
         settings = config.to_dict() | {"training": resolved}
@@ -305,7 +303,7 @@ def measure_new_text(
     dataset = CachedDataset(inputs.target)
     dataset.vocab_size = vocab_size
     rows = sample_rows(dataset, config.step0_rows, trainer.args.seed)
-    loader = trainer.loader_of_rows(dataset, rows, packing=trainer.packing)
+    loader = trainer.loader_of_rows(dataset, rows, as_trained=True)
     found = trainer.measure_rows(loader).require_finite("the new text")
     return {
         "kl": found.kl,

@@ -28,7 +28,6 @@ class RunningTrainer(Protocol):
     stop_request: Any
     """`requested` says whether a signal has arrived."""
     epoch_batches: EpochBatches | None
-    packing: bool
 
     @property
     def is_fsdp_enabled(self) -> bool:
@@ -43,8 +42,8 @@ class RunningTrainer(Protocol):
         """Rows of a dataset as one batch on the model's device, padded or packed as in training."""
         ...
 
-    def loader_of_rows(self, dataset: CachedDataset, rows: Iterable[int], *, packing: bool) -> DataLoader:
-        """This rank's share of the given rows, in batches of the evaluation size."""
+    def loader_of_rows(self, dataset: CachedDataset, rows: Iterable[int], *, as_trained: bool) -> DataLoader:
+        """This rank's share of the given rows, in batches as in training, or of the evaluation size."""
         ...
 
     def measure_rows(self, dataloader: DataLoader) -> Any:

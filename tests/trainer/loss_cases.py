@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from dense_reference import dense_logits, dense_loss, teacher_from_logits
+from loss_on_device import label_annealing_loss
 
 from trainer.data.teacher_batch import TeacherBatch
-from trainer.loss.label_annealing_loss import label_annealing_loss
 
 
 @dataclass

@@ -4,7 +4,8 @@ import pytest
 
 from formats.cache import TeacherCache
 from trainer.config import TrainConfig
-from trainer.inputs import draws_note, open_inputs, rows_of
+from trainer.inputs import open_inputs, rows_of
+from trainer.notes import draws_note
 
 
 @pytest.mark.parametrize(

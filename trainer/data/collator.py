@@ -32,6 +32,8 @@ class LabelAnnealingCollator:
         attention_mask bool [B, L], without packing
         position_ids   int32 [B, L], with packing: restarts at 0 with every row; by the restarts
                        transformers keeps attention within a row, so no mask is passed
+        row_starts     int32 [R + 1], with packing: where each of the R rows, and each stretch of padding, begins
+                       in the flattened [B * L] numbering, and where the last one ends; longest_row is an int
         labels         int32 [B, L], not shifted, -100 where there is no cross-entropy
         teacher_rows   int32 [P], teacher_offsets int32 [P + 1], teacher_log_tail float32 [P]
         teacher_token_ids int32 [E], teacher_logprobs float32 [E]
@@ -67,6 +69,7 @@ class LabelAnnealingCollator:
             if any(name in item for items in sequences for item in items)
         }
         rows: list[np.ndarray] = []
+        starts: list[int] = []
         for b, items in enumerate(sequences):
             assert self.packing or len(items) == 1, "rows share a sequence only when packing"
             start = 0
@@ -79,8 +82,11 @@ class LabelAnnealingCollator:
                 for name in terms.keys() & item.keys():
                     terms[name][b, start:stop] = item[name]
                 rows.append(item["teacher_positions"] + np.int32(b * width + start))
+                starts.append(b * width + start)
                 start = stop
             position_ids[b, start:] = np.arange(width - start)
+            if start < width:
+                starts.append(b * width + start)
         items = [item for group in sequences for item in group]
         counts = np.concatenate([item["teacher_counts"] for item in items])
         offsets = np.zeros(len(counts) + 1, np.int32)
@@ -96,11 +102,17 @@ class LabelAnnealingCollator:
         }
         batch |= _tail_draws(items) | _optional(items)
         batch |= terms
-        batch |= {"position_ids": position_ids} if self.packing else {"attention_mask": attention_mask}
+        if self.packing:
+            row_starts = np.array([*starts, input_ids.size], np.int32)
+            batch |= {"position_ids": position_ids, "row_starts": row_starts}
+        else:
+            batch["attention_mask"] = attention_mask
         temperatures = {item["temperature"] for item in items}
         if len(temperatures) > 1:
             raise ConfigError(f"all rows of a batch must share one temperature, got {sorted(temperatures)}")
         extra = {"temperature": temperatures.pop(), "num_tokens": sum(totals)}
+        if self.packing:
+            extra["longest_row"] = int(np.diff(row_starts).max())
         return {name: torch.from_numpy(array) for name, array in batch.items()} | extra
 
 
@@ -139,6 +151,23 @@ def _optional(items: Sequence[Item]) -> dict[str, np.ndarray]:
             parts = [item.get(name, np.full(len(item[like]), fill)) for item in scored]
             columns[name] = np.concatenate(parts)
     return columns
+
+
+def row_boundaries(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Where packed rows begin and end, as transformers' flash attention takes it; nothing without packing.
+
+    From positions it would find packed rows only in a batch of one sequence, and attend across rows in a larger one;
+    and every layer would ask the device anew.
+    """
+    if "row_starts" not in batch:
+        return {}
+    starts, longest = batch["row_starts"], batch["longest_row"]
+    return {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor, TeacherBatch | None]:

@@ -35,6 +35,16 @@ class GuardedTrainer(Trainer):
         self._noted_step = 0
         super().__init__(args=args, eval_dataset=eval_dataset, callbacks=list(callbacks), **kwargs)
 
+    # --- batches ----------------------------------------------------------------------------------------
+
+    def _prepare_input(self, data: Any) -> Any:
+        """As the base class, but a copy to a GPU does not make the host wait: it starts from pinned memory."""
+        if isinstance(data, torch.Tensor) and self.args.device.type == "cuda":
+            if not data.is_cuda and not data.is_pinned():
+                data = data.pin_memory()
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     # --- the plan ---------------------------------------------------------------------------------------
 
     def planned_steps(self) -> tuple[int, int]:

@@ -197,20 +197,20 @@ class LabelAnnealingTrainer(GuardedTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(dataset, CachedDataset):
             raise ConfigError(f"evaluation needs a CachedDataset, got {type(dataset).__name__}")
-        return self.loader_of_rows(dataset, np.arange(len(dataset)), packing=False)
+        return self.loader_of_rows(dataset, np.arange(len(dataset)), as_trained=False)
 
-    def loader_of_rows(self, dataset: CachedDataset, rows: Iterable[int], *, packing: bool) -> DataLoader:
-        """This rank's share of the given rows, in order (or packed), in batches of the evaluation size."""
+    def loader_of_rows(self, dataset: CachedDataset, rows: Iterable[int], *, as_trained: bool) -> DataLoader:
+        """This rank's share of the given rows, in order: packed and batched as in training, or as in evaluation."""
         args = self.args
         chosen = np.asarray(list(rows), dtype=np.int64)
         units = chosen[:, None].tolist()
-        if packing:
+        if packing := as_trained and self.packing:
             lengths = np.asarray([len(dataset[row]["input_ids"]) for row in chosen.tolist()])
             capacity = self.pack_length or 2 * int(lengths.max())  # room for two rows at least
             units = [chosen[pack].tolist() for pack in best_fit(lengths, capacity)]
         batches = EpochBatches(
             [Source(units=units)],
-            args.eval_batch_size,
+            self._train_batch_size if as_trained else args.eval_batch_size,
             shuffle=False,
             rank=args.process_index,
             world_size=args.world_size,
@@ -226,12 +226,12 @@ class LabelAnnealingTrainer(GuardedTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """int64 [3]: labels, teacher positions and tokens of all micro-batches of a step on all ranks."""
         counts = [(*count_targets(batch), batch["num_tokens"]) for batch in batch_samples]
-        totals = torch.tensor(counts, dtype=torch.int64).reshape(-1, 3).sum(0).to(device)
+        totals = self._prepare_input(torch.tensor(counts, dtype=torch.int64).reshape(-1, 3).sum(0))
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         if self.log_window is None:
             self.log_window = LogWindow(self.args.device)
-        self.log_window.step(int(totals[2]))
+        self.log_window.step(totals[2])
         return totals
 
     def compute_loss(

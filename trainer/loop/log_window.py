@@ -21,7 +21,7 @@ class LogWindow:
         self.device = device
         self._sums = torch.zeros(5, device=device)
         self._num_steps = 0
-        self._num_tokens = 0
+        self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._paused = 0.0
         self._start = time.perf_counter()
 
@@ -31,8 +31,8 @@ class LogWindow:
         values = (output.ce, output.kl, output.kept_mass * num_kl, output.student_kept_mass * num_kl, num_kl)
         self._sums += torch.stack([value.detach().float() for value in values])
 
-    def step(self, num_tokens: int) -> None:
-        """Account for one optimizer step of `num_tokens` tokens on all ranks."""
+    def step(self, num_tokens: torch.Tensor) -> None:
+        """Account for one optimizer step of `num_tokens` (0-d, on the device) tokens on all ranks."""
         self._num_steps += 1
         self._num_tokens += num_tokens
 
@@ -53,7 +53,7 @@ class LogWindow:
                 "kept_mass": kept_mass / num_kl,
                 "student_kept_mass": student_kept_mass / num_kl,
             }
-        logs |= {"tokens_per_second": self._num_tokens / seconds, "memory_gib": memory_gib(self.device)}
+        logs |= {"tokens_per_second": int(self._num_tokens) / seconds, "memory_gib": memory_gib(self.device)}
         self.__init__(self.device)  # type: ignore[misc]
         return logs
 

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.utils.generic import is_flash_attention_requested
 
 from formats.errors import ConfigError
-from trainer.data.collator import shifted_terms, split_batch
+from trainer.data.collator import row_boundaries, shifted_terms, split_batch
 from trainer.data.teacher_batch import TeacherBatch
 from trainer.loading import unwrapped
 from trainer.loss.label_annealing_loss import LabelAnnealingOutput, label_annealing_loss
@@ -188,6 +189,8 @@ class OutputHead:
         request = HeadRequest(
             labels_N, teacher, kl_coef, kl_direction, num_ce, num_kl, measure_tokens, objective
         )
+        if is_flash_attention_requested(self.model.config):
+            inputs |= row_boundaries(batch)
         terms = shifted_terms(batch)
         request.label_terms = LabelTerms(terms.get("label_weights"), terms.get("label_logprobs"))
         with self.requested(request):

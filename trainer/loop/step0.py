@@ -106,7 +106,7 @@ def measure_step0(
     """
     rows = sample_rows(dataset, num_rows, trainer.args.seed)
     verify_head(trainer, dataset, int(rows[0]))
-    loader = trainer.loader_of_rows(dataset, rows, packing=trainer.packing)
+    loader = trainer.loader_of_rows(dataset, rows, as_trained=True)
     result = trainer.measure_rows(loader)
     if not result.num_kl:
         raise AnnealError(

@@ -9,8 +9,8 @@ The host reads from the device once per call (`plan_rows`), and the loop itself 
 
 Precision: the projection runs in the compute dtype (the autocast dtype, else the dtype of the inputs), the
 softmax arithmetic in fp32 (fp64 for fp64 inputs). The output head's gradient is accumulated over the chunks
-in fp32 whatever the compute dtype, because a bf16 sum of many chunks loses their last bits; it costs 4 bytes
-per parameter of the output head until the backward pass hands it over in the weight's dtype.
+in fp32 whatever the compute dtype (trainer/loss/accumulate.py); it costs 4 bytes per parameter of the output
+head until the backward pass hands it over in the weight's dtype.
 
 N: rows, M: rows that count, C: rows of a chunk, D: hidden size, V: vocabulary without padding, P: positions
 with teacher targets.
@@ -26,6 +26,7 @@ from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError
 from trainer.config import LOSS_KERNELS
 from trainer.data.teacher_batch import TeacherBatch
+from trainer.loss.accumulate import add_product
 from trainer.loss.kl import RowWeights, process_chunk
 from trainer.loss.logits import ChunkLogits, Projection, TorchLogits, arithmetic_dtype
 from trainer.loss.targets import TeacherTargets, teacher_targets, value_rules
@@ -45,8 +46,6 @@ CUDA_CHUNK_ROWS = 2048
 CUDA_LARGEST_SHARE = 8
 """but never more than one part in so many."""
 CUDA_ROW_TILE = 256
-# Rows of the output head updated at once when a half-precision product is added to the fp32 accumulator.
-ACCUMULATE_ROWS = 16_384
 
 
 def logits_type(kernel: str, compute: torch.dtype, device: torch.device | str) -> type[ChunkLogits]:
@@ -292,19 +291,7 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
             if scale != 1.0:
                 out_CD.mul_(scale)
         if sums.grad_weight_VD is not None:
-            _accumulate(sums.grad_weight_VD[:vocab_size], gradient_CV, hidden_CD, scale)
+            add_product(sums.grad_weight_VD[:vocab_size], gradient_CV, hidden_CD, scale)
         if sums.grad_bias_V is not None:
             sums.grad_bias_V[:vocab_size].add_(logits.bias_gradient(), alpha=scale)
     return sums
-
-
-def _accumulate(
-    total_VD: torch.Tensor, gradient_CV: torch.Tensor, hidden_CD: torch.Tensor, scale: float
-) -> None:
-    """total += scale * gradient^T hidden; half-precision products are added slice by slice."""
-    if total_VD.dtype == gradient_CV.dtype:
-        total_VD.addmm_(gradient_CV.t(), hidden_CD, alpha=scale)
-        return
-    for start in range(0, total_VD.shape[0], ACCUMULATE_ROWS):
-        columns = gradient_CV[:, start : start + ACCUMULATE_ROWS]
-        total_VD[start : start + ACCUMULATE_ROWS].add_(columns.t() @ hidden_CD, alpha=scale)

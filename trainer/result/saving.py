@@ -87,7 +87,7 @@ class ResultLayout:
     @property
     def stored_dtypes(self) -> set[torch.dtype]:
         """The floating dtypes of the initial model's weights."""
-        return {t.dtype for t in self.stored.tensors.values() if t.dtype.is_floating_point}
+        return self.stored.float_dtypes
 
     @property
     def dtypes(self) -> set[torch.dtype]:

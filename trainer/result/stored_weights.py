@@ -65,6 +65,11 @@ class StoredWeights:
         """Name -> shape."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
+    @property
+    def float_dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the floating ones."""
+        return {tensor.dtype for tensor in self.tensors.values() if tensor.dtype.is_floating_point}
+
     def __getitem__(self, name: str) -> torch.Tensor:
         file = self.tensors[name].file
         if file.suffix != ".safetensors":

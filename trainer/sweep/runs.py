@@ -56,7 +56,7 @@ def decisive(run: PlannedRun, out: Path) -> dict[str, Any]:
 
 def of_the_machine(typed: Mapping[str, Any]) -> set[str]:
     """Arguments that were not typed and differ between machines."""
-    names = {"use_cpu", "bf16", *device_defaults(typed)}
+    names = {"use_cpu", "bf16", *device_defaults(typed, lora=True)}
     return {f"training.{name}" for name in names if typed.get(name) is None}
 
 

@@ -10,7 +10,8 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from trainer.data.collator import LabelAnnealingCollator, count_targets, split_batch
 from trainer.data.dataset import CachedDataset, Filler, UnitDataset
-from trainer.inputs import draws_note, open_inputs, rows_of
+from trainer.inputs import open_inputs, rows_of
+from trainer.notes import draws_note
 from trainer.objective import Objective
 from trainer.recipe import resolve_training
 

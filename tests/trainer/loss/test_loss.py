@@ -13,10 +13,10 @@ from dense_reference import (
     teacher_from_logits,
 )
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
+from loss_on_device import label_annealing_loss
 
 from formats.errors import AnnealError, ConfigError, FormatError
 from trainer.data.teacher_batch import TeacherBatch
-from trainer.loss.label_annealing_loss import label_annealing_loss
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 DIRECTIONS = ("forward", "reverse")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from dense_reference import dense_logits, online_two_model_kl, relative_error, teacher_from_logits
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
+from loss_on_device import label_annealing_loss
 
 from formats.errors import FormatError
-from trainer.loss.label_annealing_loss import label_annealing_loss
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2}

@@ -6,11 +6,10 @@ import pytest
 import torch
 from dense_reference import dense_loss, relative_error, teacher_from_logits
 from loss_cases import Case, cast, dense_gradients, fused_gradients, make_case
+from loss_on_device import DEVICE, label_annealing_loss
 from teacher_batches import empty_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from trainer.loss.label_annealing_loss import label_annealing_loss
 
 
 class TiedModel(nn.Module):
@@ -90,7 +89,7 @@ def test_compiled_model_calls_the_loss(backend):
 def test_autocast_keeps_master_weights_and_runs_the_projection_in_bf16():
     case = cast(make_case(40, 16, 100, seed=5), torch.float32)
     plain_out, plain = fused_gradients(case)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         out, gradients = fused_gradients(case)
     _, in_bf16 = fused_gradients(cast(case, torch.bfloat16))
     assert out.loss.dtype == torch.float32

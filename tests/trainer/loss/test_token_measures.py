@@ -10,6 +10,7 @@ import torch
 from caches import write_cache
 from dense_reference import dense_logits
 from loss_cases import Case, make_case
+from loss_on_device import label_annealing_loss
 
 from formats.disk.token_row import TokenRow
 from trainer import evaluate
@@ -18,7 +19,6 @@ from trainer.data.dataset import CachedDataset
 from trainer.loading import load_model, load_tokenizer
 from trainer.loop.measure import FIELDS, Measurement, batch_sums, measure
 from trainer.loop.output_head import OutputHead
-from trainer.loss.label_annealing_loss import label_annealing_loss
 from trainer.loss.token_measures import NUM_BINS
 
 TINY_BASE = Path(__file__).parents[3] / "examples" / "tiny-base"

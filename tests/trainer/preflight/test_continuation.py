@@ -136,7 +136,7 @@ def test_the_same_number_of_steps_may_be_said_in_another_way(
         (["lora.r=4"], ("lora was None and is {",)),
         (["l2.coef=0.1"], ("l2 was None and is {",)),
         (["sfa.beta=0.1"], ("sfa was None and is {",)),
-        (["dtype=bfloat16"], ("dtype was 'float32' and is 'bfloat16'",)),
+        (["dtype=bfloat16"], ("dtype was 'auto' and is 'bfloat16'",)),
     ],
 )
 def test_what_would_change_a_step_is_refused_with_both_values(

@@ -1,0 +1,86 @@
+"""What a run tells its user before it starts, one line each: what it holds to, and what it does unasked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import TrainConfig
+from trainer.inputs import Inputs, Rows, Student, reads_tokens_only, teacher_of
+from trainer.preflight.frozen import freeze_note
+
+LEAST_TOKENS = 150.0
+"""Times T^2: tokens per step at which the noise of draws is as large as the gradient (SmolLM2-135M, 10 steps of drift,
+2026-11-25: 400 at T = 2 and 2,300 at T = 4)."""
+
+
+def notes(
+    config: TrainConfig,
+    resolved: Mapping[str, Any],
+    inputs: Inputs,
+    rows: Rows,
+    student: Student,
+    rows_per_step: int,
+) -> list[str]:
+    """All lines that there are for this run.
+
+    Args:
+        resolved: from `resolve_training`.
+        rows_per_step: rows of an optimizer step, over all processes.
+    """
+    found = (
+        anchor_note(config, inputs),
+        draws_note(config, rows, rows_per_step),
+        freeze_note(student.model, config.freeze),
+        lora_note(config, resolved, student.dtype),
+    )
+    return [line for line in found if line is not None]
+
+
+def anchor_note(config: TrainConfig, inputs: Inputs) -> str | None:
+    """One line where KL holds to another model than the one that the run starts from; None elsewhere."""
+    held = {}
+    if not reads_tokens_only(config, config.loss):
+        held[""] = teacher_of(inputs.target, inputs.lineage)
+    for entry, cache in zip(config.caches, inputs.mixed, strict=True):
+        if not reads_tokens_only(config, entry.loss):
+            held[entry.path] = teacher_of(cache, inputs.lineage)
+    others = {path: teacher for path, teacher in held.items() if teacher.weights != inputs.start.weights}
+    if not others:
+        return None
+    if len({teacher.weights for teacher in held.values()}) == 1:
+        path, teacher = next(iter(others.items()))
+        line = f"KL holds to {teacher.name}, the teacher of {path or config.cache}"
+    else:
+        line = "KL holds to the teacher of each cache: " + ", ".join(
+            f"{teacher.name} on {path or config.cache}" for path, teacher in held.items()
+        )
+    tasks = [task for task in config.ewc_tasks if task.model is None]
+    held_here = {"l2": config.l2, "ewc": tasks, "sfa": config.sfa}
+    used = [name for name, settings in held_here.items() if settings]
+    weights = f"; {' and '.join(used)} {'hold' if len(used) > 1 else 'holds'} to it" if used else ""
+    return f"{line}; the run starts from {inputs.start.name} (--model){weights}"
+
+
+def draws_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | None:
+    """One line where a step is so small that the noise of tail draws outweighs what they mend; None elsewhere, and
+    where packing leaves the size of a step to the rows.
+    """
+    if config.packing or not rows.training.has_draws:
+        return None
+    tokens, least = rows_per_step * rows.training.kl_tokens_per_row(), LEAST_TOKENS * config.temperature**2
+    if tokens >= least:
+        return None
+    return (
+        f"about {tokens:.0f} tokens with KL in a step: below {least:.0f} at temperature {config.temperature:g} the "
+        "noise of tail draws outweighs what they mend; take larger steps, or tail_draws=false"
+    )
+
+
+def lora_note(config: TrainConfig, resolved: Mapping[str, Any], dtype: str) -> str | None:
+    """One line on what adapters on a GPU spare without being asked; None where that is nothing."""
+    found = []
+    if config.lora is not None and config.dtype == "auto" and dtype != "float32":
+        found.append(f"the frozen weights stay in {dtype}, as they are stored (dtype: float32 is otherwise)")
+    again = resolved.get("gradient_checkpointing")
+    if config.lora is not None and again and "gradient_checkpointing" not in config.training:
+        found.append("activations are computed twice (training.gradient_checkpointing: false is otherwise)")
+    return f"lora: {', and '.join(found)}" if found else None
