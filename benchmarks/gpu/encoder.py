@@ -1,4 +1,4 @@
-"""How fast the CPUs beside a device encode what it captures: the product's codec and shard writer, in 1 to 16 processes.
+"""How fast the CPUs beside a device encode what it captures: the product's codec and shard writer, by processes.
 
 The rows are real reductions of random logits about as certain as a language model's on text: some six kept tokens and
 twenty draws at a position.

@@ -1,7 +1,7 @@
 """What `vllm_pooler` imports of vLLM, for a machine without it: three types that hold data and do nothing.
 
-`TeacherPooler` is the product's own class; only where its inputs come from is stood in for. tests/cache_builder/teachers
-run the same class with vLLM's real types.
+`TeacherPooler` is the product's own class; only where its inputs come from is stood in for. The tests of
+cache_builder/teachers run the same class with vLLM's real types.
 """
 
 import sys

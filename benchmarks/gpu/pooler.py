@@ -6,7 +6,8 @@ real one and the ratio a little lower.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,41 +113,33 @@ def answers(
 
 def run(report: Report, place: Place) -> None:
     """See the module."""
-    tokens = 128 if place.tiny else 16_384
-    shapes = {
-        "long": [tokens // 8] * 8,
-        "short": [tokens // (4 if place.tiny else 160)] * (4 if place.tiny else 160),
-    }
+    tokens, short = (128, 4) if place.tiny else (16_384, 160)
     for name, sizes in (TINY if place.tiny else MODELS).items():
         head = OutputHead(sizes, place.device)
         pooler = vllm_pooler.TeacherPooler(head, CaptureSettings(), sizes.vocab)
-        for shape, lengths in shapes.items():
+        for lengths in ([tokens // 8] * 8, [tokens // short] * short):
             what = f"{name}, {len(lengths)} x {lengths[0]}"
-            layer = trunk_layer(sizes, lengths, place.device)
-            trunk = sizes.layers * device_milliseconds(layer, place.device, calls=5)
-            del layer
+            trunk = sizes.layers * device_milliseconds(
+                trunk_layer(sizes, lengths, place.device), place.device, calls=5
+            )
+            report.info(f"{what}: layers of the model", trunk, "ms per step")
             hidden_TD = torch.randn(sum(lengths), sizes.hidden, device=place.device).bfloat16()
             step = step_of(lengths, sizes.vocab)
-            report.info(f"{what}: layers of the model", trunk, "ms per step")
-            budgets = {"as set": None} | (
-                {f"{gib:g} GiB": int(gib * 2**30) for gib in BUDGETS_GIB} if name == "8B" else {}
-            )
-            for budget, size in budgets.items():
-                with_budget(
-                    size, lambda: measure(report, place, f"{what}, {budget}", pooler, hidden_TD, step, trunk)
-                )  # noqa: B023
-        del head, pooler
+            measure(report, place, f"{what}, as set", pooler, hidden_TD, step, trunk)
+            for gib in BUDGETS_GIB if name == "8B" else ():
+                with other_budget(int(gib * 2**30)):
+                    measure(report, place, f"{what}, {gib:g} GiB", pooler, hidden_TD, step, trunk)
 
 
-def with_budget(size: int | None, run: Callable[[], None]) -> None:
-    """Run with other bytes of logits at a time, None leaves them."""
+@contextmanager
+def other_budget(size: int) -> Iterator[None]:
+    """Other bytes of logits at a time for a while."""
     names = [(vllm_pooler, "CUDA_LOGITS_BYTES"), (reduce, "CUDA_CHUNK_BYTES")]
     before = [getattr(module, name) for module, name in names]
     try:
         for module, name in names:
-            if size is not None:
-                setattr(module, name, size)
-        run()
+            setattr(module, name, size)
+        yield
     finally:
         for (module, name), value in zip(names, before, strict=True):
             setattr(module, name, value)

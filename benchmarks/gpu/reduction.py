@@ -1,7 +1,7 @@
 """The reduction of logits on a device: its numbers against a float64 reference, its time pass by pass.
 
-The reference is dense and uses nothing of ours: it runs in float64 on the CPU for some rows, and on the device, where it
-must agree with the first, for all.
+The reference is dense and uses nothing of ours: it runs in float64 on the CPU for some rows, and on the device, where
+it must agree with the first, for all.
 """
 
 import math
