@@ -24,7 +24,7 @@ from formats.logprobs.topk import TopKLogprobs
 
 from .report import Place, Report
 
-SECONDS = 75
+SECONDS = 55
 LEVELS = (CodecConfig().zstd_level, 6, 3, 1)
 PROCESSES = (1, 4, 16)
 RATE = 8
@@ -94,7 +94,7 @@ def write(directory: str, level: int, begin: float, seconds: float) -> tuple[flo
 
 def run(report: Report, place: Place) -> None:
     """See the module."""
-    rows = captured_rows(place, *((3, 32, 1003) if place.tiny else (64, 2048, 128_256)))
+    rows = captured_rows(place, *((3, 32, 1003) if place.tiny else (32, 2048, 128_256)))
     positions = sum(len(topk) for _, topk in rows)
     drawn = sum(len(topk.draws.token_ids) for _, topk in rows)
     report.info("CPUs of this process", float(len(os.sched_getaffinity(0))))
@@ -102,7 +102,7 @@ def run(report: Report, place: Place) -> None:
     report.info("draws", drawn / positions, "per position")
     codec_alone(report, rows)
     processes = PROCESSES[:2] if place.tiny else PROCESSES
-    seconds = 0.2 if place.tiny else 2.0
+    seconds = 0.2 if place.tiny else 1.5
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "rows"
         path.write_bytes(pickle.dumps(rows))

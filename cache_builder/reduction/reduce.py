@@ -60,8 +60,9 @@ from formats.logprobs.tail_function import TAIL_BETAS
 
 CPU_CHUNK_BYTES = 1 << 26
 """fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
-CUDA_CHUNK_BYTES = 1 << 29
-"""fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory."""
+CUDA_CHUNK_BYTES = 1 << 30
+"""fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory.  vLLM's memory
+profiling runs the pooler, and so counts them."""
 MAX_BOUND = 512
 """Up to so many candidates a row, room for the most there can be costs less than asking a GPU how many there are."""
 
