@@ -1,8 +1,9 @@
-"""The two passes over the vocabulary: maxima of blocks, and sums of blocks at every tail node.
+"""One look at the vocabulary: the maximum of every block, and its sums at every tail node.
 
 A block is a residue class: with G blocks, block g holds the ids g, g + G, g + 2G, ...  Any partition would
 do, and this one turns both reductions into sums of whole vectors, with nothing to add up across a vector
-register.
+register. The sums of a block are relative to its own maximum: none underflows, a block can be exchanged for what is
+left of it, and maxima and sums need the logits once.
 
 On a CPU the passes are plain operations on a scratch buffer that is kept between calls: fresh temporaries
 of this size cost more in page faults than the arithmetic.  On a GPU `torch.compile` fuses them into one
@@ -17,14 +18,29 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 CPU_CACHE_BYTES = 1 << 21
 """fp32 bytes of logits that a pass works on at a time, per thread of a CPU.  More falls out of its caches,
 less pays for the calls."""
+PLAIN_PASS_BYTES = 1 << 28
+"""The same for the plain operations on a GPU, which hold a few times as much in scratch memory."""
 BLOCK = 32
 """J: long enough that block data are small, short enough that few entries are gathered."""
+Plan = tuple[tuple[int, int] | None, ...]
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Blocks(NamedTuple):
+    """Every block of some rows."""
+
+    maxima_NG: torch.Tensor
+    """float32; -inf where nothing in the block is possible."""
+    sums_NKG: torch.Tensor
+    """float32: sums over the block of exp(beta * (l - maximum)); 0 where nothing in it is possible."""
 
 
 def num_blocks(vocab_size: int) -> int:
@@ -33,7 +49,7 @@ def num_blocks(vocab_size: int) -> int:
 
 
 @lru_cache
-def power_plan(betas: tuple[float, ...]) -> tuple[tuple[int, int] | None, ...]:
+def power_plan(betas: tuple[float, ...]) -> Plan:
     """For every node, two earlier nodes whose betas add up to its own, or None where there are none.
 
     exp((a + b) x) = exp(a x) * exp(b x): a product is an order of magnitude cheaper than an exponential.
@@ -46,18 +62,44 @@ def power_plan(betas: tuple[float, ...]) -> tuple[tuple[int, int] | None, ...]:
     return tuple(plan)
 
 
+def powers(x: torch.Tensor, betas: tuple[float, ...], plan: Plan) -> list[torch.Tensor]:
+    """exp(beta * x) for every beta, by the plan for these."""
+    found: list[torch.Tensor] = []
+    for beta, pair in zip(betas, plan, strict=True):
+        found.append((x * beta).exp() if pair is None else found[pair[0]] * found[pair[1]])
+    return found
+
+
 def rows_per_pass(num_rows: int, vocab_size: int, device_type: str) -> int:
-    """Rows that a pass works on at a time: on a CPU those whose logits fit its caches, elsewhere all."""
+    """Rows that the plain operations work on at a time: on a CPU those whose logits fit its caches."""
     if device_type != "cpu":
-        return max(1, num_rows)
+        return max(1, min(num_rows, PLAIN_PASS_BYTES // (4 * vocab_size)))
     return max(1, CPU_CACHE_BYTES * torch.get_num_threads() // (4 * vocab_size))
 
 
-def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`block_maxima` and `block_sums`, the latter relative to the maximum of each row.
+def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> Blocks:
+    """Maxima and sums of all blocks."""
+    betas = tuple(betas)
+    return Blocks(*_run(_fused_statistics, _plain_statistics, logits_NV, betas=betas))
 
-    On a CPU both run over a few rows at a time, while their logits are in its cache.
+
+def totals(blocks: Blocks, betas: Sequence[float], top_N: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K]: sums over all blocks of exp(beta * (l - top)).
+
+    Args:
+        blocks: with the sums at `betas`.
+        top_N: what to be relative to, finite: the largest of the maxima where that is.
     """
+    return _run(_fused_totals, _plain_totals, *blocks, top_N, betas=tuple(betas))
+
+
+# --- plain ------------------------------------------------------------------------------------------------
+
+
+def _plain_statistics(
+    logits_NV: torch.Tensor, *, betas: tuple[float, ...], plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few rows at a time: on a CPU both passes run over them while they are in its cache."""
     num_rows, vocab_size = logits_NV.shape
     step = rows_per_pass(num_rows, vocab_size, logits_NV.device.type)
     blocks = num_blocks(vocab_size)
@@ -66,7 +108,7 @@ def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> tuple[t
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         maxima_NG[rows] = block_maxima(logits_NV[rows])
-        sums_NKG[rows] = block_sums(logits_NV[rows], maxima_NG[rows].amax(-1), betas)
+        sums_NKG[rows] = block_sums(logits_NV[rows], maxima_NG[rows], betas)
     return maxima_NG, sums_NKG
 
 
@@ -82,57 +124,18 @@ def block_maxima(logits_NV: torch.Tensor) -> torch.Tensor:
     return maxima_NG
 
 
-def block_sums(logits_NV: torch.Tensor, max_N: torch.Tensor, betas: Sequence[float]) -> torch.Tensor:
+def block_sums(logits_NV: torch.Tensor, maxima_NG: torch.Tensor, betas: Sequence[float]) -> torch.Tensor:
     """float32 [N, K, G]: sums of exp(beta * (l - max)) over every block."""
     vocab_size = logits_NV.shape[1]
     blocks = num_blocks(vocab_size)
     whole = vocab_size // blocks
     stripes_NJG = logits_NV[:, : whole * blocks].unflatten(1, (whole, blocks))
-    sums_NKG = _sums_of(stripes_NJG, max_N, tuple(betas))
+    sums_NKG = plain_sums(stripes_NJG, maxima_NG, tuple(betas))
     short = vocab_size - whole * blocks
     if short:
         rest_N1G = logits_NV[:, whole * blocks :].unsqueeze(1)
-        sums_NKG[:, :, :short] += eager_sums(rest_N1G, max_N, tuple(betas))
+        sums_NKG[:, :, :short] += plain_sums(rest_N1G, maxima_NG[:, :short], tuple(betas))
     return sums_NKG
-
-
-def compiles_on(device_type: str) -> bool:
-    """Whether the sums are compiled on this kind of device, by the environment and the default."""
-    setting = os.environ.get("ANNEAL_COMPILE", "")
-    return setting == "1" or (setting != "0" and device_type != "cpu")
-
-
-def _sums_of(x_NJG: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
-    if compiles_on(x_NJG.device.type):
-        fused = _fused_sums(betas)
-        if fused is not None:
-            try:
-                return fused(x_NJG, max_N)
-            except Exception as error:  # no compiler, no Triton, an unsupported device: slower, not wrong
-                _FAILED.add(betas)
-                warnings.warn(f"torch.compile failed, reducing without it: {error}"[:300], stacklevel=2)
-    return eager_sums(x_NJG, max_N, betas)
-
-
-_FAILED: set[tuple[float, ...]] = set()
-
-
-@lru_cache
-def _compiled(betas: tuple[float, ...]) -> Callable[..., torch.Tensor]:
-    plan = power_plan(betas)
-
-    def sums(x_NJG: torch.Tensor, max_N: torch.Tensor) -> torch.Tensor:
-        shifted_NJG = x_NJG - max_N[:, None, None]
-        powers: list[torch.Tensor] = []
-        for beta, pair in zip(betas, plan, strict=True):
-            powers.append((shifted_NJG * beta).exp() if pair is None else powers[pair[0]] * powers[pair[1]])
-        return torch.stack([power.sum(1) for power in powers], 1)
-
-    return torch.compile(sums, dynamic=True)
-
-
-def _fused_sums(betas: tuple[float, ...]) -> Callable[..., torch.Tensor] | None:
-    return None if betas in _FAILED else _compiled(betas)
 
 
 _SCRATCH: dict[torch.device, torch.Tensor] = {}
@@ -149,26 +152,27 @@ def scratch(num_buffers: int, shape: torch.Size, device: torch.device) -> torch.
     return kept[:needed].view(num_buffers, *shape)
 
 
-def eager_sums(x_NJG: torch.Tensor, max_N: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
-    """float32 [N, K, G]: sums over J of exp(beta * (x - max)), by plain operations on scratch memory."""
+def plain_sums(x_NJG: torch.Tensor, maxima_NG: torch.Tensor, betas: tuple[float, ...]) -> torch.Tensor:
+    """float32 [N, K, G]: sums over J of exp(beta * (x - maximum)), by plain operations on scratch memory."""
     plan = power_plan(betas)
     buffers, slots = _assign_buffers(plan)
-    powers = scratch(buffers, x_NJG.shape, x_NJG.device)
+    held = scratch(buffers, x_NJG.shape, x_NJG.device)
     sums_NKG = x_NJG.new_empty(len(x_NJG), len(betas), x_NJG.shape[2])
+    # -inf - -inf would not be a number.
+    above_N1G = maxima_NG.clamp(min=LOWEST).unsqueeze(1)
     for node, pair in enumerate(plan):
-        power_NJG = powers[slots[node]]
+        power_NJG = held[slots[node]]
         if pair is None:
-            beta = betas[node]
-            torch.add((max_N * -beta)[:, None, None], x_NJG, alpha=beta, out=power_NJG)
+            torch.add(above_N1G * -betas[node], x_NJG, alpha=betas[node], out=power_NJG)
             power_NJG.exp_()
         else:
-            torch.mul(powers[slots[pair[0]]], powers[slots[pair[1]]], out=power_NJG)
+            torch.mul(held[slots[pair[0]]], held[slots[pair[1]]], out=power_NJG)
         torch.sum(power_NJG, 1, out=sums_NKG[:, node])
     return sums_NKG
 
 
 @lru_cache
-def _assign_buffers(plan: tuple[tuple[int, int] | None, ...]) -> tuple[int, tuple[int, ...]]:
+def _assign_buffers(plan: Plan) -> tuple[int, tuple[int, ...]]:
     """(number of buffers, buffer of every node): a buffer is reused once no later node needs its power."""
     last_use = [
         max([m for m, pair in enumerate(plan) if pair and n in pair], default=n) for n in range(len(plan))
@@ -186,3 +190,82 @@ def _assign_buffers(plan: tuple[tuple[int, int] | None, ...]) -> tuple[int, tupl
             slots.append(count)
             count += 1
     return count, tuple(slots)
+
+
+def _plain_totals(
+    maxima_NG: torch.Tensor,
+    sums_NKG: torch.Tensor,
+    top_N: torch.Tensor,
+    *,
+    betas: tuple[float, ...],
+    plan: Plan,
+) -> torch.Tensor:
+    factors = powers(maxima_NG - top_N.unsqueeze(1), betas, plan)
+    return torch.stack([(sums_NKG[:, node] * factor).sum(-1) for node, factor in enumerate(factors)], -1)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------
+
+
+def compiles_on(device_type: str) -> bool:
+    """Whether the passes are compiled on this kind of device, by the environment and the default."""
+    setting = os.environ.get("ANNEAL_COMPILE", "")
+    return setting == "1" or (setting != "0" and device_type != "cpu")
+
+
+_FAILED: dict[str, str] = {}
+"""Why passes could not be compiled in this process, by their names."""
+
+
+def runs_compiled(device_type: str) -> bool:
+    """Whether the passes of this process run compiled, as far as they have been tried."""
+    return compiles_on(device_type) and not _FAILED
+
+
+Pass = Callable[..., Any]
+
+
+def _run(
+    make: Callable[[tuple[float, ...]], Pass], plain: Pass, *args: torch.Tensor, betas: tuple[float, ...]
+) -> Any:
+    """What `make(betas)` makes, compiled, where that is wanted and works, else plain: all passes or none."""
+    if runs_compiled(args[0].device.type):
+        for x in args:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        try:
+            return _compiled(make, betas)(*args)
+        except Exception as error:  # no compiler, no Triton, an unsupported device: slower, not wrong
+            _FAILED[make.__name__] = f"{error}"[:300]
+            warnings.warn(
+                f"torch.compile failed, reducing without it: {_FAILED[make.__name__]}", stacklevel=2
+            )
+    return plain(*args, betas=betas, plan=power_plan(betas))
+
+
+@lru_cache
+def _compiled(make: Callable[[tuple[float, ...]], Pass], betas: tuple[float, ...]) -> Pass:
+    return torch.compile(make(betas))
+
+
+def _fused_statistics(betas: tuple[float, ...]) -> Pass:
+    """All J stripes of the vocabulary, padded with the impossible: one kernel that holds a block in registers."""
+    plan = power_plan(betas)
+
+    def statistics(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = num_blocks(logits_NV.shape[1])
+        missing = blocks * BLOCK - logits_NV.shape[1]
+        x_NJG = pad(logits_NV, (0, missing), value=-torch.inf).unflatten(1, (BLOCK, blocks))
+        maxima_NG = x_NJG.amax(1)
+        shifted_NJG = x_NJG - maxima_NG.clamp(min=LOWEST).unsqueeze(1)
+        return maxima_NG, torch.stack([power.sum(1) for power in powers(shifted_NJG, betas, plan)], 1)
+
+    return statistics
+
+
+def _fused_totals(betas: tuple[float, ...]) -> Pass:
+    plan = power_plan(betas)
+
+    def sums(maxima_NG: torch.Tensor, sums_NKG: torch.Tensor, top_N: torch.Tensor) -> torch.Tensor:
+        return _plain_totals(maxima_NG, sums_NKG, top_N, betas=betas, plan=plan)
+
+    return sums

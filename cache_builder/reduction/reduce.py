@@ -12,47 +12,59 @@ Every number is a sum of positive terms.  The tail is never a difference: where 
 the mass, `total - head` in fp32 would be noise.
 
 Algorithm, per chunk of rows; the vocabulary is cut into blocks:
-  1. maxima of the blocks, then of the row, m (one pass);
-  2. sums over the blocks of exp(beta * (l - m)) for every beta (one pass): a beta that is the sum of two
-     earlier ones costs a product, so seven temperatures cost one exponential.  The sums at beta = 1 give Z,
+  1. the maximum m of every block, and its sums of exp(beta * (l - m)) for every beta (one pass): a beta that is the sum
+     of two earlier ones costs a product, so seven temperatures cost one exponential.  The sums at beta = 1 give Z,
      hence the exact threshold;
-  3. only blocks whose maximum passes the threshold can hold a head entry, at most 1/min_prob of them and in
-     practice a few: they are gathered, the head is picked from them, and their share of the tail is summed
-     again without it.  Blocks without a head entry are tail as they are.
-Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the vocabulary replaces step 3.
-Draws take no pass of their own: the block sums say which blocks to look at (draw_from_tails.py).
+  2. only blocks whose maximum passes the threshold can hold a head entry, at most 1/min_prob of them and in
+     practice a few: they are gathered, and the head is picked from them;
+  3. what the head leaves of those blocks takes their place, maximum and sums: the blocks are the tail now, and are
+     added up relative to the largest of their maxima.
+Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the vocabulary finds the head, and a second pass
+over what it leaves the blocks of the tail.
+Draws take no pass of their own: the blocks say where to look (draw_from_tails.py).
 
-Cost: two passes over the logits and one exponential per entry; no sort of the vocabulary.
+Cost: one pass over the logits and one exponential per entry; no sort of the vocabulary. The host waits for the device
+twice a chunk: for the number of blocks that pass, and for the numbers of entries and draws.
+Every sum is taken in a fixed order, so the same rows give the same bits.
 
 N: rows, V: vocabulary, K: tail nodes, E: kept entries of all rows, S: tail draws of all rows, G: blocks of a
-row, J: entries in a block, Q: gathered blocks of all rows, H: candidates of the row that has most.
+row, J: entries in a block, Q: gathered blocks of all rows, C: candidates for a head of all rows, H: candidates of the
+row that has most.
 """
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from cache_builder.reduction.block_sums import (
     BLOCK,
+    LOWEST,
+    Blocks,
     block_statistics,
-    block_sums,
-    eager_sums,
-    num_blocks,
+    plain_sums,
+    totals,
 )
-from cache_builder.reduction.draw_from_tails import BlockedTail, block_entries, draw_from_tails, no_draws
+from cache_builder.reduction.draw_from_tails import (
+    BlockedTail,
+    Cut,
+    block_entries,
+    draw_from_tails,
+    lay_out,
+    no_draws,
+)
 from formats.capture_settings import CaptureSettings
 from formats.logprobs.tail_draws import POWER
 from formats.logprobs.tail_function import TAIL_BETAS
 
 CPU_CHUNK_BYTES = 1 << 26
 """fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
-CUDA_CHUNK_BYTES = 1 << 29
-"""fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory."""
-UNDERFLOW = 1e-30
-"""Sums below this have lost terms to the range of fp32 and are taken again relative to their own maximum."""
+CUDA_CHUNK_BYTES = 1 << 30
+"""fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory.  vLLM's memory
+profiling runs the pooler, and so counts them."""
+MAX_BOUND = 512
+"""Up to so many candidates a row, room for the most there can be costs less than asking a GPU how many there are."""
 
 
 class ReducedRows(NamedTuple):
@@ -76,15 +88,13 @@ class ReducedRows(NamedTuple):
     """float32 [S]."""
 
 
-class _Split(NamedTuple):
-    """Head and rest of the rows of a chunk."""
+class _Head(NamedTuple):
+    """Heads of the rows of a chunk, and the blocks that they leave."""
 
-    head_ids_NH: torch.Tensor
-    head_NH: torch.Tensor
-    """Logits; -inf after the last."""
-    tail_sums_NK: torch.Tensor
+    ids_NH: torch.Tensor
+    values_NH: torch.Tensor
+    """Logits, largest first; -inf after the last."""
     tail: BlockedTail
-    """What to draw from."""
 
 
 def rows_per_chunk(vocab_size: int, device_type: str) -> int:
@@ -149,37 +159,84 @@ def _reduce_chunk(
     labels_N: torch.Tensor,
     starts_N: torch.Tensor,
 ) -> ReducedRows:
-    vocab_size, max_k, min_prob = logits_NV.shape[1], capture.max_k, capture.min_prob
-    max_k = min(max_k, vocab_size)
-    betas_K = torch.tensor(TAIL_BETAS, dtype=torch.float32, device=logits_NV.device)
-    maxima_NG, sums_NKG = block_statistics(logits_NV, TAIL_BETAS)
-    max_N = maxima_NG.amax(-1)
-    log_z_N = max_N + sums_NKG[:, TAIL_BETAS.index(1.0)].sum(-1).log()  # of exp(l - m), so m is added back
+    vocab_size, min_prob = logits_NV.shape[1], capture.min_prob
+    max_k = min(capture.max_k, vocab_size)
+    blocks = block_statistics(logits_NV, TAIL_BETAS)
+    max_N = blocks.maxima_NG.amax(-1)
+    one = slice(TAIL_BETAS.index(1.0), TAIL_BETAS.index(1.0) + 1)
+    at_one = Blocks(blocks.maxima_NG, blocks.sums_NKG[:, one])
+    log_z_N = max_N + totals(at_one, (1.0,), max_N).squeeze(-1).log()  # of exp(l - m), so m is added back
     least_N = log_z_N + (math.log(min_prob) if min_prob > 0.0 else -math.inf)
 
-    passes_NG = maxima_NG >= torch.minimum(least_N, max_N).unsqueeze(-1)  # the likeliest entry always passes
-    if int(passes_NG.sum()) * BLOCK * 3 > logits_NV.numel():
-        split = _dense_head(logits_NV, max_N, least_N, max_k)
+    # The likeliest entry always passes.
+    passes_NG = blocks.maxima_NG >= torch.minimum(least_N, max_N).unsqueeze(-1)
+    num_passes = int(passes_NG.sum())
+    if num_passes * BLOCK * 3 > logits_NV.numel():
+        head = _dense_head(logits_NV, least_N, max_k)
     else:
-        split = _sparse_head(logits_NV, max_N, least_N, max_k, passes_NG, sums_NKG)
-    head_ids_NH, head_NH, tail_sums_NK, tail = split
-    log_tail_NK = tail_sums_NK.log() + (max_N - log_z_N).unsqueeze(-1) * betas_K
-    keep_NH = head_NH > -math.inf
-    keep_NH[:, 0] = True  # a NaN row keeps one entry, which carries the NaN to whoever reads it
-    _repair_underflow(logits_NV, log_z_N, head_ids_NH, keep_NH, tail_sums_NK, log_tail_NK, betas_K)
+        head = _sparse_head(logits_NV, max_N, least_N, max_k, passes_NG, num_passes, blocks, _most(min_prob))
+    keep_NH = _kept(head.values_NH, least_N)
+    counts_N = keep_NH.sum(-1)
+    sizes = [counts_N.sum()]
+    if capture.draw_rate:
+        line = lay_out(head.tail, log_z_N, vocab_size=vocab_size, rate=capture.draw_rate, starts_N=starts_N)
+        sizes += [line.counts_N.sum(), line.counts_N.amax()]
+    num_entries, *numbers = torch.stack(sizes).tolist()
     drawn = no_draws(len(logits_NV), logits_NV.device)
     if capture.draw_rate:
+        num_draws, width = numbers
         drawn = draw_from_tails(
-            tail, max_N, log_z_N, vocab_size=vocab_size, rate=capture.draw_rate, starts_N=starts_N
+            logits_NV, head.tail, line, log_z_N, starts_N=starts_N, num_draws=num_draws, width=width
         )
+    rows_E, slots_E = _nonzero(keep_NH, num_entries)
     return ReducedRows(
-        keep_NH.sum(-1, dtype=torch.int32),
-        head_ids_NH[keep_NH].int(),
-        (head_NH - log_z_N.unsqueeze(-1))[keep_NH],
-        log_tail_NK,
+        counts_N.int(),
+        head.ids_NH[rows_E, slots_E].int(),
+        head.values_NH[rows_E, slots_E] - log_z_N[rows_E],
+        _log_tail(head.tail.blocks, log_z_N),
         logits_NV.gather(-1, labels_N.unsqueeze(-1)).squeeze(-1) - log_z_N,
         *drawn,
     )
+
+
+def _log_tail(blocks: Blocks, log_z_N: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K]: A at every node, relative to the largest logit of the tail, so that none underflows."""
+    top_N = blocks.maxima_NG.amax(-1).clamp_(min=LOWEST)  # -inf where the tail is empty
+    above_N = top_N - log_z_N
+    logs_NK = totals(blocks, TAIL_BETAS, top_N).log()
+    return torch.stack([logs_NK[:, node] + above_N * beta for node, beta in enumerate(TAIL_BETAS)], -1)
+
+
+def _nonzero(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """`mask.nonzero(as_tuple=True)` of a mask that is known to hold `size`, which asks a GPU for nothing."""
+    return mask.nonzero_static(size=size, fill_value=0).unbind(-1)
+
+
+def _kept(values_NH: torch.Tensor, least_N: torch.Tensor) -> torch.Tensor:
+    """bool [N, H]: entries from the threshold up; the first of each row whatever it is, and of a row with NaN one
+    entry, which carries the NaN to whoever reads it."""
+    keep_NH = (values_NH >= least_N.unsqueeze(-1)) & (values_NH > -math.inf)
+    keep_NH[:, 0] = True
+    return keep_NH
+
+
+def _cut(ids_NH: torch.Tensor, values_NH: torch.Tensor, least_N: torch.Tensor) -> Cut:
+    """Of heads in order."""
+    last_N1 = _kept(values_NH, least_N).sum(-1, keepdim=True) - 1
+    return Cut(values_NH.gather(-1, last_N1).squeeze(-1), ids_NH.gather(-1, last_N1).squeeze(-1))
+
+
+def _most(min_prob: float) -> int:
+    """How many entries of a row can reach a probability, rounding included."""
+    return min(int(1.001 / min_prob) + 1, 1 << 31) if min_prob else 1 << 31
+
+
+def _room(counts_N: torch.Tensor, most: int, ask: bool) -> tuple[int, int]:
+    """How many candidates there are in all, and in a row, or at most can be where we do not ask."""
+    if not ask:
+        return most * len(counts_N), most
+    number, width = torch.stack([counts_N.sum(), counts_N.amax()]).tolist()
+    return number, max(width, 1)
 
 
 def _sparse_head(
@@ -188,51 +245,48 @@ def _sparse_head(
     least_N: torch.Tensor,
     max_k: int,
     passes_NG: torch.Tensor,
-    sums_NKG: torch.Tensor,
-) -> _Split:
-    """Step 3: only the blocks that pass."""
+    num_passes: int,
+    blocks: Blocks,
+    most: int,
+) -> _Head:
+    """Only the blocks that pass; what is left of them is written into `blocks`."""
     num_rows, vocab_size = logits_NV.shape
-    blocks, device = num_blocks(vocab_size), logits_NV.device
-    rows_Q, blocks_Q = passes_NG.nonzero(as_tuple=True)
-    ids_JQ = blocks_Q + blocks * torch.arange(BLOCK, device=device).unsqueeze(-1)
-    outside_JQ = ids_JQ >= vocab_size
-    values_JQ = logits_NV[rows_Q, ids_JQ.clamp_(max=vocab_size - 1)].masked_fill_(outside_JQ, -math.inf)
-    # Transposed, so that the entries of a row come one after the other.  NaN compares false: no entry.
-    c_E, s_E = (values_JQ >= torch.minimum(least_N, max_N)[rows_Q]).t().nonzero(as_tuple=True)
+    device, last_id = logits_NV.device, vocab_size - 1
+    rows_Q, blocks_Q = _nonzero(
+        passes_NG, max(num_passes, 1)
+    )  # where all is NaN, and nothing passes: any block
+    values_QJ, ids_QJ = block_entries(logits_NV, rows_Q, blocks_Q)
 
-    rows_E = rows_Q[c_E]
-    counts_N = torch.bincount(rows_E, minlength=num_rows)
-    width = max(int(counts_N.max()), 1)
-    rank_E = torch.arange(len(rows_E), device=device) - (counts_N.cumsum(0) - counts_N)[rows_E]
-    head_NH = torch.full((num_rows, width), -math.inf, device=device)
-    # Empty slots need an id that exists: a NaN row keeps its first slot, and the repair indexes by it.
-    head_ids_NH = torch.full((num_rows, width), vocab_size - 1, device=device)
-    head_NH[rows_E, rank_E] = values_JQ[s_E, c_E]
-    head_ids_NH[rows_E, rank_E] = ids_JQ[s_E, c_E]
-    head_NH, head_ids_NH = _by_value_then_id(head_NH, head_ids_NH)
-    head_NH, head_ids_NH = _below_out(head_NH[:, :max_k], least_N), head_ids_NH[:, :max_k]
+    # The likeliest, which is the whole head of a row where none reaches the threshold.  NaN equals nothing.
+    firsts_Q = ids_QJ.masked_fill(values_QJ != max_N[rows_Q].unsqueeze(-1), last_id).amin(-1)
+    first_N = torch.full((num_rows,), last_id, device=device).scatter_reduce_(0, rows_Q, firsts_Q, "amin")
+    reach_QJ = (values_QJ >= least_N[rows_Q].unsqueeze(-1)) & (values_QJ > -math.inf)
+    counts_N = torch.zeros(num_rows, dtype=torch.int64, device=device).index_add_(0, rows_Q, reach_QJ.sum(-1))
+    room, width = _room(counts_N, most, device.type == "cpu" or most > MAX_BOUND)
+    # Room that stays empty belongs to one row more than there are.
+    at_C = reach_QJ.view(-1).nonzero_static(size=room, fill_value=-1).squeeze(-1)
+    rows_C = rows_Q[at_C.clamp(min=0) // BLOCK]
+    rank_C = torch.arange(room, device=device) - (counts_N.cumsum(0) - counts_N)[rows_C]
+    rows_C = rows_C.masked_fill_(at_C < 0, num_rows)
+    rank_C.clamp_(max=width - 1)
+    values_NH = torch.full((num_rows + 1, width), -math.inf, device=device)
+    ids_NH = torch.full((num_rows + 1, width), last_id, device=device)
+    values_NH[rows_C, rank_C] = values_QJ.view(-1)[at_C]
+    ids_NH[rows_C, rank_C] = ids_QJ.view(-1)[at_C]
+    values_NH, ids_NH = values_NH[:num_rows], ids_NH[:num_rows]
+    none_N = counts_N == 0
+    values_NH[:, 0] = torch.where(none_N, max_N, values_NH[:, 0])
+    ids_NH[:, 0] = torch.where(none_N, first_N, ids_NH[:, 0])
+    values_NH, ids_NH = _by_value_then_id(values_NH, ids_NH)
+    values_NH, ids_NH = values_NH[:, :max_k], ids_NH[:, :max_k]
 
-    # The gathered blocks once more, without the head.
-    rows_E, slots_E = (head_NH > -math.inf).nonzero(as_tuple=True)
-    ids_E = head_ids_NH[rows_E, slots_E]
-    gathered_NG = (passes_NG.view(-1).cumsum(0) - 1).view_as(passes_NG)
-    values_JQ[ids_E // blocks, gathered_NG[rows_E, ids_E % blocks]] = -math.inf
-    shifted_JQ = values_JQ - max_N[rows_Q]
-    sums_KQ = eager_sums(shifted_JQ.unsqueeze(0), shifted_JQ.new_zeros(1), TAIL_BETAS)[0]
-    tail_sums_NK = sums_NKG.masked_fill_(passes_NG.unsqueeze(1), 0).sum(-1)
-    tail_sums_NK.index_add_(0, rows_Q, sums_KQ.t())
-
-    def tail_entries(rows_S: torch.Tensor, blocks_S: torch.Tensor) -> torch.Tensor:
-        entries_SJ = block_entries(logits_NV, rows_S, blocks_S)
-        passes_S = passes_NG[rows_S, blocks_S]
-        at_S = gathered_NG[rows_S[passes_S], blocks_S[passes_S]]
-        entries_SJ[passes_S] = values_JQ.t()[at_S]  # the head is out of these
-        return entries_SJ
-
-    power = TAIL_BETAS.index(POWER)
-    power_NG = sums_NKG[:, power]
-    power_NG[rows_Q, blocks_Q] = sums_KQ[power]
-    return _Split(head_ids_NH, head_NH, tail_sums_NK, BlockedTail(power_NG, tail_entries))
+    cut = _cut(ids_NH, values_NH, least_N)
+    values_QJ.masked_fill_(cut.above(rows_Q, values_QJ, ids_QJ), -math.inf)
+    maxima_Q = values_QJ.amax(-1)
+    sums_KQ = plain_sums(values_QJ.t().unsqueeze(0), maxima_Q.unsqueeze(0), TAIL_BETAS)[0]
+    blocks.maxima_NG[rows_Q, blocks_Q] = maxima_Q
+    blocks.sums_NKG[rows_Q, :, blocks_Q] = sums_KQ.t()
+    return _Head(ids_NH, values_NH, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
 
 
 def _by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,34 +294,20 @@ def _by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[to
 
     The bits of an fp32 number, read as an integer and mirrored where negative, sort like the number.
     """
-    bits_NH = values_NH.view(torch.int32)
+    bits_NH = (values_NH + 0.0).view(torch.int32)  # -0 equals 0
     ordered_NH = torch.where(bits_NH < 0, bits_NH ^ 0x7FFFFFFF, bits_NH).long()
     order_NH = ((ordered_NH << 32) - ids_NH).argsort(dim=-1, descending=True)
     return values_NH.gather(-1, order_NH), ids_NH.gather(-1, order_NH)
 
 
-def _below_out(head_NH: torch.Tensor, least_N: torch.Tensor) -> torch.Tensor:
-    """-inf for sorted entries below the threshold, except the likeliest of each row."""
-    below_NH = head_NH < least_N.unsqueeze(-1)
-    below_NH[:, 0] = False
-    return head_NH.masked_fill(below_NH, -math.inf)
-
-
-def _dense_head(
-    logits_NV: torch.Tensor,
-    max_N: torch.Tensor,
-    least_N: torch.Tensor,
-    max_k: int,
-) -> _Split:
-    """Step 3 without blocks: top-k over the vocabulary, then the sums again without the head."""
-    head_NH, head_ids_NH = _topk_by_id(logits_NV, max_k)
-    head_NH = _below_out(head_NH, least_N)
-    masked_NV = logits_NV.clone()
-    rows_E, slots_E = (head_NH > -math.inf).nonzero(as_tuple=True)
-    masked_NV[rows_E, head_ids_NH[rows_E, slots_E]] = -math.inf
-    sums_NKG = block_sums(masked_NV, max_N, TAIL_BETAS)
-    tail = BlockedTail(sums_NKG[:, TAIL_BETAS.index(POWER)], partial(block_entries, masked_NV))
-    return _Split(head_ids_NH, head_NH, sums_NKG.sum(-1), tail)
+def _dense_head(logits_NV: torch.Tensor, least_N: torch.Tensor, max_k: int) -> _Head:
+    """Top-k over the vocabulary, and the blocks of all that it leaves."""
+    values_NH, ids_NH = _topk_by_id(logits_NV, max_k)
+    cut = _cut(ids_NH, values_NH, least_N)
+    ids_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    in_head_NV = cut.above(slice(None), logits_NV, ids_V)
+    blocks = block_statistics(logits_NV.masked_fill(in_head_NV, -math.inf), TAIL_BETAS)
+    return _Head(ids_NH, values_NH, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
 
 
 def _topk_by_id(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,24 +320,3 @@ def _topk_by_id(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
         values_RV, ids_RV = logits_NV[rows_R].sort(stable=True, dim=-1, descending=True)
         values_NH[rows_R], ids_NH[rows_R] = values_RV[:, :k], ids_RV[:, :k]
     return _by_value_then_id(values_NH, ids_NH)
-
-
-def _repair_underflow(
-    logits_NV: torch.Tensor,
-    log_z_N: torch.Tensor,
-    head_ids_NH: torch.Tensor,
-    keep_NH: torch.Tensor,
-    tail_sums_NK: torch.Tensor,
-    log_tail_NK: torch.Tensor,
-    betas_K: torch.Tensor,
-) -> None:
-    """Rows so peaked that the tail left the range of fp32: once more, relative to the maximum of the tail."""
-    rows_R = (tail_sums_NK.amin(-1) < UNDERFLOW).nonzero().squeeze(-1)
-    if len(rows_R) == 0:
-        return
-    logprobs_RV = logits_NV[rows_R] - log_z_N[rows_R].unsqueeze(-1)
-    row_E, slot_E = keep_NH[rows_R].nonzero(as_tuple=True)
-    logprobs_RV[row_E, head_ids_NH[rows_R][row_E, slot_E]] = -math.inf
-    max_R = logprobs_RV.amax(-1).clamp(min=torch.finfo(torch.float32).min)  # -inf where the tail is empty
-    sums_RK = block_sums(logprobs_RV, max_R, betas_K.tolist()).sum(-1)
-    log_tail_NK[rows_R] = sums_RK.log() + max_R.unsqueeze(-1) * betas_K

@@ -34,10 +34,6 @@ LABELS_KEY = "anneal_labels"
 request because a step of a chunked prefill need not hold the successor of its last token."""
 ROW_KEY = "anneal_row"
 """The row's content key, from which its tail draws start; without it they start as those of no bytes."""
-CPU_LOGITS_BYTES = 1 << 26
-"""fp32 bytes of logits projected at a time on a CPU: a few hundred rows, enough for an efficient product."""
-CUDA_LOGITS_BYTES = 1 << 30
-"""The same on a GPU; vLLM's memory profiling runs the pooler and so counts them."""
 
 
 def encode_positions(positions: np.ndarray, num_tokens: int) -> bytes:
@@ -112,14 +108,13 @@ class TeacherPooler(Pooler):
     def _reduce(
         self, hidden_states: torch.Tensor, rows: np.ndarray, labels: np.ndarray, draw_starts: np.ndarray
     ) -> reduce.ReducedRows:
-        """Project and reduce the given rows, at most a few tens of megabytes of logits at a time."""
+        """Project and reduce the given rows, a chunk of the reduction at a time."""
         device = hidden_states.device
         index = torch.from_numpy(rows).to(device, non_blocking=True)
         labels_N = torch.from_numpy(labels).to(device, non_blocking=True)
         starts_N = torch.from_numpy(draw_starts).to(device, non_blocking=True)
-        budget = CPU_LOGITS_BYTES if device.type == "cpu" else CUDA_LOGITS_BYTES
         model = self._model[0]
-        step = max(1, budget // (4 * self.vocab_size))
+        step = reduce.rows_per_chunk(self.vocab_size, device.type)
         parts = []
         for start in range(0, len(rows), step):
             logits_NV = model.compute_logits(hidden_states[index[start : start + step]])
@@ -144,8 +139,7 @@ class TeacherPooler(Pooler):
         if len(reduced.counts) == 0:  # also on a rank that saw no logits: its output is not used
             lengths = [0] * len(lengths)
         rows_at = np.concatenate([[0], np.cumsum(lengths)])
-        entries_at = _offsets_at(reduced.counts, rows_at)
-        draws_at = _offsets_at(reduced.draw_counts, rows_at)
+        entries_at, draws_at = _offsets_at([reduced.counts, reduced.draw_counts], rows_at)
         outputs: list[torch.Tensor | None] = []
         for i, (state, done) in enumerate(zip(metadata.pooling_states, finished, strict=True)):
             rows, entries, drawn = (slice(at[i], at[i + 1]) for at in (rows_at, entries_at, draws_at))
@@ -170,10 +164,11 @@ class TeacherPooler(Pooler):
         return outputs
 
 
-def _offsets_at(counts: torch.Tensor, rows_at: np.ndarray) -> list[int]:
-    """Where the entries of these rows begin, if row i owns the next `counts[i]`."""
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return offsets[torch.from_numpy(rows_at).to(counts.device)].tolist()
+def _offsets_at(counts: list[torch.Tensor], rows_at: np.ndarray) -> list[list[int]]:
+    """Where the entries of these rows begin, if row i owns the next `counts[i]`, for each of the counts."""
+    at = torch.from_numpy(rows_at).to(counts[0].device, non_blocking=True)
+    ends = torch.stack([torch.nn.functional.pad(each.cumsum(0), (1, 0)) for each in counts])
+    return ends[:, at].tolist()
 
 
 def _build(architecture: str) -> type:

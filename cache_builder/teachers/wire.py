@@ -23,14 +23,10 @@ HEADER = 3
 
 def pack(rows: ReducedRows) -> torch.Tensor:
     """int32 [3 + P * (3 + K) + 2E + 2S], on the device of `rows`."""
-    header = torch.tensor(
-        [len(rows.counts), len(rows.token_ids), len(rows.draw_ids)],
-        dtype=torch.int32,
-        device=rows.counts.device,
-    )
+    header = torch.tensor([len(rows.counts), len(rows.token_ids), len(rows.draw_ids)], dtype=torch.int32)
     return torch.cat(
         [
-            header,
+            header.to(rows.counts.device, non_blocking=True),  # made on a GPU, it would wait for it
             rows.counts,
             rows.token_ids,
             rows.logprobs.view(torch.int32),

@@ -1,6 +1,7 @@
 """The reduction against a dense, slow, independent reference in float64."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -271,9 +272,10 @@ def test_block_sums_and_maxima_by_hand():
     last = (BLOCK + 1) * 0.1
     maxima = block_sums.block_maxima(logits)
     assert maxima.tolist() == [[pytest.approx(last - 0.1), pytest.approx(last)]]
-    sums = block_sums.block_sums(logits, maxima.amax(-1), (0.5, 1.0))
+    sums = block_sums.block_sums(logits, maxima, (0.5, 1.0))
     expected = np.exp(np.arange(BLOCK + 2) * 0.1 - last)
-    assert sums[0, 1].tolist() == [pytest.approx(expected[::2].sum()), pytest.approx(expected[1::2].sum())]
+    even = np.exp(0.1) * expected[::2].sum()  # each relative to its own maximum
+    assert sums[0, 1].tolist() == [pytest.approx(even), pytest.approx(expected[1::2].sum())]
     assert sums[0, 0].tolist()[1] == pytest.approx(np.sqrt(expected[1::2]).sum())
 
 
@@ -281,16 +283,45 @@ def test_block_sums_and_maxima_by_hand():
 def test_blocks_cover_every_id_once(vocab_size):
     blocks = block_sums.num_blocks(vocab_size)
     logits = draw(3, vocab_size, 2.0)
-    maximum = logits.amax(-1)
-    maxima = block_sums.block_maxima(logits)
-    sums = block_sums.block_sums(logits, maximum, TAIL_BETAS)
+    logits[1, ::blocks] = -math.inf
+    maxima, sums = block_sums.block_statistics(logits, TAIL_BETAS)
     assert maxima.shape == (3, blocks) and sums.shape == (3, len(TAIL_BETAS), blocks)
+    assert maxima[1, 0] == -math.inf and (sums[1, :, 0] == 0).all()
     for block in range(blocks):
         members = logits[:, block::blocks]
         assert torch.equal(maxima[:, block], members.amax(-1)) and members.shape[1] <= BLOCK
         for node, beta in enumerate(TAIL_BETAS):
-            expected = ((members - maximum[:, None]) * beta).exp().sum(-1)
+            expected = ((members - members.amax(-1, keepdim=True)) * beta).exp().sum(-1).nan_to_num(0.0)
             torch.testing.assert_close(sums[:, node, block], expected, atol=0, rtol=2e-5)
+
+
+def test_totals_are_those_of_the_whole_row():
+    logits = draw(4, 1003, 3.0)
+    logits[2, 5:] = -math.inf
+    blocks = block_sums.block_statistics(logits, TAIL_BETAS)
+    top = logits.amax(-1) + torch.tensor([0.0, 1.0, 2.0, -3.0])
+    found = block_sums.totals(blocks, TAIL_BETAS, top)
+    for node, beta in enumerate(TAIL_BETAS):
+        expected = (beta * (logits.double() - top[:, None])).exp().sum(-1).float()
+        torch.testing.assert_close(found[:, node], expected, atol=0, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("min_prob", "max_k"), [(1e-2, 128), (1e-2, 3), (0.5, 2), (0.0, 16)])
+@pytest.mark.parametrize("vocab_size", [1003, 32000])
+def test_as_much_room_as_there_can_be_is_room_for_what_there_is(monkeypatch, vocab_size, min_prob, max_k):
+    """What a GPU does, which is asked for sizes only where it has to be: room that stays empty changes nothing."""
+    logits = torch.cat([draw(5, vocab_size, spread) for spread in (0.05, 1.0, 3.0, 10.0)]).bfloat16().float()
+    logits[3, 5] = math.nan
+    logits[4, 10:] = -math.inf
+    parts = logits, logits[3:4]
+    asked = [reduce_rows(part, min_prob=min_prob, max_k=max_k) for part in parts]
+    real = reduce._room
+    monkeypatch.setattr(
+        reduce, "_room", lambda counts, most, ask: real(counts, most, most > reduce.MAX_BOUND)
+    )
+    for part, wanted in zip(parts, asked, strict=True):
+        for one, other in zip(wanted, reduce_rows(part, min_prob=min_prob, max_k=max_k), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 COMPILED = """
@@ -298,10 +329,20 @@ import torch
 from cache_builder.reduction import block_sums
 from formats.logprobs.topk import TAIL_BETAS
 
-x = (3.0 * torch.randn(6, 640, generator=torch.Generator().manual_seed(0))).unflatten(1, (64, 10))
-maximum = x.amax((1, 2))
-compiled = block_sums._compiled(TAIL_BETAS)(x, maximum)
-torch.testing.assert_close(compiled, block_sums.eager_sums(x, maximum, TAIL_BETAS), atol=1e-7, rtol=1e-5)
+plan = block_sums.power_plan(TAIL_BETAS)
+assert block_sums.runs_compiled("cpu")
+for vocab_size in (640, 1003):
+    for rows in (6, 7):
+        x = 3.0 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(rows))
+        x[1, ::3] = -torch.inf
+        top = x.amax(-1)
+        compiled = block_sums.block_statistics(x, TAIL_BETAS)
+        plain = block_sums._plain_statistics(x, betas=TAIL_BETAS, plan=plan)
+        torch.testing.assert_close(tuple(compiled), plain, atol=1e-7, rtol=1e-5)
+        totals = block_sums.totals(compiled, TAIL_BETAS, top)
+        expected = block_sums._plain_totals(*plain, top, betas=TAIL_BETAS, plan=plan)
+        torch.testing.assert_close(totals, expected, atol=1e-7, rtol=1e-5)
+assert block_sums.runs_compiled("cpu"), block_sums._FAILED
 print("equal")
 """
 
@@ -312,6 +353,11 @@ def test_the_compiled_sums_equal_the_plain_ones():
     settings belong to the whole process, and other tests compile too.
     """
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", COMPILED],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env={**os.environ, "ANNEAL_COMPILE": "1"},
     )
     assert done.stdout == "equal\n", done.stderr[-2000:]
