@@ -69,6 +69,8 @@ class Window(TrainerCallback):
 STEPS = ("training.max_steps=4", "training.logging_steps=100", "training.logging_first_step=false")
 ON_A_CPU = "loss/label_annealing_loss.py:backward"
 """Reads its factor where that costs nothing: on a CPU alone."""
+ON_THE_HOST = "data/collator.py:count_targets"
+"""Counts a batch before it is moved to the device."""
 
 
 @pytest.mark.parametrize(
@@ -95,5 +97,5 @@ def test_a_micro_batch_is_one_question(overrides, monkeypatch, tmp_path, tiny_ll
         run.train()
     within = window.within
     assert within.pop("loss/chunks.py:plan_rows") == 2  # of two steps
-    assert within.pop(ON_A_CPU, 0) <= 2
+    assert within.pop(ON_A_CPU, 0) <= 2 and within.pop(ON_THE_HOST) == 2
     assert not within
