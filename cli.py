@@ -761,9 +761,13 @@ def train_command(
             help="Any setting, such as training.learning_rate=1e-5. May be repeated; wins over the file.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, print the steps and the memory of one, and stop."),
+    ] = False,
 ) -> None:
     """Fine-tune one model with label annealing from CACHE."""
-    from trainer import load_config, train
+    from trainer import load_config, plan_training, train
     from trainer.evaluation.evaluate import format_evaluation
 
     flags = {
@@ -776,7 +780,13 @@ def train_command(
         "packing": packing,
         "allow_different_student": allow_different_student,
     }
-    report = train(load_config(config, flags=flags, overrides=overrides or []))
+    asked = load_config(config, flags=flags, overrides=overrides or [])
+    if dry_run:
+        plan = plan_training(asked)
+        if int(os.environ.get("RANK", "0")) == 0:
+            show(plan.text())
+        return
+    report = train(asked)
     if int(os.environ.get("RANK", "0")) == 0:
         show(report.line())
         if report.evaluation:

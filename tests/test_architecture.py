@@ -37,7 +37,7 @@ FLOORS = {
         *("checks", "objective", "quantization", "checkpoint", "loading", "retention.settings"),
         *("config", "config_file", "schedule", "preflight", "recipe", "data", "loss"),
         *("loop.signals", "loop.output_head", "loop.measure", "running", "retention", "loop"),
-        *("preflight.continuation", "preflight.before_start", "result"),
+        *("preflight.continuation", "preflight.memory", "preflight.before_start", "result"),
         *(
             "merging.settings",
             "merging.weights",
@@ -49,6 +49,7 @@ FLOORS = {
             "inputs",
             "notes",
             "run",
+            "dry_run",
             "sweep",
         ),
     ],

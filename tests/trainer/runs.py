@@ -28,6 +28,21 @@ def settings(cache, model, out, *overrides: str):
     )
 
 
+def trainer_of(cache, model, out, *overrides: str):
+    """The Trainer of a run that is not started."""
+    from trainer.inputs import load_student, open_inputs, rows_of
+    from trainer.recipe import resolve_training, training_arguments
+    from trainer.run import make_trainer, retention_methods
+
+    config = settings(cache, model, out, *overrides)
+    resolved = resolve_training(config)
+    inputs = open_inputs(config)
+    rows, student = rows_of(config, inputs), load_student(config, inputs, resolved)
+    methods = retention_methods(config, inputs, rows, student, 0)
+    args = training_arguments(resolved, out)
+    return make_trainer(config, student, args, inputs.tokenizer, rows, methods)
+
+
 def begin(model_dir: Path, cache: Path, out: Path, *overrides: str, **environment: str) -> Started:
     """Start a run; its output goes beside the run's directory."""
     arguments = (str(model_dir), str(cache), str(out), list(overrides))

@@ -159,6 +159,16 @@ class OutputHead:
         finally:
             self._request = None
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Within this context the head gives the sum of its input, [1, 1, 1]: the model's own work alone."""
+        assert self._original is not None, "install the head first"
+        self.module.forward = lambda hidden_BSD, *args, **kwargs: hidden_BSD.sum().reshape(1, 1, 1)
+        try:
+            yield
+        finally:
+            self.module.forward = self._forward
+
     def loss(
         self,
         model: nn.Module,

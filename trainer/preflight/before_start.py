@@ -10,6 +10,7 @@ import torch
 
 from formats.errors import ConfigError
 from trainer.preflight import best_model
+from trainer.preflight.memory import lasting_memory, require_room
 from trainer.schedule import check_schedule
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def check_before_start(trainer: "LabelAnnealingTrainer") -> None:
         raise ConfigError(f"training needs trainable weights, got none in {type(model).__name__}")
     _check_rows(trainer)
     _check_checkpointing(trainer)
+    if args.device.type == "cuda":  # what is certain; `--dry-run` counts the rest as well
+        require_room(lasting_memory(trainer), args.device)
     max_steps, _ = trainer.planned_steps()
     check_optimiser(args, model, trained)
     check_schedule(lambda optimizer, steps: _schedule(trainer, optimizer, steps), args, max_steps)

@@ -1,0 +1,102 @@
+"""What a run would do and hold, from everything that it would load: checked as a run is, and nothing is written."""
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.errors import ConfigError
+from trainer.config import TrainConfig
+from trainer.inputs import load_student, open_inputs, rows_of
+from trainer.loading import quiet_transformers
+from trainer.notes import notes
+from trainer.preflight.before_start import check_before_start
+from trainer.preflight.liger import settle_liger
+from trainer.preflight.memory import GIB, StepMemory, batch_shape, capacity_bytes, require_room, step_memory
+from trainer.recipe import resolve_training, training_arguments
+from trainer.run import make_trainer, require_loss_kernel, retention_methods
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """A run that was not started."""
+
+    num_steps: int
+    """Optimizer steps."""
+    steps_per_epoch: int
+    """Of them."""
+    micro_batch: tuple[int, int]
+    """(sequences, tokens of each) of the largest micro-batch of a process."""
+    micro_batches: int
+    """Of a step, over all processes."""
+    device: str
+    """Of this process."""
+    capacity: int
+    """Bytes of its memory."""
+    memory: StepMemory
+    """What a step holds of it."""
+    unknown: str | None
+    """Why the activations could not be counted; None where they were."""
+    notes: list[str]
+    """What the run would say before it starts."""
+
+    def text(self) -> str:
+        """For the user."""
+        sequences, tokens = self.micro_batch
+        lines = [
+            *self.notes,
+            f"{self.num_steps:,} steps, {self.steps_per_epoch:,} to an epoch, of {self.micro_batches} x "
+            f"{sequences} sequences of up to {tokens:,} tokens",
+            f"a step holds, GiB on each process: {self.memory}",
+            f"at most {self.memory.peak / GIB:.2f} at a time, of {self.capacity / GIB:.2f} ({self.device})",
+        ]
+        if self.unknown is not None:
+            lines.append(f"without activations: {self.unknown}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self) | {"memory": self.memory.to_dict()}
+
+
+def plan_training(config: TrainConfig) -> TrainingPlan:
+    """Check settings, caches and model as `train` does, and count what a step holds.
+
+    Raises:
+        ConfigError: as `train`, or the step cannot fit.
+        FormatError: a cache is missing, unfinished or broken.
+        IdentityMismatchError: a cache was built with another model, tokenizer or template.
+    """
+    resolved = resolve_training(config)
+    require_loss_kernel(config, resolved)
+    quiet_transformers()
+    inputs = open_inputs(config)
+    rows = rows_of(config, inputs)
+    student = load_student(config, inputs, resolved)
+    for dataset in rows.with_teacher:
+        dataset.vocab_size = student.vocab_size
+    retention = retention_methods(config, inputs, rows, student, int(resolved["seed"]))
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes the directory that it is given
+        args = training_arguments(resolved, Path(scratch))
+        settle_liger(args, student.model)
+        trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention)
+    check_before_start(trainer)
+    num_steps, per_epoch = trainer.planned_steps()
+    unknown = None
+    try:
+        memory = step_memory(trainer)
+    except ConfigError as error:
+        unknown, memory = str(error), step_memory(trainer, activations=False)
+    require_room(memory, args.device)
+    micro_batches = args.gradient_accumulation_steps * args.world_size
+    return TrainingPlan(
+        num_steps=num_steps,
+        steps_per_epoch=per_epoch,
+        micro_batch=batch_shape(trainer),
+        micro_batches=micro_batches,
+        device=str(args.device),
+        capacity=capacity_bytes(args.device),
+        memory=memory,
+        unknown=unknown,
+        notes=notes(config, resolved, inputs, rows, student, args.train_batch_size * micro_batches),
+    )
