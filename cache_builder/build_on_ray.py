@@ -21,6 +21,7 @@ from cache_builder.config import BuildConfig
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
 from cache_builder.start import MakeTeacher, start_engine
+from cache_builder.teachers.engine_args import gpus_per_engine
 from formats.errors import AnnealError, ConfigError
 from formats.install import how_to_install
 from formats.progress import Progress
@@ -50,9 +51,9 @@ class PoolSize:
         """As many engines as the cluster has GPUs for (CPUs, where it has no GPU).
 
         Raises:
-            ConfigError: the cluster is too small for one engine.
+            ConfigError: the cluster is too small for one engine, or the engine is split in a way that is refused.
         """
-        num_gpus = int(config.engine_args.get("tensor_parallel_size", 1)) if resources.get("GPU") else 0
+        num_gpus = gpus_per_engine(config.engine_args) if resources.get("GPU") else 0
         room = int(resources["GPU"] // num_gpus) if num_gpus else int(resources.get("CPU", 0))
         if room < 1:
             raise ConfigError(f"--ray needs a cluster with room for one engine, got {resources}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.generation.settings import GenerationConfig
+from cache_builder.teachers.engine_args import by_name
 from cache_builder.teachers.protocol import DTYPES, ENGINES, HEAD_DTYPES
 from formats.capture_settings import CaptureSettings
 from formats.codec.payload import CodecConfig
@@ -109,9 +110,7 @@ class BuildConfig:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {number!r}")
         if not (math.isfinite(self.heartbeat_seconds) and self.heartbeat_seconds > 0):
             raise ConfigError(f"heartbeat_seconds must be above 0, got {self.heartbeat_seconds!r}")
-        if not all(isinstance(key, str) for key in self.engine_args):
-            raise ConfigError(f"engine_args must map names to values, got {self.engine_args!r}")
-        object.__setattr__(self, "engine_args", dict(self.engine_args))
+        object.__setattr__(self, "engine_args", by_name(self.engine_args))
         if not all(isinstance(key, str) for key in self.chat_template_kwargs):
             raise ConfigError(
                 f"chat_template_kwargs must map names to values, got {self.chat_template_kwargs!r}"

@@ -23,6 +23,7 @@ from cache_builder.generation.recipe import Recipe, stop_tokens
 from cache_builder.rows.template import tells_the_time
 from cache_builder.rows.tokenise import TokenisedRows, tokenise, uses_chat_template
 from cache_builder.rows.tokenizer_files import load_tokenizer, model_context, resolve_max_length
+from cache_builder.teachers.engine_args import gpus_per_engine
 from cache_builder.teachers.model_config import checkpoint_dtype, read_model_config
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
@@ -92,7 +93,7 @@ def expected_shard_tokens(config: BuildConfig, model_dir: Path) -> int:
     import torch
 
     bytes_per_weight = 4 if checkpoint_dtype(read_model_config(str(model_dir))) == "float32" else 2
-    num_gpus = int(config.engine_args.get("tensor_parallel_size", 1)) if torch.cuda.is_available() else 0
+    num_gpus = gpus_per_engine(config.engine_args) if torch.cuda.is_available() else 0
     speed = pace.tokens_per_second(
         pace.num_weights(model_dir, bytes_per_weight), num_gpus=num_gpus, num_cores=pace.num_cores()
     )

@@ -19,6 +19,7 @@ FLOORS = {
     ],
     "cache_builder": [
         *(
+            "teachers.engine_args",
             "teachers.protocol",
             "generation.settings",
             "config",

@@ -117,6 +117,9 @@ def run(report: Report, place: Place) -> None:
     for name, sizes in (TINY if place.tiny else MODELS).items():
         head = OutputHead(sizes, place.device)
         pooler = vllm_pooler.TeacherPooler(head, CaptureSettings(), sizes.vocab)
+        if place.device.type == "cuda":
+            most = peak_bytes(lambda rehearse=pooler._rehearse: rehearse(place.device), place.device)
+            report.info(f"{name}: memory of the hardest rows", most / 2**30, "GiB")
         for lengths in ([tokens // 8] * 8, [tokens // short] * short):
             what = f"{name}, {len(lengths)} x {lengths[0]}"
             trunk = sizes.layers * device_milliseconds(

@@ -230,16 +230,27 @@ def _run(
 ) -> Any:
     """What `make(betas)` makes, compiled, where that is wanted and works, else plain: all passes or none."""
     if runs_compiled(args[0].device.type):
-        for x in args:
-            torch._dynamo.maybe_mark_dynamic(x, 0)
         try:
-            return _compiled(make, betas)(*args)
+            return _over_any_number_of_rows(_compiled(make, betas), args)
         except Exception as error:  # no compiler, no Triton, an unsupported device: slower, not wrong
             _FAILED[make.__name__] = f"{error}"[:300]
             warnings.warn(
                 f"torch.compile failed, reducing without it: {_FAILED[make.__name__]}", stacklevel=2
             )
     return plain(*args, betas=betas, plan=power_plan(betas))
+
+
+def _over_any_number_of_rows(compiled: Pass, args: tuple[torch.Tensor, ...]) -> Any:
+    """One kernel for all numbers of rows: the compiler would make another for a single row, which comes as two."""
+    alone = len(args[0]) == 1
+    if alone:
+        args = tuple(torch.cat([x, x]) for x in args)
+    for x in args:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    found = compiled(*args)
+    if not alone:
+        return found
+    return found[:1] if isinstance(found, torch.Tensor) else tuple(x[:1] for x in found)
 
 
 @lru_cache

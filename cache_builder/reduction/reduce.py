@@ -63,6 +63,8 @@ CPU_CHUNK_BYTES = 1 << 26
 CUDA_CHUNK_BYTES = 1 << 30
 """fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory.  vLLM's memory
 profiling runs the pooler, and so counts them."""
+DENSE_SHARE = 8
+"""What a GPU reduces at a time where heads are found by a top-k over the vocabulary, as a share of a chunk."""
 MAX_BOUND = 512
 """Up to so many candidates a row, room for the most there can be costs less than asking a GPU how many there are."""
 
@@ -103,6 +105,12 @@ def rows_per_chunk(vocab_size: int, device_type: str) -> int:
     return max(1, budget // (4 * vocab_size))
 
 
+def rows_per_dense_chunk(vocab_size: int, device_type: str) -> int:
+    """The same where heads are found by a top-k over the vocabulary, which holds several copies of the logits."""
+    rows = rows_per_chunk(vocab_size, device_type)
+    return rows if device_type == "cpu" else max(1, rows // DENSE_SHARE)
+
+
 def reduce_logits(
     logits_NV: torch.Tensor,
     capture: CaptureSettings,
@@ -129,13 +137,14 @@ def reduce_logits(
         assert starts_N.dtype == torch.float64, starts_N.dtype
     else:
         starts_N = torch.zeros(num_rows, dtype=torch.float64, device=logits_NV.device)
-    step = rows_per_chunk(vocab_size, logits_NV.device.type)
+    rows_at_a_time = rows_per_chunk if capture.min_prob else rows_per_dense_chunk
+    step = rows_at_a_time(vocab_size, logits_NV.device.type)
     parts = [
         _reduce_chunk(
             logits_NV[start : start + step].float(),
-            capture,
             labels_N[start : start + step],
             starts_N[start : start + step],
+            capture,
         )
         for start in range(0, num_rows, step)
     ]
@@ -155,9 +164,9 @@ def concatenate_rows(parts: Sequence[ReducedRows], device: torch.device | str = 
 
 def _reduce_chunk(
     logits_NV: torch.Tensor,
-    capture: CaptureSettings,
     labels_N: torch.Tensor,
     starts_N: torch.Tensor,
+    capture: CaptureSettings,
 ) -> ReducedRows:
     vocab_size, min_prob = logits_NV.shape[1], capture.min_prob
     max_k = min(capture.max_k, vocab_size)
@@ -172,6 +181,11 @@ def _reduce_chunk(
     passes_NG = blocks.maxima_NG >= torch.minimum(least_N, max_N).unsqueeze(-1)
     num_passes = int(passes_NG.sum())
     if num_passes * BLOCK * 3 > logits_NV.numel():
+        step = rows_per_dense_chunk(vocab_size, logits_NV.device.type)
+        if len(logits_NV) > step:
+            columns = (column.split(step) for column in (logits_NV, labels_N, starts_N))
+            parts = [_reduce_chunk(*part, capture) for part in zip(*columns, strict=True)]
+            return concatenate_rows(parts)
         head = _dense_head(logits_NV, least_N, max_k)
     else:
         head = _sparse_head(logits_NV, max_N, least_N, max_k, passes_NG, num_passes, blocks, _most(min_prob))

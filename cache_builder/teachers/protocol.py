@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from cache_builder.teachers.engine_args import by_name
 from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError, ConfigError
@@ -67,7 +68,7 @@ class TeacherConfig:
             raise ConfigError(f"head_dtype must be one of {', '.join(HEAD_DTYPES)}, got {self.head_dtype!r}")
         if self.max_length < 2:
             raise ConfigError(f"max_length must be at least 2, got {self.max_length}")
-        object.__setattr__(self, "engine_args", dict(self.engine_args))
+        object.__setattr__(self, "engine_args", by_name(self.engine_args))
 
 
 class Teacher(Protocol):

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_builder.reduction.block_sums import compiles_on
 from cache_builder.teachers.engine_log import EngineLog
 from cache_builder.teachers.fast_dtype import resolve_dtype
 from cache_builder.teachers.model_config import attention_softcap, checkpoint_dtype, read_model_config
 from cache_builder.teachers.protocol import TeacherConfig, TeacherError
 from cache_builder.teachers.vllm_settings import (
+    advised,
     child_environment,
     engine_arguments,
     engine_line,
@@ -49,8 +49,6 @@ class RunningEngine:
     engine: Any
     log: EngineLog
     dtype: str
-    reduces: bool
-    """Whether it reduces logits for a cache."""
 
     @property
     def vocab_size(self) -> int:
@@ -60,7 +58,7 @@ class RunningEngine:
     def describe(self) -> dict[str, Any]:
         """Everything about the engine that alters numbers; JSON-ready."""
         settings = self.engine.vllm_config
-        described = {
+        return {
             "engine": "vllm",
             "engine_version": _vllm_version(),
             "torch_version": _torch_version(),
@@ -68,9 +66,6 @@ class RunningEngine:
             "head_dtype": str(settings.model_config.head_dtype).removeprefix("torch."),
             **_numeric_settings(settings),
         }
-        if self.reduces:
-            described["reduction"] = "compiled" if compiles_on(described["platform"]) else "plain"
-        return described
 
 
 class HeldEngine:
@@ -148,7 +143,7 @@ def start_engine(config: TeacherConfig, *, pooling: bool) -> RunningEngine:
         else:
             arguments = sampler_arguments(config, dtype=dtype)
         engine = _started(vllm, arguments, config, log)
-    return RunningEngine(engine=engine, log=log, dtype=dtype, reduces=pooling)
+    return RunningEngine(engine=engine, log=log, dtype=dtype)
 
 
 def shut_down(engine: Any) -> None:
@@ -169,7 +164,7 @@ def _started(vllm: Any, arguments: dict[str, Any], config: TeacherConfig, log: E
             f"vLLM must accept the model and its settings, got: {engine_line(error)}"
         ) from error
     except Exception as error:
-        cause = log.explain(engine_line(error))
+        cause = advised(log.explain(engine_line(error)))
         raise TeacherError(f"the vLLM engine must start, got: {cause}") from error
 
 

@@ -20,6 +20,7 @@ from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from cache_builder.reduction import reduce
+from cache_builder.reduction.block_sums import runs_compiled
 from cache_builder.teachers import wire
 from cache_builder.teachers.vllm_plugin import PREFIX
 from formats.capture_settings import CaptureSettings
@@ -72,6 +73,7 @@ class TeacherPooler(Pooler):
         self._model = (model,)
         self.capture = capture
         self.vocab_size = vocab_size
+        self._rehearsed = False
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
         return {TASK}
@@ -101,9 +103,21 @@ class TeacherPooler(Pooler):
             selected.append(positions - first + step_starts[i])
             draw_starts.append(starts(asked.get(ROW_KEY, b""), positions))
 
+        if all(not params.extra_kwargs for params in pooling_metadata.pooling_params):
+            self._rehearse(hidden_states.device)
         rows, ids, begin = (np.concatenate(parts) for parts in (selected, labels, draw_starts))
         reduced = self._reduce(hidden_states, rows, ids, begin)
         return self._collect(reduced, [len(rows) for rows in selected], pooling_metadata)
+
+    def _rehearse(self, device: torch.device) -> None:
+        """Reduce what takes most memory, rows of equal logits, while vLLM measures what a step takes on a GPU."""
+        if device.type == "cpu" or self._rehearsed:
+            return
+        self._rehearsed = True
+        rows = reduce.rows_per_chunk(self.vocab_size, device.type)
+        none_N = torch.zeros(rows, dtype=torch.int64, device=device)
+        flat_NV = torch.zeros(rows, self.vocab_size, device=device)
+        reduce.reduce_logits(flat_NV, self.capture, labels_N=none_N, starts_N=none_N.double())
 
     def _reduce(
         self, hidden_states: torch.Tensor, rows: np.ndarray, labels: np.ndarray, draw_starts: np.ndarray
@@ -159,7 +173,7 @@ class TeacherPooler(Pooler):
                 outputs.append(None)
                 continue
             whole = reduce.concatenate_rows([*waiting, part])
-            outputs.append(wire.pack(whole))
+            outputs.append(wire.pack(whole, compiled=runs_compiled(whole.counts.device.type)))
             state.clean()
         return outputs
 

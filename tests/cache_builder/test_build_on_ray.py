@@ -134,12 +134,22 @@ def test_errors_of_a_worker_arrive_as_they_are(cluster, tmp_path: Path) -> None:
         ({"CPU": 8.0}, {}, 3, (3, 0)),
         ({"CPU": 8.0, "GPU": 4.0}, {}, None, (4, 1)),
         ({"CPU": 8.0, "GPU": 4.0}, {"tensor_parallel_size": "2"}, None, (2, 2)),
+        ({"CPU": 8.0, "GPU": 4.0}, {"tensor-parallel-size": "2", "pipeline_parallel_size": 2}, None, (1, 4)),
         ({"CPU": 8.0, "GPU": 4.0}, {}, 99, (4, 1)),
     ],
 )
 def test_the_size_of_the_pool(tmp_path: Path, resources, arguments, wanted, size) -> None:
     pool = PoolSize.of_cluster(resources, make_config(tmp_path, engine_args=arguments), wanted)
     assert (pool.num_workers, pool.num_gpus) == size
+
+
+def test_data_parallel_engines_are_refused_before_ray_starts(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="must not be split by data, got engine argument data_parallel_size"
+    ):
+        PoolSize.of_cluster(
+            {"GPU": 8.0}, make_config(tmp_path, engine_args={"data-parallel-size": "2"}), None
+        )
 
 
 def test_a_cluster_that_is_too_small(tmp_path: Path) -> None:

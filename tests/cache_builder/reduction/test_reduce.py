@@ -232,6 +232,27 @@ def test_chunks_join_in_order(monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("min_prob", [1e-3, 0.0])
+def test_flat_rows_are_reduced_in_smaller_pieces(monkeypatch, min_prob):
+    """On a GPU, whose memory a top-k over a whole chunk would fill with copies."""
+    logits = torch.cat([draw(9, 1003, 3.0), torch.zeros(7, 1003), draw(4, 1003, 0.1)])
+    whole = reduce_rows(logits, min_prob=min_prob, max_k=40)
+    sizes = []
+    real = reduce._dense_head
+    monkeypatch.setattr(reduce, "_dense_head", lambda x, *rest: sizes.append(len(x)) or real(x, *rest))
+    monkeypatch.setattr(reduce, "rows_per_dense_chunk", lambda *_: 3)
+    for one, other in zip(whole, reduce_rows(logits, min_prob=min_prob, max_k=40), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-6)
+    assert sizes and max(sizes) == 3
+
+
+def test_a_gpu_takes_large_chunks_but_for_a_top_k():
+    assert reduce.rows_per_chunk(128_256, "cuda") == 2093
+    assert reduce.rows_per_dense_chunk(128_256, "cuda") == 261
+    assert reduce.rows_per_chunk(1 << 40, "cuda") == reduce.rows_per_dense_chunk(1 << 40, "cuda") == 1
+    assert reduce.rows_per_chunk(128_256, "cpu") == reduce.rows_per_dense_chunk(128_256, "cpu") == 130
+
+
 def test_no_rows():
     reduced = reduce_rows(torch.zeros(0, 50), min_prob=1e-3, max_k=5)
     assert [len(column) for column in reduced] == [0] * 8

@@ -97,7 +97,7 @@ def owner(tiny_llama_dir, tmp_path):
 
 def test_close_ends_the_engine(owner):
     engine = engine_processes(owner.pid)
-    assert len(engine) >= 2, "an engine process and a worker"
+    assert engine, "an engine process, and on a CPU a worker"
     print(file=owner.stdin, flush=True)
     assert owner.stdout.readline() == "closed\n"
     assert wait_until_gone(engine, 30) == []
@@ -105,7 +105,7 @@ def test_close_ends_the_engine(owner):
 
 def test_an_engine_does_not_outlive_a_killed_owner(owner):
     engine = engine_processes(owner.pid)
-    assert len(engine) >= 2, "an engine process and a worker"
+    assert engine, "an engine process, and on a CPU a worker"
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert wait_until_gone(engine, 60) == []

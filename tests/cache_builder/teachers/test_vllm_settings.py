@@ -2,6 +2,8 @@
 
 import builtins
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,9 +13,13 @@ from tiny_models import save_tiny_model
 from cache_builder import TeacherConfig, VLLMTeacher
 from cache_builder.teachers.vllm_plugin import teacher_architecture, text_architectures
 from cache_builder.teachers.vllm_settings import (
+    QUANTISED_HEAD,
+    advised,
     broken_import_message,
     engine_arguments,
     import_vllm,
+    platform_arguments,
+    quiet_environment,
     refuse_two_builds,
     teacher_architectures,
     typed_engine_args,
@@ -89,6 +95,67 @@ def test_arguments_of_the_engine():
     }
     assert (arguments["dtype"], arguments["max_model_len"]) == ("bfloat16", 99)
     assert arguments["enable_prefix_caching"] is False
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [
+        ({}, {"compilation_config": {"cudagraph_mode": "NONE"}}),
+        (
+            {"compilation_config": {"level": 2}},
+            {"compilation_config": {"cudagraph_mode": "NONE", "level": 2}},
+        ),
+        (
+            {"compilation_config": {"cudagraph_mode": "FULL"}},
+            {"compilation_config": {"cudagraph_mode": "FULL"}},
+        ),
+        ({"compilation_config": 2}, {"compilation_config": 2}),
+        ({"cudagraph_capture_sizes": [8]}, {}),
+    ],
+)
+def test_a_prefill_on_a_gpu_records_no_graphs_unless_told_to(user, expected):
+    assert platform_arguments(on_cpu=False, pooling=True, user=dict(user)) == expected
+    assert platform_arguments(on_cpu=False, pooling=False, user=dict(user)) == {}, "generation replays them"
+
+
+def test_a_cpu_engine_keeps_a_small_cache(monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    given = platform_arguments(on_cpu=True, pooling=True, user={})
+    assert given == {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert platform_arguments(on_cpu=True, pooling=True, user={}) == {"enforce_eager": True}
+
+
+@pytest.mark.vllm
+def test_vllm_takes_our_words_for_no_graphs(tiny_llama_dir):
+    from vllm import EngineArgs
+    from vllm.config import CUDAGraphMode
+
+    arguments = platform_arguments(on_cpu=False, pooling=True, user={"compilation_config": {"mode": 0}})
+    made = EngineArgs(model=str(tiny_llama_dir), **arguments).compilation_config
+    assert made.cudagraph_mode == CUDAGraphMode.NONE and int(made.mode) == 0
+
+
+def test_engines_start_in_fresh_processes(monkeypatch):
+    """On a GPU vLLM forks, after which `register` would not run and no engine would end with its owner."""
+    monkeypatch.setattr("os.environ", {})
+    quiet_environment(False, local=False)
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    quiet_environment(False, local=False)
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "fork", "what the user has set stays"
+
+
+@pytest.mark.vllm
+def test_a_quantised_output_head_is_explained():
+    import inspect
+
+    from vllm.model_executor.layers import logits_processor
+
+    words = " ".join(re.findall(r'"([^"]*)"', inspect.getsource(logits_processor)))
+    assert QUANTISED_HEAD in " ".join(words.split()), "vLLM words it otherwise now"
+    assert advised(f"ValueError: it is {QUANTISED_HEAD}.").endswith("pass --head-dtype model")
+    assert advised("ValueError: another") == "ValueError: another"
 
 
 @pytest.mark.vllm

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
-from cache_builder.teachers.wire import pack, unpack
+from cache_builder.teachers.wire import pack, reduction_of, unpack
 from formats.capture_settings import CaptureSettings
 from formats.logprobs.topk import TAIL_BETAS
 
@@ -27,7 +27,7 @@ def test_round_trip(num_rows, draw_rate):
     rows = some_rows(num_rows, draw_rate)
     packed = pack(rows)
     assert packed.dtype == torch.int32 and packed.ndim == 1
-    assert len(packed) == 3 + num_rows * (3 + len(TAIL_BETAS)) + 2 * (
+    assert len(packed) == 4 + num_rows * (3 + len(TAIL_BETAS)) + 2 * (
         len(rows.token_ids) + len(rows.draw_ids)
     )
     topk = unpack(packed, 1003, draw_rate)
@@ -42,6 +42,13 @@ def test_round_trip(num_rows, draw_rate):
     if num_rows:
         assert (len(topk.draws.token_ids) > num_rows) == (draw_rate > 0)
         topk.validate()
+
+
+def test_an_answer_says_how_it_was_reduced():
+    rows = some_rows(3)
+    plain, compiled = pack(rows), pack(rows, compiled=True)
+    assert (reduction_of(plain), reduction_of(compiled)) == ("plain", "compiled")
+    assert (unpack(plain, 1003, 8).token_ids == unpack(compiled, 1003, 8).token_ids).all()
 
 
 def test_chunks_of_a_row_join_as_if_never_cut():
