@@ -279,6 +279,7 @@ def _check_arguments(
     chunk_size: int | None,
 ) -> None:
     got = f"got hidden {list(hidden_ND.shape)}, weight {list(weight_VD.shape)}, labels {list(labels_N.shape)}"
+    coef = None if isinstance(kl_coef, torch.Tensor) else kl_coef
     rules = (
         (hidden_ND.dim() == 2 and weight_VD.dim() == 2, f"hidden and weight must be matrices, {got}"),
         (hidden_ND.shape[-1] == weight_VD.shape[-1], f"hidden and weight must share their last size, {got}"),
@@ -288,7 +289,8 @@ def _check_arguments(
             f"bias must have one value per row of the output head, {got}",
         ),
         (kl_direction in KL_DIRECTIONS, f"kl_direction must be one of {KL_DIRECTIONS}, got {kl_direction!r}"),
-        (isinstance(kl_coef, torch.Tensor) or kl_coef >= 0, f"kl_coef must not be negative, got {kl_coef}"),
+        # A coefficient on the device stays there: to print it would read it.
+        (coef is None or coef >= 0, f"kl_coef must not be negative, got {coef}"),
         (logit_softcap is None or logit_softcap > 0, f"softcap must be positive, got {logit_softcap}"),
         (
             0 < vocab_size <= weight_VD.shape[0],
