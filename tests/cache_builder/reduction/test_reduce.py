@@ -246,8 +246,20 @@ def test_flat_rows_are_reduced_in_smaller_pieces(monkeypatch, min_prob):
     assert sizes and max(sizes) == 3
 
 
+def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
+    """A top-k, with ties at its cut, in every row of a whole chunk."""
+    monkeypatch.setattr(reduce, "CPU_CHUNK_BYTES", 40 * 4 * 1003)
+    sorts = []
+    real = reduce._topk_by_id
+    monkeypatch.setattr(
+        reduce, "_topk_by_id", lambda x, k: sorts.append((len(x), x.unique().tolist())) or real(x, k)
+    )
+    reduced = reduce.reduce_hardest(1003, settings(1e-2, 128), torch.device("cpu"))
+    assert sorts == [(40, [0.0])] and reduced.counts.tolist() == [1] * 40
+
+
 def test_a_gpu_takes_large_chunks_but_for_a_top_k():
-    assert reduce.rows_per_chunk(128_256, "cuda") == 2093
+    assert reduce.rows_per_chunk(128_256, "cuda") == 2092
     assert reduce.rows_per_dense_chunk(128_256, "cuda") == 261
     assert reduce.rows_per_chunk(1 << 40, "cuda") == reduce.rows_per_dense_chunk(1 << 40, "cuda") == 1
     assert reduce.rows_per_chunk(128_256, "cpu") == reduce.rows_per_dense_chunk(128_256, "cpu") == 130
