@@ -394,3 +394,36 @@ def test_the_compiled_sums_equal_the_plain_ones():
         env={**os.environ, "ANNEAL_COMPILE": "1"},
     )
     assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+FOR_A_GPU = """
+import torch
+from code_for_a_gpu import kernels, source_of
+from cache_builder.reduction import block_sums
+from formats.logprobs.topk import TAIL_BETAS
+
+for vocab_size, width in ((4096, 4096), (5027, 5027), (5027, 5056)):  # full stripes, a short last one, a strided view
+    logits = torch.zeros(64, width)[:, :vocab_size]
+    found = kernels(source_of(block_sums._fused_statistics(TAIL_BETAS), logits))
+    (body,) = found.values()
+    counts = [body.count(word) for word in ("tl.load(", "tl.store(", "exp(", "tl.sum(", ".max2(")]
+    assert counts == [1, 1 + len(TAIL_BETAS), 1, len(TAIL_BETAS), 1], (vocab_size, counts, body)
+    assert "for r0_offset" not in body, "a block is held, not read in pieces"
+print("one")
+"""
+
+
+@pytest.mark.slow
+def test_a_gpu_reads_the_logits_once_in_one_kernel():
+    """The code that is made for an H100: one exponential per token for all nodes, and a block in registers."""
+    pytest.importorskip("triton")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
+    done = subprocess.run(
+        [sys.executable, "-c", FOR_A_GPU],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stdout == "one\n", done.stderr[-2000:]
