@@ -3,7 +3,8 @@ model.
 
     python benchmarks/capture.py                              # 2 cores: 61M parameters, vocabulary 32,000
     python benchmarks/capture.py --preset smoke --tokens 2000 # does it run at all
-    python benchmarks/capture.py --preset 8b --dtype bfloat16 --tokens 200000      # a GPU
+    python benchmarks/capture.py --preset 8b --dtype bfloat16 --tokens 400000 --max-length 2048 \
+        --only plain capture build plain-again                # a GPU
 
 Every position of every row is captured (the worst case: with a loss mask only selected positions are
 projected). All vLLM systems run the same random model with the same engine settings on the same rows,
@@ -37,16 +38,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
-from cache_builder.teachers.vllm_settings import child_environment, quiet_environment
+from cache_builder.teachers.vllm_settings import child_environment, platform_arguments, quiet_environment
 from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
 
 PRESETS = {
     "smoke": {"vocab_size": 4003, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
     "60m": {"vocab_size": 32000, "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 9},
+    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
     "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
 }
-HEAD_DIM = {"smoke": 32, "60m": 64, "8b": 128}
+HEAD_DIM = {"smoke": 32, "60m": 64, "1b": 64, "8b": 128}
 SYSTEMS = ("plain", "capture", "build", "plp", "plp-flat", "transformers", "plain-again")
 DROWNING = 200.0
 LOGIT_SPREAD = 5.0
@@ -72,7 +74,10 @@ def save_model(directory: Path, preset: str, dtype: str, seed: int) -> int:
     )
     torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype))
-    model = LlamaForCausalLM(config)
+    with torch.device(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    ):  # eight billion numbers take a CPU minutes
+        model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         model.lm_head.weight.normal_(0.0, LOGIT_SPREAD / sizes["hidden_size"] ** 0.5)
@@ -83,7 +88,10 @@ def save_model(directory: Path, preset: str, dtype: str, seed: int) -> int:
     vocabulary = {f"t{i}": i for i in range(sizes["vocab_size"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t1").save_pretrained(directory)
-    return sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
+    del model
+    torch.cuda.empty_cache()
+    return parameters
 
 
 def make_rows(num_tokens: int, max_length: int, vocab_size: int, seed: int) -> list[TokenRow]:
@@ -115,10 +123,9 @@ class Bench:
         self.args, self.model, self.rows = args, str(model), rows
         self.num_tokens = sum(len(row) for row in rows)
         self.vocab_size = int(PRESETS[args.preset]["vocab_size"])
-        self.engine_args: dict[str, Any] = {
-            "max_num_batched_tokens": args.batch_tokens,
-            "max_num_seqs": 256,
-        }
+        self.engine_args: dict[str, Any] = {"max_num_seqs": 256}
+        if args.batch_tokens is not None:
+            self.engine_args["max_num_batched_tokens"] = args.batch_tokens
         self.notes: dict[str, Any] = {}
         self.cpu_seconds: float | None = None
 
@@ -140,8 +147,9 @@ class Bench:
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
 
-        if current_platform.is_cpu():
-            settings = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, **settings}
+        kind = settings["runner"] == "pooling"
+        shared = platform_arguments(on_cpu=current_platform.is_cpu(), pooling=kind, user={})
+        settings = {**shared, **settings}
         arguments = EngineArgs(
             self.model,
             dtype=self.args.dtype,
@@ -283,12 +291,18 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512, help="longest row")
     parser.add_argument("--k", type=int, default=64, help="prompt_logprobs and max_k")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="max_num_batched_tokens")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="max_num_batched_tokens; default: 2048 on a CPU, vLLM's own on a GPU"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     args = parser.parse_args()
 
+    import torch
+
+    if args.batch_tokens is None and not torch.cuda.is_available():
+        args.batch_tokens = 2048
     quiet_environment(debug=False, local=True)  # before the first engine: all must use the same threads
     with tempfile.TemporaryDirectory() as directory:
         num_parameters = save_model(Path(directory), args.preset, args.dtype, seed=0)

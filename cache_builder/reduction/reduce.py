@@ -151,6 +151,14 @@ def reduce_logits(
     return concatenate_rows(parts, logits_NV.device)
 
 
+def reduce_hardest(vocab_size: int, capture: CaptureSettings, device: torch.device) -> ReducedRows:
+    """Reduce a chunk of the rows that take most memory: equal logits, which no block can be left out of."""
+    rows = rows_per_chunk(vocab_size, device.type)
+    none_N = torch.zeros(rows, dtype=torch.int64, device=device)
+    flat_NV = torch.zeros(rows, vocab_size, device=device)
+    return reduce_logits(flat_NV, capture, labels_N=none_N, starts_N=none_N.double())
+
+
 def concatenate_rows(parts: Sequence[ReducedRows], device: torch.device | str = "cpu") -> ReducedRows:
     """Join parts in order; no parts make zero rows."""
     if len(parts) == 1:

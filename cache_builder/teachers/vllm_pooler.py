@@ -110,14 +110,10 @@ class TeacherPooler(Pooler):
         return self._collect(reduced, [len(rows) for rows in selected], pooling_metadata)
 
     def _rehearse(self, device: torch.device) -> None:
-        """Reduce what takes most memory, rows of equal logits, while vLLM measures what a step takes on a GPU."""
-        if device.type == "cpu" or self._rehearsed:
-            return
-        self._rehearsed = True
-        rows = reduce.rows_per_chunk(self.vocab_size, device.type)
-        none_N = torch.zeros(rows, dtype=torch.int64, device=device)
-        flat_NV = torch.zeros(rows, self.vocab_size, device=device)
-        reduce.reduce_logits(flat_NV, self.capture, labels_N=none_N, starts_N=none_N.double())
+        """Reduce what takes most memory, once, while vLLM measures what a step takes on a GPU."""
+        if device.type != "cpu" and not self._rehearsed:
+            self._rehearsed = True
+            reduce.reduce_hardest(self.vocab_size, self.capture, device)
 
     def _reduce(
         self, hidden_states: torch.Tensor, rows: np.ndarray, labels: np.ndarray, draw_starts: np.ndarray

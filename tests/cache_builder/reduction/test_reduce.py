@@ -246,8 +246,20 @@ def test_flat_rows_are_reduced_in_smaller_pieces(monkeypatch, min_prob):
     assert sizes and max(sizes) == 3
 
 
+def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
+    """A top-k, with ties at its cut, in every row of a whole chunk."""
+    monkeypatch.setattr(reduce, "CPU_CHUNK_BYTES", 40 * 4 * 1003)
+    sorts = []
+    real = reduce._topk_by_id
+    monkeypatch.setattr(
+        reduce, "_topk_by_id", lambda x, k: sorts.append((len(x), x.unique().tolist())) or real(x, k)
+    )
+    reduced = reduce.reduce_hardest(1003, settings(1e-2, 128), torch.device("cpu"))
+    assert sorts == [(40, [0.0])] and reduced.counts.tolist() == [1] * 40
+
+
 def test_a_gpu_takes_large_chunks_but_for_a_top_k():
-    assert reduce.rows_per_chunk(128_256, "cuda") == 2093
+    assert reduce.rows_per_chunk(128_256, "cuda") == 2092
     assert reduce.rows_per_dense_chunk(128_256, "cuda") == 261
     assert reduce.rows_per_chunk(1 << 40, "cuda") == reduce.rows_per_dense_chunk(1 << 40, "cuda") == 1
     assert reduce.rows_per_chunk(128_256, "cpu") == reduce.rows_per_dense_chunk(128_256, "cpu") == 130
@@ -382,3 +394,36 @@ def test_the_compiled_sums_equal_the_plain_ones():
         env={**os.environ, "ANNEAL_COMPILE": "1"},
     )
     assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+FOR_A_GPU = """
+import torch
+from code_for_a_gpu import kernels, source_of
+from cache_builder.reduction import block_sums
+from formats.logprobs.topk import TAIL_BETAS
+
+for vocab_size, width in ((4096, 4096), (5027, 5027), (5027, 5056)):  # full stripes, a short last one, a strided view
+    logits = torch.zeros(64, width)[:, :vocab_size]
+    found = kernels(source_of(block_sums._fused_statistics(TAIL_BETAS), logits))
+    (body,) = found.values()
+    counts = [body.count(word) for word in ("tl.load(", "tl.store(", "exp(", "tl.sum(", ".max2(")]
+    assert counts == [1, 1 + len(TAIL_BETAS), 1, len(TAIL_BETAS), 1], (vocab_size, counts, body)
+    assert "for r0_offset" not in body, "a block is held, not read in pieces"
+print("one")
+"""
+
+
+@pytest.mark.slow
+def test_a_gpu_reads_the_logits_once_in_one_kernel():
+    """The code that is made for an H100: one exponential per token for all nodes, and a block in registers."""
+    pytest.importorskip("triton")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
+    done = subprocess.run(
+        [sys.executable, "-c", FOR_A_GPU],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stdout == "one\n", done.stderr[-2000:]
