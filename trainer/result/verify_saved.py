@@ -3,13 +3,15 @@
 A few rows go through the live model before saving. The saved directory is then loaded as a user would load it:
 
 1. Every weight must be the trained one, rounded to the dtype it is saved in: equal, bit for bit.
-2. With the rounding undone (the trained weights in the places of the loaded ones) it must say what the live model
-   says. So names, ties, merged adapters and `config.json` are right, whatever rounding costs.
+2. As it is, or with the rounding undone (the trained weights in the places of the loaded ones), it must say what the
+   live model says. So names, ties, merged adapters and `config.json` are right, whatever rounding costs.
 
 Rounding is not judged, because it is no noise: an update below half a unit in the last place is lost, and updates
-of a run point the same way. What it costs is measured and told. What remains in 2. is the noise of two ways to
-compute the same; its unit is the KL that moving every weight at random by half a unit in the last place of the live
-model's arithmetic makes on this very model.
+of a run point the same way. What it costs is measured and told. For the same reason both are tried: a live model
+that computes under bfloat16 autocast rounds its weights to bfloat16 in every step, so that the rounded ones are its
+own, and the unrounded ones are further away than noise (with L2 0.1 up to 0.075 nats; seen on a GPU). What remains
+in 2. is the noise of two ways to compute the same; its unit is the KL that moving every weight at random by half a
+unit in the last place of the live model's arithmetic makes on this very model.
 
 Cost: three forward passes over 256 tokens on the CPU of one process, and meanwhile a copy of the model in float32 in
 its memory (4 bytes per parameter) beside the trained weights. `verify_saved: false` leaves the proof out.
@@ -117,11 +119,11 @@ class SavedCheck:
         Raises:
             AnnealError: says by how much it differs.
         """
-        if not self.kl_unrounded <= self.allowed:
+        if not (self.kl <= self.allowed or self.kl_unrounded <= self.allowed):
             raise AnnealError(
                 "the saved model must compute what the trained one does, got KL(trained || saved) = "
-                f"{self.kl_unrounded:.3g} nats over {self.num_tokens} tokens, rounding apart (at most "
-                f"{self.allowed:.1g}), cross-entropy {self.ce[0]:.4f} trained and {self.ce[1]:.4f} saved"
+                f"{self.kl:.3g} nats over {self.num_tokens} tokens, {self.kl_unrounded:.3g} with its rounding undone "
+                f"(at most {self.allowed:.1g}), cross-entropy {self.ce[0]:.4f} trained and {self.ce[1]:.4f} saved"
             )
 
 

@@ -485,6 +485,26 @@ def test_the_proof_lets_noise_pass_and_little_more(tiny_llama_dir, tmp_path, dty
         check_saved(live(1.0), path, trained, [dtype])
 
 
+@pytest.mark.parametrize(
+    ("kl", "kl_unrounded", "passes"),
+    [
+        (0.02, 0.001, True),  # rounding costs something, and nothing else is wrong
+        (9e-4, 0.0746, True),  # the live model rounds its weights in every step: the rounded ones are its own
+        (0.02, 0.02, False),
+        (float("nan"), float("nan"), False),
+    ],
+)
+def test_the_saved_model_is_the_trained_one_with_or_without_its_rounding(kl, kl_unrounded, passes):
+    from trainer.result.verify_saved import SavedCheck
+
+    found = SavedCheck(kl=kl, kl_unrounded=kl_unrounded, allowed=0.007, ce=(3.944, 3.949), num_tokens=251)
+    if passes:
+        found.require_passed()
+    else:
+        with pytest.raises(AnnealError, match="must compute what the trained one does"):
+            found.require_passed()
+
+
 def test_infinite_weights_are_not_published(base, tmp_path):
     """A float16 result of weights beyond its range."""
     from transformers import AutoModelForCausalLM
