@@ -19,8 +19,9 @@ class CaptureSettings:
         ConfigError: a value out of its range.
     """
 
-    positions: str = "loss"
-    """`loss` stores positions whose next token carries loss, `all` every position that has a next token."""
+    positions: str = "all"
+    """`loss` stores positions whose next token carries loss, `all` every position that has a next token: KL at the
+    answers alone fights what is to be learnt there and holds nothing else (docs/results.md)."""
     min_prob: float = 1e-2
     """Entries with at least this probability are kept; the most probable one always is."""
     max_k: int = 128

@@ -92,7 +92,7 @@ def test_resuming_ends_with_the_same_bytes(unfinished: BuildConfig, tmp_path: Pa
         ({"min_prob": 0.01}, "--min-prob: 0.001 there, 0.01 now"),
         ({"max_k": 5}, "--max-k: 128 there, 5 now"),
         ({"draw_rate": 9}, "--tail-draws: 8 there, 9 now"),
-        ({"positions": "all"}, "--positions: loss there, all now"),
+        ({"positions": "loss"}, "--positions: all there, loss now"),
         ({"limit": 9}, "--limit: none there, 9 now"),
         ({"dtype": "bfloat16"}, "--dtype: auto there, bfloat16 now"),
         ({"engine": "vllm"}, "--engine: transformers there, vllm now"),

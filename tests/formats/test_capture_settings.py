@@ -32,7 +32,7 @@ def test_settings_out_of_range(setting: str, value: object, message: str):
 def test_defaults_and_the_way_through_json():
     assert CaptureSettings(**CaptureSettings().to_dict()) == CaptureSettings()
     assert CaptureSettings().to_dict() == {
-        "positions": "loss",
+        "positions": "all",
         "min_prob": 1e-2,
         "max_k": 128,
         "draw_rate": 8,

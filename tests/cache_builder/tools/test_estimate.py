@@ -24,7 +24,7 @@ from formats.logprobs.topk import TopKLogprobs
 def estimate(tmp_path: Path, num_rows: int = 50, draw_rate: int = 0, **options):
     options = {"tail_draws": (draw_rate,)} | options
     return estimate_cache(
-        make_config(tmp_path / "never", max_k=12, min_prob=1e-2, draw_rate=draw_rate),
+        make_config(tmp_path / "never", positions="loss", max_k=12, min_prob=1e-2, draw_rate=draw_rate),
         source=make_source(num_rows),
         make_teacher=lambda config, source: SeededTeacher(
             min_prob=config.min_prob,
