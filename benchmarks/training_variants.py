@@ -89,6 +89,7 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
     from trainer.data.dataset import CachedDataset
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
     from trainer.objective import Objective
+    from trainer.preflight.memory import step_memory
 
     marks: list[tuple[float, float]] = []
 
@@ -153,12 +154,14 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
             kind = Online if sizes.variant == "online" else Trainer
             trainer = kind(model=model, args=arguments, train_dataset=plain, callbacks=[Clock(), *callbacks])  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
+        said = step_memory(trainer).peak if isinstance(trainer, LabelAnnealingTrainer) else 0
         trainer.train()
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks)][sizes.warmup - 1 :]
     return {
         "seconds": [wall for wall, _ in steps],
         "cpu_seconds": [cpu for _, cpu in steps],
         "peak_bytes": peak.read(),
+        "said_bytes": said,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 

@@ -34,8 +34,7 @@ def add_product(
 def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this build and device add a product of matrices of `dtype` to an fp32 matrix in place.
 
-    CUDA has `addmm(out_dtype=)` since torch 2.8, but the first builds refuse an fp32 sum beside factors of another
-    dtype. So it is tried, once per process, on a sum that bf16 and fp16 cannot hold: 3 * 257 + 1/8.
+    CUDA has `addmm(out_dtype=)`, but its first builds refuse an fp32 sum beside factors of another dtype. So it is tried, once per process, on a sum that bf16 and fp16 cannot hold: 3 * 257 + 1/8.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
