@@ -253,7 +253,9 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
         sums.grad_hidden_MD = torch.empty(plan.rows_M.numel(), hidden_size, dtype=compute, device=device)
     if needed.weight:
         shape = setup.num_weight_rows, hidden_size
-        sums.grad_weight_VD = torch.zeros(shape, dtype=arithmetic, device=device)
+        sums.grad_weight_VD = torch.empty(shape, dtype=arithmetic, device=device)
+        # The first chunk writes its product over the rest.
+        sums.grad_weight_VD[vocab_size if plan.chunks else 0 :].zero_()
     if needed.bias:
         sums.grad_bias_V = torch.zeros(setup.num_weight_rows, dtype=arithmetic, device=device)
     if not plan.chunks:
@@ -262,7 +264,7 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
     weights = RowWeights(setup.weights.ce * setup.unit, setup.weights.kl * setup.unit)
     longest = max(chunk.rows[1] - chunk.rows[0] for chunk in plan.chunks)
     logits = setup.logits_type(projection, longest, setup.beta, setup.cross_entropy.extras)
-    for chunk in plan.chunks:
+    for number, chunk in enumerate(plan.chunks):
         rows = slice(*chunk.rows)
         if setup.tokens is not None:
             logits.read = setup.tokens.reader(plan.rows_M[rows], plan.labels_M[rows])
@@ -291,7 +293,8 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
             if scale != 1.0:
                 out_CD.mul_(scale)
         if sums.grad_weight_VD is not None:
-            add_product(sums.grad_weight_VD[:vocab_size], gradient_CV, hidden_CD, scale)
+            total_VD = sums.grad_weight_VD[:vocab_size]
+            add_product(total_VD, gradient_CV, hidden_CD, scale, first=number == 0)
         if sums.grad_bias_V is not None:
             sums.grad_bias_V[:vocab_size].add_(logits.bias_gradient(), alpha=scale)
     return sums
