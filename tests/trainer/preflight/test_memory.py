@@ -129,3 +129,11 @@ def test_a_model_that_needs_numbers_is_planned_without_activations(
     monkeypatch.setattr(LlamaForCausalLM, "forward", choosing)
     plan = dry_run.plan_training(settings(llama_cache, tiny_llama_dir, tmp_path / "run", *BATCH))
     assert plan.memory.activations == 0 and "DataDependentOutput" in plan.text()
+
+
+def test_it_is_typed_as_dry_run(anneal, tmp_path, tiny_llama_dir, llama_cache):
+    words = ("train", llama_cache, "--model", tiny_llama_dir, "--out", tmp_path / "run", "--dry-run")
+    code, out, _ = anneal(*words)
+    assert code == 0 and "a step holds, GiB on each process: weights" in out and not (tmp_path / "run").exists()
+    code, _, err = anneal(*words, "--set", "training.learning_rat=1")
+    assert code == 1 and "did you mean training.learning_rate?" in err
