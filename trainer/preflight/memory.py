@@ -22,6 +22,8 @@ from formats.errors import ConfigError, one_line
 from trainer.loading import unwrapped
 from trainer.loss.chunks import logits_type, rows_per_chunk
 from trainer.loss.logits import Projection
+from trainer.loss.token_weights import CrossEntropy
+from trainer.objective import Objective
 
 if TYPE_CHECKING:
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
@@ -150,13 +152,15 @@ def loss_bytes(trainer: "LabelAnnealingTrainer", num_tokens: int) -> int:
     compute = compute_dtype(args, weight_VD)
     like = torch.empty(vocab_size, 1, dtype=compute, device="meta")
     projection = Projection(like, None, head.scale, head.softcap)
-    kind = logits_type(head.kernel, compute, args.device)
+    objective = trainer.objective or Objective()
+    kind = logits_type(head.kernel, compute, args.device, CrossEntropy.extras_of(objective))
     datasets: list[Any] = [trainer.train_dataset]
     num_buffers = kind.num_buffers(projection, 1.0 / datasets[0].temperature)
-    rows = rows_per_chunk(vocab_size, num_buffers, args.device.type, device_bytes(args.device))
+    memory, trained = device_bytes(args.device), weight_VD.requires_grad
+    rows = rows_per_chunk(vocab_size, num_buffers, args.device.type, memory, trained=trained)
     chunk = int(min(rows, num_tokens) * vocab_size * num_buffers * 4)
     copy = vocab_size * width * compute.itemsize if weight_VD.dtype != compute else 0
-    gradient = num_outputs * width * 4 if weight_VD.requires_grad else 0
+    gradient = num_outputs * width * 4 if trained else 0
     return chunk + copy + gradient + 2 * num_tokens * width * compute.itemsize
 
 

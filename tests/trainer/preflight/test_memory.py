@@ -134,6 +134,8 @@ def test_a_model_that_needs_numbers_is_planned_without_activations(
 def test_it_is_typed_as_dry_run(anneal, tmp_path, tiny_llama_dir, llama_cache):
     words = ("train", llama_cache, "--model", tiny_llama_dir, "--out", tmp_path / "run", "--dry-run")
     code, out, _ = anneal(*words)
-    assert code == 0 and "a step holds, GiB on each process: weights" in out and not (tmp_path / "run").exists()
+    assert (
+        code == 0 and "a step holds, GiB on each process: weights" in out and not (tmp_path / "run").exists()
+    )
     code, _, err = anneal(*words, "--set", "training.learning_rat=1")
     assert code == 1 and "did you mean training.learning_rate?" in err
