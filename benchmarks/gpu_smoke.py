@@ -7,7 +7,7 @@
 A section is a module of benchmarks/gpu with `SECONDS`, its time limit, and `run(report, place)`. Each runs in a process
 of its own: a fault of one takes nothing with it. The next one is loaded while one runs, and waits for its turn before
 it touches the device. Every finding is printed when it is made (`pass`, `FAIL` or `info`), and DIR/smoke.json is
-written anew after every section. The exit code is 0 unless this script itself breaks.
+written anew after every section; logs stay where something failed. The exit code is 0 unless this script itself breaks.
 """
 
 import argparse
@@ -114,11 +114,14 @@ class Section:
         self.end()
         path = self.out / f"{self.name}.json"
         findings = json.loads(path.read_text()) if path.exists() else []
+        path.unlink(missing_ok=True)  # one file holds them all: some machines hand back a few only
         if trouble is not None:
             # Written here, as importing gpu.report would load torch.
             found = {"verdict": "FAIL", "section": self.name, "name": "process", "value": trouble}
             findings.append({**found, "unit": "", "bound": ""})
             print(f"FAIL {self.name} process: {trouble}", flush=True)
+        elif all(finding["verdict"] != "FAIL" for finding in findings):
+            self.log.unlink()
         return {"seconds": time.perf_counter() - started, "findings": findings}
 
     def end(self) -> None:

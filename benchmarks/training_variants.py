@@ -256,7 +256,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--loss-kernel", choices=("torch", "triton"), default="torch")
+    parser.add_argument("--loss-kernel", choices=("auto", "torch", "triton"), default="auto")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--cache", type=Path)
