@@ -121,19 +121,22 @@ def num_copies(methods: Sequence[Any]) -> int:
 
 
 def optimiser_bytes(args: Any, model: nn.Module, like: torch.Tensor) -> float:
-    """Bytes of state per trained weight: that of a step on a parameter that nobody trains."""
+    """Bytes of state per trained weight: that of a step on a parameter that nobody trains; two numbers, as Adam keeps,
+    for an optimiser that cannot be tried so.
+    """
     from transformers import Trainer
 
     name = str(args.optim.value)
     if "layerwise" in name or "lomo" in name:  # they hang hooks on the model, and keep next to nothing
         return 0.0
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
-    if {"params", "model", "optimizer_dict"} & settings.keys():  # those that choose among the model's weights
-        kind, settings = torch.optim.AdamW, {}
     probe = nn.Parameter(torch.zeros(PROBE_SHAPE, dtype=like.dtype, device=args.device))
     probe.grad = torch.ones_like(probe)
-    optimizer = kind([probe], **settings)  # type: ignore[call-arg]
-    optimizer.step()
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+        optimizer = kind([probe], **settings)  # type: ignore[call-arg]
+        optimizer.step()
+    except Exception:  # one that takes whole models, or has to be told that training begins
+        return 2.0 * like.element_size()
     state = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
     return num_bytes(value for value in state if value.numel() > 1) / probe.numel()
 
