@@ -7,7 +7,7 @@
 A section is a module of benchmarks/gpu with `SECONDS`, its time limit, and `run(report, place)`. Each runs in a process
 of its own: a fault of one takes nothing with it. The next one is loaded while one runs, and waits for its turn before
 it touches the device. Every finding is printed when it is made (`pass`, `FAIL` or `info`), and DIR/smoke.json is
-written anew after every section. The exit code is 0 unless this script itself breaks.
+written anew after every section; logs stay where something failed. The exit code is 0 unless this script itself breaks.
 """
 
 import argparse
@@ -29,6 +29,8 @@ SECTIONS = ("ceilings", "gradients", "loss", "reduction", "pooler", "step", "end
 """By importance: what a budget cuts off is the end."""
 SLOWER = 5
 """Times a section's limit: for a trial on a busy CPU."""
+LOADING = 120.0
+"""Seconds that importing a section may take."""
 GRACE = 5.0
 """Seconds between asking a section to end and ending it."""
 
@@ -52,6 +54,11 @@ def seconds_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def ready_mark(out: Path, name: str) -> Path:
+    """There while a section is loaded and waits for its turn."""
+    return out / f"{name}.ready"
+
+
 # --- one section, in its own process -------------------------------------------------------------------------
 
 
@@ -61,6 +68,7 @@ def run_section(name: str, device_name: str, tiny: bool, out: Path) -> None:
     from gpu.report import Place, Report
 
     section = importlib.import_module(f"gpu.{name}")
+    ready_mark(out, name).touch()
     if not sys.stdin.readline():
         return  # the driver ended
     report = Report(name, lambda findings: write_json(out / f"{name}.json", findings))
@@ -81,7 +89,8 @@ class Section:
         self.name, self.out = name, args.out
         self.seconds = (seconds_of(HERE / "gpu" / f"{name}.py") or 0) * (SLOWER if args.tiny else 1)
         self.log = args.out / f"{name}.log"
-        (args.out / f"{name}.json").unlink(missing_ok=True)
+        for left in (args.out / f"{name}.json", ready_mark(args.out, name)):
+            left.unlink(missing_ok=True)
         command = [sys.executable, str(Path(__file__).resolve()), "--out", str(args.out)]
         command += ["--device", args.device, "--section", name, *(["--tiny"] if args.tiny else [])]
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -98,6 +107,7 @@ class Section:
 
     def run(self, limit: float) -> dict[str, Any]:
         """Let it run for `limit` seconds at most; its findings, those of a section that died included."""
+        self._await_loading()
         started = time.perf_counter()
         trouble = None
         try:
@@ -114,12 +124,22 @@ class Section:
         self.end()
         path = self.out / f"{self.name}.json"
         findings = json.loads(path.read_text()) if path.exists() else []
+        path.unlink(missing_ok=True)  # one file holds them all: some machines hand back a few only
         if trouble is not None:
             # Written here, as importing gpu.report would load torch.
             found = {"verdict": "FAIL", "section": self.name, "name": "process", "value": trouble}
             findings.append({**found, "unit": "", "bound": ""})
             print(f"FAIL {self.name} process: {trouble}", flush=True)
+        elif all(finding["verdict"] != "FAIL" for finding in findings):
+            self.log.unlink()
         return {"seconds": time.perf_counter() - started, "findings": findings}
+
+    def _await_loading(self) -> None:
+        """Wait until the section is loaded, died, or took too long: its time limit begins then."""
+        mark, until = ready_mark(self.out, self.name), time.perf_counter() + LOADING
+        while not mark.exists() and self.process.poll() is None and time.perf_counter() < until:
+            time.sleep(0.05)
+        mark.unlink(missing_ok=True)
 
     def end(self) -> None:
         """End the process and all it started."""
@@ -154,6 +174,7 @@ def run_all(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
         left = args.budget - (time.perf_counter() - started)
         if left < 1:
             section.end()
+            ready_mark(args.out, name).unlink(missing_ok=True)
             print(f"info {name}: not run, the budget of {args.budget:g} s is spent", flush=True)
             found["sections"][name] = {"seconds": 0.0, "findings": [], "skipped": True}
             coming = Section(after, args) if after else None

@@ -191,7 +191,7 @@ def loss_report(args: argparse.Namespace) -> dict[str, Any]:
     bucket = run_variant("loss-bucket", {**common, "rows": args.dense_rows, "steps": args.rounds})
     dense = run_variant("loss-dense", {**common, "rows": args.dense_rows, "steps": args.rounds})
     found = {"fused": fused, "fused_small": fused_small, "bucket": bucket, "dense": dense}
-    if args.loss_kernel != "torch":
+    if args.loss_kernel != "torch" and args.device == "cuda":
         options = {**common, "loss-kernel": "torch", "rows": args.dense_rows, "steps": args.rounds}
         found["fused_torch"] = run_variant("loss-fused", options)
         if abs(found["fused_torch"]["loss"] - fused_small["loss"]) > 1e-2 * abs(fused_small["loss"]):
@@ -249,7 +249,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all variants")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--loss-kernel", choices=("torch", "triton"), default="torch", help="of our loss")
+    parser.add_argument(
+        "--loss-kernel", choices=("auto", "torch", "triton"), default="auto", help="of our loss"
+    )
     parser.add_argument("--num-kept", type=int, default=64, help="kept tokens per position")
     parser.add_argument("--rounds", type=int, default=2, help="processes per variant")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process")

@@ -89,6 +89,7 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
     from trainer.data.dataset import CachedDataset
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
     from trainer.objective import Objective
+    from trainer.preflight.memory import step_memory
 
     marks: list[tuple[float, float]] = []
 
@@ -153,12 +154,14 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
             kind = Online if sizes.variant == "online" else Trainer
             trainer = kind(model=model, args=arguments, train_dataset=plain, callbacks=[Clock(), *callbacks])  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
+        said = step_memory(trainer).peak if isinstance(trainer, LabelAnnealingTrainer) else 0
         trainer.train()
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks)][sizes.warmup - 1 :]
     return {
         "seconds": [wall for wall, _ in steps],
         "cpu_seconds": [cpu for _, cpu in steps],
         "peak_bytes": peak.read(),
+        "said_bytes": said,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -253,7 +256,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--loss-kernel", choices=("torch", "triton"), default="torch")
+    parser.add_argument("--loss-kernel", choices=("auto", "torch", "triton"), default="auto")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--cache", type=Path)

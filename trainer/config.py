@@ -24,7 +24,7 @@ from trainer.quantization import WeightQuantization
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 KL_DIRECTIONS = ("forward", "reverse")
-LOSS_KERNELS = ("torch", "triton")
+LOSS_KERNELS = ("auto", "torch", "triton")
 ROW_LOSSES = ("both", "ce", "kl")
 DTYPES = ("float32", "bfloat16", "float16")
 TRAINING_DTYPES = ("auto", *DTYPES)
@@ -191,8 +191,9 @@ class TrainConfig(Objective):
     verify_saved: bool = True
     """Load the saved model once, on the CPU in float32, and publish it only if it computes what the trained
     one does. False saves the time, and the memory of one more copy of the model."""
-    loss_kernel: str = "torch"
-    """`torch`, or `triton` on CUDA: less memory traffic in the loss, the same function. Never timed yet."""
+    loss_kernel: str = "auto"
+    """Who does the work on whole rows of logits in the loss: `triton` on CUDA, `torch` anywhere, the same function.
+    `auto` is triton where it runs and the objective lets it, else torch."""
     attn_implementation: str | None = None
     """Attention kernel, as in `from_pretrained`: sdpa, eager, flash_attention_2, ..."""
     keep_checkpoints: bool = False

@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from trainer.config import TrainConfig
 from trainer.inputs import Inputs, Rows, Student, reads_tokens_only, teacher_of
+from trainer.loss.chunks import why_no_triton
 from trainer.preflight.frozen import freeze_note
+from trainer.recipe import on_gpu
 
 LEAST_TOKENS = 150.0
 """Times T^2: tokens per step at which the noise of draws is as large as the gradient (SmolLM2-135M, 10 steps of drift,
@@ -31,6 +35,7 @@ def notes(
         draws_note(config, rows, rows_per_step),
         freeze_note(student.model, config.freeze),
         lora_note(config, resolved, student.dtype),
+        kernel_note(config, resolved),
     )
     return [line for line in found if line is not None]
 
@@ -84,3 +89,14 @@ def lora_note(config: TrainConfig, resolved: Mapping[str, Any], dtype: str) -> s
     if config.lora is not None and again and "gradient_checkpointing" not in config.training:
         found.append("activations are computed twice (training.gradient_checkpointing: false is otherwise)")
     return f"lora: {', and '.join(found)}" if found else None
+
+
+def kernel_note(config: TrainConfig, resolved: Mapping[str, Any]) -> str | None:
+    """One line where the loss on a GPU does without its Triton kernels because they do not run; None elsewhere."""
+    if config.loss_kernel != "auto" or not on_gpu(resolved):
+        return None
+    compute = (
+        torch.bfloat16 if resolved.get("bf16") else torch.float16 if resolved.get("fp16") else torch.float32
+    )
+    reason = why_no_triton(torch.device("cuda", torch.cuda.current_device()), compute)
+    return None if reason is None else f"loss_kernel: torch, because Triton does not run here: {reason}"

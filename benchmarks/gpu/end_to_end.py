@@ -47,8 +47,9 @@ def run(report: Report, place: Place) -> None:
     }
     cpu = train_on_cpu(folder, caches["train"], training)
     try:
-        plain = train(report, folder, "fp32", caches, training, on_gpu)
-        train(report, folder, "bf16, torch", caches, training | {"bf16": True}, on_gpu, near=plain)
+        plain = train(report, folder, "fp32", caches, training, on_gpu, loss_kernel="torch")
+        halves = training | {"bf16": True}
+        train(report, folder, "bf16, torch", caches, halves, on_gpu, near=plain, loss_kernel="torch")
         train(
             report,
             folder,

@@ -19,6 +19,7 @@ FILES = (
     "test_token_weights.py",
     "test_token_measures.py",
     "test_loss_integration.py",
+    "test_accumulate.py",
 )
 TRITON = "loss_triton_cases.py"
 NOT_HERE = "compiled or initial_model or model_over_batches or missing_is_refused"

@@ -31,7 +31,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 @torch.compiler.disable
 def _on_device(*args: Any, **kwargs: Any) -> LabelAnnealingOutput:
-    there = {name: moved(value, DEVICE) for name, value in kwargs.items()}
+    # The Triton kernels have cases of their own (loss/loss_triton_cases.py).
+    there = {"kernel": "torch"} | {name: moved(value, DEVICE) for name, value in kwargs.items()}
     output = module.label_annealing_loss(*(moved(value, DEVICE) for value in args), **there)
     return moved(output, torch.device("cpu"))
 

@@ -66,7 +66,7 @@ def test_yaml_cannot_construct_objects():
         (["temperature=0"], "temperature must be at least 0.5"),
         (["temperature=-1"], "temperature must be at least 0.5"),
         (["kl_direction=sideways"], "kl_direction must be one of forward, reverse, got 'sideways'"),
-        (["loss_kernel=cuda"], "loss_kernel must be one of torch, triton, got 'cuda'"),
+        (["loss_kernel=cuda"], "loss_kernel must be one of auto, torch, triton, got 'cuda'"),
         (["packing=maybe"], "packing must be true or false, got 'maybe'"),
         (["pack_length=64"], "pack_length needs packing"),
         (["dtype=float8"], "dtype must be one of"),

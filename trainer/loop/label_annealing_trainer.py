@@ -84,7 +84,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         kl_direction: str = "forward",
         objective: Objective | None = None,
         kl_budget: float | None = None,
-        loss_kernel: Literal["torch", "triton"] = "torch",
+        loss_kernel: Literal["auto", "torch", "triton"] = "auto",
         packing: bool = False,
         pack_length: int | None = None,
         group_by_length: bool = False,

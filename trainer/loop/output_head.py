@@ -78,7 +78,7 @@ class OutputHead:
         self.model, self.module = model, module
         self.softcap, self.scale = softcap, scale
         self.vocab_size: int | None = None
-        self.kernel: Literal["torch", "triton"] = "torch"
+        self.kernel: Literal["auto", "torch", "triton"] = "auto"
         self._request: HeadRequest | None = None
         self._capture: list[torch.Tensor] | None = None
         self._original: Any = None

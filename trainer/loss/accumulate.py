@@ -16,26 +16,43 @@ ACCUMULATE_ROWS = 16_384
 
 
 def add_product(
-    total_VD: torch.Tensor, gradient_CV: torch.Tensor, hidden_CD: torch.Tensor, scale: float
+    total_VD: torch.Tensor,
+    gradient_CV: torch.Tensor,
+    hidden_CD: torch.Tensor,
+    scale: float,
+    *,
+    first: bool = False,
 ) -> None:
-    """total += scale * gradient^T hidden; the total is fp32 (fp64) and contiguous."""
-    dtype = gradient_CV.dtype
+    """total += scale * gradient^T hidden; the total is fp32 (fp64) and contiguous.
+
+    Args:
+        first: write the product over whatever the total holds.
+    """
+    dtype, beta = gradient_CV.dtype, 0.0 if first else 1.0
     if total_VD.dtype == dtype:
-        total_VD.addmm_(gradient_CV.t(), hidden_CD, alpha=scale)
-    elif adds_in_fp32(total_VD.device, dtype):
-        torch.addmm(total_VD, gradient_CV.t(), hidden_CD, alpha=scale, out_dtype=total_VD.dtype, out=total_VD)
-    else:
-        for start in range(0, total_VD.shape[0], ACCUMULATE_ROWS):
-            columns = gradient_CV[:, start : start + ACCUMULATE_ROWS]
-            total_VD[start : start + ACCUMULATE_ROWS].add_(columns.t() @ hidden_CD, alpha=scale)
+        total_VD.addmm_(gradient_CV.t(), hidden_CD, beta=beta, alpha=scale)
+        return
+    if adds_in_fp32(total_VD.device, dtype):
+        columns_VC, out_dtype = gradient_CV.t(), total_VD.dtype
+        torch.addmm(
+            total_VD, columns_VC, hidden_CD, beta=beta, alpha=scale, out_dtype=out_dtype, out=total_VD
+        )
+        return
+    for start in range(0, total_VD.shape[0], ACCUMULATE_ROWS):
+        product = gradient_CV[:, start : start + ACCUMULATE_ROWS].t() @ hidden_CD
+        part = total_VD[start : start + ACCUMULATE_ROWS]
+        if first:
+            part.copy_(product).mul_(scale)
+        else:
+            part.add_(product, alpha=scale)
 
 
 @cache
 def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this build and device add a product of matrices of `dtype` to an fp32 matrix in place.
 
-    CUDA has `addmm(out_dtype=)` since torch 2.8, but the first builds refuse an fp32 sum beside factors of another
-    dtype. So it is tried, once per process, on a sum that bf16 and fp16 cannot hold: 3 * 257 + 1/8.
+    CUDA has `addmm(out_dtype=)`, but its first builds refuse an fp32 sum beside factors of another dtype. So it is
+    tried, once per process, on a sum that bf16 and fp16 cannot hold: 3 * 257 + 1/8.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False

@@ -18,12 +18,13 @@ with teacher targets.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
 
 from formats.disk.token_row import IGNORED
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from trainer.config import LOSS_KERNELS
 from trainer.data.teacher_batch import TeacherBatch
 from trainer.loss.accumulate import add_product
@@ -31,31 +32,38 @@ from trainer.loss.kl import RowWeights, process_chunk
 from trainer.loss.logits import ChunkLogits, Projection, TorchLogits, arithmetic_dtype
 from trainer.loss.targets import TeacherTargets, teacher_targets, value_rules
 from trainer.loss.token_measures import TokenMeasures
-from trainer.loss.token_weights import CrossEntropy
+from trainer.loss.token_weights import NO_EXTRAS, CrossEntropy, RowExtras
 
 # Bytes of vocabulary-sized buffers per chunk. The output head's gradient is read and written once per chunk,
 # which on a CPU costs little next to the multiplications from about 256 rows on (docs/derivations.md).
 CPU_CHUNK_BYTES = 64 << 20
 OTHER_CHUNK_BYTES = 256 << 20
 MIN_CHUNK_ROWS = 256
-# A GPU multiplies so much faster than it reads that the same takes 2,048 rows. Whole tiles of 256 rows.
-CUDA_SHARE = 32
-"""The buffers take one part in so many of the GPU's memory,"""
+# A GPU multiplies so much faster than it reads that it takes some 2,000 rows until the head's gradient costs a
+# hundredth of a step; half of them where it has none. More rows gain next to nothing, and memory grows with them.
 CUDA_CHUNK_ROWS = 2048
-"""or what this many rows take, if that is more,"""
 CUDA_LARGEST_SHARE = 8
-"""but never more than one part in so many."""
+"""The buffers never take more than one part in so many of the GPU's memory."""
 CUDA_ROW_TILE = 256
 
 
-def logits_type(kernel: str, compute: torch.dtype, device: torch.device | str) -> type[ChunkLogits]:
-    """Who does the work on whole rows of logits: the `torch` or `triton` one. fp64 is always PyTorch's.
+def logits_type(
+    kernel: str, compute: torch.dtype, device: torch.device | str, extras: RowExtras = NO_EXTRAS
+) -> type[ChunkLogits]:
+    """Who does the work on whole rows of logits: the `torch` or `triton` one, or by `auto` the latter where it can.
+    fp64 is always PyTorch's.
+
+    Args:
+        extras: what the cross-entropy needs of the rows beside sums, which only PyTorch gives.
 
     Raises:
         ConfigError: there is no such kernel, or it cannot run here.
     """
     if kernel not in LOSS_KERNELS:
         raise ConfigError(f"the loss kernel must be one of {', '.join(LOSS_KERNELS)}, got {kernel!r}")
+    device = torch.device(device)
+    if kernel == "auto" and (device.type != "cuda" or extras != NO_EXTRAS or why_no_triton(device, compute)):
+        kernel = "torch"
     if kernel == "torch":
         return TorchLogits
     try:
@@ -65,7 +73,6 @@ def logits_type(kernel: str, compute: torch.dtype, device: torch.device | str) -
             f"the loss kernel triton needs the package triton, got: {error}; "
             "install it or use the loss kernel torch"
         ) from error
-    device = torch.device(device)
     if device.type != "cuda" and not INTERPRETED:
         raise ConfigError(
             f"the loss kernel triton needs a CUDA device, got {device.type}; use the loss kernel torch"
@@ -73,8 +80,28 @@ def logits_type(kernel: str, compute: torch.dtype, device: torch.device | str) -
     return TorchLogits if compute == torch.float64 else TritonLogits
 
 
+@cache
+def why_no_triton(device: torch.device, compute: torch.dtype) -> str | None:
+    """Why the Triton kernels do not run on a device; None where they do. Tried once per process, on two rows: they need
+    the package, a C compiler, and a GPU that Triton knows.
+    """
+    if compute == torch.float64:
+        return None  # it is PyTorch's
+    try:
+        from trainer.loss.triton_passes import try_kernels
+
+        return try_kernels(device, compute)
+    except Exception as error:  # a missing package or compiler, a refused target: Triton has many of its own
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
 def rows_per_chunk(
-    vocab_size: int, num_buffers: float, device_type: str, device_bytes: int | None = None
+    vocab_size: int,
+    num_buffers: float,
+    device_type: str,
+    device_bytes: int | None = None,
+    *,
+    trained: bool = True,
 ) -> int:
     """How many rows to project at a time, from what their buffers take.
 
@@ -82,22 +109,25 @@ def rows_per_chunk(
         num_buffers: buffers of four bytes per logit, as `ChunkLogits.num_buffers` counts them.
         device_bytes: the whole memory of a CUDA device; None for any other device. The whole, not what is
             free: the same run has the same chunks, and so the same bits.
+        trained: whether the output head wants a gradient, which every chunk reads and writes.
     """
     row_bytes = 4 * vocab_size * num_buffers
     if device_bytes is not None:
-        rows = max(CUDA_CHUNK_ROWS, int(device_bytes / CUDA_SHARE / row_bytes))
-        rows = min(rows, int(device_bytes / CUDA_LARGEST_SHARE / row_bytes))
+        wanted = CUDA_CHUNK_ROWS if trained else CUDA_CHUNK_ROWS // 2
+        rows = min(wanted, int(device_bytes / CUDA_LARGEST_SHARE / row_bytes))
         return max(CUDA_ROW_TILE, rows // CUDA_ROW_TILE * CUDA_ROW_TILE)
     budget = CPU_CHUNK_BYTES if device_type == "cpu" else OTHER_CHUNK_BYTES
     return max(MIN_CHUNK_ROWS, int(budget // row_bytes))
 
 
-def default_chunk_size(projection: Projection, beta: float, kind: type[ChunkLogits]) -> int:
-    """Rows per chunk for this output head on the device where it is."""
+def default_chunk_size(
+    projection: Projection, beta: float, kind: type[ChunkLogits], *, trained: bool = True
+) -> int:
+    """Rows per chunk for this output head on the device where it is; `trained` as in `rows_per_chunk`."""
     device = projection.weight_VD.device
     device_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     num_buffers = kind.num_buffers(projection, beta)
-    return rows_per_chunk(len(projection.weight_VD), num_buffers, device.type, device_bytes)
+    return rows_per_chunk(len(projection.weight_VD), num_buffers, device.type, device_bytes, trained=trained)
 
 
 @dataclass(frozen=True)
@@ -253,7 +283,9 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
         sums.grad_hidden_MD = torch.empty(plan.rows_M.numel(), hidden_size, dtype=compute, device=device)
     if needed.weight:
         shape = setup.num_weight_rows, hidden_size
-        sums.grad_weight_VD = torch.zeros(shape, dtype=arithmetic, device=device)
+        sums.grad_weight_VD = torch.empty(shape, dtype=arithmetic, device=device)
+        # The first chunk writes its product over the rest.
+        sums.grad_weight_VD[vocab_size if plan.chunks else 0 :].zero_()
     if needed.bias:
         sums.grad_bias_V = torch.zeros(setup.num_weight_rows, dtype=arithmetic, device=device)
     if not plan.chunks:
@@ -262,7 +294,7 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
     weights = RowWeights(setup.weights.ce * setup.unit, setup.weights.kl * setup.unit)
     longest = max(chunk.rows[1] - chunk.rows[0] for chunk in plan.chunks)
     logits = setup.logits_type(projection, longest, setup.beta, setup.cross_entropy.extras)
-    for chunk in plan.chunks:
+    for number, chunk in enumerate(plan.chunks):
         rows = slice(*chunk.rows)
         if setup.tokens is not None:
             logits.read = setup.tokens.reader(plan.rows_M[rows], plan.labels_M[rows])
@@ -291,7 +323,8 @@ def walk_chunks(hidden_ND: torch.Tensor, setup: LossSetup, needed: NeededGradien
             if scale != 1.0:
                 out_CD.mul_(scale)
         if sums.grad_weight_VD is not None:
-            add_product(sums.grad_weight_VD[:vocab_size], gradient_CV, hidden_CD, scale)
+            total_VD = sums.grad_weight_VD[:vocab_size]
+            add_product(total_VD, gradient_CV, hidden_CD, scale, first=number == 0)
         if sums.grad_bias_V is not None:
             sums.grad_bias_V[:vocab_size].add_(logits.bias_gradient(), alpha=scale)
     return sums

@@ -77,7 +77,7 @@ def label_annealing_loss(
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
-    kernel: Literal["torch", "triton"] = "torch",
+    kernel: Literal["auto", "torch", "triton"] = "auto",
     measure_tokens: bool = False,
     objective: Objective | None = None,
     label_terms: LabelTerms | None = None,
@@ -112,8 +112,8 @@ def label_annealing_loss(
         logit_scale: multiplies the logits before the softcap (Cohere; the reciprocal for Granite).
         vocab_size: so many rows of the output head are tokens; the rest is padding and never projected.
         chunk_size: rows projected at a time; by default from vocabulary size and device.
-        kernel: who does the work on whole rows of logits: `torch` on any device; `triton` on CUDA, never
-            timed yet, with less memory traffic. fp64 is `torch` either way.
+        kernel: who does the work on whole rows of logits: `torch` on any device; `triton` on CUDA, with less
+            memory traffic; `auto` is `triton` where it runs and `objective` lets it. fp64 is `torch` either way.
         measure_tokens: also fill `tokens`, for evaluation: one more pass over the logits.
         objective: what single tokens count (token_weights.py), in `ce` and `kl` as well; of the settings of the KL,
             which shape the batch, only `masked-weighted` is read here.
@@ -137,14 +137,15 @@ def label_annealing_loss(
             f"hidden states and output head must have one dtype outside autocast, got {hidden_ND.dtype} and "
             f"{weight_VD.dtype}; cast one of them"
         )
-    kind = logits_type(kernel, compute, device)
     objective = objective or Objective()
     cross_entropy = CrossEntropy.of(objective, label_terms or LabelTerms(), kernel)
+    kind = logits_type(kernel, compute, device, cross_entropy.extras)
     arithmetic = arithmetic_dtype(compute)
     beta = 1.0 if teacher is None else 1.0 / teacher.temperature
     if teacher is not None and kl_direction == "reverse":
         teacher = teacher.without_draws()
     num_positions = 0 if teacher is None else len(teacher)
+    grad_enabled = torch.is_grad_enabled()
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         projection = Projection(
             weight_VD.detach()[:vocab_size].to(compute),
@@ -153,7 +154,8 @@ def label_annealing_loss(
             logit_softcap,
         )
         if chunk_size is None:
-            chunk_size = default_chunk_size(projection, beta if num_positions else 1.0, kind)
+            trained = weight_VD.requires_grad and grad_enabled
+            chunk_size = default_chunk_size(projection, beta if num_positions else 1.0, kind, trained=trained)
         plan = plan_rows(
             labels_N,
             teacher,
@@ -183,9 +185,7 @@ def label_annealing_loss(
         tokens=tokens,
         cross_entropy=cross_entropy,
     )
-    loss, sum_ce, sum_kl, sum_q = _GradientsInForward.apply(
-        hidden_ND, weight_VD, bias_V, setup, torch.is_grad_enabled()
-    )
+    loss, sum_ce, sum_kl, sum_q = _GradientsInForward.apply(hidden_ND, weight_VD, bias_V, setup, grad_enabled)
     sum_p = torch.zeros_like(sum_q) if plan.targets is None else (1.0 - plan.targets.tail_P).sum()
     return LabelAnnealingOutput(
         loss=loss,

@@ -93,6 +93,11 @@ class CrossEntropy:
         """What it needs of the logits."""
         return RowExtras(top_entropy=self.weighting.name == "eaft", mean=self.smoothing > 0)
 
+    @staticmethod
+    def extras_of(objective: Objective) -> RowExtras:
+        """What the cross-entropy of an objective needs of the logits, before there is a batch."""
+        return CrossEntropy(objective.weighting, objective.label_smoothing, LabelTerms()).extras
+
     def row_weights(
         self, ce_C: torch.Tensor, top_entropy_C: torch.Tensor | None, terms: LabelTerms
     ) -> torch.Tensor | None:

@@ -239,6 +239,19 @@ class TritonLogits(ChunkLogits):
         return self.projected_CV.sum(dim=0, dtype=torch.float32)
 
 
+def try_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Compile and run both kernels on two rows; None if they compute what they should, else what they did."""
+    logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, -1.0]], device=device)
+    raw = logits.to(dtype, copy=True)
+    maxima, sums = torch.full((2,), -torch.inf, device=device), torch.empty(2, device=device)
+    fixed: dict[str, Any] = {"BIAS": False, "CAP": False, "scale": 1.0, "cap": 0.0, "beta": 1.0}
+    with torch.cuda.device_of(raw):
+        row_sums[(2,)](raw, None, maxima, sums, sums, 3, 3, TEMPERED=False, J=16, **fixed)
+        row_gradient[(2, 1)](raw, None, maxima, None, 1.0 / sums, 3, 3, ONE=False, J=16, **fixed)
+    error = float((raw.float() - logits.softmax(1)).abs().max())
+    return None if error < 1e-2 else f"a softmax of three tokens is off by {error:.2g}"
+
+
 def summed_by_token(at_S: torch.Tensor, value_S: torch.Tensor) -> torch.Tensor:
     """For each draw the sum over all draws of its token, in a fixed order, without waiting for the device."""
     sorted_S, order_S = at_S.sort(stable=True)

@@ -22,6 +22,8 @@ from formats.errors import ConfigError, one_line
 from trainer.loading import unwrapped
 from trainer.loss.chunks import logits_type, rows_per_chunk
 from trainer.loss.logits import Projection
+from trainer.loss.token_weights import CrossEntropy
+from trainer.objective import Objective
 
 if TYPE_CHECKING:
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
@@ -119,19 +121,22 @@ def num_copies(methods: Sequence[Any]) -> int:
 
 
 def optimiser_bytes(args: Any, model: nn.Module, like: torch.Tensor) -> float:
-    """Bytes of state per trained weight: that of a step on a parameter that nobody trains."""
+    """Bytes of state per trained weight: that of a step on a parameter that nobody trains; two numbers, as Adam keeps,
+    for an optimiser that cannot be tried so.
+    """
     from transformers import Trainer
 
     name = str(args.optim.value)
     if "layerwise" in name or "lomo" in name:  # they hang hooks on the model, and keep next to nothing
         return 0.0
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
-    if {"params", "model", "optimizer_dict"} & settings.keys():  # those that choose among the model's weights
-        kind, settings = torch.optim.AdamW, {}
     probe = nn.Parameter(torch.zeros(PROBE_SHAPE, dtype=like.dtype, device=args.device))
     probe.grad = torch.ones_like(probe)
-    optimizer = kind([probe], **settings)  # type: ignore[call-arg]
-    optimizer.step()
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+        optimizer = kind([probe], **settings)  # type: ignore[call-arg]
+        optimizer.step()
+    except Exception:  # one that takes whole models, or has to be told that training begins
+        return 2.0 * like.element_size()
     state = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
     return num_bytes(value for value in state if value.numel() > 1) / probe.numel()
 
@@ -150,13 +155,15 @@ def loss_bytes(trainer: "LabelAnnealingTrainer", num_tokens: int) -> int:
     compute = compute_dtype(args, weight_VD)
     like = torch.empty(vocab_size, 1, dtype=compute, device="meta")
     projection = Projection(like, None, head.scale, head.softcap)
-    kind = logits_type(head.kernel, compute, args.device)
+    objective = trainer.objective or Objective()
+    kind = logits_type(head.kernel, compute, args.device, CrossEntropy.extras_of(objective))
     datasets: list[Any] = [trainer.train_dataset]
     num_buffers = kind.num_buffers(projection, 1.0 / datasets[0].temperature)
-    rows = rows_per_chunk(vocab_size, num_buffers, args.device.type, device_bytes(args.device))
+    memory, trained = device_bytes(args.device), weight_VD.requires_grad
+    rows = rows_per_chunk(vocab_size, num_buffers, args.device.type, memory, trained=trained)
     chunk = int(min(rows, num_tokens) * vocab_size * num_buffers * 4)
     copy = vocab_size * width * compute.itemsize if weight_VD.dtype != compute else 0
-    gradient = num_outputs * width * 4 if weight_VD.requires_grad else 0
+    gradient = num_outputs * width * 4 if trained else 0
     return chunk + copy + gradient + 2 * num_tokens * width * compute.itemsize
 
 

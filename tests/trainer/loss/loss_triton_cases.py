@@ -199,6 +199,11 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_they_are_tried_on_two_rows():
+    assert triton_passes.try_kernels(torch.device(DEVICE), torch.bfloat16) is None
+    assert triton_passes.try_kernels(torch.device(DEVICE), torch.float32) is None
+
+
 def test_draws_of_one_token_are_added_up():
     flat = torch.tensor([5, 9, 5, 2, 9, 5, 11])
     values = torch.tensor([1.0, 10.0, 2.0, 100.0, 20.0, 4.0, 7.0])
@@ -281,7 +286,7 @@ def test_chunks_have_more_rows():
     projection = Projection(torch.empty(128_256, 1, dtype=torch.bfloat16), None, 1.0, None)
     num_buffers = [kind.num_buffers(projection, 1.0) for kind in (TorchLogits, triton_passes.TritonLogits)]
     assert num_buffers == [2, 0.5]
-    assert [rows_per_chunk(128_256, n, "cuda", 80 << 30) for n in num_buffers] == [2560, 10_240]
+    assert [rows_per_chunk(128_256, n, "cuda", 12 << 30) for n in num_buffers] == [1536, 2048]
 
 
 def test_through_the_head_of_a_model():

@@ -184,7 +184,8 @@ def test_double_backward_is_refused_clearly():
     hidden = case.hidden.clone().requires_grad_()
     loss = (hidden.sum() ** 2) * label_annealing_loss(hidden, case.weight, case.labels, case.teacher).loss
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    # The graph holds the first pass as well: which refusal comes first is the engine's choice, and differs on a GPU.
+    with pytest.raises(RuntimeError, match=r"once_differentiable|can be backpropagated once"):
         gradient.sum().backward()
 
 

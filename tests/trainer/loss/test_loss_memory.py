@@ -99,19 +99,18 @@ def test_chunks_fill_their_budget_but_never_have_few_rows(device_type, budget):
 
 
 @pytest.mark.parametrize("device_gib", (8, 24, 80, 141))
-def test_chunks_of_a_gpu_are_whole_tiles_from_its_memory(device_gib):
-    """A thirty-second of the memory, or 2,048 rows if they take more, but never more than an eighth."""
-    memory = device_gib << 30
+@pytest.mark.parametrize("trained", (True, False))
+def test_chunks_of_a_gpu_are_whole_tiles_and_the_same_on_every_large_one(trained, device_gib):
+    """2,048 rows, or half of them where the head wants no gradient; fewer where they would take an eighth of it."""
+    memory, wanted = device_gib << 30, 2048 if trained else 1024
     for vocab_size, num_buffers in itertools.product(VOCAB_SIZES, (0.5, 1, 2, 4)):
-        rows = rows_per_chunk(vocab_size, num_buffers, "cuda", memory)
+        rows = rows_per_chunk(vocab_size, num_buffers, "cuda", memory, trained=trained)
         row_bytes = vocab_size * num_buffers * 4
-        assert rows % 256 == 0 and rows >= 256
+        assert rows % 256 == 0 and 256 <= rows <= wanted
         assert rows * row_bytes <= max(memory / 8, 256 * row_bytes)
-        assert rows >= 2048 or (rows + 256) * row_bytes > memory / 8
-        assert rows == 2048 or rows * row_bytes <= memory / 32 < (rows + 256) * row_bytes or rows < 2048
-    assert rows_per_chunk(128_256, 2, "cuda", 80 << 30) == 2560
-    assert rows_per_chunk(128_256, 2, "cuda", 24 << 30) == 2048
-    assert rows_per_chunk(262_144, 3, "cuda", 8 << 30) == 256
+        assert rows == wanted or (rows + 256) * row_bytes > memory / 8
+    assert rows_per_chunk(128_256, 0.5, "cuda", memory, trained=trained) == wanted
+    assert rows_per_chunk(262_144, 3, "cuda", 8 << 30, trained=trained) == 256
 
 
 class HostReads(TorchDispatchMode):

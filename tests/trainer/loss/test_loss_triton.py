@@ -120,7 +120,7 @@ def one_line(error: ConfigError) -> str:
 
 
 def test_an_unknown_kernel_is_refused():
-    with pytest.raises(ConfigError, match="must be one of torch, triton, got 'cuda'") as error:
+    with pytest.raises(ConfigError, match="must be one of auto, torch, triton, got 'cuda'") as error:
         tiny_loss("cuda")
     one_line(error.value)
 
@@ -164,3 +164,38 @@ def test_nothing_imports_triton_unless_asked():
         if path.name != "triton_passes.py":
             source = path.read_text()
             assert "\nimport triton" not in source and "\nfrom trainer.loss.triton_passes" not in source
+
+
+def test_auto_takes_the_kernels_where_they_run_and_the_objective_lets_them(monkeypatch):
+    pytest.importorskip("triton")
+    from trainer.loss import chunks
+    from trainer.loss.token_weights import RowExtras
+    from trainer.loss.triton_passes import TritonLogits
+
+    assert logits_type("auto", torch.bfloat16, "cpu") is TorchLogits
+    monkeypatch.setattr(chunks, "why_no_triton", lambda device, compute: None)
+    assert logits_type("auto", torch.bfloat16, "cuda") is TritonLogits
+    assert logits_type("auto", torch.float64, "cuda") is TorchLogits
+    for extras in (RowExtras(top_entropy=True), RowExtras(mean=True)):
+        assert logits_type("auto", torch.bfloat16, "cuda", extras) is TorchLogits
+    monkeypatch.setattr(chunks, "why_no_triton", lambda device, compute: "no compiler")
+    assert logits_type("auto", torch.bfloat16, "cuda") is TorchLogits
+
+
+@pytest.mark.skipif(ON_CUDA, reason="needs a machine without a GPU")
+def test_where_they_do_not_run_a_line_says_why(monkeypatch):
+    pytest.importorskip("triton")
+    from trainer.config_file import config_from_dict
+    from trainer.loss.chunks import why_no_triton
+    from trainer.notes import kernel_note
+
+    device = torch.device("cuda", 0)
+    reason = why_no_triton(device, torch.bfloat16)
+    assert reason is not None and "\n" not in reason
+    base = {"cache": "c", "model": "m", "out": "o"}
+    assert kernel_note(config_from_dict(base), {"bf16": True}) is None  # a run on the CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    line = kernel_note(config_from_dict(base), {"bf16": True})
+    assert line == f"loss_kernel: torch, because Triton does not run here: {reason}"
+    assert kernel_note(config_from_dict({**base, "loss_kernel": "torch"}), {"bf16": True}) is None

@@ -75,6 +75,20 @@ def test_weights_gradients_and_state_are_those_of_a_step(optim, tmp_path, tiny_l
     assert said.optimiser == pytest.approx(sum(state), rel=0.01, abs=0.02 * said.weights)
 
 
+def test_an_optimiser_that_cannot_be_tried_is_taken_for_adam(
+    monkeypatch, tmp_path, tiny_llama_dir, llama_cache
+):
+    from transformers import Trainer
+
+    class Waits(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("tell me that training begins")
+
+    trainer = trainer_of(llama_cache, tiny_llama_dir, tmp_path, *BATCH)
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *args: (Waits, {"lr": 0.1}))
+    assert memory.lasting_memory(trainer).optimiser == 2 * memory.lasting_memory(trainer).gradients
+
+
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(tmp_path, tiny_llama_dir, llama_cache):
     plain = trainer_of(llama_cache, tiny_llama_dir, tmp_path, *BATCH)
     shape = memory.batch_shape(plain)
@@ -129,3 +143,13 @@ def test_a_model_that_needs_numbers_is_planned_without_activations(
     monkeypatch.setattr(LlamaForCausalLM, "forward", choosing)
     plan = dry_run.plan_training(settings(llama_cache, tiny_llama_dir, tmp_path / "run", *BATCH))
     assert plan.memory.activations == 0 and "DataDependentOutput" in plan.text()
+
+
+def test_it_is_typed_as_dry_run(anneal, tmp_path, tiny_llama_dir, llama_cache):
+    words = ("train", llama_cache, "--model", tiny_llama_dir, "--out", tmp_path / "run", "--dry-run")
+    code, out, _ = anneal(*words)
+    assert (
+        code == 0 and "a step holds, GiB on each process: weights" in out and not (tmp_path / "run").exists()
+    )
+    code, _, err = anneal(*words, "--set", "training.learning_rat=1")
+    assert code == 1 and "did you mean training.learning_rate?" in err
