@@ -11,7 +11,13 @@ import pytest
 from tiny_models import save_tiny_model
 
 from cache_builder import TeacherConfig, VLLMTeacher
-from cache_builder.teachers.vllm_plugin import teacher_architecture, text_architectures
+from cache_builder.teachers import vllm_settings
+from cache_builder.teachers.vllm_plugin import (
+    WRAPPERS,
+    teacher_architecture,
+    text_architectures,
+    wrapped_architectures,
+)
 from cache_builder.teachers.vllm_settings import (
     QUANTISED_HEAD,
     advised,
@@ -204,6 +210,22 @@ def test_architectures_that_are_taken_or_refused():
         teacher_architectures({"architectures": ["LlamaForCausalLLM"]})
     with pytest.raises(ConfigError, match="must name the model's architecture"):
         teacher_architectures({})
+
+
+@pytest.mark.vllm
+def test_models_that_hold_a_text_model(monkeypatch):
+    """Multimodal ones, which run without their encoders; vLLM's code for them imports torchvision."""
+    name = "Gemma3ForConditionalGeneration"
+    monkeypatch.setattr(vllm_settings, "find_spec", lambda module: object())
+    assert teacher_architectures({"architectures": [name]}) == [teacher_architecture(name), name]
+    given = engine_arguments(TeacherConfig(model="m"), dtype="float32", architectures=["Anneal" + name, name])
+    assert given["language_model_only"] is True
+    text = engine_arguments(TeacherConfig(model="m"), dtype="float32", architectures=["AnnealA", "A"])
+    assert "language_model_only" not in text
+    monkeypatch.setattr(vllm_settings, "find_spec", lambda module: None)
+    with pytest.raises(ConfigError, match=f"find torchvision for {name}, got none"):
+        teacher_architectures({"architectures": [name]})
+    assert set(wrapped_architectures()) == WRAPPERS, "vLLM names one of them otherwise now"
 
 
 def test_vllm_not_installed(monkeypatch):
