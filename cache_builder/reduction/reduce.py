@@ -34,6 +34,7 @@ row that has most.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -60,9 +61,11 @@ from formats.logprobs.tail_function import TAIL_BETAS
 
 CPU_CHUNK_BYTES = 1 << 26
 """fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
-CUDA_CHUNK_BYTES = 1 << 30
-"""fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory.  vLLM's memory
-profiling runs the pooler, and so counts them."""
+GPU_CHUNK_SHARE = 32
+"""What part of a GPU's memory the fp32 logits reduced at a time may take..."""
+GPU_CHUNK_BYTES = 1 << 32
+"""... and never more than this: every chunk costs 3 ms of launches and waits (H200).  vLLM's memory profiling runs the
+pooler, and so counts them."""
 DENSE_SHARE = 8
 """What a GPU reduces at a time where heads are found by a top-k over the vocabulary, as a share of a chunk."""
 MAX_BOUND = 512
@@ -95,20 +98,30 @@ class _Head(NamedTuple):
 
     ids_NH: torch.Tensor
     values_NH: torch.Tensor
-    """Logits, largest first; -inf after the last."""
+    """Logits, largest first."""
+    keep_NH: torch.Tensor
+    """bool: the first few of every row."""
+    counts_N: torch.Tensor
+    """int64: how many."""
     tail: BlockedTail
 
 
-def rows_per_chunk(vocab_size: int, device_type: str) -> int:
-    """Rows to reduce at a time so that their logits in fp32 fit the budget of the device."""
-    budget = CPU_CHUNK_BYTES if device_type == "cpu" else CUDA_CHUNK_BYTES
+def chunk_bytes(device: torch.device) -> int:
+    """fp32 bytes of logits to reduce at a time on this device."""
+    if device.type == "cpu":
+        return CPU_CHUNK_BYTES
+    return min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // GPU_CHUNK_SHARE)
+
+
+def rows_per_chunk(vocab_size: int, budget: int) -> int:
+    """Rows whose logits in fp32 fit so many bytes."""
     return max(1, budget // (4 * vocab_size))
 
 
-def rows_per_dense_chunk(vocab_size: int, device_type: str) -> int:
+def rows_per_dense_chunk(vocab_size: int, device: torch.device) -> int:
     """The same where heads are found by a top-k over the vocabulary, which holds several copies of the logits."""
-    rows = rows_per_chunk(vocab_size, device_type)
-    return rows if device_type == "cpu" else max(1, rows // DENSE_SHARE)
+    share = 1 if device.type == "cpu" else DENSE_SHARE
+    return rows_per_chunk(vocab_size, chunk_bytes(device) // share)
 
 
 def reduce_logits(
@@ -137,8 +150,10 @@ def reduce_logits(
         assert starts_N.dtype == torch.float64, starts_N.dtype
     else:
         starts_N = torch.zeros(num_rows, dtype=torch.float64, device=logits_NV.device)
-    rows_at_a_time = rows_per_chunk if capture.min_prob else rows_per_dense_chunk
-    step = rows_at_a_time(vocab_size, logits_NV.device.type)
+    if capture.min_prob:
+        step = rows_per_chunk(vocab_size, chunk_bytes(logits_NV.device))
+    else:
+        step = rows_per_dense_chunk(vocab_size, logits_NV.device)
     parts = [
         _reduce_chunk(
             logits_NV[start : start + step].float(),
@@ -153,7 +168,7 @@ def reduce_logits(
 
 def reduce_hardest(vocab_size: int, capture: CaptureSettings, device: torch.device) -> ReducedRows:
     """Reduce a chunk of the rows that take most memory: equal logits, which no block can be left out of."""
-    rows = rows_per_chunk(vocab_size, device.type)
+    rows = rows_per_chunk(vocab_size, chunk_bytes(device))
     none_N = torch.zeros(rows, dtype=torch.int64, device=device)
     flat_NV = torch.zeros(rows, vocab_size, device=device)
     return reduce_logits(flat_NV, capture, labels_N=none_N, starts_N=none_N.double())
@@ -189,7 +204,7 @@ def _reduce_chunk(
     passes_NG = blocks.maxima_NG >= torch.minimum(least_N, max_N).unsqueeze(-1)
     num_passes = int(passes_NG.sum())
     if num_passes * BLOCK * 3 > logits_NV.numel():
-        step = rows_per_dense_chunk(vocab_size, logits_NV.device.type)
+        step = rows_per_dense_chunk(vocab_size, logits_NV.device)
         if len(logits_NV) > step:
             columns = (column.split(step) for column in (logits_NV, labels_N, starts_N))
             parts = [_reduce_chunk(*part, capture) for part in zip(*columns, strict=True)]
@@ -197,9 +212,7 @@ def _reduce_chunk(
         head = _dense_head(logits_NV, least_N, max_k)
     else:
         head = _sparse_head(logits_NV, max_N, least_N, max_k, passes_NG, num_passes, blocks, _most(min_prob))
-    keep_NH = _kept(head.values_NH, least_N)
-    counts_N = keep_NH.sum(-1)
-    sizes = [counts_N.sum()]
+    sizes = [head.counts_N.sum()]
     if capture.draw_rate:
         line = lay_out(head.tail, log_z_N, vocab_size=vocab_size, rate=capture.draw_rate, starts_N=starts_N)
         sizes += [line.counts_N.sum(), line.counts_N.amax()]
@@ -210,9 +223,9 @@ def _reduce_chunk(
         drawn = draw_from_tails(
             logits_NV, head.tail, line, log_z_N, starts_N=starts_N, num_draws=num_draws, width=width
         )
-    rows_E, slots_E = _nonzero(keep_NH, num_entries)
+    rows_E, slots_E = _nonzero(head.keep_NH, num_entries)
     return ReducedRows(
-        counts_N.int(),
+        head.counts_N.int(),
         head.ids_NH[rows_E, slots_E].int(),
         head.values_NH[rows_E, slots_E] - log_z_N[rows_E],
         _log_tail(head.tail.blocks, log_z_N),
@@ -224,9 +237,15 @@ def _reduce_chunk(
 def _log_tail(blocks: Blocks, log_z_N: torch.Tensor) -> torch.Tensor:
     """float32 [N, K]: A at every node, relative to the largest logit of the tail, so that none underflows."""
     top_N = blocks.maxima_NG.amax(-1).clamp_(min=LOWEST)  # -inf where the tail is empty
-    above_N = top_N - log_z_N
-    logs_NK = totals(blocks, TAIL_BETAS, top_N).log()
-    return torch.stack([logs_NK[:, node] + above_N * beta for node, beta in enumerate(TAIL_BETAS)], -1)
+    betas_K = _betas(log_z_N.device)
+    return totals(blocks, TAIL_BETAS, top_N).log_().addcmul_((top_N - log_z_N).unsqueeze(-1), betas_K)
+
+
+@lru_cache
+def _betas(device: torch.device) -> torch.Tensor:
+    """float32 [K], sent to the device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(TAIL_BETAS, device=device)
 
 
 def _nonzero(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -242,9 +261,9 @@ def _kept(values_NH: torch.Tensor, least_N: torch.Tensor) -> torch.Tensor:
     return keep_NH
 
 
-def _cut(ids_NH: torch.Tensor, values_NH: torch.Tensor, least_N: torch.Tensor) -> Cut:
-    """Of heads in order."""
-    last_N1 = _kept(values_NH, least_N).sum(-1, keepdim=True) - 1
+def _cut(ids_NH: torch.Tensor, values_NH: torch.Tensor, counts_N: torch.Tensor) -> Cut:
+    """Behind the first few entries of every row."""
+    last_N1 = counts_N.unsqueeze(-1) - 1
     return Cut(values_NH.gather(-1, last_N1).squeeze(-1), ids_NH.gather(-1, last_N1).squeeze(-1))
 
 
@@ -302,13 +321,15 @@ def _sparse_head(
     values_NH, ids_NH = _by_value_then_id(values_NH, ids_NH)
     values_NH, ids_NH = values_NH[:, :max_k], ids_NH[:, :max_k]
 
-    cut = _cut(ids_NH, values_NH, least_N)
+    keep_NH = _kept(values_NH, least_N)
+    counts_N = keep_NH.sum(-1)
+    cut = _cut(ids_NH, values_NH, counts_N)
     values_QJ.masked_fill_(cut.above(rows_Q, values_QJ, ids_QJ), -math.inf)
     maxima_Q = values_QJ.amax(-1)
     sums_KQ = plain_sums(values_QJ.t().unsqueeze(0), maxima_Q.unsqueeze(0), TAIL_BETAS)[0]
     blocks.maxima_NG[rows_Q, blocks_Q] = maxima_Q
     blocks.sums_NKG[rows_Q, :, blocks_Q] = sums_KQ.t()
-    return _Head(ids_NH, values_NH, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
+    return _Head(ids_NH, values_NH, keep_NH, counts_N, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
 
 
 def _by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,11 +346,13 @@ def _by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[to
 def _dense_head(logits_NV: torch.Tensor, least_N: torch.Tensor, max_k: int) -> _Head:
     """Top-k over the vocabulary, and the blocks of all that it leaves."""
     values_NH, ids_NH = _topk_by_id(logits_NV, max_k)
-    cut = _cut(ids_NH, values_NH, least_N)
+    keep_NH = _kept(values_NH, least_N)
+    counts_N = keep_NH.sum(-1)
+    cut = _cut(ids_NH, values_NH, counts_N)
     ids_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
     in_head_NV = cut.above(slice(None), logits_NV, ids_V)
     blocks = block_statistics(logits_NV.masked_fill(in_head_NV, -math.inf), TAIL_BETAS)
-    return _Head(ids_NH, values_NH, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
+    return _Head(ids_NH, values_NH, keep_NH, counts_N, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
 
 
 def _topk_by_id(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,11 +259,23 @@ def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
     assert sorts == [(40, [0.0])] and reduced.counts.tolist() == [1] * 40
 
 
-def test_a_gpu_takes_large_chunks_but_for_a_top_k():
-    assert reduce.rows_per_chunk(128_256, "cuda") == 2092
-    assert reduce.rows_per_dense_chunk(128_256, "cuda") == 261
-    assert reduce.rows_per_chunk(1 << 40, "cuda") == reduce.rows_per_dense_chunk(1 << 40, "cuda") == 1
-    assert reduce.rows_per_chunk(128_256, "cpu") == reduce.rows_per_dense_chunk(128_256, "cpu") == 130
+def test_a_gpu_takes_large_chunks_but_for_a_top_k(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for memory, rows, dense in ((80, 5232, 654), (24, 1569, 196), (141, 8371, 1046), (1 << 10, 8371, 1046)):
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda _, memory=memory: SimpleNamespace(total_memory=memory << 30),
+        )
+        assert reduce.rows_per_chunk(128_256, reduce.chunk_bytes(gpu)) == rows
+        assert reduce.rows_per_dense_chunk(128_256, gpu) == dense
+    assert (
+        reduce.rows_per_chunk(1 << 40, reduce.chunk_bytes(gpu))
+        == reduce.rows_per_dense_chunk(1 << 40, gpu)
+        == 1
+    )
+    assert reduce.rows_per_chunk(128_256, reduce.chunk_bytes(cpu)) == 130
+    assert reduce.rows_per_dense_chunk(128_256, cpu) == 130
 
 
 def test_no_rows():
