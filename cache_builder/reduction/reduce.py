@@ -23,8 +23,9 @@ Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the voca
 over what it leaves the blocks of the tail.
 Draws take no pass of their own: the blocks say where to look (draw_from_tails.py).
 
-Cost: one pass over the logits and one exponential per entry; no sort of the vocabulary. The host waits for the device
-twice a chunk: for the number of blocks that pass, and for the numbers of entries and draws.
+Cost: one pass over the logits and one exponential per entry; no sort of the vocabulary. The host asks the device
+twice a chunk, for the number of blocks that pass and for the numbers of entries and draws; meanwhile a GPU works on
+other chunks (in_flight.py).
 Every sum is taken in a fixed order, so the same rows give the same bits.
 
 N: rows, V: vocabulary, K: tail nodes, E: kept entries of all rows, S: tail draws of all rows, G: blocks of a
@@ -33,7 +34,7 @@ row that has most.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -55,16 +56,17 @@ from cache_builder.reduction.draw_from_tails import (
     lay_out,
     no_draws,
 )
+from cache_builder.reduction.in_flight import GPU_PIECES, Piece, run_in_order
 from formats.capture_settings import CaptureSettings
 from formats.logprobs.tail_draws import POWER
 from formats.logprobs.tail_function import TAIL_BETAS
 
 CPU_CHUNK_BYTES = 1 << 26
 """fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
-GPU_CHUNK_SHARE = 32
-"""What part of a GPU's memory the fp32 logits reduced at a time may take..."""
-GPU_CHUNK_BYTES = 1 << 32
-"""... and never more than this: every chunk costs 3 ms of launches and waits (H200).  vLLM's memory profiling runs the
+GPU_CHUNK_SHARE = 64
+"""What part of a GPU's memory the fp32 logits of a chunk may take, of which a few are under way at a time..."""
+GPU_CHUNK_BYTES = 1 << 31
+"""... and never more than this: every chunk costs some 3 ms of launches (H200).  vLLM's memory profiling runs the
 pooler, and so counts them."""
 DENSE_SHARE = 8
 """What a GPU reduces at a time where heads are found by a top-k over the vocabulary, as a share of a chunk."""
@@ -91,6 +93,14 @@ class ReducedRows(NamedTuple):
     """int32 [S]."""
     draw_logprobs: torch.Tensor
     """float32 [S]."""
+
+
+class Chunk(NamedTuple):
+    """Rows to reduce together; see `reduce_logits`."""
+
+    logits_NV: torch.Tensor
+    labels_N: torch.Tensor
+    starts_N: torch.Tensor
 
 
 class _Head(NamedTuple):
@@ -154,24 +164,30 @@ def reduce_logits(
         step = rows_per_chunk(vocab_size, chunk_bytes(logits_NV.device))
     else:
         step = rows_per_dense_chunk(vocab_size, logits_NV.device)
-    parts = [
-        _reduce_chunk(
-            logits_NV[start : start + step].float(),
-            labels_N[start : start + step],
-            starts_N[start : start + step],
-            capture,
-        )
+    chunks = (
+        Chunk(logits_NV[start : start + step], labels_N[start : start + step], starts_N[start : start + step])
         for start in range(0, num_rows, step)
-    ]
-    return concatenate_rows(parts, logits_NV.device)
+    )
+    return reduce_chunks(chunks, capture, logits_NV.device)
+
+
+def reduce_chunks(chunks: Iterator[Chunk], capture: CaptureSettings, device: torch.device) -> ReducedRows:
+    """The same for rows that come in chunks, whose logits need not exist before their turn: those of up to
+    `in_flight.GPU_PIECES` chunks are held on a GPU."""
+    pieces = (_reduce_chunk(logits.float(), labels, starts, capture) for logits, labels, starts in chunks)
+    return concatenate_rows(run_in_order(pieces, device.type), device)
 
 
 def reduce_hardest(vocab_size: int, capture: CaptureSettings, device: torch.device) -> ReducedRows:
-    """Reduce a chunk of the rows that take most memory: equal logits, which no block can be left out of."""
+    """Reduce chunks of the rows that take most memory, as many as are under way at a time: equal logits, which no block
+    can be left out of."""
     rows = rows_per_chunk(vocab_size, chunk_bytes(device))
     none_N = torch.zeros(rows, dtype=torch.int64, device=device)
-    flat_NV = torch.zeros(rows, vocab_size, device=device)
-    return reduce_logits(flat_NV, capture, labels_N=none_N, starts_N=none_N.double())
+    flat = (
+        Chunk(torch.zeros(rows, vocab_size, device=device), none_N, none_N.double())
+        for _ in range(GPU_PIECES)
+    )
+    return reduce_chunks(flat, capture, device)
 
 
 def concatenate_rows(parts: Sequence[ReducedRows], device: torch.device | str = "cpu") -> ReducedRows:
@@ -190,7 +206,7 @@ def _reduce_chunk(
     labels_N: torch.Tensor,
     starts_N: torch.Tensor,
     capture: CaptureSettings,
-) -> ReducedRows:
+) -> Piece[ReducedRows]:
     vocab_size, min_prob = logits_NV.shape[1], capture.min_prob
     max_k = min(capture.max_k, vocab_size)
     blocks = block_statistics(logits_NV, TAIL_BETAS)
@@ -202,21 +218,25 @@ def _reduce_chunk(
 
     # The likeliest entry always passes.
     passes_NG = blocks.maxima_NG >= torch.minimum(least_N, max_N).unsqueeze(-1)
-    num_passes = int(passes_NG.sum())
+    (num_passes,) = yield passes_NG.sum().unsqueeze(0)
     if num_passes * BLOCK * 3 > logits_NV.numel():
         step = rows_per_dense_chunk(vocab_size, logits_NV.device)
         if len(logits_NV) > step:
             columns = (column.split(step) for column in (logits_NV, labels_N, starts_N))
-            parts = [_reduce_chunk(*part, capture) for part in zip(*columns, strict=True)]
+            parts = []
+            for part in zip(*columns, strict=True):
+                parts.append((yield from _reduce_chunk(*part, capture)))
             return concatenate_rows(parts)
         head = _dense_head(logits_NV, least_N, max_k)
     else:
-        head = _sparse_head(logits_NV, max_N, least_N, max_k, passes_NG, num_passes, blocks, _most(min_prob))
+        head = yield from _sparse_head(
+            logits_NV, max_N, least_N, max_k, passes_NG, num_passes, blocks, _most(min_prob)
+        )
     sizes = [head.counts_N.sum()]
     if capture.draw_rate:
         line = lay_out(head.tail, log_z_N, vocab_size=vocab_size, rate=capture.draw_rate, starts_N=starts_N)
         sizes += [line.counts_N.sum(), line.counts_N.amax()]
-    num_entries, *numbers = torch.stack(sizes).tolist()
+    num_entries, *numbers = yield torch.stack(sizes)
     drawn = no_draws(len(logits_NV), logits_NV.device)
     if capture.draw_rate:
         num_draws, width = numbers
@@ -272,11 +292,11 @@ def _most(min_prob: float) -> int:
     return min(int(1.001 / min_prob) + 1, 1 << 31) if min_prob else 1 << 31
 
 
-def _room(counts_N: torch.Tensor, most: int, ask: bool) -> tuple[int, int]:
+def _room(counts_N: torch.Tensor, most: int, ask: bool) -> Piece[tuple[int, int]]:
     """How many candidates there are in all, and in a row, or at most can be where we do not ask."""
     if not ask:
         return most * len(counts_N), most
-    number, width = torch.stack([counts_N.sum(), counts_N.amax()]).tolist()
+    number, width = yield torch.stack([counts_N.sum(), counts_N.amax()])
     return number, max(width, 1)
 
 
@@ -289,7 +309,7 @@ def _sparse_head(
     num_passes: int,
     blocks: Blocks,
     most: int,
-) -> _Head:
+) -> Piece[_Head]:
     """Only the blocks that pass; what is left of them is written into `blocks`."""
     num_rows, vocab_size = logits_NV.shape
     device, last_id = logits_NV.device, vocab_size - 1
@@ -303,7 +323,7 @@ def _sparse_head(
     first_N = torch.full((num_rows,), last_id, device=device).scatter_reduce_(0, rows_Q, firsts_Q, "amin")
     reach_QJ = (values_QJ >= least_N[rows_Q].unsqueeze(-1)) & (values_QJ > -math.inf)
     counts_N = torch.zeros(num_rows, dtype=torch.int64, device=device).index_add_(0, rows_Q, reach_QJ.sum(-1))
-    room, width = _room(counts_N, most, device.type == "cpu" or most > MAX_BOUND)
+    room, width = yield from _room(counts_N, most, device.type == "cpu" or most > MAX_BOUND)
     # Room that stays empty belongs to one row more than there are.
     at_C = reach_QJ.view(-1).nonzero_static(size=room, fill_value=-1).squeeze(-1)
     rows_C = rows_Q[at_C.clamp(min=0) // BLOCK]

@@ -10,7 +10,7 @@ hidden states are never kept.
 Classes are built on demand: `AnnealLlamaForCausalLM` is vLLM's `LlamaForCausalLM` with this pooler.
 """
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
@@ -124,26 +124,19 @@ class TeacherPooler(Pooler):
         labels_N = torch.from_numpy(labels).to(device, non_blocking=True)
         starts_N = torch.from_numpy(draw_starts).to(device, non_blocking=True)
         step = reduce.rows_per_chunk(self.vocab_size, reduce.chunk_bytes(device))
-        parts = [
-            self._reduce_chunk(
-                hidden_states[index[start : start + step]],
-                labels_N[start : start + step],
-                starts_N[start : start + step],
-            )
-            for start in range(0, len(rows), step)
-        ]
-        return reduce.concatenate_rows([part for part in parts if part is not None], device)
 
-    def _reduce_chunk(
-        self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, starts_N: torch.Tensor
-    ) -> reduce.ReducedRows | None:
-        """A function of its own, so that its logits are gone when the next chunk's are made."""
-        logits_NV = self._model[0].compute_logits(hidden_ND)
-        if logits_NV is None:  # a tensor-parallel rank that gathers nothing answers with nothing
-            return None
-        if logits_NV.shape[-1] != self.vocab_size:
-            raise RuntimeError(f"expected {self.vocab_size} logits, got {logits_NV.shape[-1]}")
-        return reduce.reduce_logits(logits_NV, self.capture, labels_N=labels_N, starts_N=starts_N)
+        def chunks() -> Iterator[reduce.Chunk]:
+            for start in range(0, len(rows), step):
+                chunk = slice(start, start + step)
+                logits_NV = self._model[0].compute_logits(hidden_states[index[chunk]])
+                if logits_NV is None:  # a tensor-parallel rank that gathers nothing answers with nothing
+                    continue
+                if logits_NV.shape[-1] != self.vocab_size:
+                    raise RuntimeError(f"expected {self.vocab_size} logits, got {logits_NV.shape[-1]}")
+                yield reduce.Chunk(logits_NV, labels_N[chunk], starts_N[chunk])
+                del logits_NV  # before the next chunk's are made
+
+        return reduce.reduce_chunks(chunks(), self.capture, device)
 
     def _collect(
         self, reduced: reduce.ReducedRows, lengths: list[int], metadata: PoolingMetadata
