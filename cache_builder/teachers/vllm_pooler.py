@@ -146,28 +146,18 @@ class TeacherPooler(Pooler):
             lengths = [0] * len(lengths)
         rows_at = np.concatenate([[0], np.cumsum(lengths)])
         entries_at, draws_at = _offsets_at([reduced.counts, reduced.draw_counts], rows_at)
-        outputs: list[torch.Tensor | None] = []
-        for i, (state, done) in enumerate(zip(metadata.pooling_states, finished, strict=True)):
-            rows, entries, drawn = (slice(at[i], at[i + 1]) for at in (rows_at, entries_at, draws_at))
-            part = reduce.ReducedRows(
-                reduced.counts[rows],
-                reduced.token_ids[entries],
-                reduced.logprobs[entries],
-                reduced.log_tail_nodes[rows],
-                reduced.label_logprobs[rows],
-                reduced.draw_counts[rows],
-                reduced.draw_ids[drawn],
-                reduced.draw_logprobs[drawn],
-            )
+        entries, drawn = np.diff(entries_at).tolist(), np.diff(draws_at).tolist()
+        sizes = reduce.ReducedRows(lengths, entries, entries, lengths, lengths, lengths, drawn, drawn)
+        columns = (column.split(size) for column, size in zip(reduced, sizes, strict=True))
+        wholes: list[reduce.ReducedRows] = []
+        for state, done, *part in zip(metadata.pooling_states, finished, *columns, strict=True):
             waiting: list[Any] = state.hidden_states_cache  # vLLM's place for what a request keeps
-            if not done:
-                waiting.append(part)
-                outputs.append(None)
-                continue
-            whole = reduce.concatenate_rows([*waiting, part])
-            outputs.append(wire.pack(whole, compiled=runs_compiled(whole.counts.device.type)))
-            state.clean()
-        return outputs
+            waiting.append(reduce.ReducedRows(*part))
+            if done:
+                wholes.append(reduce.concatenate_rows(waiting))
+                state.clean()
+        packed = iter(wire.pack_all(wholes, compiled=runs_compiled(reduced.counts.device.type)))
+        return [next(packed) if done else None for done in finished]
 
 
 def _offsets_at(counts: list[torch.Tensor], rows_at: np.ndarray) -> list[list[int]]:

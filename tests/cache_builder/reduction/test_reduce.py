@@ -13,6 +13,7 @@ import torch
 
 from cache_builder.reduction import block_sums, reduce
 from cache_builder.reduction.block_sums import BLOCK, power_plan
+from cache_builder.reduction.in_flight import GPU_PIECES
 from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
 from formats.capture_settings import CaptureSettings
 from formats.logprobs.topk import TAIL_BETAS
@@ -248,7 +249,7 @@ def test_flat_rows_are_reduced_in_smaller_pieces(monkeypatch, min_prob):
 
 
 def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
-    """A top-k, with ties at its cut, in every row of a whole chunk."""
+    """A top-k, with ties at its cut, in every row of as many chunks as are under way."""
     monkeypatch.setattr(reduce, "CPU_CHUNK_BYTES", 40 * 4 * 1003)
     sorts = []
     real = reduce._topk_by_id
@@ -256,7 +257,7 @@ def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
         reduce, "_topk_by_id", lambda x, k: sorts.append((len(x), x.unique().tolist())) or real(x, k)
     )
     reduced = reduce.reduce_hardest(1003, settings(1e-2, 128), torch.device("cpu"))
-    assert sorts == [(40, [0.0])] and reduced.counts.tolist() == [1] * 40
+    assert sorts == [(40, [0.0])] * GPU_PIECES and reduced.counts.tolist() == [1] * 40 * GPU_PIECES
 
 
 def test_a_gpu_takes_large_chunks_but_for_a_top_k(monkeypatch):
