@@ -262,7 +262,7 @@ def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
 
 def test_a_gpu_takes_large_chunks_but_for_a_top_k(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    for memory, rows, dense in ((80, 5232, 654), (24, 1569, 196), (141, 8371, 1046), (1 << 10, 8371, 1046)):
+    for memory, rows, dense in ((80, 2616, 327), (24, 784, 98), (141, 4185, 523), (1 << 10, 4185, 523)):
         monkeypatch.setattr(
             torch.cuda,
             "get_device_properties",
