@@ -12,6 +12,7 @@ from tiny_models import save_tiny_model
 
 from cache_builder import TeacherConfig, VLLMTeacher
 from cache_builder.teachers import vllm_settings
+from cache_builder.teachers.protocol import TeacherError
 from cache_builder.teachers.vllm_plugin import (
     WRAPPERS,
     teacher_architecture,
@@ -317,3 +318,13 @@ def test_longer_than_the_context(tiny_llama_dir):
     with pytest.raises(ConfigError) as caught:
         VLLMTeacher(TeacherConfig(model=str(tiny_llama_dir), max_length=5000))
     assert "\n" not in str(caught.value) and "1024" in str(caught.value)
+
+
+def test_an_engine_that_changes_its_way_of_reducing_is_refused():
+    teacher = object.__new__(VLLMTeacher)
+    teacher._description, teacher._engine = {}, None
+    for _ in range(2):
+        teacher._check_reduction("compiled")
+    assert teacher.describe() == {"reduction": "compiled"}
+    with pytest.raises(TeacherError, match=r"in one way, got plain after compiled.*ANNEAL_COMPILE=0"):
+        teacher._check_reduction("plain")
