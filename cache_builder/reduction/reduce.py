@@ -222,10 +222,12 @@ def _reduce_chunk(
     if num_passes * BLOCK * 3 > logits_NV.numel():
         step = rows_per_dense_chunk(vocab_size, logits_NV.device)
         if len(logits_NV) > step:
-            columns = (column.split(step) for column in (logits_NV, labels_N, starts_N))
             parts = []
-            for part in zip(*columns, strict=True):
-                parts.append((yield from _reduce_chunk(*part, capture)))
+            for start in range(0, len(logits_NV), step):
+                rows = slice(start, start + step)
+                parts.append(
+                    (yield from _reduce_chunk(logits_NV[rows], labels_N[rows], starts_N[rows], capture))
+                )
             return concatenate_rows(parts)
         head = _dense_head(logits_NV, least_N, max_k)
     else:
