@@ -137,12 +137,12 @@ def run(report: Report, place: Place) -> None:
 @contextmanager
 def other_budget(size: int) -> Iterator[None]:
     """Other bytes of logits at a time for a while."""
-    before = reduce.CUDA_CHUNK_BYTES
-    reduce.CUDA_CHUNK_BYTES = size
+    before = reduce.chunk_bytes
+    reduce.chunk_bytes = lambda device: size
     try:
         yield
     finally:
-        reduce.CUDA_CHUNK_BYTES = before
+        reduce.chunk_bytes = before
 
 
 def measure(
@@ -157,7 +157,7 @@ def measure(
     """One step: its time, beside the output head alone and the layers; its memory and waits."""
     device, on_gpu = place.device, place.device.type == "cuda"
     head: OutputHead = pooler._model[0]
-    rows = reduce.rows_per_chunk(pooler.vocab_size, device.type)
+    rows = reduce.rows_per_chunk(pooler.vocab_size, reduce.chunk_bytes(device))
 
     def product() -> None:
         for part in hidden_TD.split(rows):

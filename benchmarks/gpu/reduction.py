@@ -247,7 +247,7 @@ def times(report: Report, place: Place, vocab: int) -> None:
         )
         extra = peak_bytes(lambda c=case: reduced(c), device) / logits_NV.nbytes
         report.info(f"{rows} rows: memory beside the logits", extra, "of the logits")
-        chunks = math.ceil(rows / reduce.rows_per_chunk(vocab, device.type))
+        chunks = math.ceil(rows / reduce.rows_per_chunk(vocab, reduce.chunk_bytes(device)))
         waits = synchronisations(lambda c=case: reduced(c), device) / chunks
         if device.type == "cuda":
             report.check(f"{rows} rows: waits per chunk", waits, at_most=MOST_SYNCHRONISATIONS)

@@ -23,8 +23,9 @@ Where too many blocks pass (min_prob = 0, flat rows) a plain top-k over the voca
 over what it leaves the blocks of the tail.
 Draws take no pass of their own: the blocks say where to look (draw_from_tails.py).
 
-Cost: one pass over the logits and one exponential per entry; no sort of the vocabulary. The host waits for the device
-twice a chunk: for the number of blocks that pass, and for the numbers of entries and draws.
+Cost: one pass over the logits and one exponential per entry; no sort of the vocabulary. The host asks the device
+twice a chunk, for the number of blocks that pass and for the numbers of entries and draws; meanwhile a GPU works on
+other chunks (in_flight.py).
 Every sum is taken in a fixed order, so the same rows give the same bits.
 
 N: rows, V: vocabulary, K: tail nodes, E: kept entries of all rows, S: tail draws of all rows, G: blocks of a
@@ -33,7 +34,8 @@ row that has most.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -54,15 +56,18 @@ from cache_builder.reduction.draw_from_tails import (
     lay_out,
     no_draws,
 )
+from cache_builder.reduction.in_flight import GPU_PIECES, Piece, run_in_order
 from formats.capture_settings import CaptureSettings
 from formats.logprobs.tail_draws import POWER
 from formats.logprobs.tail_function import TAIL_BETAS
 
 CPU_CHUNK_BYTES = 1 << 26
 """fp32 bytes of logits reduced at a time on a CPU; the two passes cut this into what fits its caches."""
-CUDA_CHUNK_BYTES = 1 << 30
-"""fp32 bytes of logits reduced at a time on a GPU: enough to fill it, little beside its memory.  vLLM's memory
-profiling runs the pooler, and so counts them."""
+GPU_CHUNK_SHARE = 64
+"""What part of a GPU's memory the fp32 logits of a chunk may take, of which a few are under way at a time..."""
+GPU_CHUNK_BYTES = 1 << 31
+"""... and never more than this: every chunk costs some 3 ms of launches (H200).  vLLM's memory profiling runs the
+pooler, and so counts them."""
 DENSE_SHARE = 8
 """What a GPU reduces at a time where heads are found by a top-k over the vocabulary, as a share of a chunk."""
 MAX_BOUND = 512
@@ -90,25 +95,43 @@ class ReducedRows(NamedTuple):
     """float32 [S]."""
 
 
+class Chunk(NamedTuple):
+    """Rows to reduce together; see `reduce_logits`."""
+
+    logits_NV: torch.Tensor
+    labels_N: torch.Tensor
+    starts_N: torch.Tensor
+
+
 class _Head(NamedTuple):
     """Heads of the rows of a chunk, and the blocks that they leave."""
 
     ids_NH: torch.Tensor
     values_NH: torch.Tensor
-    """Logits, largest first; -inf after the last."""
+    """Logits, largest first."""
+    keep_NH: torch.Tensor
+    """bool: the first few of every row."""
+    counts_N: torch.Tensor
+    """int64: how many."""
     tail: BlockedTail
 
 
-def rows_per_chunk(vocab_size: int, device_type: str) -> int:
-    """Rows to reduce at a time so that their logits in fp32 fit the budget of the device."""
-    budget = CPU_CHUNK_BYTES if device_type == "cpu" else CUDA_CHUNK_BYTES
+def chunk_bytes(device: torch.device) -> int:
+    """fp32 bytes of logits to reduce at a time on this device."""
+    if device.type == "cpu":
+        return CPU_CHUNK_BYTES
+    return min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // GPU_CHUNK_SHARE)
+
+
+def rows_per_chunk(vocab_size: int, budget: int) -> int:
+    """Rows whose logits in fp32 fit so many bytes."""
     return max(1, budget // (4 * vocab_size))
 
 
-def rows_per_dense_chunk(vocab_size: int, device_type: str) -> int:
+def rows_per_dense_chunk(vocab_size: int, device: torch.device) -> int:
     """The same where heads are found by a top-k over the vocabulary, which holds several copies of the logits."""
-    rows = rows_per_chunk(vocab_size, device_type)
-    return rows if device_type == "cpu" else max(1, rows // DENSE_SHARE)
+    share = 1 if device.type == "cpu" else DENSE_SHARE
+    return rows_per_chunk(vocab_size, chunk_bytes(device) // share)
 
 
 def reduce_logits(
@@ -137,26 +160,34 @@ def reduce_logits(
         assert starts_N.dtype == torch.float64, starts_N.dtype
     else:
         starts_N = torch.zeros(num_rows, dtype=torch.float64, device=logits_NV.device)
-    rows_at_a_time = rows_per_chunk if capture.min_prob else rows_per_dense_chunk
-    step = rows_at_a_time(vocab_size, logits_NV.device.type)
-    parts = [
-        _reduce_chunk(
-            logits_NV[start : start + step].float(),
-            labels_N[start : start + step],
-            starts_N[start : start + step],
-            capture,
-        )
+    if capture.min_prob:
+        step = rows_per_chunk(vocab_size, chunk_bytes(logits_NV.device))
+    else:
+        step = rows_per_dense_chunk(vocab_size, logits_NV.device)
+    chunks = (
+        Chunk(logits_NV[start : start + step], labels_N[start : start + step], starts_N[start : start + step])
         for start in range(0, num_rows, step)
-    ]
-    return concatenate_rows(parts, logits_NV.device)
+    )
+    return reduce_chunks(chunks, capture, logits_NV.device)
+
+
+def reduce_chunks(chunks: Iterator[Chunk], capture: CaptureSettings, device: torch.device) -> ReducedRows:
+    """The same for rows that come in chunks, whose logits need not exist before their turn: those of up to
+    `in_flight.GPU_PIECES` chunks are held on a GPU."""
+    pieces = (_reduce_chunk(logits.float(), labels, starts, capture) for logits, labels, starts in chunks)
+    return concatenate_rows(run_in_order(pieces, device.type), device)
 
 
 def reduce_hardest(vocab_size: int, capture: CaptureSettings, device: torch.device) -> ReducedRows:
-    """Reduce a chunk of the rows that take most memory: equal logits, which no block can be left out of."""
-    rows = rows_per_chunk(vocab_size, device.type)
+    """Reduce chunks of the rows that take most memory, as many as are under way at a time: equal logits, which no block
+    can be left out of."""
+    rows = rows_per_chunk(vocab_size, chunk_bytes(device))
     none_N = torch.zeros(rows, dtype=torch.int64, device=device)
-    flat_NV = torch.zeros(rows, vocab_size, device=device)
-    return reduce_logits(flat_NV, capture, labels_N=none_N, starts_N=none_N.double())
+    flat = (
+        Chunk(torch.zeros(rows, vocab_size, device=device), none_N, none_N.double())
+        for _ in range(GPU_PIECES)
+    )
+    return reduce_chunks(flat, capture, device)
 
 
 def concatenate_rows(parts: Sequence[ReducedRows], device: torch.device | str = "cpu") -> ReducedRows:
@@ -175,7 +206,7 @@ def _reduce_chunk(
     labels_N: torch.Tensor,
     starts_N: torch.Tensor,
     capture: CaptureSettings,
-) -> ReducedRows:
+) -> Piece[ReducedRows]:
     vocab_size, min_prob = logits_NV.shape[1], capture.min_prob
     max_k = min(capture.max_k, vocab_size)
     blocks = block_statistics(logits_NV, TAIL_BETAS)
@@ -187,32 +218,36 @@ def _reduce_chunk(
 
     # The likeliest entry always passes.
     passes_NG = blocks.maxima_NG >= torch.minimum(least_N, max_N).unsqueeze(-1)
-    num_passes = int(passes_NG.sum())
+    (num_passes,) = yield passes_NG.sum().unsqueeze(0)
     if num_passes * BLOCK * 3 > logits_NV.numel():
-        step = rows_per_dense_chunk(vocab_size, logits_NV.device.type)
+        step = rows_per_dense_chunk(vocab_size, logits_NV.device)
         if len(logits_NV) > step:
-            columns = (column.split(step) for column in (logits_NV, labels_N, starts_N))
-            parts = [_reduce_chunk(*part, capture) for part in zip(*columns, strict=True)]
+            parts = []
+            for start in range(0, len(logits_NV), step):
+                rows = slice(start, start + step)
+                parts.append(
+                    (yield from _reduce_chunk(logits_NV[rows], labels_N[rows], starts_N[rows], capture))
+                )
             return concatenate_rows(parts)
         head = _dense_head(logits_NV, least_N, max_k)
     else:
-        head = _sparse_head(logits_NV, max_N, least_N, max_k, passes_NG, num_passes, blocks, _most(min_prob))
-    keep_NH = _kept(head.values_NH, least_N)
-    counts_N = keep_NH.sum(-1)
-    sizes = [counts_N.sum()]
+        head = yield from _sparse_head(
+            logits_NV, max_N, least_N, max_k, passes_NG, num_passes, blocks, _most(min_prob)
+        )
+    sizes = [head.counts_N.sum()]
     if capture.draw_rate:
         line = lay_out(head.tail, log_z_N, vocab_size=vocab_size, rate=capture.draw_rate, starts_N=starts_N)
         sizes += [line.counts_N.sum(), line.counts_N.amax()]
-    num_entries, *numbers = torch.stack(sizes).tolist()
+    num_entries, *numbers = yield torch.stack(sizes)
     drawn = no_draws(len(logits_NV), logits_NV.device)
     if capture.draw_rate:
         num_draws, width = numbers
         drawn = draw_from_tails(
             logits_NV, head.tail, line, log_z_N, starts_N=starts_N, num_draws=num_draws, width=width
         )
-    rows_E, slots_E = _nonzero(keep_NH, num_entries)
+    rows_E, slots_E = _nonzero(head.keep_NH, num_entries)
     return ReducedRows(
-        counts_N.int(),
+        head.counts_N.int(),
         head.ids_NH[rows_E, slots_E].int(),
         head.values_NH[rows_E, slots_E] - log_z_N[rows_E],
         _log_tail(head.tail.blocks, log_z_N),
@@ -224,9 +259,15 @@ def _reduce_chunk(
 def _log_tail(blocks: Blocks, log_z_N: torch.Tensor) -> torch.Tensor:
     """float32 [N, K]: A at every node, relative to the largest logit of the tail, so that none underflows."""
     top_N = blocks.maxima_NG.amax(-1).clamp_(min=LOWEST)  # -inf where the tail is empty
-    above_N = top_N - log_z_N
-    logs_NK = totals(blocks, TAIL_BETAS, top_N).log()
-    return torch.stack([logs_NK[:, node] + above_N * beta for node, beta in enumerate(TAIL_BETAS)], -1)
+    betas_K = _betas(log_z_N.device)
+    return totals(blocks, TAIL_BETAS, top_N).log_().addcmul_((top_N - log_z_N).unsqueeze(-1), betas_K)
+
+
+@lru_cache
+def _betas(device: torch.device) -> torch.Tensor:
+    """float32 [K], sent to the device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(TAIL_BETAS, device=device)
 
 
 def _nonzero(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -242,9 +283,9 @@ def _kept(values_NH: torch.Tensor, least_N: torch.Tensor) -> torch.Tensor:
     return keep_NH
 
 
-def _cut(ids_NH: torch.Tensor, values_NH: torch.Tensor, least_N: torch.Tensor) -> Cut:
-    """Of heads in order."""
-    last_N1 = _kept(values_NH, least_N).sum(-1, keepdim=True) - 1
+def _cut(ids_NH: torch.Tensor, values_NH: torch.Tensor, counts_N: torch.Tensor) -> Cut:
+    """Behind the first few entries of every row."""
+    last_N1 = counts_N.unsqueeze(-1) - 1
     return Cut(values_NH.gather(-1, last_N1).squeeze(-1), ids_NH.gather(-1, last_N1).squeeze(-1))
 
 
@@ -253,11 +294,11 @@ def _most(min_prob: float) -> int:
     return min(int(1.001 / min_prob) + 1, 1 << 31) if min_prob else 1 << 31
 
 
-def _room(counts_N: torch.Tensor, most: int, ask: bool) -> tuple[int, int]:
+def _room(counts_N: torch.Tensor, most: int, ask: bool) -> Piece[tuple[int, int]]:
     """How many candidates there are in all, and in a row, or at most can be where we do not ask."""
     if not ask:
         return most * len(counts_N), most
-    number, width = torch.stack([counts_N.sum(), counts_N.amax()]).tolist()
+    number, width = yield torch.stack([counts_N.sum(), counts_N.amax()])
     return number, max(width, 1)
 
 
@@ -270,7 +311,7 @@ def _sparse_head(
     num_passes: int,
     blocks: Blocks,
     most: int,
-) -> _Head:
+) -> Piece[_Head]:
     """Only the blocks that pass; what is left of them is written into `blocks`."""
     num_rows, vocab_size = logits_NV.shape
     device, last_id = logits_NV.device, vocab_size - 1
@@ -284,7 +325,7 @@ def _sparse_head(
     first_N = torch.full((num_rows,), last_id, device=device).scatter_reduce_(0, rows_Q, firsts_Q, "amin")
     reach_QJ = (values_QJ >= least_N[rows_Q].unsqueeze(-1)) & (values_QJ > -math.inf)
     counts_N = torch.zeros(num_rows, dtype=torch.int64, device=device).index_add_(0, rows_Q, reach_QJ.sum(-1))
-    room, width = _room(counts_N, most, device.type == "cpu" or most > MAX_BOUND)
+    room, width = yield from _room(counts_N, most, device.type == "cpu" or most > MAX_BOUND)
     # Room that stays empty belongs to one row more than there are.
     at_C = reach_QJ.view(-1).nonzero_static(size=room, fill_value=-1).squeeze(-1)
     rows_C = rows_Q[at_C.clamp(min=0) // BLOCK]
@@ -302,13 +343,15 @@ def _sparse_head(
     values_NH, ids_NH = _by_value_then_id(values_NH, ids_NH)
     values_NH, ids_NH = values_NH[:, :max_k], ids_NH[:, :max_k]
 
-    cut = _cut(ids_NH, values_NH, least_N)
+    keep_NH = _kept(values_NH, least_N)
+    counts_N = keep_NH.sum(-1)
+    cut = _cut(ids_NH, values_NH, counts_N)
     values_QJ.masked_fill_(cut.above(rows_Q, values_QJ, ids_QJ), -math.inf)
     maxima_Q = values_QJ.amax(-1)
     sums_KQ = plain_sums(values_QJ.t().unsqueeze(0), maxima_Q.unsqueeze(0), TAIL_BETAS)[0]
     blocks.maxima_NG[rows_Q, blocks_Q] = maxima_Q
     blocks.sums_NKG[rows_Q, :, blocks_Q] = sums_KQ.t()
-    return _Head(ids_NH, values_NH, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
+    return _Head(ids_NH, values_NH, keep_NH, counts_N, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
 
 
 def _by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,11 +368,13 @@ def _by_value_then_id(values_NH: torch.Tensor, ids_NH: torch.Tensor) -> tuple[to
 def _dense_head(logits_NV: torch.Tensor, least_N: torch.Tensor, max_k: int) -> _Head:
     """Top-k over the vocabulary, and the blocks of all that it leaves."""
     values_NH, ids_NH = _topk_by_id(logits_NV, max_k)
-    cut = _cut(ids_NH, values_NH, least_N)
+    keep_NH = _kept(values_NH, least_N)
+    counts_N = keep_NH.sum(-1)
+    cut = _cut(ids_NH, values_NH, counts_N)
     ids_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
     in_head_NV = cut.above(slice(None), logits_NV, ids_V)
     blocks = block_statistics(logits_NV.masked_fill(in_head_NV, -math.inf), TAIL_BETAS)
-    return _Head(ids_NH, values_NH, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
+    return _Head(ids_NH, values_NH, keep_NH, counts_N, BlockedTail(blocks, TAIL_BETAS.index(POWER), cut))
 
 
 def _topk_by_id(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

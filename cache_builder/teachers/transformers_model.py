@@ -70,7 +70,6 @@ def load_frozen(config: TeacherConfig) -> LoadedModel:
     Raises:
         ConfigError: it cannot be loaded, an engine argument is unknown, or `max_length` is beyond its context.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     if not config.debug:
@@ -97,7 +96,8 @@ def load_frozen(config: TeacherConfig) -> LoadedModel:
                 "sdpa, which ignores it; use eager"
             )
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, dtype), **args)
+        kind = _kind_of_model(config.model, args)
+        loaded = kind.from_pretrained(config.model, dtype=getattr(torch, dtype), **args)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"the model must load in transformers, got: {one_line(error, whole=True)}"
@@ -120,6 +120,21 @@ def load_frozen(config: TeacherConfig) -> LoadedModel:
         head_dtype="float32" if config.head_dtype == "float32" else dtype,
         vocab_size=int(text_config.vocab_size),
     )
+
+
+def _kind_of_model(model: str, args: dict[str, Any]) -> Any:
+    """The class that loads it: a multimodal model predicts text from text as the text model that it holds."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    known = {name: args[name] for name in ("revision", "trust_remote_code") if name in args}
+    kind = type(AutoConfig.from_pretrained(model, **known))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _head_in_float32(model: Any) -> None:

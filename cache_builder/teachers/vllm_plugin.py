@@ -17,6 +17,22 @@ PREFIX = "Anneal"
 MODULE = "cache_builder.teachers.vllm_pooler"
 PARENT_VARIABLE = "ANNEAL_ENGINE_PARENT"
 """Set while an engine starts to the process id of its owner; inherited by the engine's processes."""
+WRAPPERS = {
+    *(
+        "Gemma3ForConditionalGeneration",
+        "Gemma4ForConditionalGeneration",
+        "Gemma4UnifiedForConditionalGeneration",
+    ),
+    *(
+        "Llama4ForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+    ),
+    *("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
+    *("Qwen3VLMoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration"),
+    "Qwen3_5MoeForConditionalGeneration",
+}
+"""Multimodal architectures whose prediction of text from text is that of the text model they hold."""
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 
@@ -33,6 +49,13 @@ def text_architectures() -> list[str]:
     names = {**registry._TEXT_GENERATION_MODELS, **registry._TRANSFORMERS_SUPPORTED_MODELS}
     names |= {name: target for name, target in registry._TRANSFORMERS_BACKEND_MODELS.items()}
     return sorted(name for name, (_, target) in names.items() if _generates_text(target))
+
+
+def wrapped_architectures() -> list[str]:
+    """Architectures that hold a text model beside encoders of images or sound, and run as it without them."""
+    from vllm.model_executor.models import registry
+
+    return sorted(registry._MULTIMODAL_MODELS.keys() & WRAPPERS)
 
 
 def _generates_text(class_name: str) -> bool:
@@ -63,7 +86,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    for name in text_architectures():
+    for name in [*text_architectures(), *wrapped_architectures()]:
         teacher = teacher_architecture(name)
         ModelRegistry.register_model(teacher, f"{MODULE}:{teacher}")
         # Some architectures adjust the engine's configuration; the table is keyed by name.

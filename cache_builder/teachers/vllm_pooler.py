@@ -10,7 +10,7 @@ hidden states are never kept.
 Classes are built on demand: `AnnealLlamaForCausalLM` is vLLM's `LlamaForCausalLM` with this pooler.
 """
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
@@ -123,24 +123,20 @@ class TeacherPooler(Pooler):
         index = torch.from_numpy(rows).to(device, non_blocking=True)
         labels_N = torch.from_numpy(labels).to(device, non_blocking=True)
         starts_N = torch.from_numpy(draw_starts).to(device, non_blocking=True)
-        model = self._model[0]
-        step = reduce.rows_per_chunk(self.vocab_size, device.type)
-        parts = []
-        for start in range(0, len(rows), step):
-            logits_NV = model.compute_logits(hidden_states[index[start : start + step]])
-            if logits_NV is None:  # a tensor-parallel rank that gathers nothing answers with nothing
-                continue
-            if logits_NV.shape[-1] != self.vocab_size:
-                raise RuntimeError(f"expected {self.vocab_size} logits, got {logits_NV.shape[-1]}")
-            parts.append(
-                reduce.reduce_logits(
-                    logits_NV,
-                    self.capture,
-                    labels_N=labels_N[start : start + step],
-                    starts_N=starts_N[start : start + step],
-                )
-            )
-        return reduce.concatenate_rows(parts, device)
+        step = reduce.rows_per_chunk(self.vocab_size, reduce.chunk_bytes(device))
+
+        def chunks() -> Iterator[reduce.Chunk]:
+            for start in range(0, len(rows), step):
+                chunk = slice(start, start + step)
+                logits_NV = self._model[0].compute_logits(hidden_states[index[chunk]])
+                if logits_NV is None:  # a tensor-parallel rank that gathers nothing answers with nothing
+                    continue
+                if logits_NV.shape[-1] != self.vocab_size:
+                    raise RuntimeError(f"expected {self.vocab_size} logits, got {logits_NV.shape[-1]}")
+                yield reduce.Chunk(logits_NV, labels_N[chunk], starts_N[chunk])
+                del logits_NV  # before the next chunk's are made
+
+        return reduce.reduce_chunks(chunks(), self.capture, device)
 
     def _collect(
         self, reduced: reduce.ReducedRows, lengths: list[int], metadata: PoolingMetadata
@@ -150,28 +146,18 @@ class TeacherPooler(Pooler):
             lengths = [0] * len(lengths)
         rows_at = np.concatenate([[0], np.cumsum(lengths)])
         entries_at, draws_at = _offsets_at([reduced.counts, reduced.draw_counts], rows_at)
-        outputs: list[torch.Tensor | None] = []
-        for i, (state, done) in enumerate(zip(metadata.pooling_states, finished, strict=True)):
-            rows, entries, drawn = (slice(at[i], at[i + 1]) for at in (rows_at, entries_at, draws_at))
-            part = reduce.ReducedRows(
-                reduced.counts[rows],
-                reduced.token_ids[entries],
-                reduced.logprobs[entries],
-                reduced.log_tail_nodes[rows],
-                reduced.label_logprobs[rows],
-                reduced.draw_counts[rows],
-                reduced.draw_ids[drawn],
-                reduced.draw_logprobs[drawn],
-            )
+        entries, drawn = np.diff(entries_at).tolist(), np.diff(draws_at).tolist()
+        sizes = reduce.ReducedRows(lengths, entries, entries, lengths, lengths, lengths, drawn, drawn)
+        columns = (column.split(size) for column, size in zip(reduced, sizes, strict=True))
+        wholes: list[reduce.ReducedRows] = []
+        for state, done, *part in zip(metadata.pooling_states, finished, *columns, strict=True):
             waiting: list[Any] = state.hidden_states_cache  # vLLM's place for what a request keeps
-            if not done:
-                waiting.append(part)
-                outputs.append(None)
-                continue
-            whole = reduce.concatenate_rows([*waiting, part])
-            outputs.append(wire.pack(whole, compiled=runs_compiled(whole.counts.device.type)))
-            state.clean()
-        return outputs
+            waiting.append(reduce.ReducedRows(*part))
+            if done:
+                wholes.append(reduce.concatenate_rows(waiting))
+                state.clean()
+        packed = iter(wire.pack_all(wholes, compiled=runs_compiled(reduced.counts.device.type)))
+        return [next(packed) if done else None for done in finished]
 
 
 def _offsets_at(counts: list[torch.Tensor], rows_at: np.ndarray) -> list[list[int]]:

@@ -9,12 +9,18 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from typing import Any
 
 from cache_builder.teachers.engine_args import by_name, refuse_data_parallel
 from cache_builder.teachers.model_config import attention_softcap
 from cache_builder.teachers.protocol import TeacherConfig
-from cache_builder.teachers.vllm_plugin import PARENT_VARIABLE, teacher_architecture, text_architectures
+from cache_builder.teachers.vllm_plugin import (
+    PARENT_VARIABLE,
+    teacher_architecture,
+    text_architectures,
+    wrapped_architectures,
+)
 from formats.errors import ConfigError, one_line
 from formats.install import how_to_install
 
@@ -151,12 +157,17 @@ def teacher_architectures(model_config: Mapping[str, Any]) -> list[str]:
             "vLLM must load the plugin 'anneal', which it did not find; install this package with pip "
             "(a source tree: pip install -e .), and let VLLM_PLUGINS, if set, include anneal"
         )
-    if name in known:
+    if name in wrapped_architectures() and find_spec("torchvision") is None:
+        raise ConfigError(
+            f"vLLM must find torchvision for {name}, got none; install the one of the same build as torch, or pass "
+            "--engine transformers"
+        )
+    if name in known or name in wrapped_architectures():
         return [teacher_architecture(name), name]
     if name in ModelRegistry.get_supported_archs():
         raise ConfigError(
-            f"the vllm engine captures decoder-only text models, got {name} (multimodal, encoder or "
-            "pooling); use the checkpoint of its text model, or --engine transformers"
+            f"the vllm engine captures decoder-only text models, alone or in {', '.join(wrapped_architectures())}, "
+            f"got {name} (multimodal, encoder or pooling); use its text model's checkpoint, or --engine transformers"
         )
     import transformers
 
@@ -197,6 +208,7 @@ def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[s
         {
             "runner": "pooling",
             "additional_config": {"anneal": config.capture.to_dict()},
+            **({"language_model_only": True} if set(architectures) & set(wrapped_architectures()) else {}),
         },
         dtype=dtype,
         overrides={"architectures": architectures},

@@ -12,6 +12,8 @@ numpy views give it back: no Python object per token on either side.
 P: positions, E: kept entries, K: tail nodes, S: tail draws.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -25,21 +27,26 @@ HEADER = 4
 
 def pack(rows: ReducedRows, *, compiled: bool = False) -> torch.Tensor:
     """int32 [4 + P * (3 + K) + 2E + 2S], on the device of `rows`."""
-    sizes = [len(rows.counts), len(rows.token_ids), len(rows.draw_ids)]
-    header = torch.tensor([*sizes, int(compiled)], dtype=torch.int32)
-    return torch.cat(
-        [
-            header.to(rows.counts.device, non_blocking=True),  # made on a GPU, it would wait for it
-            rows.counts,
-            rows.token_ids,
-            rows.logprobs.view(torch.int32),
-            rows.log_tail_nodes.reshape(-1).view(torch.int32),
-            rows.label_logprobs.view(torch.int32),
-            rows.draw_counts,
-            rows.draw_ids,
-            rows.draw_logprobs.view(torch.int32),
-        ]
+    return pack_all([rows], compiled=compiled)[0]
+
+
+def pack_all(requests: Sequence[ReducedRows], *, compiled: bool = False) -> list[torch.Tensor]:
+    """`pack` of each, as pieces of one tensor: a step of short rows has hundreds, and a launch for every part of every
+    request would take a GPU's host longer than the reduction."""
+    if not requests:
+        return []
+    headers = torch.tensor(
+        [[len(rows.counts), len(rows.token_ids), len(rows.draw_ids), int(compiled)] for rows in requests],
+        dtype=torch.int32,
     )
+    on_device = headers.to(requests[0].counts.device, non_blocking=True)  # made there, it would be waited for
+    parts: list[torch.Tensor] = []
+    lengths: list[int] = []
+    for header, rows in zip(on_device.unbind(), requests, strict=True):
+        columns = [header, *(column.reshape(-1).view(torch.int32) for column in rows)]
+        lengths.append(sum(map(len, columns)))
+        parts += columns
+    return list(torch.cat(parts).split(lengths))
 
 
 def reduction_of(packed: torch.Tensor) -> str:

@@ -28,7 +28,7 @@ class CodecConfig:
     everything below (-1,024 nats) is stored as that."""
     rank_ids: bool = True
     """Store ids by frequency rank, with the table in the shard; False stores them as they are."""
-    zstd_level: int = 12
+    zstd_level: int = 3
     """Compression level, 1 to 19: reading is equally fast for all of them, writing is not."""
     draw_rate: int = 0
     """Expected draws of a tail token over the power 3/4 of its probability; 0 stores none. It is the rate

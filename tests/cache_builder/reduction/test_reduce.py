@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from cache_builder.reduction import block_sums, reduce
 from cache_builder.reduction.block_sums import BLOCK, power_plan
+from cache_builder.reduction.in_flight import GPU_PIECES
 from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
 from formats.capture_settings import CaptureSettings
 from formats.logprobs.topk import TAIL_BETAS
@@ -247,7 +249,7 @@ def test_flat_rows_are_reduced_in_smaller_pieces(monkeypatch, min_prob):
 
 
 def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
-    """A top-k, with ties at its cut, in every row of a whole chunk."""
+    """A top-k, with ties at its cut, in every row of as many chunks as are under way."""
     monkeypatch.setattr(reduce, "CPU_CHUNK_BYTES", 40 * 4 * 1003)
     sorts = []
     real = reduce._topk_by_id
@@ -255,14 +257,26 @@ def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
         reduce, "_topk_by_id", lambda x, k: sorts.append((len(x), x.unique().tolist())) or real(x, k)
     )
     reduced = reduce.reduce_hardest(1003, settings(1e-2, 128), torch.device("cpu"))
-    assert sorts == [(40, [0.0])] and reduced.counts.tolist() == [1] * 40
+    assert sorts == [(40, [0.0])] * GPU_PIECES and reduced.counts.tolist() == [1] * 40 * GPU_PIECES
 
 
-def test_a_gpu_takes_large_chunks_but_for_a_top_k():
-    assert reduce.rows_per_chunk(128_256, "cuda") == 2092
-    assert reduce.rows_per_dense_chunk(128_256, "cuda") == 261
-    assert reduce.rows_per_chunk(1 << 40, "cuda") == reduce.rows_per_dense_chunk(1 << 40, "cuda") == 1
-    assert reduce.rows_per_chunk(128_256, "cpu") == reduce.rows_per_dense_chunk(128_256, "cpu") == 130
+def test_a_gpu_takes_large_chunks_but_for_a_top_k(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for memory, rows, dense in ((80, 2616, 327), (24, 784, 98), (141, 4185, 523), (1 << 10, 4185, 523)):
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda _, memory=memory: SimpleNamespace(total_memory=memory << 30),
+        )
+        assert reduce.rows_per_chunk(128_256, reduce.chunk_bytes(gpu)) == rows
+        assert reduce.rows_per_dense_chunk(128_256, gpu) == dense
+    assert (
+        reduce.rows_per_chunk(1 << 40, reduce.chunk_bytes(gpu))
+        == reduce.rows_per_dense_chunk(1 << 40, gpu)
+        == 1
+    )
+    assert reduce.rows_per_chunk(128_256, reduce.chunk_bytes(cpu)) == 130
+    assert reduce.rows_per_dense_chunk(128_256, cpu) == 130
 
 
 def test_no_rows():

@@ -11,7 +11,14 @@ import pytest
 from tiny_models import save_tiny_model
 
 from cache_builder import TeacherConfig, VLLMTeacher
-from cache_builder.teachers.vllm_plugin import teacher_architecture, text_architectures
+from cache_builder.teachers import vllm_settings
+from cache_builder.teachers.protocol import TeacherError
+from cache_builder.teachers.vllm_plugin import (
+    WRAPPERS,
+    teacher_architecture,
+    text_architectures,
+    wrapped_architectures,
+)
 from cache_builder.teachers.vllm_settings import (
     QUANTISED_HEAD,
     advised,
@@ -206,6 +213,22 @@ def test_architectures_that_are_taken_or_refused():
         teacher_architectures({})
 
 
+@pytest.mark.vllm
+def test_models_that_hold_a_text_model(monkeypatch):
+    """Multimodal ones, which run without their encoders; vLLM's code for them imports torchvision."""
+    name = "Gemma3ForConditionalGeneration"
+    monkeypatch.setattr(vllm_settings, "find_spec", lambda module: object())
+    assert teacher_architectures({"architectures": [name]}) == [teacher_architecture(name), name]
+    given = engine_arguments(TeacherConfig(model="m"), dtype="float32", architectures=["Anneal" + name, name])
+    assert given["language_model_only"] is True
+    text = engine_arguments(TeacherConfig(model="m"), dtype="float32", architectures=["AnnealA", "A"])
+    assert "language_model_only" not in text
+    monkeypatch.setattr(vllm_settings, "find_spec", lambda module: None)
+    with pytest.raises(ConfigError, match=f"find torchvision for {name}, got none"):
+        teacher_architectures({"architectures": [name]})
+    assert set(wrapped_architectures()) == WRAPPERS, "vLLM names one of them otherwise now"
+
+
 def test_vllm_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # what the import system does for a module it cannot find
     with pytest.raises(ConfigError) as caught:
@@ -295,3 +318,13 @@ def test_longer_than_the_context(tiny_llama_dir):
     with pytest.raises(ConfigError) as caught:
         VLLMTeacher(TeacherConfig(model=str(tiny_llama_dir), max_length=5000))
     assert "\n" not in str(caught.value) and "1024" in str(caught.value)
+
+
+def test_an_engine_that_changes_its_way_of_reducing_is_refused():
+    teacher = object.__new__(VLLMTeacher)
+    teacher._description, teacher._engine = {}, None
+    for _ in range(2):
+        teacher._check_reduction("compiled")
+    assert teacher.describe() == {"reduction": "compiled"}
+    with pytest.raises(TeacherError, match=r"in one way, got plain after compiled.*ANNEAL_COMPILE=0"):
+        teacher._check_reduction("plain")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
-from cache_builder.teachers.wire import pack, reduction_of, unpack
+from cache_builder.teachers.wire import pack, pack_all, reduction_of, unpack
 from formats.capture_settings import CaptureSettings
 from formats.logprobs.topk import TAIL_BETAS
 
@@ -49,6 +49,13 @@ def test_an_answer_says_how_it_was_reduced():
     plain, compiled = pack(rows), pack(rows, compiled=True)
     assert (reduction_of(plain), reduction_of(compiled)) == ("plain", "compiled")
     assert (unpack(plain, 1003, 8).token_ids == unpack(compiled, 1003, 8).token_ids).all()
+
+
+def test_a_whole_step_is_packed_as_its_requests_are():
+    requests = [some_rows(n) for n in (3, 0, 17, 1)]
+    together = pack_all(requests, compiled=True)
+    assert [each.tolist() for each in together] == [pack(rows, compiled=True).tolist() for rows in requests]
+    assert pack_all([]) == []
 
 
 def test_chunks_of_a_row_join_as_if_never_cut():
