@@ -1,5 +1,5 @@
-"""The label annealing loss inside somebody's `transformers.Trainer`: their data set, loop, checkpoints; our batches, loss,
-counts, first check and evaluation.
+"""The label annealing loss inside somebody's `transformers.Trainer`: their data set, loop and checkpoints; our batches,
+loss, counts, first check and evaluation.
 """
 
 import sys
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from formats.cache import TeacherCache
-from formats.errors import ConfigError, IdentityMismatchError
+from formats.errors import ConfigError
 from integrations.collator import JoiningCollator, UnitCollator
 from integrations.joined_rows import Found, JoinedDataset, JoinedRows, rows_of, why_missing
 from integrations.teacher import ancestor_of, vocabulary_of
@@ -26,6 +26,7 @@ from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.output_head import OutputHead
 from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
+from trainer.objective import Objective
 from trainer.preflight.arguments import refuse_argument
 from trainer.preflight.liger import settle_liger
 
@@ -37,6 +38,8 @@ REFUSED = (
     "batch_eval_metrics",
 )
 """Names of TrainingArguments that this loss cannot honour, whoever's Trainer it is in."""
+
+_OURS: Any = LabelAnnealingTrainer
 
 
 def say(line: str) -> None:
@@ -82,16 +85,17 @@ class Annealed(Trainer):
 
     loss_is_scaled_for_ga = True
     pack_length: int | None = None
+    objective: Objective
 
-    compute_loss = LabelAnnealingTrainer.compute_loss  # type: ignore[assignment]
-    _get_num_items_in_batch = LabelAnnealingTrainer._get_num_items_in_batch  # type: ignore[assignment]
-    _loader = LabelAnnealingTrainer._loader
-    loader_of_rows = LabelAnnealingTrainer.loader_of_rows
-    measure_rows = LabelAnnealingTrainer.measure_rows
-    evaluation_model = LabelAnnealingTrainer.evaluation_model
-    evaluation_loop = LabelAnnealingTrainer.evaluation_loop  # type: ignore[assignment]
-    pause = LabelAnnealingTrainer.pause
-    restart_log_window = LabelAnnealingTrainer.restart_log_window
+    compute_loss = _OURS.compute_loss
+    _get_num_items_in_batch = _OURS._get_num_items_in_batch
+    _loader = _OURS._loader
+    loader_of_rows = _OURS.loader_of_rows
+    measure_rows = _OURS.measure_rows
+    evaluation_model = _OURS.evaluation_model
+    evaluation_loop = _OURS.evaluation_loop
+    pause = _OURS.pause
+    restart_log_window = _OURS.restart_log_window
 
     def anneal_with(
         self,
@@ -167,9 +171,15 @@ class Annealed(Trainer):
             self.require_rows(self.train_dataset, self.train_rows, "train")
         first: TrainerCallback
         if with_kl:
-            settings = {"num_rows": config.step0_rows, "threshold": config.step0_threshold}
-            settings |= {"different_student": different, "ancestor": ancestor}
-            first = Step0Check(self, dataset(cache, "both"), self._on_step0, **settings)  # type: ignore[arg-type]
+            first = Step0Check(
+                self,  # type: ignore[arg-type]
+                dataset(cache, "both"),
+                self._on_step0,
+                num_rows=config.step0_rows,
+                threshold=config.step0_threshold,
+                different_student=different,
+                ancestor=ancestor,
+            )
         else:
             line = f"step 0: no KL is measured: kl_coef is 0, so only the tokens of {config.cache} are used"
             first = HeadCheck(self, self.train_rows.dataset, line, self.say)  # type: ignore[arg-type]
@@ -222,7 +232,7 @@ class Annealed(Trainer):
         """This rank's batches for evaluation; every row is counted once."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if not hasattr(dataset, "__len__") or isinstance(dataset, dict):
             raise ConfigError(f"evaluation needs a data set of known length, got {type(dataset).__name__}")
         self.require_rows(dataset, self.eval_rows, "evaluation")
@@ -259,7 +269,7 @@ class Annealed(Trainer):
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            self.pause(time.perf_counter() - start)  # type: ignore[misc]
+            self.pause(time.perf_counter() - start)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the interval to the Trainer's own line."""
@@ -293,6 +303,3 @@ class Annealed(Trainer):
                 lambda: f"; use a lower learning_rate (it was {self.args.learning_rate:g}) or other data",
             )
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-
-__all__ = ["Annealed", "IdentityMismatchError", "refuse_arguments", "say"]

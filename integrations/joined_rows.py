@@ -9,6 +9,7 @@ L: tokens of a row.
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def segments(feature: Mapping[str, Any]) -> list[Pair]:
     bounds = np.cumsum([0, *lengths])
     return [
         (ids[start:stop], labels[start:stop])
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in pairwise(bounds)
         if stop > start
     ]
 
@@ -210,11 +211,10 @@ def why_missing(cache: TeacherCache, missing: Sequence[Pair]) -> list[str]:
             other_mask.add(digest)
         elif (start := ids[:PREFIX].tobytes()) in starts:
             alike.setdefault(start, []).append(ids)
-    cut = sum(
-        digest not in other_mask
-        and any(_one_begins_the_other(ids, row) for row in alike.get(ids[:PREFIX].tobytes(), ()))
-        for digest, (ids, _) in wanted.items()
-    )
+    cut = 0
+    for digest, (ids, _) in wanted.items():
+        candidates = () if digest in other_mask else alike.get(ids[:PREFIX].tobytes(), ())
+        cut += any(_one_begins_the_other(ids, row) for row in candidates)
     other = len(wanted) - len(other_mask) - cut
     reasons = (
         (

@@ -1,4 +1,4 @@
-"""What label annealing adds to the settings of another trainer: names, defaults and checks are those of `TrainConfig`."""
+"""What label annealing adds to the settings of another trainer: names, defaults and checks of `TrainConfig`."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields

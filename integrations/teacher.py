@@ -1,4 +1,4 @@
-"""Does this cache belong to this model, as somebody else has loaded it? What can be said before the first forward pass."""
+"""Does this cache belong to this model, loaded by somebody else? What can be said before the first forward pass."""
 
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ def ancestor_of(cache: TeacherCache, model: Any, tokenizer: Any) -> str | None:
     """
     if cache.identity.tokenizer.get("vocabulary") != TokenizerFingerprint.of(tokenizer).vocabulary:
         raise IdentityMismatchError(
-            f"the tokenizer must have the vocabulary of the cache's teacher, got another than that of {cache.path}; use "
-            "the teacher's tokenizer, or build the cache with this model"
+            f"the tokenizer must have the vocabulary of the cache's teacher, got another than that of {cache.path}; "
+            "use the teacher's tokenizer, or build the cache with this model"
         )
     directory = directory_of(model)
     if directory is None:

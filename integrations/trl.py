@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
-from integrations.annealed import Annealed, refuse_arguments
+from integrations.annealed import Annealed, refuse_arguments, say
 from integrations.row_file import write_rows
 from integrations.settings import checked, setting
 from trainer.checks import check_optional_text
@@ -75,7 +75,7 @@ class AnnealSFTConfig(SFTConfig):
         refuse_arguments(self)
         if self.loss_type != "nll":
             raise ConfigError(
-                f"loss_type must be nll, got {self.loss_type}; ce_weight: dft weighs tokens in the same way"
+                f"loss_type must be nll, got {self.loss_type}; ce_weight: dft weighs tokens alike"
             )
         if self.packing and self.packing_strategy == "wrapped":
             raise ConfigError(
@@ -109,6 +109,8 @@ class AnnealSFTTrainer(Annealed, SFTTrainer):  # type: ignore[misc]
         FormatError: a cache is missing, unfinished or broken.
     """
 
+    args: AnnealSFTConfig
+
     def __init__(self, model: Any, args: AnnealSFTConfig | None = None, **kwargs: Any) -> None:
         if not isinstance(args, AnnealSFTConfig):
             raise ConfigError(f"args must be an AnnealSFTConfig, got {type(args).__name__}")
@@ -123,15 +125,15 @@ class AnnealSFTTrainer(Annealed, SFTTrainer):  # type: ignore[misc]
             raise ConfigError(
                 "processing_class must be a tokenizer, got a processor; a cache holds text alone"
             )
-        if args.router_aux_loss_coef is None and _routes(model):
-            args.router_aux_loss_coef = 0.0
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
             raise ConfigError("the data set must be text, got images; a cache holds text alone")
         if args.cache_dir is None:
             return
+        if self.aux_loss_enabled:
+            self._drop_router_loss()
         config = checked(args, args.cache_dir, on_missing=args.on_missing)
-        attention = str(getattr(self.model.config, "_attn_implementation", ""))
+        attention = str(getattr(self._config, "_attn_implementation", ""))
         self.anneal_with(
             config,
             self._tokenizer,
@@ -140,6 +142,18 @@ class AnnealSFTTrainer(Annealed, SFTTrainer):  # type: ignore[misc]
             packing=args.packing,
             flatten=self.padding_free and (not args.packing or "flash" in attention),
         )
+
+    @property
+    def _config(self) -> Any:
+        model: Any = self.model
+        return model.config
+
+    def _drop_router_loss(self) -> None:
+        """TRL takes the load-balancing loss that a model's configuration names, which ours has no place for."""
+        self.aux_loss_enabled, self.router_aux_loss_coef = False, 0.0
+        self._config.get_text_config().output_router_logits = False
+        if self.args.process_index == 0:
+            say("router_aux_loss_coef: the load-balancing loss is no part of label annealing, and is off")
 
     def write_rows(self, path: str | Path) -> str:
         """Write the prepared training rows to a Parquet file that `anneal cache build` reads as they are.
@@ -151,7 +165,7 @@ class AnnealSFTTrainer(Annealed, SFTTrainer):  # type: ignore[misc]
             ConfigError: the file is there already, or there is no row.
         """
         num_rows, longest = write_rows(self.train_dataset, path)
-        name = self.model.config._name_or_path or "MODEL"
+        name = self._config._name_or_path or "MODEL"
         return (
             f"{num_rows:,} rows in {path}; build their cache with\n"
             f"anneal cache build {path} --model {name} --out CACHE --max-length {max(longest, 2)}"
@@ -170,14 +184,3 @@ class AnnealSFTTrainer(Annealed, SFTTrainer):  # type: ignore[misc]
         self._total_train_tokens += int(totals[2])
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return totals
-
-
-def _routes(model: Any) -> bool:
-    """Whether a model has a load-balancing loss to switch off."""
-    if isinstance(model, str):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(model)
-    else:
-        config = model.config
-    return hasattr(config.get_text_config(), "router_aux_loss_coef")

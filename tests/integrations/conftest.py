@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "trainer"), str(ROOT)]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "trainer"), str(ROOT)]
 
 
 @pytest.fixture(scope="session")
