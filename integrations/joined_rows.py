@@ -50,11 +50,7 @@ def segments(feature: Mapping[str, Any]) -> list[Pair]:
             f"and lengths that sum to {sum(lengths)}"
         )
     bounds = np.cumsum([0, *lengths])
-    return [
-        (ids[start:stop], labels[start:stop])
-        for start, stop in pairwise(bounds)
-        if stop > start
-    ]
+    return [(ids[start:stop], labels[start:stop]) for start, stop in pairwise(bounds) if stop > start]
 
 
 def mask_of(ids_L: np.ndarray, labels_L: np.ndarray) -> np.ndarray:
