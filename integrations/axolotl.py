@@ -4,7 +4,7 @@
     anneal_cache: cache
     anneal_kl_coef: 1.0
 
-Every setting of `integrations.settings` is a key here, `anneal_` before its name. The rows are Axolotl's own, prepared by
+Every setting of `integrations.settings` is a key here, with `anneal_` before its name. The rows are Axolotl's own, by
 its prompt strategies; they are joined to the cache by their tokens when the trainer is made.
 """
 
@@ -50,7 +50,6 @@ REFUSED: Mapping[str, str] = {
     "cut_cross_entropy": "the loss is fused already",
     "chunked_cross_entropy": "the loss is fused already",
     "deepspeed": "its engine owns the gradients; use FSDP",
-    "include_tkps": "tokens_per_second is logged anyway",
     "trainer_cls": "the plugin has a trainer of its own",
     "relora": "it restarts from weights that are not those of the teacher; not tried",
 }
@@ -70,6 +69,14 @@ class _PackedCollator:
 
 class AnnealAxolotlTrainer(Annealed, AxolotlTrainer):
     """`AxolotlTrainer` whose loss, counts and evaluation are ours; `AnnealPlugin` makes it ready."""
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> Any:
+        totals = super()._get_num_items_in_batch(batch_samples, device)
+        if self.args.include_tkps:  # what Axolotl's loss counts; padding is no token here
+            counts = {"trainable": totals[0].cpu().float(), "total": totals[2].cpu().float()}
+            before = getattr(self.state, "tokens", None) or {}
+            self.state.tokens = {name: before.get(name, 0) + count for name, count in counts.items()}
+        return totals
 
 
 class AnnealPlugin(BasePlugin):
@@ -102,6 +109,9 @@ class AnnealPlugin(BasePlugin):
         """
         if not cfg.anneal_cache:
             return
+        trainer.args.average_tokens_across_devices = (
+            True  # Axolotl sets false for its own loss; ours averages always
+        )
         refuse_arguments(trainer.args)
         packing = bool(cfg.sample_packing)
         attention = str(getattr(trainer.model.config, "_attn_implementation", ""))
