@@ -194,6 +194,7 @@ def test_lora_is_that_of_anneal_train(tmp_path, corpus, cache, tiny_llama_dir, m
     monkeypatch.setattr(trainer.inputs, "attach_adapters", attach)
     monkeypatch.setattr(AnnealPlugin, "post_lora_load", lambda self, cfg, model: set_adapters(model))
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.0}
+    lora |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # Triton
     cfg = configuration(tmp_path / "theirs", corpus, tiny_llama_dir, anneal_cache=str(cache), **lora)
     model, _, found = theirs(cfg)
     expected = ours(cache, tiny_llama_dir, tmp_path / "ours", "lora.r=4", "lora.alpha=8")
@@ -218,7 +219,7 @@ def test_what_is_refused(tmp_path, corpus, cache, tiny_llama_dir):
     assert plugin.get_trainer_cls(cfg) is not None
     for name in REFUSED:
         with pytest.raises(ConfigError, match=f"{name} is not available beside anneal_cache"):
-            plugin.get_trainer_cls(cfg | {name: True})
+            plugin.get_trainer_cls(type(cfg)({**cfg, name: True}))
     for changed, message in (
         ({"anneal_kl_coef": -1.0}, "kl_coef must be at least 0"),
         ({"anneal_on_missing": "ignore"}, "on_missing must be one of"),
@@ -226,7 +227,7 @@ def test_what_is_refused(tmp_path, corpus, cache, tiny_llama_dir):
         ({"anneal_cache": str(tmp_path / "nowhere")}, "nowhere"),
     ):
         with pytest.raises(AnnealError, match=message):
-            plugin.get_trainer_cls(cfg | changed)
+            plugin.get_trainer_cls(type(cfg)({**cfg, **changed}))
 
 
 def test_rows_that_the_cache_lacks(tmp_path, corpus, cache, tiny_llama_dir):

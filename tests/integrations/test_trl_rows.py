@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-if os.environ.get("ANNEAL_INTEGRATIONS") != "1":
+if os.environ.get("ANNEAL_INTEGRATIONS") != "trl":
     pytest.importorskip("trl")
 
 from datasets import Dataset
