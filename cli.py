@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-PACKAGES = ("formats", "cache_builder", "trainer")
+PACKAGES = ("formats", "cache_builder", "trainer", "onboarding")
 NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that warn, on import, of kernels for other hardware and of another library's use of torch."""
 
@@ -47,6 +47,7 @@ from formats.capture_settings import MAX_RATE, CaptureSettings  # noqa: E402
 from formats.errors import AnnealError, ConfigError  # noqa: E402
 from formats.install import how_to_install  # noqa: E402
 from formats.progress import ConsoleProgress  # noqa: E402
+from onboarding import commands as onboarding  # noqa: E402
 
 
 class InterruptibleGroup(TyperGroup):
@@ -75,6 +76,7 @@ cache_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cache_app, name="cache")
+app.command("doctor")(onboarding.doctor)
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory (or fsspec URL) of a cache.")]
 CorpusArgument = Annotated[
