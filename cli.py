@@ -77,6 +77,7 @@ cache_app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command("doctor")(onboarding.doctor)
+app.command("init")(onboarding.init)
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory (or fsspec URL) of a cache.")]
 CorpusArgument = Annotated[

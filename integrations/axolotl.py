@@ -10,7 +10,7 @@ its prompt strategies; they are joined to the cache by their tokens when the tra
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from axolotl.core.trainers import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
@@ -72,10 +72,11 @@ class AnnealAxolotlTrainer(Annealed, AxolotlTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> Any:
         totals = super()._get_num_items_in_batch(batch_samples, device)
-        if self.args.include_tkps:  # what Axolotl's loss counts; padding is no token here
+        args, state = cast(Any, self.args), cast(Any, self.state)
+        if args.include_tkps:  # what Axolotl's loss counts; padding is no token here
             counts = {"trainable": totals[0].cpu().float(), "total": totals[2].cpu().float()}
-            before = getattr(self.state, "tokens", None) or {}
-            self.state.tokens = {name: before.get(name, 0) + count for name, count in counts.items()}
+            before = getattr(state, "tokens", None) or {}
+            state.tokens = {name: before.get(name, 0) + count for name, count in counts.items()}
         return totals
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,3 +22,29 @@ def doctor(as_json: Json = False) -> None:
     print(json.dumps(report.to_dict(), indent=2, sort_keys=True) if as_json else report.text())
     if report.wrong:
         sys.exit(1)
+
+
+def init(
+    corpus: Annotated[
+        str,
+        typer.Argument(
+            metavar="CORPUS", help="What you want to teach: a file, directory, glob or data set name."
+        ),
+    ],
+    model: Annotated[str, typer.Option("--model", help="Model directory or Hugging Face name.")],
+    file: Annotated[str, typer.Option(metavar="FILE", help="The settings file to write.")] = "train.yaml",
+    cache: Annotated[str, typer.Option(metavar="DIR", help="Where the cache will be.")] = "cache",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where the tuned model will be.")] = "tuned",
+) -> None:
+    """Look at a corpus and a model, and write a commented settings file for both.
+
+    Its first lines are the two commands that use it. No weights are loaded.
+    """
+    from onboarding.init.look import look_at
+    from onboarding.init.settings_file import write
+
+    path = Path(file)
+    write(look_at(corpus, model), path, cache=cache, out=out)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    commands = [line.removeprefix("#").strip() for line in lines if line.startswith("#   anneal ")]
+    print("\n".join([f"{path} written; next:", *commands]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+ABOVE = {"integrations", "onboarding", "cli"}
 HEAVY = {"torch", "vllm", "transformers", "datasets", "ray"}
 IN_AND_OUT = re.compile(r"\bin\b[,;.].*\bout\b", re.DOTALL)
 
@@ -51,6 +52,7 @@ FLOORS = {
             "sweep",
         ),
     ],
+    "onboarding": ["doctor.facts", "doctor", "init.look", "init", "commands"],
     "integrations": [
         *("settings", "joined_rows", "collator", "teacher", "row_file", "annealed", "trl", "axolotl"),
     ],
@@ -89,10 +91,11 @@ def sources(package: str) -> list[Path]:
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("formats", {"cache_builder", "trainer", "integrations", "cli", "torch", "vllm", "transformers"}),
-        ("cache_builder", {"trainer", "integrations", "cli"}),
-        ("trainer", {"cache_builder", "integrations", "cli", "vllm"}),
-        ("integrations", {"cache_builder", "cli", "vllm"}),
+        ("formats", {"cache_builder", "trainer", *ABOVE, "torch", "vllm", "transformers"}),
+        ("cache_builder", {"trainer", "integrations", "onboarding", "cli"}),
+        ("trainer", {"cache_builder", *ABOVE, "vllm"}),
+        ("integrations", {"cache_builder", "onboarding", "cli", "vllm"}),
+        ("onboarding", {"integrations", "cli", "vllm"}),
     ],
 )
 def test_packages_keep_their_distance(package: str, forbidden: set[str]) -> None:
@@ -215,7 +218,14 @@ def test_cli_imports_heavy_packages_only_inside_commands() -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import formats", "import cache_builder", "import trainer", "import integrations", "import cli"],
+    [
+        "import formats",
+        "import cache_builder",
+        "import trainer",
+        "import integrations",
+        "import onboarding",
+        "import cli",
+    ],
 )
 def test_importing_the_packages_loads_nothing_heavy(statement: str) -> None:
     probe = f"import sys; {statement}; print(*sorted({HEAVY!r} & set(sys.modules)))"
