@@ -245,3 +245,58 @@ def test_settings_have_one_home():
     ours = TrainConfig(cache="-", model="-", out="-")
     mine = AnnealSFTConfig.__dataclass_fields__
     assert {name: mine[name].default for name in SETTINGS} == {name: getattr(ours, name) for name in SETTINGS}
+
+
+def test_a_stream_is_joined_as_it_is_read(tmp_path, tiny_llama_dir, pruned_cache, tokenizer):
+    """The losses of a data set of known length; a row that the cache lacks stops the run when it comes."""
+    rows, common = data_set(pruned_cache), {"cache_dir": str(pruned_cache), "max_steps": 5}
+    found = [
+        theirs(trainer_of(str(tiny_llama_dir), tmp_path, given, tokenizer, **common))
+        for given in (rows, rows.to_iterable_dataset())
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 5
+    missing = Dataset.from_list([*rows.select(range(6)), {"input_ids": [9, 8, 7], "labels": [9, 8, 7]}])
+    trainer = trainer_of(str(tiny_llama_dir), tmp_path, missing.to_iterable_dataset(), tokenizer, **common)
+    with pytest.raises(ConfigError, match="got one of 3 tokens that"):
+        trainer.train()
+
+
+def test_a_run_that_continues(tmp_path, tiny_llama_dir, pruned_cache, tokenizer, capsys):
+    """From TRL's own checkpoint: the same steps as without a stop, the budget's coefficient among what is kept."""
+    settings_of_run = {"cache_dir": str(pruned_cache), "max_steps": 6, "kl_budget": 0.01}
+    rows = data_set(pruned_cache)
+    whole = theirs(trainer_of(str(tiny_llama_dir), tmp_path / "whole", rows, tokenizer, **settings_of_run))
+    saving = settings_of_run | {"save_strategy": "steps", "save_steps": 3}
+    theirs(trainer_of(str(tiny_llama_dir), tmp_path / "run", rows, tokenizer, **saving))
+    capsys.readouterr()
+    again = trainer_of(str(tiny_llama_dir), tmp_path / "run", rows, tokenizer, **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert "step 0" not in capsys.readouterr().err
+    resumed = [entry["loss"] for entry in again.state.log_history if "kl" in entry]
+    assert resumed == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_mixture_of_experts_without_its_load_balancing(tmp_path, tokenizer, capsys):
+    """TRL would add the coefficient that the model's configuration names; ours says that it does not."""
+    from caches import write_cache
+    from tiny_models import tiny_config
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    settings_of_llama = tiny_config("llama").to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = MixtralConfig(
+        **{name: settings_of_llama[name] for name in names},
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_aux_loss_coef=0.1,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    cache = write_cache(tmp_path / "cache", tmp_path / "model", num_rows=8, min_prob=1e-3)
+    given = {"cache_dir": str(cache), "max_steps": 2}
+    trainer = trainer_of(str(tmp_path / "model"), tmp_path / "out", data_set(cache), tokenizer, **given)
+    assert "the load-balancing loss is no part of label annealing, and is off" in capsys.readouterr().err
+    assert len(theirs(trainer)) == 2 and trainer.step0.kl < 1e-4
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"], rel=1e-5)
