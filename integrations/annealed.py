@@ -15,6 +15,7 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from integrations.collator import JoiningCollator, UnitCollator
 from integrations.joined_rows import Found, JoinedDataset, JoinedRows, rows_of, why_missing
+from integrations.settings import require_only
 from integrations.teacher import ancestor_of, vocabulary_of
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
@@ -59,6 +60,12 @@ def refuse_arguments(args: Any) -> None:
         raise ConfigError(
             "average_tokens_across_devices must be true, got false: a step's mean is over the tokens of all processes; "
             "remove it"
+        )
+    split = args.accelerator_config
+    if getattr(split, "split_batches", False) or getattr(split, "dispatch_batches", False):
+        raise ConfigError(
+            "accelerator_config must leave split_batches and dispatch_batches off: a batch's teacher belongs to its "
+            "rows, and cannot be cut with them"
         )
     if args.bf16_full_eval or args.fp16_full_eval:
         raise ConfigError(
@@ -110,12 +117,12 @@ class Annealed(Trainer):
         """Take the loss's place in the Trainer, whose model is not wrapped yet.
 
         Args:
-            config: `cache` and the settings of `integrations.settings`.
+            config: `cache` and the settings of `integrations.settings`, no others.
             tokenizer: the one that made the data set.
             on_missing: what becomes of a row that the cache does not hold.
             eval_cache: the cache of the evaluation data; None evaluates the cross-entropy alone.
             packing: rows share sequences.
-            flatten: all rows of a batch in one sequence.
+            flatten: packed rows of a batch all share one.
 
         Raises:
             FormatError: a cache is missing, unfinished or broken.
@@ -123,6 +130,7 @@ class Annealed(Trainer):
             IdentityMismatchError: the cache belongs to another model.
         """
         args = self.args
+        require_only(config)
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.tp_size * parallel.cp_size * parallel.sp_size > 1:
             raise ConfigError(
@@ -157,9 +165,7 @@ class Annealed(Trainer):
             held_out.vocab_size = size
         self.eval_rows = JoinedRows(held_out, on_missing)
         self._checked: set[int] = set()
-        self._tokenizer_of_rows = tokenizer
-
-        self.packing = packing or flatten
+        self.packing = packing
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         self._collators = {
             flag: UnitCollator(pad, packing=flag, flatten=flatten and flag) for flag in (False, True)
@@ -169,6 +175,9 @@ class Annealed(Trainer):
         self.budget = None if config.kl_budget is None else KlBudget(self, config.kl_coef, config.kl_budget)  # type: ignore[arg-type]
         if self.train_dataset is not None:
             self.require_rows(self.train_dataset, self.train_rows, "train")
+        held: Any = self.eval_dataset
+        for each in held.values() if isinstance(held, dict) else () if held is None else (held,):
+            self.require_rows(each, self.eval_rows, "evaluation")
         first: TrainerCallback
         if with_kl:
             first = Step0Check(

@@ -122,7 +122,7 @@ class AnnealPlugin(BasePlugin):
             on_missing=cfg.anneal_on_missing or "refuse",
             eval_cache=cfg.anneal_eval_cache,
             packing=packing,
-            flatten=packing and "flash" in attention,
+            flatten="flash" in attention,
         )
         if packing:
             trainer.data_collator = _PackedCollator(trainer.data_collator)

@@ -34,6 +34,23 @@ def setting(name: str) -> Any:
     return field(default=default_of(name), metadata={"help": f"As {name} of `anneal train`."})
 
 
+def require_only(config: TrainConfig) -> None:
+    """Refuse settings of `anneal train` that belong to its own loop.
+
+    Raises:
+        ConfigError: names the first one that is not its default.
+    """
+    for name, entry in _FIELDS.items():
+        if name in SETTINGS or name in ("cache", "model", "out"):
+            continue
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if getattr(config, name) != default:
+            raise ConfigError(
+                f"{name} is a setting of anneal train, got {getattr(config, name)!r}; this trainer has "
+                "its own, or has none"
+            )
+
+
 def checked(given: Any, cache: str, *, on_missing: str = "refuse") -> TrainConfig:
     """The settings of `given`, an object with these attributes, as those of a run of ours.
 

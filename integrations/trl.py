@@ -139,8 +139,8 @@ class AnnealSFTTrainer(Annealed, SFTTrainer):  # type: ignore[misc]
             self._tokenizer,
             on_missing=args.on_missing,
             eval_cache=args.eval_cache_dir,
-            packing=args.packing,
-            flatten=self.padding_free and (not args.packing or "flash" in attention),
+            packing=self.padding_free,
+            flatten="flash" in attention or not args.packing,
         )
 
     @property

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cache_builder.corpus.corpus import CorpusConfig, open_corpus
 from cache_builder.rows.tokenise import tokenise
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
-from integrations.settings import SETTINGS
+from integrations.settings import SETTINGS, require_only
 from integrations.trl import AnnealSFTConfig, AnnealSFTTrainer
 from trainer.config import TrainConfig
 
@@ -221,6 +221,26 @@ def test_arguments_that_cannot_be_honoured(tmp_path, tiny_llama_dir, tiny_qwen3_
         AnnealSFTTrainer(
             str(tiny_llama_dir), config_of(tmp_path, cache_dir="nowhere"), train_dataset=rows, **given
         )
+    from integrations.annealed import refuse_arguments
+
+    split = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, accelerator_config={"split_batches": True})
+    with pytest.raises(ConfigError, match="split_batches and dispatch_batches"):
+        refuse_arguments(split)
+    for name, value in (
+        ("packing", True),
+        ("loss", "kl"),
+        ("eval_caches", {"a": "b"}),
+        ("dtype", "bfloat16"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} is a setting of anneal train"):
+            require_only(TrainConfig(cache="-", model="-", out="-", **{name: value}))
+    require_only(TrainConfig(cache="-", model="-", out="-", kl_coef=0.5, ce_weight="dft", step0_rows=3))
+    missing = Dataset.from_dict({"input_ids": [[7, 8, 9]], "labels": [[7, 8, 9]]})
+    held = config_of(tmp_path, cache_dir=str(pruned_cache), eval_cache_dir=str(pruned_cache))
+    with pytest.raises(
+        ConfigError, match="every row of the evaluation data set must be in the cache, got 1 of 1"
+    ):
+        AnnealSFTTrainer(str(tiny_llama_dir), held, train_dataset=rows, eval_dataset={"a": missing}, **given)
     shifted = rows.map(lambda row: {"labels": [*row["labels"][1:], -100]})
     with pytest.raises(ConfigError, match="they are not shifted"):
         AnnealSFTTrainer(str(tiny_llama_dir), config, train_dataset=shifted, **given)
