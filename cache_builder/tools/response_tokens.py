@@ -1,0 +1,83 @@
+"""The tokens of an API's response as ids: servers name a token by its text, by its bytes, or by `token_id:N`.
+
+Text is not always enough: a token that is part of a character has none, and two ids may have one text. Such an entry
+has no id here; its mass belongs to the tail then.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_BY_ID = re.compile(r"token_id:(\d+)")
+_ESCAPED = re.compile(r"\\x([0-9a-fA-F]{2})")
+_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+UNKNOWN_TEXT = "\N{REPLACEMENT CHARACTER}"
+
+
+def byte_of_character() -> dict[str, int]:
+    """The characters by which byte-level vocabularies write bytes: printable ones of Latin-1 stand for themselves, the
+    others follow each other from 256 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+class TokenIds:
+    """Looks up the ids of a tokenizer's tokens.
+
+    Args:
+        tokenizer: loaded by transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.size = len(tokenizer)
+        added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        byte_level = "ByteLevel" in _kinds(backend.get("decoder"))
+        table = byte_of_character()
+        self._ids: dict[bytes, list[int]] = {}
+        for piece, number in tokenizer.get_vocab().items():
+            if piece in added:
+                content = piece.encode()
+            elif byte_level:
+                if not all(character in table for character in piece):
+                    continue
+                content = bytes(table[character] for character in piece)
+            elif single := _FALLBACK.fullmatch(piece):
+                content = bytes([int(single[1], 16)])
+            else:
+                content = piece.replace("\u2581", " ").encode()
+            self._ids.setdefault(content, []).append(number)
+
+    def of(self, text: str, content: Iterable[int] | None = None) -> int | None:
+        """The id of a token; None where its text fits none, or several.
+
+        Args:
+            text: as the server names it.
+            content: its bytes, where the server says them.
+        """
+        if found := _BY_ID.fullmatch(text):
+            number = int(found[1])
+            return number if number < self.size else None
+        if content is not None:
+            key = bytes(content) or text.encode()
+        elif text.startswith("bytes:"):
+            key = b"".join(
+                bytes([int(part[2:], 16)]) if _ESCAPED.fullmatch(part) else part.encode()
+                for part in re.split(r"(\\x[0-9a-fA-F]{2})", text.removeprefix("bytes:"))
+            )
+        elif UNKNOWN_TEXT in text:
+            return None
+        else:
+            key = text.encode()
+        ids = self._ids.get(key, [])
+        return ids[0] if len(ids) == 1 else None
+
+
+def _kinds(decoder: Any) -> set[str]:
+    """The kinds of a decoder and of those that it is made of."""
+    if not isinstance(decoder, dict):
+        return set()
+    return {str(decoder.get("type"))}.union(*(_kinds(part) for part in decoder.get("decoders", ())))

@@ -1,0 +1,162 @@
+"""From a look to a settings file: every line says why it is there, and the whole is one that `anneal train` reads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats.disk.durable import atomic_write_bytes
+from formats.errors import ConfigError
+from onboarding.init.look import Look
+from trainer.config import TrainConfig
+from trainer.recipe import DEFAULTS
+
+DEFAULT_LENGTH = 2048
+"""Of `anneal cache build`."""
+BYTES_PER_PARAMETER = 16
+"""Of full fine-tuning in float32 with AdamW: weight, gradient, two moments."""
+LORA_BYTES = 5
+"""Of a frozen float32 weight and what its adapters need."""
+ROOM = 0.7
+"""Share of the memory that weights and optimiser may take; the rest is for activations."""
+ROWS_PER_STEP = 32
+STEPS_PER_EPOCH = 8
+"""At least, where the corpus is known to be small."""
+TOKENS_PER_BATCH = 8192
+"""Of a micro-batch, padding included, that most machines hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was chosen."""
+
+    max_length: int
+    packing: bool
+    lora: bool
+    batch: int
+    accumulation: int
+
+
+def plan_for(look: Look) -> Plan:
+    """Settings that fit what was seen."""
+    room = min(look.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    longest = int(look.lengths[-1])
+    max_length = min(room, longest) if look.whole else min(room, _rounded(2 * look.quantile(0.99)))
+    typical = min(look.quantile(0.5), max_length)
+    memory = (look.gpu_gib or look.memory_gib) * ROOM * 2**30
+    lora = look.num_parameters is not None and look.num_parameters * BYTES_PER_PARAMETER > memory
+    batch = 1
+    while batch < 8 and 2 * batch * max_length <= TOKENS_PER_BATCH:
+        batch *= 2
+    rows = ROWS_PER_STEP
+    if look.whole:
+        rows = max(min(rows, len(look.lengths) // STEPS_PER_EPOCH), 1)
+        batch = min(batch, rows)
+    return Plan(
+        max_length=max(max_length, 2),
+        packing=4 * typical <= max_length,
+        lora=lora,
+        batch=batch,
+        accumulation=max(rows // batch, 1),
+    )
+
+
+def _rounded(tokens: int) -> int:
+    """Up to a multiple of 64."""
+    return -(-tokens // 64) * 64
+
+
+def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
+    """The file."""
+    defaults = TrainConfig(cache="-", model="-", out="-")
+    build = f"anneal cache build {_word(look.corpus)} --model {_word(look.model)} --out {_word(cache)}"
+    sample = "the whole corpus" if look.whole else f"the first {look.num_records} records"
+    lines = [
+        f"# Settings for {look.corpus} and {look.model}, after a look at both; every line may be changed.",
+        "#",
+        f"#   {build} --max-length {plan.max_length}",
+        f"#   anneal train --config {_word(path)}",
+        "#",
+        f"# Seen in {sample}: rows of {look.quantile(0.5)} tokens (half are shorter), "
+        f"{look.quantile(0.95)} (95 %), {int(look.lengths[-1])} (the longest);",
+        f"# {look.loss_share:.0%} of the tokens carry loss.",
+        *(f"#   {line}" for line in look.described),
+        "",
+        f"cache: {_value(cache)}  # made by the first command",
+        f"model: {_value(look.model)}  # {_parameters(look)}",
+        f"out: {_value(out)}  # new, or an interrupted run of these settings, which then continues",
+        "",
+        f"kl_coef: {defaults.kl_coef:g}  # 0 learns fastest and forgets; higher holds on to the initial model",
+        f"temperature: {defaults.temperature:g}  # 2 weighs the tail more",
+        f"packing: {'true' if plan.packing else 'false'}  # {_packing(look, plan)}",
+    ]
+    if plan.lora:
+        lines += [
+            f"lora:  # {BYTES_PER_PARAMETER} bytes a weight for full fine-tuning are more than this machine has",
+            "  r: 16",
+            "  alpha: 32",
+        ]
+    rows = plan.batch * plan.accumulation
+    rate = float(DEFAULTS["learning_rate"]) * (10 if plan.lora else 1)
+    lines += [
+        "training:",
+        f"  learning_rate: {rate:g}  # adapters take some 10 times that of all weights; higher learns and forgets more",
+        f"  num_train_epochs: {DEFAULTS['num_train_epochs']}",
+        f"  per_device_train_batch_size: {plan.batch}  # halve it, and double the next, where memory runs out",
+        f"  gradient_accumulation_steps: {plan.accumulation}  # {rows} {'packs' if plan.packing else 'rows'} a step",
+    ]
+    if look.whole:
+        steps = -(-len(look.lengths) // rows) * int(DEFAULTS["num_train_epochs"])
+        if not plan.packing:
+            lines.append(f"  # about {steps} steps on one process")
+    lines += [
+        "# eval_caches:  # held-out text, built by the same model; then training.eval_strategy: epoch",
+        "#   held-out: CACHE",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _packing(look: Look, plan: Plan) -> str:
+    if plan.packing:
+        return f"half of the rows have at most {look.quantile(0.5)} of {plan.max_length} tokens"
+    return "true puts several rows into one sequence; for rows of very uneven length"
+
+
+def _parameters(look: Look) -> str:
+    if look.num_parameters is None:
+        return "the model that builds the cache"
+    place = (
+        f"{look.gpu_gib:.0f} GiB on the GPU"
+        if look.gpu_gib
+        else f"no GPU, {look.memory_gib:.0f} GiB of memory"
+    )
+    return f"{look.num_parameters / 1e6:,.1f} million parameters; {place}"
+
+
+def _value(text: str) -> str:
+    """A YAML text."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _word(text: str) -> str:
+    """A word for a shell."""
+    import shlex
+
+    return shlex.quote(text)
+
+
+def write(look: Look, path: Path, *, cache: str, out: str) -> Plan:
+    """Choose settings and write them to a new file.
+
+    Raises:
+        ConfigError: the file is there already, or cannot be written.
+    """
+    if path.exists():
+        raise ConfigError(
+            f"--file must name a new file, got {path}, which exists; remove it or choose another"
+        )
+    plan = plan_for(look)
+    text = text_of(look, plan, cache=cache, out=out, path=str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, text.encode())
+    return plan

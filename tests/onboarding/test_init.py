@@ -1,0 +1,106 @@
+"""`anneal init` writes settings that `anneal train` reads, and commands that run as they are printed."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from formats.errors import ConfigError
+from onboarding.init.look import Look, look_at
+from onboarding.init.settings_file import plan_for, text_of, write
+from trainer.config_file import load_config
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    with open(path, "w") as file:
+        for number in range(40):
+            said = (("user", f"add {number}"), ("assistant", "sum " * (number + 1)))
+            turns = [{"role": role, "content": text} for role, text in said]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def test_look(corpus, tiny_llama_dir):
+    """Lengths, loss and size are those of the real rows and the real model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cache_builder.corpus.corpus import CorpusConfig, open_corpus
+    from cache_builder.rows.tokenise import tokenise
+
+    look = look_at(str(corpus), str(tiny_llama_dir))
+    rows = list(
+        tokenise(open_corpus(CorpusConfig(source=str(corpus))), AutoTokenizer.from_pretrained(tiny_llama_dir))
+    )
+    assert look.lengths.tolist() == sorted(len(row) for row in rows) and look.whole
+    assert look.loss_share == pytest.approx(sum(r.loss_mask.sum() for r in rows) / sum(map(len, rows)))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    assert look.num_parameters == sum(p.numel() for p in model.parameters()) and look.context == 1024
+
+
+def test_from_init_to_a_trained_model(tmp_path, corpus, tiny_llama_dir, anneal, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = anneal("init", corpus, "--model", tiny_llama_dir)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0] == "train.yaml written; next:" and len(lines) == 3
+    build, train = (shlex.split(line)[1:] for line in lines[1:])
+    code, _, err = anneal(*build, "--engine", "transformers")
+    assert code == 0, err
+    code, out, err = anneal(*train, "--set", "training.max_steps=2", "--set", "training.use_cpu=true")
+    assert code == 0 and "step 0" in err and (tmp_path / "tuned" / "model.safetensors").is_file(), err
+    code, _, err = anneal("init", corpus, "--model", tiny_llama_dir)
+    assert code == 1 and "--file must name a new file" in err and err.count("\n") == 1
+
+
+LOOK = Look(
+    corpus="talk.jsonl",
+    model="owner/model",
+    described=["format: messages"],
+    num_records=512,
+    whole=False,
+    lengths=np.sort(np.arange(100, 612)),
+    loss_share=0.4,
+    context=4096,
+    num_parameters=135_000_000,
+    gpu_gib=0.0,
+    memory_gib=64.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("look", "expected"),
+    [
+        (LOOK, {"max_length": 1216, "packing": False, "lora": False, "batch": 4, "accumulation": 8}),
+        (replace(LOOK, num_parameters=8_000_000_000, gpu_gib=79.0), {"lora": True}),
+        (replace(LOOK, num_parameters=1_000_000_000, gpu_gib=79.0), {"lora": False}),
+        (replace(LOOK, num_parameters=None), {"lora": False}),
+        (replace(LOOK, context=512), {"max_length": 512, "batch": 8, "accumulation": 4}),
+        (replace(LOOK, lengths=np.array([50] * 90 + [1500] * 10)), {"max_length": 2048, "packing": True}),
+        (
+            replace(LOOK, whole=True, lengths=np.array([9] * 16)),
+            {"max_length": 9, "batch": 2, "accumulation": 1},
+        ),
+        (replace(LOOK, whole=True, lengths=np.array([3])), {"max_length": 3, "batch": 1, "accumulation": 1}),
+    ],
+)
+def test_what_is_chosen(look, expected, tmp_path):
+    """And whatever is chosen, `anneal train` takes the file."""
+    plan = plan_for(look)
+    assert {name: getattr(plan, name) for name in expected} == expected
+    path = tmp_path / "train.yaml"
+    assert write(look, path, cache="my cache", out="tuned") == plan
+    config = load_config(path)
+    assert (config.cache, config.model, config.packing) == ("my cache", "owner/model", plan.packing)
+    assert (
+        config.training["per_device_train_batch_size"] == plan.batch
+        and (config.lora is not None) == plan.lora
+    )
+    assert "--out 'my cache' --max-length" in text_of(
+        look, plan, cache="my cache", out="tuned", path="train.yaml"
+    )
+    with pytest.raises(ConfigError, match="must name a new file"):
+        write(look, path, cache="c", out="o")
