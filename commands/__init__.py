@@ -1,0 +1,6 @@
+"""Commands of `anneal` that have a module of their own: typed options in, printed results out.
+
+terminal.py        printing, names, progress: what all commands share
+chain.py           anneal chain
+cache_process.py   builds the caches that a command needs on its way, each in a process of its own
+"""
