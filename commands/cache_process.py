@@ -4,6 +4,7 @@ Settings go in as one line of JSON on stdin; progress and messages go to stderr,
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -77,6 +78,8 @@ def main() -> None:
     """Entry point of the process."""
     outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever engines print is no outcome
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # as the command itself does
     settings = json.loads(sys.stdin.read())
     found: dict[str, Any] = {"done": True}
     try:

@@ -50,6 +50,7 @@ FLOORS = {
             "run",
             "sweep",
             "chain",
+            "restore",
         ),
     ],
 }

@@ -147,7 +147,7 @@ def run_chain(
     progress = progress or Progress()
     plan = plan_chain(config, build)
     out = Path(config.out)
-    with _held(out):
+    with holding(out, "chain"):
         for need in plan.heldout.values():
             plan.maker.make(need.text, need.model, need.place)
         runs = Runs(out, pool or LocalPool(), progress)
@@ -232,11 +232,15 @@ def _rows(
 
 
 @contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The chain's directory for this process alone."""
+def holding(out: Path, what: str) -> Iterator[None]:
+    """A directory for this process alone; `what` is done there, for the message.
+
+    Raises:
+        ConfigError: it cannot be written, or another process works in it.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(held(out))
         except ConfigError as error:
-            raise ConfigError(str(error).replace("one sweep", "one chain")) from None
+            raise ConfigError(str(error).replace("one sweep", f"one {what}")) from None
         yield
