@@ -44,6 +44,7 @@ if _wrong := stranger():  # before anything of them is imported
     sys.exit(f"error: {_wrong}")
 
 from commands.chain import chain_command  # noqa: E402
+from commands.probe import probe_app  # noqa: E402
 from commands.restore import restore_command  # noqa: E402
 from commands.terminal import console_progress, named, note, show, show_json  # noqa: E402
 from formats.capture_settings import MAX_RATE, CaptureSettings  # noqa: E402
@@ -1332,6 +1333,7 @@ def sweep_command(
 
 app.command("chain")(chain_command)
 app.command("restore")(restore_command)
+app.add_typer(probe_app, name="probe")
 
 
 def main() -> None:

@@ -3,5 +3,6 @@
 terminal.py        printing, names, progress: what all commands share
 chain.py           anneal chain
 restore.py         anneal restore
+probe.py           anneal probe noise, answers, memory, tune
 cache_process.py   builds the caches that a command needs on its way, each in a process of its own
 """

@@ -51,6 +51,7 @@ FLOORS = {
             "sweep",
             "chain",
             "restore",
+            "probe",
         ),
     ],
 }
