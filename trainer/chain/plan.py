@@ -36,18 +36,23 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage(PlannedRun):
-    """One run of a chain. Its name is its place below the chain's directory."""
+class PlacedRun(PlannedRun):
+    """A run whose name is its place below the directory of what asked for it."""
+
+    def directory(self, out: Path) -> Path:
+        """Where the run is."""
+        return out / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(PlacedRun):
+    """One run of a chain."""
 
     task: str
     needs: Sequence[Need]
     """The caches that must be there before it starts."""
     after: str | None = None
     """Name of the stage from which it starts; None for the initial model."""
-
-    def directory(self, out: Path) -> Path:
-        """Where the run is."""
-        return out / self.name
 
 
 def plan_stages(config: ChainConfig, maker: CacheMaker) -> list[Stage]:

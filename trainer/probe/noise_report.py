@@ -52,14 +52,7 @@ class NoiseReport:
             parts.append(aligned(rows))
             if len(self.curves) > 1:
                 last_label = list(self.curves)[-1]
-                worse = [
-                    f"{gamma:g} ({label})" for gamma, label in self.best(text).items() if label != last_label
-                ]
-                parts.append(
-                    f"{text}: an earlier model is better than {last_label} at gamma {', '.join(worse)}"
-                    if worse
-                    else f"{text}: {last_label} is the best one at every gamma"
-                )
+                parts.append(self._verdict(text, last_label))
         parts.append(
             f"nats that noise costs, mean of {self.draws} pairs (+ and -), with its standard error in percent; "
             "gamma: in units of initialisation\n"
@@ -67,6 +60,13 @@ class NoiseReport:
             "costs more than 1.1 times that"
         )
         return "\n\n".join(parts)
+
+    def _verdict(self, text: str, last: str) -> str:
+        best = self.best(text)
+        if len(set(best.values())) == 1:
+            return f"{text}: {next(iter(best.values()))} is the best one at every gamma"
+        worse = [f"{gamma:g} ({label})" for gamma, label in best.items() if label != last]
+        return f"{text}: an earlier model is better than {last} at gamma {', '.join(worse)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys."""

@@ -9,7 +9,6 @@ restored/LABEL   a tuned model after the text: an ordinary run directory
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker
 from trainer.chain.chain import holding
+from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
@@ -30,7 +30,6 @@ from trainer.restore.config import AUTO_FACTOR, RestoreConfig
 from trainer.restore.report import Restored, RestoreReport
 from trainer.restore.text import drawn, easiest, write_rows
 from trainer.result.lineage import short_name
-from trainer.sweep.plan import PlannedRun
 from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.runs import Runs, decisive, is_finished, require_same
 
@@ -49,15 +48,6 @@ KEPT_ARGUMENTS = (
     "use_cpu",
 )
 """Arguments of the tuning run that restoring takes over."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestoringRun(PlannedRun):
-    """One restoring. Its name is its place below the directory."""
-
-    def directory(self, out: Path) -> Path:
-        """Where the run is."""
-        return out / self.name
 
 
 def tuning_run(model: Path) -> TrainConfig | None:
@@ -179,7 +169,7 @@ def tuning_texts(config: RestoreConfig, settings: Mapping[str, TrainConfig | Non
 
 def plan_run(
     config: RestoreConfig, name: str, model: str, place: Path, rate: float, tuning: TrainConfig | None
-) -> RestoringRun:
+) -> PlacedRun:
     """One epoch of plain fine-tuning on the restoring text, with the batch of the tuning run."""
     given = dict(tuning.training) if tuning is not None else {}
     training = {key: given[key] for key in KEPT_ARGUMENTS if given.get(key) is not None}
@@ -192,7 +182,7 @@ def plan_run(
         "save_dtype": "float32",
         "training": training,
     }
-    run = RestoringRun(name=name, settings=settings, varied={}, direct=True)
+    run = PlacedRun(name=name, settings=settings, varied={}, direct=True)
     try:
         resolve_training(run.config(Path(config.out)))
     except AnnealError as error:
@@ -200,7 +190,7 @@ def plan_run(
     return run
 
 
-def shared_controls(controls: Mapping[str, RestoringRun], out: Path) -> dict[str, str]:
+def shared_controls(controls: Mapping[str, PlacedRun], out: Path) -> dict[str, str]:
     """Label -> label of the control that it is measured against: equal controls are trained once."""
     computed = {label: decisive(run, out) for label, run in controls.items()}
     return {
@@ -225,8 +215,8 @@ def measure(
     initial: Path,
     tuned: Mapping[str, Path],
     settings: Mapping[str, TrainConfig | None],
-    planned: Mapping[str, RestoringRun],
-    controls: Mapping[str, RestoringRun],
+    planned: Mapping[str, PlacedRun],
+    controls: Mapping[str, PlacedRun],
     twins: Mapping[str, str],
     runs: Runs,
     rates: Mapping[str, float],
