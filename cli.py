@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-PACKAGES = ("formats", "cache_builder", "trainer", "onboarding")
+PACKAGES = ("formats", "cache_builder", "trainer", "onboarding", "commands")
 NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that warn, on import, of kernels for other hardware and of another library's use of torch."""
 
@@ -43,10 +43,13 @@ def stranger() -> str | None:
 if _wrong := stranger():  # before anything of them is imported
     sys.exit(f"error: {_wrong}")
 
+from commands.chain import chain_command  # noqa: E402
+from commands.probe import probe_app  # noqa: E402
+from commands.restore import restore_command  # noqa: E402
+from commands.terminal import console_progress, named, note, show, show_json  # noqa: E402
 from formats.capture_settings import MAX_RATE, CaptureSettings  # noqa: E402
 from formats.errors import AnnealError, ConfigError  # noqa: E402
 from formats.install import how_to_install  # noqa: E402
-from formats.progress import ConsoleProgress  # noqa: E402
 from onboarding import commands as onboarding  # noqa: E402
 
 
@@ -213,21 +216,6 @@ EngineArgOption = Annotated[
         help="Setting passed to the engine, such as tensor_parallel_size=2. May be repeated.",
     ),
 ]
-
-
-def show(text: str) -> None:
-    """Print a result."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-
-
-def note(text: str) -> None:
-    """Print a message for the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def show_json(value: Any) -> None:
-    """Print a result as JSON with sorted keys; not-a-number never appears."""
-    show(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
 def parse_template_args(pairs: list[str] | None) -> dict[str, Any]:
@@ -1186,7 +1174,7 @@ def bench_command(
         engine_args=parse_engine_args(engine_arg),
         out=out,
     )
-    report = bench_models(named(models, "models", "LABEL=DIR"), settings, ConsoleProgress())
+    report = bench_models(named(models, "models", "LABEL=DIR"), settings, console_progress())
     if as_json:
         show_json(report.to_dict())
     else:
@@ -1390,26 +1378,9 @@ def sweep_command(
         raise typer.Exit(1)
 
 
-def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> dict[str, str]:
-    """`NAME=PATH` or `PATH`, whose last component is then its name, as a mapping.
-
-    Raises:
-        ConfigError: two have the same name.
-    """
-    found: dict[str, str] = {}
-    for word in words:
-        name, separator, path = word.partition("=")
-        if not separator or not name or "/" in name:
-            name, path = word.rstrip("/").rsplit("/", 1)[-1], word
-        if name in found:
-            raise ConfigError(f"{what} must have different names, got {name!r} twice; write {form}")
-        found[name] = path
-    return found
-
-
-def console_progress() -> ConsoleProgress:
-    """The progress of anything long: a bar on a terminal, plain lines elsewhere."""
-    return ConsoleProgress()
+app.command("chain")(chain_command)
+app.command("restore")(restore_command)
+app.add_typer(probe_app, name="probe")
 
 
 def main() -> None:

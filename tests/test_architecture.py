@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ABOVE = {"integrations", "onboarding", "cli"}
+ABOVE = {"integrations", "onboarding", "commands", "cli"}
 HEAVY = {"torch", "vllm", "transformers", "datasets", "ray"}
 IN_AND_OUT = re.compile(r"\bin\b[,;.].*\bout\b", re.DOTALL)
 
@@ -53,12 +53,16 @@ FLOORS = {
             "run",
             "dry_run",
             "sweep",
+            "chain",
+            "restore",
+            "probe",
         ),
     ],
     "onboarding": ["doctor.facts", "doctor", "init.look", "init", "commands"],
     "integrations": [
         *("settings", "joined_rows", "collator", "teacher", "row_file", "annealed", "trl", "axolotl"),
     ],
+    "commands": ["terminal", "cache_process", "chain", "restore", "probe"],
 }
 """The rooms of each package from the ground up: a room imports from rooms on its left, and from nothing on its right.
 
@@ -95,10 +99,11 @@ def sources(package: str) -> list[Path]:
     ("package", "forbidden"),
     [
         ("formats", {"cache_builder", "trainer", *ABOVE, "torch", "vllm", "transformers"}),
-        ("cache_builder", {"trainer", "integrations", "onboarding", "cli"}),
+        ("cache_builder", {"trainer", *ABOVE}),
         ("trainer", {"cache_builder", *ABOVE, "vllm"}),
-        ("integrations", {"cache_builder", "onboarding", "cli", "vllm"}),
-        ("onboarding", {"integrations", "cli", "vllm"}),
+        ("integrations", {"cache_builder", "onboarding", "commands", "cli", "vllm"}),
+        ("onboarding", {"integrations", "commands", "cli", "vllm"}),
+        ("commands", {"integrations", "onboarding", "cli"}),
     ],
 )
 def test_packages_keep_their_distance(package: str, forbidden: set[str]) -> None:
@@ -216,7 +221,8 @@ def test_rooms_say_what_comes_in_and_what_goes_out(package: str) -> None:
 
 
 def test_cli_imports_heavy_packages_only_inside_commands() -> None:
-    assert not imports_of(ROOT / "cli.py", top_level_only=True) & (HEAVY | {"trainer", "cache_builder"})
+    for path in [ROOT / "cli.py", *sources("commands")]:
+        assert not imports_of(path, top_level_only=True) & (HEAVY | {"trainer", "cache_builder"}), path
 
 
 @pytest.mark.parametrize(

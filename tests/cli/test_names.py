@@ -30,7 +30,7 @@ def start(home: Path, *words: str, first: Path | None = None) -> subprocess.Comp
     )
 
 
-@pytest.mark.parametrize("name", ["formats", "cache_builder", "trainer", "onboarding"])
+@pytest.mark.parametrize("name", ["formats", "cache_builder", "trainer", "onboarding", "commands"])
 @pytest.mark.parametrize("kind", ["package", "module"])
 def test_another_package_of_our_name(name: str, kind: str, tmp_path: Path) -> None:
     """As Coqui's `trainer` would be: importable, earlier on the path, and of no use to us."""

@@ -153,6 +153,8 @@ def test_the_papers_recipe_is_valid():
     config = load_config(path, flags=BASE)
     training = resolve_training(config)
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 128
+    rows_per_step = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    assert config.packing and rows_per_step * config.pack_length == 262_144
     assert (training["num_train_epochs"], training["learning_rate"]) == (5, 5e-6)
     assert (training["lr_scheduler_type"], training["warmup_steps"]) == ("cosine", 0.05)
 

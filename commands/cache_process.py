@@ -1,0 +1,94 @@
+"""Caches that a command needs on its way, each built in a process of its own: the engine's memory is gone when it ends.
+
+Settings go in as one line of JSON on stdin; progress and messages go to stderr, where those of the command go.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from formats.errors import AnnealError, ConfigError
+
+HOME = Path(__file__).resolve().parents[1]
+PROGRAM = "from commands.cache_process import main; main()"
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what is no setting of a build.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    from dataclasses import fields
+
+    from cache_builder.config import BuildConfig
+
+    known = {entry.name for entry in fields(BuildConfig)} - {
+        "corpus",
+        "model",
+        "out",
+        "generate",
+        "codec",
+        "shards",
+    }
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"build must hold settings of a cache, got {name}; there are {', '.join(sorted(known))}"
+            )
+    BuildConfig(corpus="corpus", model="model", out="out", **options)
+
+
+def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, Any]) -> None:
+    """Build a cache as `anneal cache build` does; the same call continues a stopped build.
+
+    Raises:
+        AnnealError: it could not be built; the first line says why.
+        KeyboardInterrupt: a signal ended it.
+    """
+    print(f"cache {out}: {corpus} by {model}", file=sys.stderr, flush=True)
+    path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
+    settings = {**options, "corpus": corpus, "model": model, "out": out}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PROGRAM],
+        input=json.dumps(settings),
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    found = (
+        json.loads(lines[-1])
+        if lines
+        else {"error": f"the process of the build ended with {done.returncode}"}
+    )
+    if "interrupted" in found:
+        raise KeyboardInterrupt(f"stopped while the cache {out} was built; the same command continues")
+    if "error" in found:
+        raise AnnealError(f"cache {out} of {corpus}: {found['error']}")
+
+
+def main() -> None:
+    """Entry point of the process."""
+    outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever engines print is no outcome
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # as the command itself does
+    settings = json.loads(sys.stdin.read())
+    found: dict[str, Any] = {"done": True}
+    try:
+        from cache_builder import BuildConfig, build_cache
+        from formats.progress import ConsoleProgress
+
+        build_cache(BuildConfig(**settings), progress=ConsoleProgress())
+    except KeyboardInterrupt:
+        found = {"interrupted": True}
+    except (AnnealError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        found = {"error": " ".join(str(error).split()) or type(error).__name__}
+    print(json.dumps(found), file=outcome, flush=True)

@@ -1,0 +1,115 @@
+"""`anneal restore`: is it gone, or only hidden?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commands.terminal import console_progress, named, show, show_json
+
+
+def restore_command(
+    tuned: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TUNED...",
+            help="Tuned models, or checkpoints of a run; LABEL=DIR gives one a label of its own.",
+        ),
+    ],
+    initial: Annotated[str, typer.Option(help="The model that they were tuned from: directory or hub name.")],
+    text: Annotated[
+        str, typer.Option(metavar="TEXT", help="General text, like that of pretraining: a corpus or a cache.")
+    ],
+    source: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=CACHE",
+            help="Held-out text of what the initial model knew, other than TEXT. May be repeated.",
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="Directory of the result; the same one continues it.")],
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="Tokens of the text to train on.  [default: those of one epoch of the tuning text]",
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", show_default=False, help="Learning rate.  [default: 1.5 times that of tuning]"),
+    ] = None,
+    rank: Annotated[
+        str, typer.Option(metavar="low-ppl|random", help="Which rows: those the initial model finds easiest.")
+    ] = "low-ppl",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CACHE",
+            show_default=False,
+            help="The text that the models were tuned on, for exact memorisation.  [default: what their record names]",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the runs, and of --rank random.")] = 0,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="training.KEY=VALUE",
+            show_default=False,
+            help="An argument of the restoring runs, such as training.per_device_train_batch_size=8.",
+        ),
+    ] = None,
+    build: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="A setting of the cache that is built of TEXT, as in chain.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each source text.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")
+    ] = False,
+) -> None:
+    """Train TUNED... shortly on general text, and the initial model beside them: what comes back was only hidden."""
+    from commands.cache_process import build_in_process, check_options
+    from formats.errors import ConfigError
+    from trainer.config_file import apply_override
+    from trainer.restore.config import RestoreConfig
+    from trainer.restore.restore import run_restore
+
+    settings: dict[str, dict] = {"training": {}, "build": {}}
+    for word in overrides or []:
+        if not word.startswith("training."):
+            raise ConfigError(f"--set of restore takes training.KEY=VALUE, got {word!r}")
+        apply_override(settings, word)
+    for word in build or []:
+        apply_override(settings["build"], word)
+    if settings["build"]:
+        check_options(settings["build"])
+    config = RestoreConfig(
+        tuned=named(tuned, "models", "LABEL=DIR"),
+        initial=initial,
+        text=text,
+        source=named(source, "--source", "NAME=CACHE"),
+        out=str(Path(out)),
+        tokens=tokens,
+        learning_rate=lr,
+        rank=rank,
+        memory=memory,
+        seed=seed,
+        training=settings["training"],
+        build=settings["build"],
+    )
+    report = run_restore(config, build=build_in_process, limit=limit, progress=console_progress())
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        show(report.text())
+    if report.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,45 @@
+"""What all commands share: results to stdout, messages to stderr, names of what was typed."""
+
+import json
+import sys
+from typing import Any
+
+from formats.errors import ConfigError
+from formats.progress import ConsoleProgress
+
+
+def show(text: str) -> None:
+    """Print a result."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def note(text: str) -> None:
+    """Print a message for the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_json(value: Any) -> None:
+    """Print a result as JSON with sorted keys; not-a-number never appears."""
+    show(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> dict[str, str]:
+    """`NAME=PATH` or `PATH`, whose last component is then its name, as a mapping.
+
+    Raises:
+        ConfigError: two have the same name.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, separator, path = word.partition("=")
+        if not separator or not name or "/" in name:
+            name, path = word.rstrip("/").rsplit("/", 1)[-1], word
+        if name in found:
+            raise ConfigError(f"{what} must have different names, got {name!r} twice; write {form}")
+        found[name] = path
+    return found
+
+
+def console_progress() -> ConsoleProgress:
+    """The progress of anything long: a bar on a terminal, plain lines elsewhere."""
+    return ConsoleProgress()

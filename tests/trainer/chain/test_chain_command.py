@@ -1,0 +1,197 @@
+"""`anneal chain` as it is typed: finished models, corpora whose caches the stages build, a chain that is killed."""
+
+import json
+import signal
+import time
+
+import pytest
+import yaml
+from corpora import write_jsonl
+from runs import QUICK, copy_model, noise, same_weights
+from warm_process import Command
+from warm_process import anneal as anneal_process
+
+from trainer import evaluate
+
+
+@pytest.fixture(scope="module")
+def releases(tiny_llama_dir, tmp_path_factory):
+    """Three models, each with more noise, as from another tool: no anneal.json."""
+    folder = tmp_path_factory.mktemp("releases")
+    return [copy_model(tiny_llama_dir, folder / f"v{n}", noise(n, 0.02 * n)) for n in (1, 2, 3)]
+
+
+def test_a_report_on_releases(anneal, releases, tiny_llama_dir, task_caches, tmp_path):
+    texts = {name: task_caches[name][1] for name in ("one", "two")}
+    words = ["chain", "--models", *releases, "--initial", tiny_llama_dir, "--out", tmp_path / "out"]
+    words += [word for name, text in texts.items() for word in ("--heldout", f"{name}={text}")]
+    code, out, err = anneal(*words, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [row["label"] for row in found["rows"]] == [tiny_llama_dir.name, "v1", "v2", "v3"]
+    for row, values in zip(found["rows"], found["R"], strict=True):
+        again = evaluate(row["directory"], texts, kl=False)
+        assert values == [-again[name]["ce"] for name in texts]
+    R = [row[0] for row in found["R"]]
+    assert found["lost"]["one"]["lost"] == pytest.approx(max(R[:-1]) - R[-1])
+    assert found == json.loads((tmp_path / "out/matrix.json").read_text())
+    code, out, err = anneal(*words, "--plot", tmp_path / "m.png")
+    assert code == 0 and (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        out.splitlines()[0].split() == ["perplexity", "one", "two"] and "lost: the best earlier model" in out
+    )
+    assert "rows" not in err, "evaluations are remembered"
+
+
+def test_finished_stages_get_the_whole_report(anneal, releases, tiny_llama_dir, task_caches, tmp_path):
+    tasks = {f"t{n}": {"model": str(m), "heldout": task_caches["one"][1]} for n, m in enumerate(releases)}
+    file = tmp_path / "chain.yaml"
+    file.write_text(
+        yaml.safe_dump({"model": str(tiny_llama_dir), "tasks": tasks, "metric": "accuracy"}, sort_keys=False)
+    )
+    code, out, err = anneal("chain", file, "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found["R"]["chain"]) == 4 and found["metric"] == "accuracy"
+    assert found["summary"]["chain"]["backward transfer"] is not None
+    code, out, err = anneal("chain", file, "--out", tmp_path / "out", "--plot", tmp_path / "m.svg")
+    assert code == 0 and "token accuracy after" in out and "backward transfer" in out
+    assert b"<svg" in (tmp_path / "m.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "a", "--out", "o", "--task", "a=b,c"], "--models trains nothing"),
+        (
+            ["--models", "{model}", "--out", "{tmp}", "--heldout", "a={text}"],
+            "needs two models at least, got 1",
+        ),
+        (["--models", "{model}", "x={model}", "--out", "{tmp}"], "needs held-out texts, got none"),
+        (["--models", "{model}", "{model}", "--out", "{tmp}"], "models must have different names"),
+        (["--models", "{model}", "x={model}", "--heldout", "a={text}"], "out must name a directory"),
+        (["a.yaml", "b.yaml", "--out", "o"], "a chain is one file, got 2 words"),
+        (["--out", "o", "--heldout", "a={text}"], "--heldout is for --models"),
+        (["--out", "o", "--model", "{model}"], "a chain needs tasks"),
+        (
+            ["--out", "{tmp}", "--task", "a={text},{text}", "--build", "engin=vllm", "--model", "{model}"],
+            "got engin;",
+        ),
+        (
+            ["--out", "{tmp}", "--task", "a={text},{text}", "--plot", "x.gif", "--model", "{model}"],
+            "writable .png",
+        ),
+    ],
+)
+def test_bad_words_are_one_line(anneal, tiny_llama_dir, task_caches, tmp_path, words, message):
+    known = {"model": tiny_llama_dir, "tmp": tmp_path / "out", "text": task_caches["one"][1]}
+    code, out, err = anneal("chain", *(word.format(**known) for word in words))
+    assert (code, out) == (1, "") and err.count("\n") == 1 and message in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_would_be_done(anneal, tiny_llama_dir, task_caches, tmp_path):
+    words = [w for name in ("one", "two") for w in ("--task", f"{name}={','.join(task_caches[name])}")]
+    words += ["--model", tiny_llama_dir, "--out", tmp_path / "out", "--compare", "never-seen", "--dry-run"]
+    code, out, err = anneal("chain", *words)
+    assert code == 0, err
+    assert out.splitlines() == [
+        "stages/1-one          to do     from the initial model",
+        "stages/2-two          to do     from stages/1-one",
+        "controls/without-one  to do     from the initial model",
+        "controls/without-two  to do     from the initial model",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_stage_builds_the_cache_that_the_next_one_is_held_by(
+    pool_here, tiny_llama_dir, task_caches, tmp_path
+):
+    """anchor previous: KL of stage 2 is to stage 1, whose model captured the corpus; a second call builds nothing."""
+    from cache_builder import BuildConfig, build_cache
+    from trainer.chain.chain import run_chain
+    from trainer.chain.config import chain_from_options
+
+    text = "the cat sat on the mat and the dog sat on the cat " * 4
+    corpora = [
+        write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n} {i} {text}"} for i in range(8)]) for n in "ab"
+    ]
+    calls = []
+
+    def build(corpus, model, out, options):
+        calls.append((corpus, out))
+        build_cache(BuildConfig(corpus=corpus, model=model, out=out, **options))
+
+    options = {
+        "build": ["engine=transformers"],
+        "method": ["kl_coef=1"],
+        "overrides": [w for w in QUICK if "step0" not in w],
+    }
+    words = [f"{n}={corpus},{task_caches['one'][1]}" for n, corpus in zip("ab", corpora, strict=True)]
+    config = chain_from_options(
+        None, tasks=words, model=str(tiny_llama_dir), out=str(tmp_path / "out"), **options
+    )
+    report = run_chain(config, build=build, pool=pool_here())
+    assert not report.failed
+    caches = tmp_path / "out/caches"
+    assert calls == [(str(corpora[0]), str(caches / "a")), (str(corpora[1]), str(caches / "b-by-1-a"))]
+    record = json.loads((tmp_path / "out/stages/2-b/anneal.json").read_text())
+    first = json.loads((tmp_path / "out/stages/1-a/anneal.json").read_text())
+    assert record["kl_to"]["weights"] == record["lineage"][-1]["weights"] != first["lineage"][-1]["weights"]
+    assert record["step0"]["kl"] < 1e-3, "the model of stage 1 is the teacher of stage 2"
+    pool = pool_here()
+    run_chain(config, build=build, pool=pool)
+    assert len(calls) == 2 and pool.names == []
+    corpora[0].write_text(corpora[1].read_text())
+    with pytest.raises(Exception, match=r"a chain keeps its texts, but in .*caches/a content was"):
+        run_chain(config, build=build, pool=pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_chain_ends_with_the_same_matrix(number, tiny_llama_dir, task_caches, tmp_path):
+    """The kill comes in the middle of stage 2; what that stage had saved is used."""
+
+    def command(out):
+        words = ["chain", "--model", tiny_llama_dir, "--out", out, "--method", "sfa.beta=0.5"]
+        words += [w for name in ("one", "two") for w in ("--task", f"{name}={','.join(task_caches[name])}")]
+        for override in (
+            *QUICK,
+            "training.max_steps=4",
+            "training.save_strategy=steps",
+            "training.save_steps=1",
+        ):
+            words += ["--set", override]
+        return [str(word) for word in words]
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    done = anneal_process(*command(whole))
+    assert done.returncode == 0, done.stderr
+    process = Command(*command(out))
+    second = out / "stages/2-two"
+    while not list(second.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    stopped = process.communicate()
+    assert stopped.returncode == (143 if number == signal.SIGTERM else -9)
+    if number == signal.SIGTERM:
+        assert "stopped by SIGTERM with 1 of 2 runs finished; the same command continues" in stopped.stderr
+    assert not (out / "matrix.json").exists()
+    done = anneal_process(*command(out))
+    assert done.returncode == 0, done.stderr
+    assert same_weights(out / "stages/2-two", whole / "stages/2-two")
+    found, expected = ((place / "matrix.json").read_bytes() for place in (out, whole))
+    assert found.replace(str(out).encode(), str(whole).encode()) == expected
+
+
+@pytest.mark.slow
+def test_a_cache_is_built_in_a_process_of_its_own(tiny_llama_dir, tmp_path):
+    from commands.cache_process import build_in_process
+    from formats.cache import TeacherCache
+    from formats.errors import AnnealError
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat sat on the mat " * 3}] * 3)
+    build_in_process(str(corpus), str(tiny_llama_dir), str(tmp_path / "cache"), {"engine": "transformers"})
+    assert len(TeacherCache(tmp_path / "cache")) == 3
+    with pytest.raises(AnnealError, match=r"cache .*other of .*nowhere\.jsonl: "):
+        build_in_process(str(tmp_path / "nowhere.jsonl"), str(tiny_llama_dir), str(tmp_path / "other"), {})

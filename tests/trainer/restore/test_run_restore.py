@@ -1,0 +1,157 @@
+"""Restoring tiny models: zeros where nothing was tuned or trained, the control shared, the runs those of `train`."""
+
+import json
+
+import pytest
+import yaml
+from caches import write_cache
+from runs import copy_model, noise, same_weights, settings
+
+from formats.cache import TeacherCache
+from formats.errors import ConfigError
+from trainer import evaluate, train
+from trainer.restore.config import RestoreConfig
+from trainer.restore.restore import run_restore
+
+TRAINING = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+}
+
+
+class InThisProcess:
+    """The pool without its processes."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def run(self, jobs, started, ended) -> None:
+        from trainer.sweep.worker import run_settings
+
+        for job in jobs:
+            started(job)
+            self.names.append(job.name)
+            ended(job, run_settings(job.settings))
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def places(tiny_llama_dir, llama_cache, llama_eval_cache, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("restore")
+    text = write_cache(folder / "general", tiny_llama_dir, num_rows=16, seed=5)
+    tuned = folder / "tuned"
+    train(settings(llama_cache, tiny_llama_dir, tuned, "kl_coef=0", "training.max_steps=4"))
+    return {
+        "text": str(text),
+        "tuned": tuned,
+        "base": tiny_llama_dir,
+        "source": str(llama_eval_cache),
+        "cache": llama_cache,
+    }
+
+
+def asked(places, out, tuned, **changes) -> RestoreConfig:
+    given = {"tokens": 150, "learning_rate": 1e-3, "training": TRAINING}
+    return RestoreConfig(
+        tuned=tuned, initial=str(places["base"]), text=places["text"], source={"held": places["source"]},
+        out=str(out), **{**given, **changes},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(places, tmp_path_factory):
+    out = tmp_path_factory.mktemp("restore") / "out"
+    pool = InThisProcess()
+    config = asked(places, out, {"tuned": str(places["tuned"]), "same": str(places["base"])})
+    return out, run_restore(config, pool=pool), pool, config
+
+
+def test_tuned_is_the_initial_model(done):
+    """The same computation: exactly zero, not nearly."""
+    out, report, _, _ = done
+    shares = report.shares["same"]["held"]
+    assert (shares.lost, shares.gone, shares.hidden) == (0.0, 0.0, 0.0)
+    assert same_weights(out / "restored/same", out / "control/tuned")
+    assert abs(report.shares["tuned"]["held"].lost) > 0.01
+
+
+def test_one_control_serves_models_of_one_rate(done):
+    assert done[2].names == ["control/tuned", "restored/tuned", "restored/same"]
+
+
+def test_the_runs_are_those_of_train(done, places, tmp_path):
+    out, report, _, _ = done
+    rows = out / "text/rows"
+    overrides = [f"training.{key}={json.dumps(value)}" for key, value in TRAINING.items()]
+    fixed = ["kl_coef=0", "save_dtype=float32", "training.num_train_epochs=1", "training.learning_rate=1e-3"]
+    config = settings(rows, places["tuned"], tmp_path / "typed", *overrides, *fixed, "training.max_steps=-1")
+    train(config)
+    assert same_weights(out / "restored/tuned", tmp_path / "typed")
+    found = evaluate(out / "restored/tuned", {"held": places["source"]})["held"]
+    assert report.models[0].restored["held"]["ce"] == found["ce"]
+
+
+def test_the_text_is_the_easiest_rows(done, places):
+    out, report, _, _ = done
+    cache, chosen = TeacherCache(places["text"]), TeacherCache(out / "text/rows")
+    result = evaluate(places["base"], {"t": places["text"]}, per_row=True)["t"]
+    per_token = [ce / n for ce, n in zip(result["row_ce"], result["row_tokens"], strict=True)]
+    ids = {cache[row].key for row in sorted(range(len(cache)), key=per_token.__getitem__)[: len(chosen)]}
+    assert {row.key for row in chosen} == ids and report.num_tokens == sum(len(row) for row in chosen) >= 150
+    assert len(chosen) < len(cache)
+
+
+def test_memorisation_is_accuracy_on_the_tuning_text(done, places):
+    """Known from the record of the tuned model; a model without a record has none."""
+    _, report, _, _ = done
+    found = {
+        name: evaluate(places[name], {"t": places["cache"]})["t"]["accuracy"] for name in ("tuned", "base")
+    }
+    assert report.models[0].memorised == found["tuned"] > found["base"] == report.memorised_by_initial
+    assert report.models[1].memorised is None
+
+
+def test_the_report_and_its_file(done):
+    out, report, _, config = done
+    saved = json.loads((out / "restore.json").read_text())
+    assert saved == json.loads(json.dumps(report.to_dict()))
+    for word in ("comes back", "is gone", "(the control)", "tuned: ", "same: nothing to speak of was lost"):
+        assert word in report.text()
+    before, pool = (out / "restore.json").read_bytes(), InThisProcess()
+    run_restore(config, pool=pool)
+    assert pool.names == [] and (out / "restore.json").read_bytes() == before
+
+
+def test_a_rate_of_nothing_brings_nothing_back(places, tmp_path):
+    """So small that no float32 weight moves: every number is the same before and after."""
+    config = asked(places, tmp_path / "out", {"tuned": str(places["tuned"])}, learning_rate=1e-30)
+    report = run_restore(config, pool=InThisProcess())
+    shares = report.shares["tuned"]["held"]
+    assert shares.hidden == 0.0 and shares.gone == shares.lost != 0.0
+
+
+def test_rate_and_batch_come_from_the_tuning_run(places, tmp_path):
+    config = asked(
+        places, tmp_path / "out", {"tuned": str(places["tuned"])}, learning_rate=None, tokens=60, training={}
+    )
+    report = run_restore(config, pool=InThisProcess())
+    assert report.learning_rates == {"tuned": pytest.approx(1.5e-3)}
+    typed = yaml.safe_load((tmp_path / "out/restored/tuned/anneal.yaml").read_text())["training"]
+    assert typed["per_device_train_batch_size"] == 8 and typed["learning_rate"] == pytest.approx(1.5e-3)
+
+
+def test_what_is_missing_is_named(places, tmp_path):
+    stranger = copy_model(places["base"], tmp_path / "stranger", noise(1))
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"stranger has no anneal\.yaml .* give --lr"):
+        run_restore(asked(places, out, {"stranger": str(stranger)}, learning_rate=None))
+    with pytest.raises(ConfigError, match="--tokens auto is one epoch of the tuning text"):
+        run_restore(asked(places, out, {"stranger": str(stranger)}, tokens=None))
+    with pytest.raises(ConfigError, match=r"--text must be a cache, got \./nothing"):
+        run_restore(asked({**places, "text": "./nothing"}, out, {"stranger": str(stranger)}))
+    assert not out.exists()

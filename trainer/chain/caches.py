@@ -1,0 +1,114 @@
+"""Which caches a chain needs: ready ones as they are, corpora built by the model that KL holds to.
+
+caches/NAME            built by the initial model
+caches/NAME-by-STAGE   built by the model of a stage
+caches/*.json          of what a cache was built: a finished one is not built again, and another text is refused
+
+This package never captures anything itself. `Build` is handed in by who calls it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.cache import TeacherCache
+from formats.disk.durable import atomic_write_bytes
+from formats.errors import AnnealError, ConfigError
+from formats.identity.fingerprint import resolve_model
+from trainer.result.lineage import own_weights
+
+Build = Callable[[str, str, str, Mapping[str, Any]], None]
+"""(corpus, model, out, options) -> a finished cache in `out`, continued where an earlier call was stopped.
+
+Raises:
+    AnnealError: it could not be built.
+"""
+
+
+def is_cache(place: str) -> bool:
+    """Whether a finished cache is there; anything else is taken for a corpus."""
+    try:
+        TeacherCache(place)
+    except AnnealError:
+        return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMaker:
+    """Finds or builds the caches of one chain.
+
+    Args:
+        out: the chain's directory.
+        options: of the build.
+        build: None where nothing may be built.
+    """
+
+    out: Path
+    options: Mapping[str, Any]
+    build: Build | None = None
+
+    def place(self, name: str, text: str, by: str = "") -> str:
+        """Where the cache of a text is, or will be; `by` names the stage whose model builds it."""
+        if is_cache(text):
+            return text
+        return str(self.out / "caches" / (f"{name}-by-{by}" if by else name))
+
+    def check(self, text: str, what: str) -> None:
+        """Refuse a text that is neither a cache nor something to build one from.
+
+        Raises:
+            ConfigError: there is nothing, or nobody who could build.
+        """
+        if is_cache(text):
+            return
+        place = Path(text)
+        if place.is_dir() and (place / "manifest.json").exists():
+            TeacherCache(text)  # says what is wrong with it
+        if self.build is None:
+            raise ConfigError(f"{what} must be a cache, got {text}; build one with anneal cache build")
+        if text.startswith(("/", ".")) and not place.exists():
+            raise ConfigError(f"{what} must be a cache or a corpus, got {text}, which does not exist")
+
+    def make(self, text: str, model: str, place: str) -> None:
+        """See that the cache is there.
+
+        Raises:
+            ConfigError: it was built of another text, by another model, or with other options.
+            AnnealError: it could not be built.
+        """
+        if is_cache(text):
+            return
+        weights = own_weights(resolve_model(model))
+        now = {"text": text, "content": content(text), "weights": weights, "options": dict(self.options)}
+        note = Path(f"{place}.json")
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = None
+        if before is not None and before != now:
+            differs = next(key for key in now if before.get(key) != now[key])
+            raise ConfigError(
+                f"a chain keeps its texts, but in {place} {differs} was {before.get(differs)!r} and is "
+                f"{now[differs]!r}; use another --out, or remove that cache and the stages after it"
+            )
+        if is_cache(place):
+            return
+        assert self.build is not None
+        note.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(note, json.dumps(now, indent=1, sort_keys=True).encode())
+        self.build(text, model, place, self.options)
+
+
+def content(text: str) -> str | None:
+    """SHA-256 of a corpus that is one file; None for others, which the build itself identifies."""
+    path = Path(text)
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

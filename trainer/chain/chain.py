@@ -1,0 +1,246 @@
+"""`run_chain`: from tasks to finished stages, controls and one retention matrix.
+
+Order: everything that can be wrong in the settings, the texts and what the directory holds; held-out caches; stage by
+stage, each with the cache that it needs; the controls; the matrix. The same command continues a chain that was stopped,
+and ends with the same matrix.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.cache import TeacherCache
+from formats.errors import AnnealError, ConfigError
+from formats.identity.fingerprint import resolve_model
+from formats.progress import Progress
+from trainer.chain.caches import Build, CacheMaker, is_cache
+from trainer.chain.config import ChainConfig
+from trainer.chain.plan import Need, Stage, heldout_needs, mixtures, plan_direct, plan_mixture, plan_stages
+from trainer.chain.readings import read_model
+from trainer.chain.report import ChainReport, Row
+from trainer.config_file import config_from_dict
+from trainer.inputs import open_inputs
+from trainer.result.lineage import own_weights, short_name
+from trainer.result.run_directory import read_record
+from trainer.sweep.pools import LocalPool, Pool
+from trainer.sweep.runs import Runs, SweepStopped, is_finished, require_same
+from trainer.sweep.sweep import held
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainPlan:
+    """What a chain comes to, checked."""
+
+    config: ChainConfig
+    maker: CacheMaker
+    heldout: Mapping[str, Need]
+    stages: Sequence[Stage]
+    direct: Sequence[Stage]
+    """The control; empty where it is not asked for."""
+
+    def text(self) -> str:
+        """For people: a line per run."""
+        out = Path(self.config.out)
+        runs = {stage.name: stage for stage in [*self.stages, *self.direct]}
+        names = [*runs, *mixtures(self.config)]
+        width = max(map(len, names))
+        lines = []
+        for name in names:
+            done = "finished" if is_finished(out / name) else "to do"
+            start = (
+                f"from {runs[name].after}" if name in runs and runs[name].after else "from the initial model"
+            )
+            lines.append(f"{name.ljust(width)}  {done.ljust(8)}  {start}")
+        needs = [*self.heldout.values(), *(need for stage in self.stages for need in stage.needs)]
+        places = [need.place for need in needs if not is_cache(need.place)]
+        lines += [f"cache to build: {place}" for place in dict.fromkeys(places)]
+        return "\n".join(lines)
+
+
+def plan_chain(config: ChainConfig, build: Build | None = None) -> ChainPlan:
+    """Check everything that can be checked before a run.
+
+    Raises:
+        AnnealError: as `train` would; the message names the stage.
+    """
+    if config.finished:
+        raise ConfigError(
+            "tasks with finished models have nothing to run; use anneal chain without --dry-run"
+        )
+    maker = CacheMaker(out=Path(config.out), options=config.build, build=build)
+    stages = plan_stages(config, maker)
+    direct = plan_direct(config, maker, stages) if "direct" in config.compare else []
+    plan = ChainPlan(
+        config=config, maker=maker, heldout=heldout_needs(config, maker), stages=stages, direct=direct
+    )
+    for name, tasks in mixtures(config).items():
+        plan_mixture(config, maker, tasks, name, None)
+    for stage in [*stages, *direct]:
+        _check_inputs(config, stage)
+        if is_cache(str(stage.settings["cache"])):
+            _require_same(stage, Path(config.out))
+    return plan
+
+
+def _check_inputs(config: ChainConfig, stage: Stage) -> None:
+    """Open what a stage reads, as far as it is there, with the initial model in the place of a stage to come."""
+    out = Path(config.out)
+    settings = copy.deepcopy(dict(stage.settings)) | {"out": str(stage.directory(out))}
+    if stage.after is not None and not is_finished(out / stage.after):
+        settings["model"] = config.model
+        if isinstance(settings.get("ewc"), list):
+            settings["ewc"] = [{**task, "model": None} for task in settings["ewc"]]
+    typed = config_from_dict(settings)
+    paths = [typed.cache, *(cache.path for cache in typed.caches), *(task.cache for task in typed.ewc_tasks)]
+    if all(map(is_cache, paths)):
+        with _named(stage):
+            open_inputs(typed)
+
+
+@contextlib.contextmanager
+def _named(stage: Stage) -> Iterator[None]:
+    try:
+        yield
+    except AnnealError as error:
+        raise type(error)(f"{stage.name}: {error}") from None
+
+
+def _require_same(stage: Stage, out: Path) -> None:
+    """Refuse to go on with another run than the one that the directory holds."""
+    with _named(stage):
+        require_same(stage, out)
+    if stage.after is None or not is_finished(stage.directory(out)):
+        return
+    lineage = read_record(stage.directory(out)).get("lineage") or [{}]
+    if lineage[-1].get("weights") != own_weights(out / stage.after):
+        raise ConfigError(
+            f"{stage.name} must start from {stage.after}, but was trained from other weights than are there now; "
+            f"remove {stage.directory(out)} and the stages after it, or use another --out"
+        )
+
+
+def run_chain(
+    config: ChainConfig,
+    *,
+    build: Build | None = None,
+    pool: Pool | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> ChainReport:
+    """Train all stages and controls and evaluate them; finished ones are skipped, stopped ones continue.
+
+    Args:
+        config: what to run.
+        build: builds the caches of corpora; without it every text must be a cache.
+        pool: what trains; one run after another on this machine by default.
+        limit: only the first rows of each held-out text.
+        progress: a phase per run and per evaluation; silent by default.
+
+    Raises:
+        AnnealError: before anything runs, as `plan_chain`; or a cache could not be built. A run that fails is no error:
+            it is in the report, and the chain ends there.
+        SweepStopped: SIGINT or SIGTERM ended it.
+    """
+    progress = progress or Progress()
+    plan = plan_chain(config, build)
+    out = Path(config.out)
+    with holding(out, "chain"):
+        for need in plan.heldout.values():
+            plan.maker.make(need.text, need.model, need.place)
+        runs = Runs(out, pool or LocalPool(), progress)
+        order = list({stage.name: stage for stage in [*plan.stages, *plan.direct]}.values())
+        total = len(order) + len(mixtures(config))
+        done = _run_all(plan, runs, order, total)
+        singles: list[Stage] = []
+        if done:
+            rows = {task: _num_rows(plan, task) for task in config.tasks}
+            singles = [
+                plan_mixture(config, plan.maker, tasks, name, rows)
+                for name, tasks in mixtures(config).items()
+            ]
+            _run_all(plan, runs, singles, total, len(order))
+        report = ChainReport(
+            config=config,
+            columns=list(plan.heldout),
+            rows=_rows(config, plan, singles, limit, progress),
+            failed=dict(runs.failed),
+        )
+        report.write(out)
+    return report
+
+
+def _num_rows(plan: ChainPlan, task: str) -> int:
+    """Rows of a task's training text."""
+    place = next(str(stage.settings["cache"]) for stage in plan.stages if stage.task == task)
+    return len(TeacherCache(place))
+
+
+def _run_all(plan: ChainPlan, runs: Runs, stages: Sequence[Stage], total: int, begun: int = 0) -> bool:
+    """Train one after another what is not finished, each after its caches; whether all of them have a result."""
+    out = Path(plan.config.out)
+    complete = True
+    for number, stage in enumerate(stages, begun + 1):
+        if stage.after is not None and not is_finished(out / stage.after):
+            complete = False
+            continue
+        for need in stage.needs:
+            plan.maker.make(need.text, need.model, need.place)
+        _require_same(stage, out)
+        try:
+            runs.complete([stage], f"run {number} of {total}: {stage.name}")
+        except SweepStopped as stopped:
+            finished = sum(is_finished(s.directory(out)) for s in stages[: number - begun])
+            raise SweepStopped(
+                stopped.exit_code - 128,
+                f"{str(stopped).partition(' with ')[0]} with {begun + finished} of {total} runs finished; "
+                "the same command continues",
+            ) from None
+        complete = complete and is_finished(stage.directory(out))
+    return complete
+
+
+def _rows(
+    config: ChainConfig, plan: ChainPlan, singles: Sequence[Stage], limit: int | None, progress: Progress
+) -> list[Row]:
+    """Every finished model with its evaluations."""
+    out = Path(config.out)
+    texts = {name: need.place for name, need in plan.heldout.items()}
+
+    def row(label: str, kind: str, directory: Path, stage: int | None = None, task: str | None = None) -> Row:
+        found: dict[str, Any] = read_model(
+            label, directory, texts, out / "evaluations", limit=limit, progress=progress
+        )
+        return Row(label=label, kind=kind, directory=str(directory), results=found, stage=stage, task=task)
+
+    base = str(config.model)
+    found = [row(short_name(base), "initial", resolve_model(base), 0)]
+    for kind, stages in (("stage", plan.stages), ("direct", plan.direct)):
+        for number, stage in enumerate(stages, 1):
+            if is_finished(stage.directory(out)):
+                label = stage.name.removeprefix("stages/").removeprefix("controls/")
+                found.append(row(label, kind, stage.directory(out), number, stage.task))
+    for stage in singles:
+        if is_finished(stage.directory(out)):
+            label = stage.name.removeprefix("controls/")
+            kind = "multitask" if label == "multitask" else "never-seen"
+            task = label.removeprefix("without-") if kind == "never-seen" else None
+            found.append(row(label, kind, stage.directory(out), None, task))
+    return found
+
+
+@contextlib.contextmanager
+def holding(out: Path, what: str) -> Iterator[None]:
+    """A directory for this process alone; `what` is done there, for the message.
+
+    Raises:
+        ConfigError: it cannot be written, or another process works in it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(out))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("one sweep", f"one {what}")) from None
+        yield

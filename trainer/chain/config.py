@@ -1,0 +1,259 @@
+"""What a chain is asked for: frozen, checked when it is made, from one YAML file or from options that mean the same."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from formats.errors import ConfigError
+from trainer.checks import check_number, check_one_of, check_path
+from trainer.config import TrainConfig
+from trainer.config_file import apply_override, read_config_file, refuse_unknown
+
+ANCHORS = ("previous", "initial")
+CONTROLS = ("direct", "multitask", "never-seen")
+METRICS = ("ce", "accuracy")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+OF_THE_CHAIN = {
+    "cache": "it is that of each task",
+    "model": "every stage starts from the one before",
+    "revision": "a chain starts from a directory or a hub name; download the revision first",
+    "out": "the chain gives every stage its own directory",
+    "eval_caches": "the chain evaluates every stage itself",
+    "allow_different_student": "the stages of a chain are of one family",
+}
+"""Settings of `anneal train` that no part of a chain's file may set, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task of a chain.
+
+    Raises:
+        ConfigError: a field is missing or contradicts another one.
+    """
+
+    heldout: str
+    """Held-out text of the task: a cache, or a corpus of which one is built."""
+    train: str | None = None
+    """What the stage learns: a cache, or a corpus."""
+    model: str | None = None
+    """Instead of `train`: the finished model of this stage, of any origin."""
+    method: Mapping[str, Any] | None = None
+    """Instead of the chain's method, for this stage."""
+
+    def __post_init__(self) -> None:
+        check_path("tasks.heldout", self.heldout, "a cache or corpus of held-out text")
+        if (self.train is None) == (self.model is None):
+            raise ConfigError(
+                "a task needs train (what its stage learns) or model (a finished stage), and not both; "
+                f"got train {self.train!r} and model {self.model!r}"
+            )
+        check_path("tasks.train", self.train or self.model, "a cache, a corpus or a model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainConfig:
+    """One chain.
+
+    Raises:
+        ConfigError: a field is out of range or contradicts another one.
+    """
+
+    tasks: Mapping[str, Task]
+    """Name -> task, in the order in which they are learnt."""
+    out: str
+    """Directory of the chain: stages/, controls/, caches/, logs/ and matrix.json."""
+    model: str | None = None
+    """The initial model."""
+    general: Mapping[str, str] = field(default_factory=dict)
+    """Name -> held-out text that no task is about: columns of their own."""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """How each stage holds on: settings of `anneal train`. Without `kl_coef` there is no KL; empty is direct
+    fine-tuning, one task after another."""
+    anchor: str = "previous"
+    """What KL holds to: the model of the `previous` stage (a cache is built per stage, from a corpus), or the `initial`
+    one. L2, EWC and SFA hold to the previous one."""
+    replay: float = 0.0
+    """Share of the mixture, by tokens, that is text of earlier tasks, in [0, 1): all of them alike."""
+    compare: Sequence[str] = ()
+    """Controls: `direct` (the chain without method and replay), `multitask` (all tasks at once), `never-seen` (a model
+    without each task)."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """`transformers.TrainingArguments` of every run."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of `anneal train` that all runs share, controls too."""
+    build: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `anneal cache build` for corpora: engine, max_length, ..."""
+    metric: str = "ce"
+    """`ce`: nats; `accuracy`: share of tokens that are the most likely one."""
+
+    def __post_init__(self) -> None:
+        check_path("out", self.out, "the directory of the chain (--out)")
+        if not self.tasks:
+            raise ConfigError(
+                "a chain needs tasks, got none; write `tasks: {NAME: {train: ..., heldout: ...}}`"
+            )
+        for name in [*self.tasks, *self.general]:
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise ConfigError(
+                    f"the name of a task must be letters, digits, dots and dashes (40 at most), got {name!r}"
+                )
+        if both := set(self.tasks) & set(self.general):
+            raise ConfigError(f"general must have other names than tasks, got {sorted(both)[0]!r} in both")
+        for name, text in self.general.items():
+            check_path(f"general.{name}", text, "a cache or corpus of held-out text")
+        if self.finished not in (0, len(self.tasks)):
+            raise ConfigError(
+                "tasks must all be trained here (train) or all be finished models (model), got both kinds"
+            )
+        check_one_of("anchor", self.anchor, ANCHORS)
+        check_one_of("metric", self.metric, METRICS)
+        check_number("replay", self.replay)
+        if not 0 <= self.replay < 1:
+            raise ConfigError(
+                f"replay must lie in [0, 1), got {self.replay:g}; 0.1 is a tenth of the mixture"
+            )
+        for control in self.compare:
+            check_one_of("compare", control, CONTROLS)
+        if self.finished:
+            self._check_finished()
+            return
+        check_path("model", self.model, "the initial model (--model)")
+        for where, settings in [
+            ("base", self.base),
+            ("method", self.method),
+            *((f"tasks.{name}.method", task.method) for name, task in self.tasks.items()),
+        ]:
+            check_settings(where, settings)
+
+    def _check_finished(self) -> None:
+        given = {
+            "method": self.method,
+            "replay": self.replay,
+            "compare": self.compare,
+            "training": self.training,
+            "base": self.base,
+        }
+        for name, value in given.items():
+            if value:
+                raise ConfigError(
+                    f"{name} is for stages that are trained here, got finished models; remove it"
+                )
+
+    @property
+    def finished(self) -> int:
+        """How many tasks are finished models."""
+        return sum(task.model is not None for task in self.tasks.values())
+
+    def method_of(self, task: str) -> dict[str, Any]:
+        """The method of a task's stage."""
+        own = self.tasks[task].method
+        return dict(self.method if own is None else own)
+
+
+def check_settings(where: str, settings: Any) -> None:
+    """Refuse what is no setting of `anneal train`, or one that is the chain's to set."""
+    if settings is None:
+        return
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{where} must map settings of anneal train to values, got {settings!r}")
+    for name in settings:
+        if name in OF_THE_CHAIN:
+            raise ConfigError(f"{where} must not set {name}: {OF_THE_CHAIN[name]}; remove it")
+        if name == "training" and where == "base":
+            raise ConfigError(
+                "base must not set training, which is a setting of the chain itself; move it up"
+            )
+    refuse_unknown(settings, [entry.name for entry in fields(TrainConfig)], f"{where}.")
+
+
+def chain_from_dict(plain: Mapping[str, Any]) -> ChainConfig:
+    """A ChainConfig from plain values, as in YAML.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value out of range.
+    """
+    refuse_unknown(plain, [entry.name for entry in fields(ChainConfig)])
+    values = {key: value for key, value in plain.items() if value is not None}
+    for entry in fields(ChainConfig):
+        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values:
+            flag = "--task NAME=TRAIN,HELDOUT" if entry.name == "tasks" else f"--{entry.name}"
+            raise ConfigError(
+                f"a chain needs {entry.name}; give {flag} or `{entry.name}:` in the chain's file"
+            )
+    for name in ("tasks", "method", "training", "base", "build"):
+        if not isinstance(values.get(name, {}), Mapping):
+            raise ConfigError(f"{name} must be a mapping, got {values[name]!r}")
+    if isinstance(values.get("general"), str):
+        values["general"] = {"general": values["general"]}
+    if not isinstance(values.get("general", {}), Mapping):
+        raise ConfigError(f"general must be a text or a mapping of names to texts, got {values['general']!r}")
+    if isinstance(values.get("compare"), str):
+        values["compare"] = [values["compare"]]
+    if not isinstance(values.get("compare", []), list | tuple):
+        raise ConfigError(f"compare must be a list of {', '.join(CONTROLS)}, got {values['compare']!r}")
+    values["tasks"] = {name: task_of(name, entry) for name, entry in values["tasks"].items()}
+    return ChainConfig(**values)
+
+
+def task_of(name: Any, plain: Any) -> Task:
+    """One entry of `tasks`."""
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"tasks.{name} must be a mapping of train and heldout, got {plain!r}")
+    refuse_unknown(plain, [entry.name for entry in fields(Task)], f"tasks.{name}.")
+    if plain.get("heldout") is None:
+        raise ConfigError(f"tasks.{name} needs heldout, a text that is not trained on; add it")
+    try:
+        return Task(**plain)
+    except ConfigError as error:
+        raise ConfigError(f"tasks.{name}: {error}") from None
+
+
+def chain_from_options(
+    file: str | Path | None,
+    *,
+    tasks: Iterable[str] = (),
+    general: Iterable[str] = (),
+    method: Iterable[str] = (),
+    overrides: Iterable[str] = (),
+    build: Iterable[str] = (),
+    **values: Any,
+) -> ChainConfig:
+    """The chain that a command line asks for; options add to the file and win.
+
+    Args:
+        file: the chain's YAML file.
+        tasks: `NAME=TRAIN,HELDOUT`.
+        general: `NAME=TEXT`, or a text.
+        method, overrides, build: `KEY=VALUE`: of `method`; of `training.` and `base`; of `build`.
+        values: further fields of ChainConfig; None and empty are not given.
+
+    Raises:
+        ConfigError: an option is not of that form, or as `chain_from_dict`.
+    """
+    plain: dict[str, Any] = read_config_file(file) if file is not None else {}
+    if isinstance(plain.get("general"), str):
+        plain["general"] = {"general": plain["general"]}
+    for key in ("tasks", "general", "method", "training", "base", "build"):
+        if not isinstance(plain.get(key) or {}, Mapping):
+            raise ConfigError(f"{key} must be a mapping, got {plain[key]!r}")
+        plain[key] = dict(plain.get(key) or {})
+    for word in tasks:
+        name, separator, texts = word.partition("=")
+        train, comma, heldout = texts.partition(",")
+        if not (separator and comma and name and train and heldout):
+            raise ConfigError(f"--task takes NAME=TRAIN,HELDOUT, got {word!r}")
+        plain["tasks"][name] = {"train": train, "heldout": heldout}
+    for word in general:
+        name, separator, text = word.partition("=")
+        plain["general"].update({name: text} if separator else {"general": word})
+    for assignment in method:
+        apply_override(plain["method"], assignment)
+    for assignment in build:
+        apply_override(plain["build"], assignment)
+    for assignment in overrides:
+        apply_override(plain if assignment.startswith("training.") else plain["base"], assignment)
+    given = {key: value for key, value in values.items() if value not in (None, [], ())}
+    return chain_from_dict({key: value for key, value in plain.items() if value not in ({}, None)} | given)

@@ -1,0 +1,181 @@
+"""What a chain came to: the table of perplexities, what follows from the matrix, and matrix.json."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from formats.disk.durable import atomic_write_bytes
+from trainer.chain.config import ChainConfig
+from trainer.chain.matrix import FORMULAS, Summary
+from trainer.evaluation.evaluate import Result
+
+REPORT_NAME = "matrix.json"
+KEPT = (
+    "ce",
+    "perplexity",
+    "accuracy",
+    "entropy",
+    "confidence",
+    "calibration_error",
+    "num_tokens",
+    "num_rows",
+)
+"""What matrix.json says of every cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model of a chain."""
+
+    label: str
+    kind: str
+    """initial, stage, direct, multitask or never-seen."""
+    directory: str
+    results: Mapping[str, Result]
+    """Column -> evaluation."""
+    stage: int | None = None
+    """After how many stages; 0 is the initial model."""
+    task: str | None = None
+    """What it learnt last, or, never-seen, what it did not learn."""
+
+    def goodness(self, columns: Sequence[str], metric: str) -> np.ndarray:
+        """[columns], higher is better: nats or a share."""
+        values = [self.results[name]["accuracy" if metric == "accuracy" else "ce"] for name in columns]
+        return np.array(values, np.float64) * (1.0 if metric == "accuracy" else -1.0)
+
+
+@dataclass(kw_only=True)
+class ChainReport:
+    """The end of a chain."""
+
+    config: ChainConfig
+    columns: Sequence[str]
+    """Held-out texts, tasks first."""
+    rows: Sequence[Row]
+    failed: Mapping[str, str]
+    """Name of a run -> why it has no result."""
+
+    @property
+    def metric(self) -> str:
+        """ce or accuracy."""
+        return self.config.metric
+
+    @property
+    def tasks(self) -> list[str]:
+        """In the order of the chain."""
+        return list(self.config.tasks)
+
+    def matrix(self, kind: str = "stage") -> np.ndarray | None:
+        """R, [stages + 1, tasks], of the chain or of the control `direct`; None while a stage is missing."""
+        rows = [row for row in self.rows if row.kind in ("initial", kind)]
+        if len(rows) != len(self.tasks) + 1:
+            return None
+        return np.stack([row.goodness(self.tasks, self.config.metric) for row in rows])
+
+    @cached_property
+    def summaries(self) -> dict[str, Summary]:
+        """`chain` and, where it was made, `direct` -> what their matrix comes to."""
+        metric = self.config.metric
+        multitask = next((r.goodness(self.tasks, metric) for r in self.rows if r.kind == "multitask"), None)
+        unseen = {r.task: r.goodness(self.tasks, metric) for r in self.rows if r.kind == "never-seen"}
+        never = None
+        if len(unseen) == len(self.tasks):
+            never = np.array([unseen[task][number] for number, task in enumerate(self.tasks)])
+        found = {}
+        for name, kind in (("chain", "stage"), ("direct", "direct")):
+            matrix = self.matrix(kind)
+            if matrix is not None:
+                found[name] = Summary.of(matrix, multitask=multitask, never_seen=never)
+        return found
+
+    def text(self) -> str:
+        """For people."""
+        parts = [self.table(), self.summary_text()]
+        parts += [f"failed: {name}: {line}" for name, line in sorted(self.failed.items())]
+        return "\n\n".join(part for part in parts if part)
+
+    def table(self) -> str:
+        """A line per model, a column per text."""
+        title = "token accuracy" if self.config.metric == "accuracy" else "perplexity"
+        lines = [(f"{title} after", *self.columns)]
+        for row in self.rows:
+            cells = [cell_text(row.results[name], self.config.metric) for name in self.columns]
+            lines.append((row.label, *cells))
+        return aligned(lines)
+
+    def summary_text(self) -> str:
+        """The summaries side by side, and the formulas of those that are shown."""
+        if not self.summaries:
+            return ""
+        shown = [n for n in FORMULAS if any(s.values[n] is not None for s in self.summaries.values())]
+        unit = "share of tokens" if self.config.metric == "accuracy" else "nats"
+        lines = [(unit, *self.summaries)]
+        for name in shown:
+            values = [summary.values[name] for summary in self.summaries.values()]
+            lines.append((name, *("-" if value is None else f"{value:+.4f}" for value in values)))
+        width = max(map(len, shown))
+        formulas = [f"{name.ljust(width)}  {FORMULAS[name]}" for name in shown]
+        R = "accuracy" if self.config.metric == "accuracy" else "minus the cross-entropy"
+        formulas.append(f"R[i][j]: {R} after i of n stages on task j, higher is better; one seed")
+        return aligned(lines) + "\n\n" + "\n".join(formulas)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under stable keys, without times, the same when the chain is run again."""
+        matrices = {name: self.matrix(kind) for name, kind in (("chain", "stage"), ("direct", "direct"))}
+        return {
+            "tasks": self.tasks,
+            "columns": list(self.columns),
+            "metric": self.config.metric,
+            "rows": [
+                {
+                    "label": row.label,
+                    "kind": row.kind,
+                    "stage": row.stage,
+                    "task": row.task,
+                    "directory": row.directory,
+                    "results": {
+                        column: {key: plain(result.get(key)) for key in KEPT}
+                        for column, result in row.results.items()
+                    },
+                }
+                for row in self.rows
+            ],
+            "R": {name: matrix.tolist() for name, matrix in matrices.items() if matrix is not None},
+            "summary": {name: summary.values for name, summary in self.summaries.items()},
+            "failed": dict(self.failed),
+        }
+
+    def write(self, out: Path) -> Path:
+        """Put matrix.json into the chain's directory."""
+        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        atomic_write_bytes(out / REPORT_NAME, text.encode() + b"\n")
+        return out / REPORT_NAME
+
+
+def plain(value: Any) -> Any:
+    """JSON has no word for what is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cell_text(result: Result, metric: str) -> str:
+    """One cell of the table."""
+    if metric == "accuracy":
+        return f"{100 * result['accuracy']:.1f} %"
+    return f"{result['perplexity']:.2f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first one to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in rows
+    )
