@@ -77,7 +77,7 @@ def plan_chain(config: ChainConfig, build: Build | None = None) -> ChainPlan:
         config=config, maker=maker, heldout=heldout_needs(config, maker), stages=stages, direct=direct
     )
     for name, tasks in mixtures(config).items():
-        plan_mixture(config, maker, tasks, name, None)
+        plan_mixture(config, stages, tasks, name, None)
     for stage in [*stages, *direct]:
         _check_inputs(config, stage)
         if is_cache(str(stage.settings["cache"])):
@@ -158,7 +158,7 @@ def run_chain(
         if done:
             rows = {task: _num_rows(plan, task) for task in config.tasks}
             singles = [
-                plan_mixture(config, plan.maker, tasks, name, rows)
+                plan_mixture(config, plan.stages, tasks, name, rows)
                 for name, tasks in mixtures(config).items()
             ]
             _run_all(plan, runs, singles, total, len(order))
@@ -183,7 +183,8 @@ def _run_all(plan: ChainPlan, runs: Runs, stages: Sequence[Stage], total: int, b
     out = Path(plan.config.out)
     complete = True
     for number, stage in enumerate(stages, begun + 1):
-        if stage.after is not None and not is_finished(out / stage.after):
+        before = [stage.after, *(need.after for need in stage.needs)]
+        if not all(is_finished(out / name) for name in before if name is not None):
             complete = False
             continue
         for need in stage.needs:

@@ -14,6 +14,7 @@ from trainer.config_file import apply_override, read_config_file, refuse_unknown
 ANCHORS = ("previous", "initial")
 CONTROLS = ("direct", "multitask", "never-seen")
 METRICS = ("ce", "accuracy")
+OF_A_METHOD = ("kl_coef", "kl_budget", "l2", "ewc", "sfa")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 OF_THE_CHAIN = {
     "cache": "it is that of each task",
@@ -162,10 +163,13 @@ def check_settings(where: str, settings: Any) -> None:
     for name in settings:
         if name in OF_THE_CHAIN:
             raise ConfigError(f"{where} must not set {name}: {OF_THE_CHAIN[name]}; remove it")
-        if name == "training" and where == "base":
-            raise ConfigError(
-                "base must not set training, which is a setting of the chain itself; move it up"
+        if where == "base" and name in ("training", *OF_A_METHOD):
+            advice = (
+                "it is a setting of the chain itself; move it up"
+                if name == "training"
+                else "put it into method"
             )
+            raise ConfigError(f"base must not set {name}, of which controls are made too: {advice}")
     refuse_unknown(settings, [entry.name for entry in fields(TrainConfig)], f"{where}.")
 
 

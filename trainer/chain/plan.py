@@ -33,6 +33,8 @@ class Need:
     """What builds it."""
     what: str
     """For messages, such as `tasks.law.train`."""
+    after: str | None = None
+    """Name of the stage that builds it; None for the initial model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,12 @@ def plan_stages(config: ChainConfig, maker: CacheMaker) -> list[Stage]:
 
 
 def plan_direct(config: ChainConfig, maker: CacheMaker, stages: Sequence[Stage]) -> list[Stage]:
-    """The control `direct`: the chain's own stages as long as they are the same runs, then others."""
-    own = _sequence(config, maker, "controls/direct", {name: {} for name in config.tasks}, 0.0, shared=stages)
-    return own
+    """The control `direct`: the chain's own stages as long as they are the same runs, then others. Of a cache only the
+    tokens count here, so it takes those of the chain.
+    """
+    return _sequence(
+        config, maker, "controls/direct", {name: {} for name in config.tasks}, 0.0, shared=stages
+    )
 
 
 def _sequence(
@@ -84,8 +89,10 @@ def _sequence(
     found: list[Stage] = []
     for number, task in enumerate(config.tasks):
         before = found[-1] if found else None
-        stage = _stage(config, maker, f"{folder}/{number + 1}-{task}", methods[task], before, found, replay)
-        if shared and all(made.name.startswith("stages/") for made in found):
+        made = shared[number].needs[0] if shared else None
+        name = f"{folder}/{number + 1}-{task}"
+        stage = _stage(config, maker, name, methods[task], before, found, replay, made)
+        if shared and all(earlier.name.startswith("stages/") for earlier in found):
             twin = shared[number]
             if _plain(twin) == _plain(stage):
                 stage = twin
@@ -105,12 +112,14 @@ def _stage(
     before: Stage | None,
     earlier: Sequence[Stage],
     replay: float,
+    made: Need | None,
 ) -> Stage:
     task = name.rsplit("/", 1)[-1].partition("-")[2]
     out, model = Path(config.out), str(config.model)
     start = model if before is None else str(before.directory(out))
     settings = _shared(config) | copy.deepcopy(dict(method))
-    need = train_need(config, maker, task, builder=_builder(config, settings, before))
+    builder = _builder(config, settings, before)
+    need = made if made is not None and builder is None else train_need(config, maker, task, builder)
     settings |= {"cache": need.place, "model": start}
     replayed = [
         {"path": stage.settings["cache"], "share": replay / len(earlier), "loss": "ce"}
@@ -160,7 +169,8 @@ def train_need(config: ChainConfig, maker: CacheMaker, task: str, builder: Stage
             f"KL to the previous stage needs a cache that this stage builds, so {what} must be a corpus, got the "
             f"finished cache {text}; name the corpus, or hold to the initial model (anchor: initial)"
         )
-    return Need(place=place, text=text, model=str(builder.directory(Path(config.out))), what=what)
+    model = str(builder.directory(Path(config.out)))
+    return Need(place=place, text=text, model=model, what=what, after=builder.name)
 
 
 def heldout_needs(config: ChainConfig, maker: CacheMaker) -> dict[str, Need]:
@@ -207,17 +217,22 @@ def checked(stage: Stage, out: Path) -> Stage:
 
 
 def plan_mixture(
-    config: ChainConfig, maker: CacheMaker, tasks: Sequence[str], name: str, rows: Mapping[str, int] | None
+    config: ChainConfig,
+    stages: Sequence[Stage],
+    tasks: Sequence[str],
+    name: str,
+    rows: Mapping[str, int] | None,
 ) -> Stage:
     """Direct fine-tuning of the initial model on several tasks at once: every row of all of them once per epoch, and as
     many steps as the chain takes for them where steps are given.
 
     Args:
+        stages: those of the chain, whose caches are taken: only their tokens count.
         tasks: which, in order.
         name: of the run.
         rows: task -> rows of its cache; None before they are known, for checks alone.
     """
-    needs = [train_need(config, maker, task) for task in tasks]
+    needs = [next(stage.needs[0] for stage in stages if stage.task == task) for task in tasks]
     settings = _shared(config)
     first, *others = zip(tasks, needs, strict=True)
     settings |= {"kl_coef": 0.0, "cache": first[1].place, "model": str(config.model)}

@@ -248,8 +248,8 @@ def answers_text(found: Mapping[str, AnswerMeans]) -> str:
     return (
         aligned(rows)
         + f"\n\n{number} questions: the standard error of an accuracy is at most {error:.1f} percentage points\n"
-        "format: probability of the first tokens of the choices; per token: accuracy by probability per token, on "
-        "which class ppl, ECE and Brier rest"
+        "format: probability of the first tokens of the choices\n"
+        "per token: accuracy by probability per token, on which class ppl, ECE and Brier rest"
     )
 
 

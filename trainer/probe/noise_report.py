@@ -45,7 +45,7 @@ class NoiseReport:
             ]
             for label, curves in self.curves.items():
                 curve = curves[text]
-                cells = [f"{p.delta_ce:+.2e}{_error(p.stderr, p.delta_ce)}" for p in curve.points]
+                cells = [f"{p.delta_ce:+.2e}" for p in curve.points]
                 c, ends = curve.curvature, curve.breaks_at
                 last = ("-" if c is None else f"{c:.4g}", "-" if ends is None else f"{ends:g}")
                 rows.append((label, f"{_ppl(curve.ce):.2f}", *cells, *last))
@@ -54,12 +54,18 @@ class NoiseReport:
                 last_label = list(self.curves)[-1]
                 parts.append(self._verdict(text, last_label))
         parts.append(
-            f"nats that noise costs, mean of {self.draws} pairs (+ and -), with its standard error in percent; "
-            "gamma: in units of initialisation\n"
-            "c: nats per gamma^2 while it is quadratic (half the trace of the Hessian, weighted); breaks at: where it "
-            "costs more than 1.1 times that"
+            f"nats that noise costs, mean of {self.draws} pairs (+ and -); gamma: in units of initialisation"
+            f"{self._errors()}\n"
+            "c: nats per gamma^2 while it is quadratic (half the trace of the Hessian, weighted)\n"
+            "breaks at: where noise costs more than 1.1 times that"
         )
         return "\n\n".join(parts)
+
+    def _errors(self) -> str:
+        """The largest relative standard error of all cells."""
+        points = [p for of_text in self.curves.values() for curve in of_text.values() for p in curve.points]
+        shares = [p.stderr / abs(p.delta_ce) for p in points if p.stderr is not None and p.delta_ce]
+        return f"; standard errors up to {100 * max(shares):.0f} %" if shares else ""
 
     def _verdict(self, text: str, last: str) -> str:
         best = self.best(text)
@@ -147,7 +153,3 @@ def _plain_curve(curve: NoiseCurve) -> dict[str, Any]:
 
 def _ppl(ce: float) -> float:
     return math.exp(ce) if ce < 700 else math.inf
-
-
-def _error(stderr: float | None, delta: float) -> str:
-    return "" if stderr is None or not delta else f" {100 * stderr / abs(delta):.0f}%"

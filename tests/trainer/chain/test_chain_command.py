@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -109,7 +110,7 @@ def test_each_stage_builds_the_cache_that_the_next_one_is_held_by(
 ):
     """anchor previous: KL of stage 2 is to stage 1, whose model captured the corpus; a second call builds nothing."""
     from cache_builder import BuildConfig, build_cache
-    from trainer.chain.chain import run_chain
+    from trainer.chain.chain import plan_chain, run_chain
     from trainer.chain.config import chain_from_options
 
     text = "the cat sat on the mat and the dog sat on the cat " * 4
@@ -142,6 +143,8 @@ def test_each_stage_builds_the_cache_that_the_next_one_is_held_by(
     pool = pool_here()
     run_chain(config, build=build, pool=pool)
     assert len(calls) == 2 and pool.names == []
+    controls = plan_chain(replace(config, compare=["direct", "multitask"]), build).direct
+    assert [run.settings["cache"] for run in controls] == [str(caches / "a"), str(caches / "b-by-1-a")]
     corpora[0].write_text(corpora[1].read_text())
     with pytest.raises(Exception, match=r"a chain keeps its texts, but in .*caches/a content was"):
         run_chain(config, build=build, pool=pool)

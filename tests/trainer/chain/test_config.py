@@ -56,7 +56,11 @@ def test_a_stage_may_have_a_method_of_its_own() -> None:
         ({"metric": "bleu"}, "metric must be one of ce, accuracy"),
         ({"method": {"cache": "x"}}, "method must not set cache: it is that of each task"),
         ({"base": {"training": {}}}, "base must not set training"),
-        ({"base": {"kl_coeff": 1}}, r"unknown setting base\.kl_coeff; did you mean base\.kl_coef"),
+        ({"base": {"packin": 1}}, r"unknown setting base\.packin; did you mean base\.packing"),
+        (
+            {"base": {"kl_coef": 1}},
+            "base must not set kl_coef, of which controls are made too: put it into method",
+        ),
         ({"tasks": {"one": {**TASK, "method": {"out": "x"}}}}, r"tasks\.one\.method must not set out"),
         ({"model": None}, "model must name the initial model"),
         ({"stages": 3}, "unknown setting stages"),
