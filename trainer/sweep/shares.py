@@ -129,11 +129,14 @@ def measure_share(settings: Mapping[str, Any]) -> Outcome:
     caches = open_texts({(side, name): word for side, name, word in settings["texts"]})
     bench = None
     if settings["bench"] is not None:
-        lists = settings["bench"].items()  # as JSON has them
-        bench = BenchSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in lists})
+        # JSON has lists for tuples.
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in settings["bench"].items()
+        }
+        bench = BenchSettings(**plain)
     failed: list[str] = []
-    for plain in settings["models"]:
-        model = ModelWork(**plain)
+    for entry in settings["models"]:
+        model = ModelWork(**entry)
         directory = Path(model.directory)
         try:
             if model.merge is not None:
