@@ -147,8 +147,8 @@ class TeacherPooler(Pooler):
         rows_at = np.concatenate([[0], np.cumsum(lengths)])
         entries_at, draws_at = _offsets_at([reduced.counts, reduced.draw_counts], rows_at)
         entries, drawn = np.diff(entries_at).tolist(), np.diff(draws_at).tolist()
-        # In the order of the columns of `ReducedRows`.
-        sizes = [lengths, entries, entries, lengths, lengths, lengths, drawn, drawn]
+        # In the order of the fields of ReducedRows.
+        sizes = (lengths, entries, entries, lengths, lengths, lengths, drawn, drawn)
         columns = (column.split(size) for column, size in zip(reduced, sizes, strict=True))
         wholes: list[reduce.ReducedRows] = []
         for state, done, *part in zip(metadata.pooling_states, finished, *columns, strict=True):
