@@ -17,7 +17,7 @@ from trainer.objective import Objective
 from trainer.preflight.frozen import freeze
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
 from trainer.quantization import WeightQuantization
-from trainer.recipe import weights_dtype
+from trainer.recipe import DEFAULTS, weights_dtype
 from trainer.result.lineage import Ancestor, lineage_of, short_name
 from trainer.result.lora import attach_adapters
 from trainer.result.saving import ResultLayout
@@ -257,7 +257,7 @@ def load_student(config: TrainConfig, inputs: Inputs, resolved: Mapping[str, Any
         layout = ResultLayout.of(model, inputs.model_dir, config.save_dtype)
     freeze(model, config.freeze, layout.stored_dtypes if layout is not None else (), config.training)
     if config.lora is not None:
-        model = attach_adapters(model, config.lora)
+        model = attach_adapters(model, config.lora, int(config.training.get("seed", DEFAULTS["seed"])))
     if (quantization := WeightQuantization.parse("fake_quantize", config.fake_quantize)) is not None:
         quantization.prepare(model)
     return Student(model=model, vocab_size=vocab_size, layout=layout, dtype=dtype)

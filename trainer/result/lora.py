@@ -16,8 +16,11 @@ MERGE_TOLERANCE = 1e-3
 """Largest deviation of a merged module's output, relative to what its adapter adds (float32: 1e-6)."""
 
 
-def attach_adapters(model: Any, settings: LoraSettings) -> Any:
+def attach_adapters(model: Any, settings: LoraSettings, seed: int = 0) -> Any:
     """`model` with fresh adapters, whose product is zero: it still computes what it did.
+
+    Args:
+        seed: of the adapters' random factors; nothing else of the process decides them.
 
     Raises:
         ConfigError: peft is missing, no module matches, or the adapters could not be merged exactly although
@@ -36,7 +39,9 @@ def attach_adapters(model: Any, settings: LoraSettings) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     try:
-        adapted = get_peft_model(model, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {one_line(error)}") from None
     require_sound_adapters(adapted, merged=settings.merge)

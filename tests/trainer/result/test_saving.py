@@ -520,3 +520,22 @@ def test_infinite_weights_are_not_published(base, tmp_path):
         AnnealError, match=r"must be finite, got infinity or NaN in model.norm.weight as torch.float16"
     ):
         layout.write(model, model.state_dict(), tmp_path)
+
+
+def test_adapters_start_from_the_seed_and_nothing_else(tiny_llama_dir):
+    from transformers import AutoModelForCausalLM
+
+    from trainer.config import LoraSettings
+    from trainer.result.lora import attach_adapters
+
+    def started(seed: int) -> torch.Tensor:
+        torch.rand(seed + 1)  # what the process did before must not matter
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+        adapted = attach_adapters(model, LoraSettings(r=4), seed)
+        return torch.cat([p.flatten() for name, p in adapted.named_parameters() if "lora_A" in name]).detach()
+
+    before = torch.random.get_rng_state()
+    assert torch.equal(started(3), started(3)) and not torch.equal(started(3), started(4))
+    torch.random.set_rng_state(before)
+    attach_adapters(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), LoraSettings(r=4), 5)
+    assert torch.equal(torch.random.get_rng_state(), before)
