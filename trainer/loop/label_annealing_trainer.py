@@ -105,8 +105,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         logits_type(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
         self.head = OutputHead.of(model).install()
         self.head.kernel = loss_kernel
-        self.kl_coef, self.kl_direction = kl_coef, kl_direction
-        self.objective: Objective | None = objective
+        self.kl_coef, self.kl_direction, self.objective = kl_coef, kl_direction, objective
         self.packing, self.pack_length, self.group_by_length = packing, pack_length, group_by_length
         self.mixed = list(mixed)
         self.stop_request = StopRequest()
@@ -125,6 +124,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
             callbacks=[StepControl(self), self.retained, *callbacks],
             **kwargs,
         )
+        self.model_accepts_loss_kwargs = True  # transformers before 5.19 asks this, not `loss_is_scaled_for_ga`
         self.budget = None if kl_budget is None else KlBudget(self, kl_coef, kl_budget)
         if self.budget is not None:
             self.add_callback(self.budget)
