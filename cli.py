@@ -1273,6 +1273,13 @@ def sweep_command(
             help="Find the largest kl_coef that keeps --keep-gain, by bisection.",
         ),
     ] = None,
+    eval_dtype: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="float32, bfloat16 or float16: the weights while evaluating.  [default: float32]",
+        ),
+    ] = None,
     search_runs: Annotated[
         int | None, typer.Option(show_default=False, help="Most values that --search tries.  [default: 8]")
     ] = None,
@@ -1354,6 +1361,7 @@ def sweep_command(
         keep_gain=keep_gain,
         search=search,
         search_runs=search_runs,
+        eval_dtype=eval_dtype,
     )
     require_writable(plot, page)
     if dry_run:

@@ -209,7 +209,8 @@ def test_rooms_say_what_comes_in_and_what_goes_out(package: str) -> None:
     rooms = [
         path
         for path in sources(package)
-        if path.name == "__init__.py" and (path.parent != ROOT / package or package in ("integrations", "commands"))
+        if path.name == "__init__.py"
+        and (path.parent != ROOT / package or package in ("integrations", "commands"))
     ]
     assert rooms
     silent = [

@@ -121,6 +121,8 @@ class Board:
         if self.scale == "cpu":
             plan = first_values(plan)
         (self.work / f"{protocol}.yaml").write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
+        if self.scale == "gpu":
+            plan["eval_dtype"] = "bfloat16"
         pictures = ("--plot", f"{protocol}.svg", "--html", f"{protocol}.html")
         folder = PROTOCOLS[protocol]
         self.anneal(

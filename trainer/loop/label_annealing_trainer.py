@@ -124,7 +124,9 @@ class LabelAnnealingTrainer(GuardedTrainer):
             callbacks=[StepControl(self), self.retained, *callbacks],
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # transformers before 5.19 asks this, not `loss_is_scaled_for_ga`
+        self.model_accepts_loss_kwargs = (
+            True  # transformers before 5.19 asks this, not `loss_is_scaled_for_ga`
+        )
         self.budget = None if kl_budget is None else KlBudget(self, kl_coef, kl_budget)
         if self.budget is not None:
             self.add_callback(self.budget)

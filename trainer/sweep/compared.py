@@ -91,6 +91,7 @@ def comparison_of(
         bench_models({**initial, **models}, settings, progress)
         options["bench"] = settings.out
     options |= {"source": config.source, "target": config.target, "initial": initial, "progress": progress}
+    options["dtype"] = config.eval_dtype
     found = compare(models, **options, direct=direct)
     if direct is None and found.direct is None and (best := best_direct(found)) is not None:
         found = found.related_to(best)

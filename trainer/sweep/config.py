@@ -18,7 +18,7 @@ from typing import Any
 from formats.errors import ConfigError
 from trainer.bench.settings import BenchSettings
 from trainer.checks import check_at_least, check_flag, check_fraction, check_number, check_one_of, check_path
-from trainer.config import TrainConfig
+from trainer.config import DTYPES, TrainConfig
 from trainer.config_file import SECTIONS, apply_override, parse_yaml, read_config_file, refuse_unknown
 from trainer.merging.settings import DEFAULTS, TEXTS, MergeConfig
 
@@ -121,6 +121,8 @@ class SweepConfig:
     """The share of direct fine-tuning's gain that a recommended run must keep, in (0, 1]."""
     bench: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `anneal bench` for sources and targets that are tasks: task_dirs, limit, backend, ..."""
+    eval_dtype: str = "float32"
+    """Of the weights while the models are evaluated on texts; bfloat16 is several times faster on a GPU."""
     search: bool = False
     """Look for the largest kl_coef that keeps it."""
     search_runs: int = 8
@@ -159,6 +161,7 @@ class SweepConfig:
                 raise ConfigError(f"seeds must differ, got {list(self.seeds)}")
             object.__setattr__(self, "seeds", tuple(self.seeds))
         check_fraction("keep_gain", self.keep_gain, "0.9 keeps nine tenths of direct fine-tuning's gain")
+        check_one_of("eval_dtype", self.eval_dtype, DTYPES)
         check_flag("search", self.search)
         check_at_least("search_runs", self.search_runs, 2, "five are usual", integer=True)
 

@@ -82,6 +82,7 @@ def measure_in_shares(
                 "models": [asdict(model) for model in share],
                 "texts": texts,
                 "work": str(out / "evaluations"),
+                "dtype": config.eval_dtype,
                 "bench": None if bench is None else asdict(bench),
             },
             log=out / "logs" / f"measure-{number}.log",
@@ -131,7 +132,8 @@ def measure_share(settings: Mapping[str, Any]) -> Outcome:
     if settings["bench"] is not None:
         # JSON has lists for tuples.
         plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in settings["bench"].items()
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in settings["bench"].items()
         }
         bench = BenchSettings(**plain)
     failed: list[str] = []
@@ -151,7 +153,7 @@ def measure_share(settings: Mapping[str, Any]) -> Outcome:
                     directory,
                     caches,
                     memory,
-                    dtype="float32",
+                    dtype=settings["dtype"],
                     device=None,
                     limit=None,
                     progress=Progress(),

@@ -8,6 +8,7 @@ from caches import write_cache
 from recorded_progress import RecordedProgress
 from runs import QUICK
 
+from formats.errors import ConfigError
 from trainer.sweep.config import sweep_from_options
 from trainer.sweep.pools import Job
 from trainer.sweep.shares import LARGEST_SHARE, ModelWork, divide
@@ -68,6 +69,21 @@ def test_shares_leave_nothing_to_do_and_change_nothing(ask, tmp_path):
     assert seen.phases[2:] == [("merges", 4, 4)]
     found, expected = ((place / "sweep.json").read_bytes() for place in (many, one))
     assert found.replace(str(many).encode(), str(one).encode()) == expected
+
+
+def test_evaluations_are_made_in_the_dtype_that_is_asked_for(ask, tmp_path):
+    import dataclasses
+    import json
+
+    out = tmp_path / "out"
+    asked = dataclasses.replace(ask(out), eval_dtype="bfloat16")
+    seen = RecordedProgress()
+    run_sweep(asked, pool=InThisProcess(), progress=seen)
+    assert [name for name, _, _ in seen.phases] == ["sweep", "measure", "merges"]
+    files = [json.loads(path.read_text()) for path in (out / "evaluations").iterdir()]
+    assert {e["settings"]["dtype"] for file in files for e in file["evaluations"]} == {"bfloat16"}
+    with pytest.raises(ConfigError, match="eval_dtype must be one of float32, bfloat16, float16, got 'int4'"):
+        dataclasses.replace(asked, eval_dtype="int4")
 
 
 def test_what_a_share_could_not_do_is_done_or_said_later(ask, tmp_path):
