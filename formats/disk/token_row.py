@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from formats.capture_settings import POSITION_MODES
+from formats.capture_settings import POSITION_MODES, CaptureSettings
 
 KEY_BYTES = 16
 IGNORED = -100
@@ -60,7 +60,7 @@ class TokenRow:
         """The row's content key, 16 bytes."""
         return content_key(self.input_ids, self.loss_mask)
 
-    def positions(self, which: str = "loss") -> np.ndarray:
+    def positions(self, which: str = CaptureSettings.positions) -> np.ndarray:
         """int32 [P], ascending: the indices i whose *next* token, i + 1, is selected.
 
         `loss` selects the targets of the loss mask, `all` every position that has a next token.
@@ -71,6 +71,6 @@ class TokenRow:
             return np.flatnonzero(self.loss_mask[1:]).astype(np.int32)
         raise ValueError(f"positions must be one of {', '.join(POSITION_MODES)}, got {which!r}")
 
-    def label_ids(self, which: str = "loss") -> np.ndarray:
+    def label_ids(self, which: str = CaptureSettings.positions) -> np.ndarray:
         """int32 [P]: the *label* of each of these positions, the token that comes next."""
         return self.input_ids[self.positions(which) + 1]

@@ -113,7 +113,7 @@ def random_teacher(
     rng: np.random.Generator,
     row: TokenRow,
     vocab_size: int,
-    positions: str = "loss",
+    positions: str = "all",
     draw_rate: int = 0,
 ) -> TopKLogprobs:
     """Zipf-like logits whose sharpness varies from flat to one-hot."""

@@ -213,7 +213,7 @@ def test_writers_refuse_draws_of_another_rate(tmp_path: Path):
 def test_an_interrupted_writer_leaves_no_cache(tmp_path: Path):
     with (
         pytest.raises(RuntimeError),
-        CacheWriter(tmp_path / "c", identity={}, vocab_size=50, rows_per_shard=1) as w,
+        CacheWriter(tmp_path / "c", identity={}, vocab_size=50, positions="loss", rows_per_shard=1) as w,
     ):
         for _ in range(2):
             w.append(TokenRow(np.arange(3), np.zeros(3, bool)), TopKLogprobs.empty(50))

@@ -98,7 +98,7 @@ def test_arguments_of_the_engine():
         "head_dtype": "float32",
     }
     assert arguments["additional_config"] == {
-        "anneal": {"positions": "loss", "min_prob": 0.25, "max_k": 7, "draw_rate": 5}
+        "anneal": {"positions": "all", "min_prob": 0.25, "max_k": 7, "draw_rate": 5}
     }
     assert (arguments["dtype"], arguments["max_model_len"]) == ("bfloat16", 99)
     assert arguments["enable_prefix_caching"] is False
