@@ -54,7 +54,7 @@ def test_every_row_of_the_corpus_is_in_the_cache_once_and_in_order(tmp_path: Pat
     assert report.complete and not report.was_complete
     assert (report.num_rows, report.num_shards, report.num_shards_done) == (60, 6, 6)
     assert report.num_tokens == sum(len(row) for row in expected) == report.num_tokens_captured
-    assert report.num_positions == sum(len(row.positions()) for row in expected)
+    assert report.num_positions == sum(len(row.positions("loss")) for row in expected)
     assert report.num_bytes == sum(p.stat().st_size for p in (tmp_path / "c").glob("shard-*"))
 
 

@@ -185,8 +185,8 @@ def test_lora_is_that_of_anneal_train(tmp_path, corpus, cache, tiny_llama_dir, m
 
     import trainer.inputs
 
-    def attach(model, given):
-        adapted = attached(model, given)
+    def attach(model, given, seed):
+        adapted = attached(model, given, seed)
         set_adapters(adapted)
         return adapted
 

@@ -4,8 +4,7 @@
 - Denominators count shifted labels and teacher positions of all micro-batches and ranks of a step, and the mean that
   DDP and FSDP take over ranks is undone: the gradient does not depend on how a batch is split.
 - The base class must not divide by the accumulation steps again (`loss_is_scaled_for_ga`).
-- Its loaders would drop the teacher's columns and repeat rows to even out the ranks: batches come from
-  trainer/data/sampler.py instead.
+- Its loaders would drop the teacher's columns and repeat rows on some ranks: see trainer/data/sampler.py.
 - Checkpoints are staged, marked and renamed (trainer/checkpoint.py); no pickled arguments are written.
 """
 
@@ -51,12 +50,10 @@ class LabelAnnealingTrainer(GuardedTrainer):
     Args:
         model: a causal language model, with adapters or without, not yet wrapped.
         args: `TrainingArguments`; `remove_unused_columns` is turned off, what cannot be honoured is refused.
-        train_dataset: a `CachedDataset` at the run's temperature.
-        eval_dataset: a `CachedDataset` or a dict of them.
+        train_dataset, eval_dataset: a `CachedDataset` at the run's temperature, for evaluation also a dict of them.
         mixed: further datasets, each with its weight (units per unit of the training dataset) or `Share`.
-        kl_coef, kl_direction, objective: as in `label_annealing_loss`; the datasets are made with `objective`.
+        kl_coef, kl_direction, objective, loss_kernel: as in `label_annealing_loss`; datasets are of one `objective`.
         kl_budget: nats; `kl_coef` is then the first coefficient (trainer/loop/kl_budget.py).
-        loss_kernel: its `kernel`, in training and evaluation.
         packing, pack_length, group_by_length: as in `TrainConfig`.
         retention: methods that act on the weights; `model` then has its initial ones.
         processing_class: the tokenizer, saved with the model.
@@ -105,7 +102,8 @@ class LabelAnnealingTrainer(GuardedTrainer):
         logits_type(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
         self.head = OutputHead.of(model).install()
         self.head.kernel = loss_kernel
-        self.kl_coef, self.kl_direction, self.objective = kl_coef, kl_direction, objective
+        self.kl_coef, self.kl_direction = kl_coef, kl_direction
+        self.objective: Objective | None = objective
         self.packing, self.pack_length, self.group_by_length = packing, pack_length, group_by_length
         self.mixed = list(mixed)
         self.stop_request = StopRequest()

@@ -141,9 +141,9 @@ class Flat(SeededTeacher):
         rows = list(rows)
         first = list(super().prefill(rows[:1]))[0]
         for row in rows:
-            topk = first.take([0] * len(row.positions()))
+            topk = first.take([0] * len(row.positions("loss")))
             labels = np.full(len(topk), -9.0, np.float32)
-            positions, entries = topk.kept_labels(row.label_ids())
+            positions, entries = topk.kept_labels(row.label_ids("loss"))
             labels[positions] = topk.logprobs[entries]
             yield replace(topk, label_logprobs=labels)
 

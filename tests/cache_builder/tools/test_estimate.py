@@ -39,7 +39,7 @@ def test_counts_are_of_the_whole_corpus_and_nothing_is_written(tmp_path: Path) -
     report = estimate(tmp_path, rows=7)
     rows = list(make_rows(50))
     assert (report.num_rows, report.num_tokens) == (50, sum(len(row) for row in rows))
-    assert report.num_positions == sum(len(row.positions()) for row in rows)
+    assert report.num_positions == sum(len(row.positions("loss")) for row in rows)
     assert report.num_sampled_rows == 7 and list(tmp_path.iterdir()) == []
     json.dumps(report.to_dict())
     assert "no setting tried" in report.text(), "there are no draws, and the heads are short"
@@ -80,7 +80,7 @@ def test_missed_mass_is_what_the_logits_say(tmp_path: Path) -> None:
     for line in report.estimates:
         missed, entries = [], []
         for row in make_rows(50):
-            for logits in logits_of(row.input_ids)[row.positions()]:
+            for logits in logits_of(row.input_ids)[row.positions("loss")]:
                 p = np.sort(np.exp(logits - np.logaddexp.reduce(logits)))[::-1]
                 size = max(1, min(12, int((p >= line.min_prob).sum())))
                 missed.append(1 - p[:size].sum())
