@@ -147,7 +147,7 @@ def run_chain(
     progress = progress or Progress()
     plan = plan_chain(config, build)
     out = Path(config.out)
-    with holding(out, "chain"):
+    with held(out, "chain"):
         for need in plan.heldout.values():
             plan.maker.make(need.text, need.model, need.place)
         runs = Runs(out, pool or LocalPool(), progress)
@@ -230,18 +230,3 @@ def _rows(
             task = label.removeprefix("without-") if kind == "never-seen" else None
             found.append(row(label, kind, stage.directory(out), None, task))
     return found
-
-
-@contextlib.contextmanager
-def holding(out: Path, what: str) -> Iterator[None]:
-    """A directory for this process alone; `what` is done there, for the message.
-
-    Raises:
-        ConfigError: it cannot be written, or another process works in it.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(out))
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("one sweep", f"one {what}")) from None
-        yield

@@ -19,7 +19,6 @@ from formats.errors import AnnealError, ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker
-from trainer.chain.chain import holding
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
 from trainer.chain.report import aligned
@@ -28,6 +27,7 @@ from trainer.recipe import resolve_training
 from trainer.sweep.names import number_text
 from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.runs import Runs, is_finished, require_same
+from trainer.sweep.sweep import held
 
 REGIMES = {
     "constant": "the best rate is the same for all models",
@@ -216,7 +216,7 @@ def probe_tune(
         for kl_coef in config.kl_coefs
         for rate in config.learning_rates
     ]
-    with holding(out, "probe"):
+    with held(out, "probe"):
         for label in config.models if with_kl else [first]:
             maker.make(config.text, str(directories[label]), places[label])
         pool_runs = Runs(out, pool or LocalPool(), progress)

@@ -19,7 +19,6 @@ from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker
-from trainer.chain.chain import holding
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
 from trainer.config import TrainConfig
@@ -32,6 +31,7 @@ from trainer.restore.text import drawn, easiest, write_rows
 from trainer.result.lineage import short_name
 from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.runs import Runs, decisive, is_finished, require_same
+from trainer.sweep.sweep import held
 
 KEPT_ARGUMENTS = (
     "per_device_train_batch_size",
@@ -99,7 +99,7 @@ def run_restore(
         for label, found in settings.items()
     }
     twins = shared_controls(controls, out)
-    with holding(out, "restoring"):
+    with held(out, "restoring"):
         text = maker.place("text", config.text)
         maker.make(config.text, config.initial, text)
         rows = choose(config, initial, text, num_tokens, progress)

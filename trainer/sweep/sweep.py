@@ -136,11 +136,11 @@ def run_sweep(
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[None]:
-    """The sweep's directory for this process alone, where its file system can.
+def held(out: Path, what: str = "sweep") -> Iterator[None]:
+    """A directory for this process alone, where its file system can; `what` is done there, for the message.
 
     Raises:
-        ConfigError: it cannot be written, or another sweep is under way in it.
+        ConfigError: it cannot be written, or another process works in it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def held(out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"--out must belong to one sweep, got {out} in which another one is under way; wait for it"
+                f"--out must belong to one {what}, got {out} in which another one is under way; wait for it"
             ) from None
         except OSError:  # a file system without locks on directories
             pass
