@@ -7,7 +7,6 @@ so that `--help` and `cache inspect` start fast on a machine without torch or vL
 
 import importlib.util
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -17,8 +16,6 @@ import typer
 from typer.core import TyperGroup
 
 PACKAGES = ("formats", "cache_builder", "trainer", "onboarding", "commands")
-NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn, on import, of kernels for other hardware and of another library's use of torch."""
 
 
 def stranger() -> str | None:
@@ -46,7 +43,16 @@ if _wrong := stranger():  # before anything of them is imported
 from commands.chain import chain_command  # noqa: E402
 from commands.probe import probe_app  # noqa: E402
 from commands.restore import restore_command  # noqa: E402
-from commands.terminal import console_progress, named, note, show, show_json  # noqa: E402
+from commands.terminal import (  # noqa: E402
+    EvalDtypeOption,
+    JsonOption,
+    console_progress,
+    named,
+    note,
+    quiet_imports,
+    show,
+    show_json,
+)
 from formats.capture_settings import MAX_RATE, CaptureSettings  # noqa: E402
 from formats.errors import AnnealError, ConfigError  # noqa: E402
 from formats.install import how_to_install  # noqa: E402
@@ -101,7 +107,6 @@ OptionalCorpusArgument = Annotated[
     ),
 ]
 ModelOption = Annotated[str, typer.Option("--model", help="Model directory or Hugging Face name.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")]
 EngineOption = Annotated[str, typer.Option(help="vllm, or transformers where vLLM cannot be installed.")]
 MaxLengthOption = Annotated[
     int | None,
@@ -152,7 +157,6 @@ SeedOption = Annotated[
         "there: 0]",
     ),
 ]
-EvalDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")]
 EvalLimitOption = Annotated[
     int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each cache.")
 ]
@@ -1393,8 +1397,7 @@ app.add_typer(probe_app, name="probe")
 
 def main() -> None:
     """Entry point of the console script: runs the app, turns known errors into one line."""
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     try:
         app()
     except AnnealError as error:

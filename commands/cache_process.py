@@ -4,7 +4,6 @@ Settings go in as one line of JSON on stdin; progress and messages go to stderr,
 """
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from commands.terminal import quiet_imports
 from formats.errors import AnnealError, ConfigError
 
 HOME = Path(__file__).resolve().parents[1]
@@ -42,6 +42,28 @@ def check_options(options: Mapping[str, Any]) -> None:
                 f"build must hold settings of a cache, got {name}; there are {', '.join(sorted(known))}"
             )
     BuildConfig(corpus="corpus", model="model", out="out", **options)
+
+
+def typed_settings(
+    command: str, overrides: list[str] | None, build: list[str] | None
+) -> dict[str, dict[str, Any]]:
+    """`--set training.KEY=VALUE` and `--build KEY=VALUE` of a command: their settings under `training` and `build`.
+
+    Raises:
+        ConfigError: one is not of that form, or no setting of a build.
+    """
+    from trainer.config_file import apply_override
+
+    settings: dict[str, dict[str, Any]] = {"training": {}, "build": {}}
+    for word in overrides or []:
+        if not word.startswith("training."):
+            raise ConfigError(f"--set of {command} takes training.KEY=VALUE, got {word!r}")
+        apply_override(settings, word)
+    for word in build or []:
+        apply_override(settings["build"], word)
+    if settings["build"]:
+        check_options(settings["build"])
+    return settings
 
 
 def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, Any]) -> None:
@@ -78,8 +100,7 @@ def main() -> None:
     """Entry point of the process."""
     outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever engines print is no outcome
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # as the command itself does
+    quiet_imports()
     settings = json.loads(sys.stdin.read())
     found: dict[str, Any] = {"done": True}
     try:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from commands.terminal import console_progress, named, note, show, show_json
+from commands.terminal import JsonOption, console_progress, named, note, show, show_json
 from formats.errors import ConfigError
 
 
@@ -120,9 +120,7 @@ def chain_command(
             metavar="FILE", show_default=False, help="Also draw the matrix to a .png, .svg or .pdf file."
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Learn tasks one after another and report what each stage forgot; or report it of finished MODEL... alone."""
     from trainer.evaluation.tradeoff_picture import require_plottable

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from commands.terminal import console_progress, named, note, show, show_json
+from commands.terminal import EvalDtypeOption, JsonOption, console_progress, named, note, show, show_json
 from formats.errors import ConfigError
 
 probe_app = typer.Typer(
@@ -20,7 +20,6 @@ ModelsArgument = Annotated[
         help="Models in the order of training: directory, hub name, NAME@REVISION or LABEL=MODEL.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")]
 LimitOption = Annotated[
     int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each text.")
 ]
@@ -81,9 +80,7 @@ def noise_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     limit: LimitOption = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")
-    ] = "float32",
+    dtype: EvalDtypeOption = "float32",
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -133,9 +130,7 @@ def answers_command(
     limit: Annotated[
         int | None, typer.Option(min=1, show_default=False, help="Ask only the first N.")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")
-    ] = "float32",
+    dtype: EvalDtypeOption = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Print how models answer questions with choices: in the right form, rightly, and how sure of it."""
@@ -166,9 +161,7 @@ def memory_command(
         ),
     ] = None,
     limit: LimitOption = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")
-    ] = "float32",
+    dtype: EvalDtypeOption = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Print of how many tokens of its training text a model knows what follows, beside text that it has not seen."""
@@ -221,20 +214,11 @@ def tune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Tune models at the same learning rates and print what each forgets: does more pretraining make it worse?"""
-    from commands.cache_process import build_in_process, check_options
-    from trainer.config_file import apply_override
+    from commands.cache_process import build_in_process, typed_settings
     from trainer.probe.models import named_models
     from trainer.probe.tune import TuneConfig, probe_tune
 
-    settings: dict[str, dict] = {"training": {}, "build": {}}
-    for word in overrides or []:
-        if not word.startswith("training."):
-            raise ConfigError(f"--set of probe tune takes training.KEY=VALUE, got {word!r}")
-        apply_override(settings, word)
-    for word in build or []:
-        apply_override(settings["build"], word)
-    if settings["build"]:
-        check_options(settings["build"])
+    settings = typed_settings("probe tune", overrides, build)
     config = TuneConfig(
         models=named_models(models),
         text=text,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from commands.terminal import console_progress, named, show, show_json
+from commands.terminal import JsonOption, console_progress, named, show, show_json
 
 
 def restore_command(
@@ -72,26 +72,14 @@ def restore_command(
     limit: Annotated[
         int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each source text.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train TUNED... shortly on general text, and the initial model beside them: what comes back was only hidden."""
-    from commands.cache_process import build_in_process, check_options
-    from formats.errors import ConfigError
-    from trainer.config_file import apply_override
+    from commands.cache_process import build_in_process, typed_settings
     from trainer.restore.config import RestoreConfig
     from trainer.restore.restore import run_restore
 
-    settings: dict[str, dict] = {"training": {}, "build": {}}
-    for word in overrides or []:
-        if not word.startswith("training."):
-            raise ConfigError(f"--set of restore takes training.KEY=VALUE, got {word!r}")
-        apply_override(settings, word)
-    for word in build or []:
-        apply_override(settings["build"], word)
-    if settings["build"]:
-        check_options(settings["build"])
+    settings = typed_settings("restore", overrides, build)
     config = RestoreConfig(
         tuned=named(tuned, "models", "LABEL=DIR"),
         initial=initial,

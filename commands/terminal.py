@@ -1,11 +1,25 @@
-"""What all commands share: results to stdout, messages to stderr, names of what was typed."""
+"""What all commands share: results to stdout, messages to stderr, names of what was typed, options alike."""
 
 import json
+import logging
 import sys
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from formats.errors import ConfigError
 from formats.progress import ConsoleProgress
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")]
+EvalDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16: the model's weights.")]
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, on import, of kernels for other hardware and of another library's use of torch."""
+
+
+def quiet_imports() -> None:
+    """Keep them silent."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def show(text: str) -> None:
