@@ -2,29 +2,8 @@
 
 import pytest
 from caches import write_cache
+from pool_here import InThisProcess
 from runs import QUICK
-
-
-class InThisProcess:
-    """The pool without its processes: the same function, one job after another."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.names: list[str] = []
-        self._stop_after = stop_after
-
-    def run(self, jobs, started, ended) -> None:
-        from trainer.sweep.worker import run_settings
-
-        for job in jobs:
-            if len(self.names) == self._stop_after:
-                raise KeyboardInterrupt
-            started(job)
-            self.names.append(job.name)
-            ended(job, run_settings(job.settings))
-
-    def stop(self) -> None: ...
-
-    def kill(self) -> None: ...
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from caches import write_cache
 from corpora import write_jsonl
+from pool_here import InThisProcess
 from runs import copy_model, noise, same_weights, settings
 
 from formats.errors import ConfigError
@@ -21,25 +22,6 @@ TRAINING = {
     "max_steps": 2,
     "warmup_steps": 0,
 }
-
-
-class InThisProcess:
-    """The pool without its processes."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def run(self, jobs, started, ended) -> None:
-        from trainer.sweep.worker import run_settings
-
-        for job in jobs:
-            started(job)
-            self.names.append(job.name)
-            ended(job, run_settings(job.settings))
-
-    def stop(self) -> None: ...
-
-    def kill(self) -> None: ...
 
 
 @pytest.fixture(scope="module")

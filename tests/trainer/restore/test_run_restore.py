@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from caches import write_cache
+from pool_here import InThisProcess
 from runs import copy_model, noise, same_weights, settings
 
 from formats.cache import TeacherCache
@@ -19,25 +20,6 @@ TRAINING = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 0,
 }
-
-
-class InThisProcess:
-    """The pool without its processes."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def run(self, jobs, started, ended) -> None:
-        from trainer.sweep.worker import run_settings
-
-        for job in jobs:
-            started(job)
-            self.names.append(job.name)
-            ended(job, run_settings(job.settings))
-
-    def stop(self) -> None: ...
-
-    def kill(self) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from caches import write_cache
+from pool_here import InThisProcess
 from recorded_progress import RecordedProgress
 from runs import QUICK, same_weights, settings
 
@@ -14,28 +15,6 @@ from formats.errors import AnnealError, ConfigError
 from trainer import train
 from trainer.sweep.config import sweep_from_options
 from trainer.sweep.sweep import plan_sweep, run_sweep
-from trainer.sweep.worker import WORKS
-
-
-class InThisProcess:
-    """The pool without its processes: the same functions, one job after another."""
-
-    def __init__(self, stop_after: int | None = None, parallel: int = 1) -> None:
-        self.names: list[str] = []
-        self.parallel = parallel
-        self._stop_after = stop_after
-
-    def run(self, jobs, started, ended) -> None:
-        for job in jobs:
-            if len(self.names) == self._stop_after:
-                raise KeyboardInterrupt
-            started(job)
-            self.names.append(job.name)
-            ended(job, WORKS[job.work](json.loads(json.dumps(dict(job.settings)))))
-
-    def stop(self) -> None: ...
-
-    def kill(self) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -5,40 +5,15 @@ from pathlib import Path
 
 import pytest
 from caches import write_cache
+from pool_here import InThisProcess
 from recorded_progress import RecordedProgress
 from runs import QUICK
 
 from formats.errors import ConfigError
 from trainer.sweep.config import sweep_from_options
-from trainer.sweep.pools import Job
 from trainer.sweep.shares import LARGEST_SHARE, ModelWork, divide
 from trainer.sweep.sweep import run_sweep
 from trainer.sweep.worker import WORKS
-
-
-class InThisProcess:
-    """A pool of two, without its processes."""
-
-    parallel = 2
-
-    def __init__(self) -> None:
-        self.jobs: list[Job] = []
-
-    def run(self, jobs, started, ended) -> None:
-        for job in jobs:
-            started(job)
-            self.jobs.append(job)
-            ended(job, WORKS[job.work](job.settings))
-
-    def stop(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-
-class OneAtATime(InThisProcess):
-    """The same pool, with room for one."""
-
-    parallel = 1
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +35,8 @@ def ask(llama_cache, tiny_llama_dir, tmp_path_factory):
 
 def test_shares_leave_nothing_to_do_and_change_nothing(ask, tmp_path):
     one, many = tmp_path / "one", tmp_path / "many"
-    run_sweep(ask(one), pool=OneAtATime())
-    pool, seen = InThisProcess(), RecordedProgress()
+    run_sweep(ask(one), pool=InThisProcess())
+    pool, seen = InThisProcess(parallel=2), RecordedProgress()
     run_sweep(ask(many), pool=pool, progress=seen)
     assert [job.work for job in pool.jobs] == ["train", "train", "measure", "measure"]
     assert seen.phases[:2] == [("sweep", 2, 2), ("measure", 7, 7)]
@@ -78,7 +53,7 @@ def test_evaluations_are_made_in_the_dtype_that_is_asked_for(ask, tmp_path):
     out = tmp_path / "out"
     asked = dataclasses.replace(ask(out), eval_dtype="bfloat16")
     seen = RecordedProgress()
-    run_sweep(asked, pool=InThisProcess(), progress=seen)
+    run_sweep(asked, pool=InThisProcess(parallel=2), progress=seen)
     assert [name for name, _, _ in seen.phases] == ["sweep", "measure", "merges"]
     files = [json.loads(path.read_text()) for path in (out / "evaluations").iterdir()]
     assert {e["settings"]["dtype"] for file in files for e in file["evaluations"]} == {"bfloat16"}
@@ -97,7 +72,7 @@ def test_what_a_share_could_not_do_is_done_or_said_later(ask, tmp_path):
                 ended(job, {"error": "the run's process ended with SIGKILL", "kind": "Process"})
 
     seen = RecordedProgress()
-    report = run_sweep(ask(out), pool=Fails(), progress=seen)
+    report = run_sweep(ask(out), pool=Fails(parallel=2), progress=seen)
     assert not report.failed and any("SIGKILL" in note for note in seen.notes)
     names = [phase for phase, _, _ in seen.phases]
     assert names.count("merges") == 1 and "direct: source" in names
@@ -105,7 +80,7 @@ def test_what_a_share_could_not_do_is_done_or_said_later(ask, tmp_path):
 
 def test_a_model_that_fails_leaves_the_others_of_its_share(ask, tmp_path):
     out = tmp_path / "out"
-    pool = InThisProcess()
+    pool = InThisProcess(parallel=2)
     run_sweep(ask(out), pool=pool)
     share = pool.jobs[-1].settings
     for path in (out / "evaluations").iterdir():
