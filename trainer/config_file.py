@@ -68,6 +68,15 @@ def refuse_unknown(keys: Iterable[str], known: Iterable[str], prefix: str = "") 
             raise ConfigError(f"unknown setting {prefix}{key}; {advice}")
 
 
+def first_missing(kind: type, given: Mapping[str, Any]) -> str | None:
+    """The first field of a dataclass that has no default and no value; None where all have one."""
+    for entry in fields(kind):
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if required and given.get(entry.name) is None:
+            return entry.name
+    return None
+
+
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -127,11 +136,8 @@ def _section(name: str, kind: Any, value: Any) -> Any:
     """One nested group of settings, such as `lora`."""
     given = _mapping(name, value)
     refuse_unknown(given, [entry.name for entry in fields(kind)], f"{name}.")
-    for entry in fields(kind):
-        if entry.default is MISSING and given.get(entry.name) is None:
-            raise ConfigError(
-                f"{name}.{entry.name} is required, got {name} without it; add {name}.{entry.name}"
-            )
+    if (missing := first_missing(kind, given)) is not None:
+        raise ConfigError(f"{name}.{missing} is required, got {name} without it; add {name}.{missing}")
     return kind(**given)
 
 
@@ -143,13 +149,9 @@ def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     """
     values = dict(settings)
     refuse_unknown(values, [entry.name for entry in fields(TrainConfig)])
-    for entry in fields(TrainConfig):
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and values.get(entry.name) is None:
-            flag = "the CACHE argument" if entry.name == "cache" else f"--{entry.name}"
-            raise ConfigError(
-                f"{entry.name} is required; give {flag} or `{entry.name}:` in the --config file"
-            )
+    if (missing := first_missing(TrainConfig, values)) is not None:
+        flag = "the CACHE argument" if missing == "cache" else f"--{missing}"
+        raise ConfigError(f"{missing} is required; give {flag} or `{missing}:` in the --config file")
     for name in ("training", "eval_caches"):
         if name in values:
             values[name] = _mapping(name, values[name] or {})

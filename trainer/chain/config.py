@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError
 from trainer.checks import check_number, check_one_of, check_path
 from trainer.config import TrainConfig
-from trainer.config_file import apply_override, read_config_file, refuse_unknown
+from trainer.config_file import apply_override, first_missing, read_config_file, refuse_unknown
 
 ANCHORS = ("previous", "initial")
 CONTROLS = ("direct", "multitask", "never-seen")
@@ -181,12 +181,9 @@ def chain_from_dict(plain: Mapping[str, Any]) -> ChainConfig:
     """
     refuse_unknown(plain, [entry.name for entry in fields(ChainConfig)])
     values = {key: value for key, value in plain.items() if value is not None}
-    for entry in fields(ChainConfig):
-        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values:
-            flag = "--task NAME=TRAIN,HELDOUT" if entry.name == "tasks" else f"--{entry.name}"
-            raise ConfigError(
-                f"a chain needs {entry.name}; give {flag} or `{entry.name}:` in the chain's file"
-            )
+    if (missing := first_missing(ChainConfig, values)) is not None:
+        flag = "--task NAME=TRAIN,HELDOUT" if missing == "tasks" else f"--{missing}"
+        raise ConfigError(f"a chain needs {missing}; give {flag} or `{missing}:` in the chain's file")
     for name in ("tasks", "method", "training", "base", "build"):
         if not isinstance(values.get(name, {}), Mapping):
             raise ConfigError(f"{name} must be a mapping, got {values[name]!r}")

@@ -11,7 +11,7 @@ target:  name -> held-out text or task that the runs learn
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from formats.errors import ConfigError
 from trainer.bench.settings import BenchSettings
 from trainer.checks import check_at_least, check_flag, check_fraction, check_number, check_one_of, check_path
 from trainer.config import DTYPES, TrainConfig
-from trainer.config_file import SECTIONS, apply_override, parse_yaml, read_config_file, refuse_unknown
+from trainer.config_file import (
+    SECTIONS,
+    apply_override,
+    first_missing,
+    parse_yaml,
+    read_config_file,
+    refuse_unknown,
+)
 from trainer.merging.settings import DEFAULTS, TEXTS, MergeConfig
 
 Values = tuple[Any, ...]
@@ -243,12 +250,9 @@ def sweep_from_dict(plain: Mapping[str, Any]) -> SweepConfig:
     """
     refuse_unknown(plain, [entry.name for entry in fields(SweepConfig)])
     values = {key: value for key, value in plain.items() if value is not None}
-    for entry in fields(SweepConfig):
-        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values:
-            flag = "CACHE and --model" if entry.name == "base" else f"--{entry.name}"
-            raise ConfigError(
-                f"a sweep needs {entry.name}; give {flag} or `{entry.name}:` in the sweep's file"
-            )
+    if (missing := first_missing(SweepConfig, values)) is not None:
+        flag = "CACHE and --model" if missing == "base" else f"--{missing}"
+        raise ConfigError(f"a sweep needs {missing}; give {flag} or `{missing}:` in the sweep's file")
     if not isinstance(values["base"], Mapping):
         raise ConfigError(f"base must be a mapping of settings, got {values['base']!r}")
     values["runs"] = [_run_entry(entry) for entry in _list("runs", values.get("runs", []))]
