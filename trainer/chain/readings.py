@@ -3,7 +3,7 @@
 Only the tokens of a text are read, so whoever built its cache is of no account as long as the vocabulary is the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,11 @@ def read_model(
         name: {**EvaluationFile.key(cache, dtype="float32", device=place, limit=limit), "kl": kl}
         for name, cache in caches.items()
     }
-    found = {name: known for name in texts if (known := memory.find(keys[name])) is not None}
-    pending = {name: path for name, path in texts.items() if name not in found}
 
-    def remember(name: str, result: Result) -> None:
-        memory.add(keys[name], result)  # a place that cannot be written costs time, nothing else
-
-    if pending:
-        found |= evaluate(
+    def compute(pending: Sequence[str], remember: Callable[[str, Result], None]) -> Mapping[str, Result]:
+        return evaluate(
             directory,
-            pending,
+            {name: texts[name] for name in pending},
             limit=limit,
             kl=kl,
             progress=progress,
@@ -65,7 +60,9 @@ def read_model(
             per_row=True,
             on_result=remember,
         )
+
+    found = memory.complete(keys, compute)  # a place that cannot be written costs time, nothing else
     for name, result in found.items():
         if result["ce"] is None:
             raise ConfigError(f"{name} needs tokens that carry loss, got none in {texts[name]}")
-    return {name: found[name] for name in texts}
+    return found

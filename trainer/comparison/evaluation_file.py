@@ -12,7 +12,7 @@ dropped at the next write.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,38 @@ class EvaluationFile:
             if entry["settings"] == dict(key):
                 return dict(entry["result"])
         return None
+
+    def complete(
+        self,
+        keys: Mapping[str, Mapping[str, Any]],
+        compute: Callable[[Sequence[str], Callable[[str, Result], None]], Mapping[str, Result]],
+        forget: Callable[[str], None] = lambda reason: None,
+    ) -> dict[str, Result]:
+        """A result for every key: what is known, and the rest computed, each once and written down at once.
+
+        Args:
+            keys: name -> what decides its numbers; names of equal keys are computed under the first of them.
+            compute: given names and what to call with each name and result, returns the results of all of them.
+            forget: called with a sentence for every result that could not be written down.
+        """
+        found = {name: known for name, key in keys.items() if (known := self.find(key)) is not None}
+        pending: list[str] = []
+        for name, key in keys.items():
+            if name not in found and not any(keys[other] == key for other in pending):
+                pending.append(name)
+
+        def remember(name: str, result: Result) -> None:
+            if not self.add(keys[name], result):
+                forget(
+                    f"{self.path} cannot be written: evaluations are not remembered; name a folder with --work"
+                )
+
+        if pending:
+            found |= compute(pending, remember)
+        for name, key in keys.items():
+            if name not in found:
+                found[name] = next(found[other] for other in pending if keys[other] == key)
+        return {name: found[name] for name in keys}
 
     def add(self, key: Mapping[str, Any], result: Result) -> bool:
         """Remember a result; False where the place cannot be written, which is no error.

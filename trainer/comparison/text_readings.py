@@ -5,7 +5,7 @@ dtype, and on rows that the record does not name.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,31 +83,13 @@ def read_texts(
     Raises:
         ConfigError: a cache has no tokens that carry loss.
     """
-    import torch
+    keys = keys_of(caches, dtype=dtype, device=device, limit=limit)
+    names = {_phase(metric, caches): metric for metric in caches}
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    keys = {
-        m: EvaluationFile.key(cache, dtype=dtype, device=place, limit=limit) for m, cache in caches.items()
-    }
-    found: dict[Metric, Result] = {}
-    pending: dict[str, Metric] = {}
-    for metric in caches:
-        known = memory.find(keys[metric])
-        if known is not None:
-            found[metric] = known
-        elif not any(keys[metric] == keys[other] for other in pending.values()):
-            pending[_phase(metric, caches)] = metric
-
-    def remember(name: str, result: Result) -> None:
-        if not memory.add(keys[pending[name]], result):
-            forget(
-                f"{memory.path} cannot be written: evaluations are not remembered; name a folder with --work"
-            )
-
-    if pending:
-        results = evaluate(
+    def compute(pending: Sequence[str], remember: Callable[[str, Result], None]) -> Mapping[str, Result]:
+        return evaluate(
             directory,
-            {name: caches[metric].path for name, metric in pending.items()},
+            {name: caches[names[name]].path for name in pending},
             dtype=dtype,
             device=device,
             limit=limit,
@@ -116,11 +98,22 @@ def read_texts(
             per_row=True,
             on_result=remember,
         )
-        for metric in caches:
-            for name, other in pending.items():
-                if metric not in found and keys[other] == keys[metric]:
-                    found[metric] = results[name]
-    return {metric: _reading(found[metric], metric) for metric in caches}
+
+    found = memory.complete({name: keys[metric] for name, metric in names.items()}, compute, forget)
+    return {metric: _reading(found[name], metric) for name, metric in names.items()}
+
+
+def keys_of(
+    caches: Mapping[Metric, TeacherCache], *, dtype: str, device: str | None = None, limit: int | None = None
+) -> dict[Metric, dict[str, Any]]:
+    """Under which keys the readings of these caches are remembered."""
+    import torch
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        metric: EvaluationFile.key(cache, dtype=dtype, device=place, limit=limit)
+        for metric, cache in caches.items()
+    }
 
 
 def _phase(metric: Metric, caches: Mapping[Metric, TeacherCache]) -> str:

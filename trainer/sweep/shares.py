@@ -66,7 +66,6 @@ def measure_in_shares(
                     merge=None if made else asdict(planned.config(config)),
                 )
             )
-    shares = divide(work, pool.parallel)
     texts = [
         (side, name, word)
         for side in ("source", "target")
@@ -74,6 +73,11 @@ def measure_in_shares(
         if not is_task(word)
     ]
     bench = bench_settings(config)
+    if bench is None:
+        work = unmeasured(work, texts, out / "evaluations", config.eval_dtype)
+    if not work:
+        return
+    shares = divide(work, pool.parallel)
     jobs = [
         Job(
             name=f"share {number}",
@@ -106,6 +110,26 @@ def measure_in_shares(
             raise SweepStopped(caught[0], f"stopped by {name} while measuring; the same command continues")
     finally:
         progress.finish()
+
+
+def unmeasured(
+    work: Sequence[ModelWork], texts: Sequence[tuple[str, str, str]], evaluations: Path, dtype: str
+) -> list[ModelWork]:
+    """The models that have to be made, or of which some text is not remembered."""
+    from trainer.bench.model_identity import model_identity
+    from trainer.comparison.evaluation_file import EvaluationFile
+    from trainer.comparison.text_readings import keys_of, open_texts
+
+    if not evaluations.is_dir():
+        return list(work)
+    keys = keys_of(open_texts({(side, name): word for side, name, word in texts}), dtype=dtype).values()
+
+    def is_known(model: ModelWork) -> bool:
+        directory = Path(model.directory)
+        memory = EvaluationFile(directory, model_identity(directory), model.label, evaluations)
+        return all(memory.find(key) is not None for key in keys)
+
+    return [model for model in work if model.merge is not None or not is_known(model)]
 
 
 def divide(work: Sequence[ModelWork], parallel: int) -> list[list[ModelWork]]:

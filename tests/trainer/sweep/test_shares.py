@@ -61,6 +61,19 @@ def test_evaluations_are_made_in_the_dtype_that_is_asked_for(ask, tmp_path):
         dataclasses.replace(asked, eval_dtype="int4")
 
 
+def test_only_what_is_not_known_starts_processes(ask, tmp_path):
+    out = tmp_path / "out"
+    run_sweep(ask(out), pool=InThisProcess(parallel=2))
+    again = InThisProcess(parallel=2)
+    run_sweep(ask(out), pool=again)
+    assert again.jobs == []
+    next(path for path in (out / "evaluations").iterdir() if path.name.startswith("direct-")).unlink()
+    shutil.rmtree(out / "merges" / "kl_coef=1+wise-ft,alpha=0.5")
+    run_sweep(ask(out), pool=again)
+    labels = [model["label"] for job in again.jobs for model in job.settings["models"]]
+    assert labels == ["direct", "kl_coef=1+wise-ft,alpha=0.5"]
+
+
 def test_what_a_share_could_not_do_is_done_or_said_later(ask, tmp_path):
     out = tmp_path / "out"
 
