@@ -7,14 +7,12 @@ from typing import Any
 
 from formats.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.inputs import load_student, open_inputs, rows_of
-from trainer.loading import quiet_transformers
 from trainer.notes import notes
 from trainer.preflight.before_start import check_before_start
 from trainer.preflight.liger import settle_liger
 from trainer.preflight.memory import GIB, StepMemory, batch_shape, capacity_bytes, require_room, step_memory
-from trainer.recipe import resolve_training, training_arguments
-from trainer.run import make_trainer, require_loss_kernel, retention_methods
+from trainer.recipe import training_arguments
+from trainer.run import make_trainer, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +65,7 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
         FormatError: a cache is missing, unfinished or broken.
         IdentityMismatchError: a cache was built with another model, tokenizer or template.
     """
-    resolved = resolve_training(config)
-    require_loss_kernel(config, resolved)
-    quiet_transformers()
-    inputs = open_inputs(config)
-    rows = rows_of(config, inputs)
-    student = load_student(config, inputs, resolved)
-    for dataset in rows.with_teacher:
-        dataset.vocab_size = student.vocab_size
-    retention = retention_methods(config, inputs, rows, student, int(resolved["seed"]))
+    resolved, inputs, rows, student, retention = prepare(config)
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes the directory that it is given
         args = training_arguments(resolved, Path(scratch))
         settle_liger(args, student.model)

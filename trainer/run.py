@@ -22,16 +22,7 @@ from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
 from trainer.data.sampler import sample_rows
 from trainer.evaluation.weight_distance import weight_distance
-from trainer.inputs import (
-    Inputs,
-    Rows,
-    Student,
-    facts_of,
-    load_student,
-    open_inputs,
-    rows_of,
-    teacher_of,
-)
+from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of, teacher_of
 from trainer.loading import quiet_transformers
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
@@ -115,15 +106,7 @@ def train(config: TrainConfig) -> TrainReport:
 def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     """`train`, which closes what is entered into `opened_run`."""
     started = time.perf_counter()
-    resolved = resolve_training(config)
-    require_loss_kernel(config, resolved)
-    quiet_transformers()
-    inputs = open_inputs(config)
-    rows = rows_of(config, inputs)
-    student = load_student(config, inputs, resolved)
-    for dataset in rows.with_teacher:
-        dataset.vocab_size = student.vocab_size
-    retention = retention_methods(config, inputs, rows, student, int(resolved["seed"]))
+    resolved, inputs, rows, student, retention = prepare(config)
     saves = str(resolved["save_strategy"]) not in ("no", "SaveStrategy.NO")
     out = Path(config.out)
     dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
@@ -160,10 +143,21 @@ def say(line: str) -> None:
 # --- before the model --------------------------------------------------------------------------------------
 
 
-def require_loss_kernel(config: TrainConfig, resolved: Mapping[str, Any]) -> None:
-    """Refuse a loss kernel that this machine does not have."""
+def prepare(config: TrainConfig) -> tuple[dict[str, Any], Inputs, Rows, Student, list[RetentionMethod]]:
+    """What a run loads before anything is written, checked: arguments, caches, rows, model, methods."""
+    resolved = resolve_training(config)
     on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
-    logits_type(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
+    logits_type(
+        config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu"
+    )  # refused here, if it is not there
+    quiet_transformers()
+    inputs = open_inputs(config)
+    rows = rows_of(config, inputs)
+    student = load_student(config, inputs, resolved)
+    for dataset in rows.with_teacher:
+        dataset.vocab_size = student.vocab_size
+    retention = retention_methods(config, inputs, rows, student, int(resolved["seed"]))
+    return resolved, inputs, rows, student, retention
 
 
 def retention_methods(
