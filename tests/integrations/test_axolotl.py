@@ -13,11 +13,18 @@ os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 if os.environ.get("ANNEAL_INTEGRATIONS") != "axolotl":
     pytest.importorskip("axolotl")
 
-import torch
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import train as axolotl_train
+from beside_train import (
+    STEPS,
+    assert_close,
+    losses_of,
+    set_adapters,
+    set_adapters_of_train,
+    set_packs_of_train,
+)
 from caches import write_cache
 from runs import settings
 from safetensors.torch import load_file
@@ -30,7 +37,7 @@ from integrations.axolotl import REFUSED, AnnealArgs, AnnealPlugin
 from integrations.settings import SETTINGS
 from trainer import train
 
-STEPS, ROWS = 20, 24
+ROWS = 24
 SAME = {
     "max_steps": STEPS,
     "learning_rate": 1e-3,
@@ -109,16 +116,7 @@ def ours(cache: Path, model: Path, out: Path, *overrides: str) -> list[float]:
     given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1} | SAME
     words = [f"training.{name}={value}" for name, value in given.items()]
     report = train(settings(cache, model, out, *words, *overrides))
-    return [entry["loss"] for entry in report.log_history if "ce" in entry and "loss" in entry]
-
-
-def assert_close(left: list[float], right: list[float], weights: dict, found: dict) -> None:
-    assert len(left) == len(right) == STEPS
-    assert left[0] != pytest.approx(left[-1], rel=0.02), "nothing was learnt"
-    assert left == pytest.approx(right, rel=1e-5)
-    assert weights.keys() == found.keys()
-    for name, tensor in weights.items():
-        assert (found[name].detach() - tensor).norm() / tensor.norm() <= 1e-5, name
+    return losses_of(report)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -143,8 +141,6 @@ def test_full_fine_tuning_is_that_of_anneal_train(accumulation, tmp_path, corpus
 
 def test_sample_packing_is_that_of_anneal_train(tmp_path, corpus, cache, tiny_llama_dir, monkeypatch):
     """With the packs of Axolotl's sampler."""
-    from trainer.loop import label_annealing_trainer
-
     cfg = configuration(
         tmp_path / "theirs",
         corpus,
@@ -159,39 +155,17 @@ def test_sample_packing_is_that_of_anneal_train(tmp_path, corpus, cache, tiny_ll
     batches = list(trainer._get_train_sampler())
     packs = [[int(row) for row in pack] for batch in batches for pack in batch]
     assert {len(batch) for batch in batches} == {2} and max(map(len, packs)) > 1
-    ours_of = label_annealing_trainer.best_fit
-    monkeypatch.setattr(
-        label_annealing_trainer,
-        "best_fit",
-        lambda lengths, room: packs if len(lengths) == ROWS else ours_of(lengths, room),
-    )
+    set_packs_of_train(monkeypatch, packs, ROWS)
     words = ("packing=true", "pack_length=64", "training.per_device_train_batch_size=2")
     expected = ours(cache, tiny_llama_dir, tmp_path / "ours", *words)
     weights = load_file(tmp_path / "ours" / "model.safetensors")
     assert_close(expected, found, weights, dict(model.named_parameters()))
 
 
-def set_adapters(model) -> None:
-    """The same first weights for whoever made the adapters."""
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_A" in name:
-            generator = torch.Generator().manual_seed(sum(map(ord, name)))
-            with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
-
-
 def test_lora_is_that_of_anneal_train(tmp_path, corpus, cache, tiny_llama_dir, monkeypatch):
     from peft import get_peft_model_state_dict
 
-    import trainer.inputs
-
-    def attach(model, given, seed):
-        adapted = attached(model, given, seed)
-        set_adapters(adapted)
-        return adapted
-
-    attached = trainer.inputs.attach_adapters
-    monkeypatch.setattr(trainer.inputs, "attach_adapters", attach)
+    set_adapters_of_train(monkeypatch)
     monkeypatch.setattr(AnnealPlugin, "post_lora_load", lambda self, cfg, model: set_adapters(model))
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.0}
     lora |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # Triton

@@ -13,8 +13,15 @@ import pytest
 if os.environ.get("ANNEAL_INTEGRATIONS") != "trl":
     pytest.importorskip("trl")
 
-import torch
 import trl_worker
+from beside_train import (
+    STEPS,
+    assert_close,
+    losses_of,
+    set_adapters,
+    set_adapters_of_train,
+    set_packs_of_train,
+)
 from datasets import Dataset
 from processes import run_ranks
 from runs import settings
@@ -27,7 +34,6 @@ from integrations.joined_rows import mask_of, segments
 from integrations.trl import AnnealSFTConfig, AnnealSFTTrainer
 from trainer import train
 
-STEPS = 20
 SAME = {
     "max_steps": STEPS,
     "per_device_train_batch_size": 4,
@@ -74,23 +80,12 @@ def ours(cache: Path, model: Path, out: Path, *overrides: str) -> list[float]:
     """`anneal train`; the loss of every step. The weights are in `out`."""
     given = [f"training.{name}={value}" for name, value in SAME.items()]
     report = train(settings(cache, model, out, "training.gradient_accumulation_steps=1", *given, *overrides))
-    return [entry["loss"] for entry in report.log_history if "ce" in entry and "loss" in entry]
+    return losses_of(report)
 
 
 def theirs(trainer: AnnealSFTTrainer) -> list[float]:
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "kl" in entry]
-
-
-def assert_close(left: list[float], right: list[float], weights: dict, found: dict) -> None:
-    """Equal losses of every step to 1e-5, equal weights to 1e-5 of their norm."""
-    assert len(left) == len(right) == STEPS
-    assert left[0] != pytest.approx(left[-1], rel=0.02), "nothing was learnt"
-    assert left == pytest.approx(right, rel=1e-5)
-    assert weights.keys() == found.keys()
-    for name, tensor in weights.items():
-        difference = (found[name].detach() - tensor).norm() / tensor.norm()
-        assert difference <= 1e-5, (name, float(difference))
 
 
 def assert_same(left: list[float], right: list[float], found: dict, out: Path) -> None:
@@ -131,27 +126,10 @@ def test_full_fine_tuning_is_that_of_anneal_train(case, tmp_path, tiny_llama_dir
     assert_same(expected, found, dict(trainer.model.named_parameters()), tmp_path / "ours")
 
 
-def set_adapters(model) -> None:
-    """The same first weights for whoever made the adapters."""
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_A" in name:
-            generator = torch.Generator().manual_seed(sum(map(ord, name)))
-            with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
-
-
 def test_lora_is_that_of_anneal_train(tmp_path, tiny_llama_dir, pruned_cache, tokenizer, monkeypatch):
     from peft import LoraConfig, get_peft_model_state_dict
 
-    import trainer.inputs
-
-    def attach(model, given, seed):
-        adapted = attached(model, given, seed)
-        set_adapters(adapted)
-        return adapted
-
-    attached = trainer.inputs.attach_adapters
-    monkeypatch.setattr(trainer.inputs, "attach_adapters", attach)
+    set_adapters_of_train(monkeypatch)
     expected = ours(pruned_cache, tiny_llama_dir, tmp_path / "ours", "lora.r=4", "lora.alpha=8")
     mine = trainer_of(
         str(tiny_llama_dir),
@@ -174,7 +152,6 @@ def test_packing_is_that_of_anneal_train(
 ):
     """The same packs: TRL's, which may share a sequence with others when a batch is flattened."""
     import integrations.trl
-    from trainer.loop import label_annealing_trainer
 
     if attention == "flattened":  # as with flash attention, which this machine lacks
         plain = integrations.trl.AnnealSFTTrainer.anneal_with
@@ -198,12 +175,7 @@ def test_packing_is_that_of_anneal_train(
         for example in mine.train_dataset
     ]
     assert sorted(row for pack in packs for row in pack) == list(range(24)) and max(map(len, packs)) > 1
-    ours_of = label_annealing_trainer.best_fit
-    monkeypatch.setattr(
-        label_annealing_trainer,
-        "best_fit",
-        lambda lengths, room: packs if len(lengths) == 24 else ours_of(lengths, room),
-    )
+    set_packs_of_train(monkeypatch, packs, 24)
     expected = ours(
         pruned_cache,
         tiny_llama_dir,
