@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cache_builder.commit.signals import shielded
 from formats.disk.durable import TEMPORARY_SUFFIX
 
 STALE_HEARTBEATS = 12
@@ -100,19 +101,21 @@ class Claims:
 
     def __enter__(self) -> "Claims":
         self._directory.mkdir(exist_ok=True)  # not its parents: a finished build must not come back to life
-        self._thread.start()
+        with shielded():
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        for name in list(self._held):
-            self.release(name)
+        with shielded():
+            self._stop.set()
+            self._thread.join()
+            for name in list(self._held):
+                self.release(name)
 
     def acquire(self, name: str) -> bool:
         """Try to claim `name`; True when it is ours now. Never waits."""
         path = self._path(name)
-        with self._lock:
+        with shielded(), self._lock:
             if name in self._held:
                 return True
             try:
@@ -131,7 +134,7 @@ class Claims:
 
     def release(self, name: str) -> None:
         """Give the claim up; harmless when it was taken over."""
-        with self._lock:
+        with shielded(), self._lock:
             self._held.discard(name)
             path = self._path(name)
             if (read_claim(path) or {}).get("owner") == self.owner:

@@ -19,6 +19,7 @@ import numpy as np
 from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.claims import Claims
 from cache_builder.commit.plan import BuildSettings
+from cache_builder.commit.signals import shielded
 from formats.codec.payload import CodecConfig
 from formats.disk.manifest import ShardInfo
 from formats.disk.shard import ShardWriter
@@ -69,20 +70,22 @@ class ShardCommitter:
         self._thread = threading.Thread(target=self._run, name="anneal-writer", daemon=True)
 
     def __enter__(self) -> "ShardCommitter":
-        self._thread.start()
+        with shielded():
+            self._thread.start()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._change:
-            self._queue.append(("stop" if kind is None else "drop", None, 0))
-            self._change.notify_all()
-        self._thread.join()
+        with shielded():
+            with self._change:
+                self._queue.append(("stop" if kind is None else "drop", None, 0))
+                self._change.notify_all()
+            self._thread.join()
         if kind is None:
             self._check()
 
     def in_flight(self) -> set[int]:
         """Shards handed over and not committed yet."""
-        with self._change:
+        with shielded(), self._change:
             return set(self._in_flight)
 
     def begin(self, index: int) -> None:
@@ -104,9 +107,10 @@ class ShardCommitter:
 
     def end(self, index: int) -> None:
         """The shard begun last is complete: it will be committed even if the engine fails afterwards."""
-        with self._change:
-            self._in_flight.add(index)
-        self._put("end", index)
+        with shielded():
+            with self._change:
+                self._in_flight.add(index)
+            self._put("end", index)
 
     # --- between the threads
     # ----------------------------------------------------------------------------------
@@ -118,14 +122,23 @@ class ShardCommitter:
             raise AnnealError("the thread that writes shards is gone; run the same command again")
 
     def _put(self, kind: str, value: Any, weight: int = 0) -> None:
-        with self._change:
-            while self._weight and self._weight + weight > self._limit and self._error is None:
-                if not self._change.wait(timeout=1.0) and not self._thread.is_alive():
-                    break
+        while not self._put_within(kind, value, weight, seconds=1.0):
+            pass  # a signal gets its turn here
+
+    def _put_within(self, kind: str, value: Any, weight: int, seconds: float) -> bool:
+        """Whether there was room."""
+
+        def may_put() -> bool:
+            return not self._weight or self._weight + weight <= self._limit or self._error is not None
+
+        with shielded(), self._change:
+            if not self._change.wait_for(may_put, seconds) and self._thread.is_alive():
+                return False
             self._check()
             self._queue.append((kind, value, weight))
             self._weight += weight
             self._change.notify_all()
+        return True
 
     def _get(self) -> tuple[str, Any]:
         with self._change:

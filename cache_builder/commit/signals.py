@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+_depth = 0
+_waiting: int | None = None
+
+
 class BuildInterrupted(KeyboardInterrupt):
     """A signal ended the build; everything committed stays, and the same command resumes.
 
@@ -33,6 +37,7 @@ class BuildInterrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Within this block SIGINT and SIGTERM raise `BuildInterrupted`; a second one kills the process as usual.
 
+    They raise between two bytecodes, wherever the main thread is; `shielded` keeps them out of a block.
     Outside the main thread, where Python delivers no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -41,9 +46,13 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        global _waiting
         for number in before:
             signal.signal(number, signal.SIG_DFL)
-        raise BuildInterrupted(signum)
+        if _depth:
+            _waiting = signum
+        else:
+            raise BuildInterrupted(signum)
 
     for number in before:
         signal.signal(number, stop)
@@ -53,3 +62,24 @@ def interruptible() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Within this block of the main thread `BuildInterrupted` waits for the block's end.
+
+    For what is shared with another thread. `Condition.__enter__` is Python code: an exception between its
+    taking the lock and the `with` that will give it back leaves it taken for ever, and the other thread hangs.
+    """
+    global _depth, _waiting
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if not _depth and _waiting is not None:
+            signum, _waiting = _waiting, None
+            raise BuildInterrupted(signum)

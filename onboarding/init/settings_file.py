@@ -14,8 +14,6 @@ DEFAULT_LENGTH = 2048
 """Of `anneal cache build`."""
 BYTES_PER_PARAMETER = 16
 """Of full fine-tuning in float32 with AdamW: weight, gradient, two moments."""
-LORA_BYTES = 5
-"""Of a frozen float32 weight and what its adapters need."""
 ROOM = 0.7
 """Share of the memory that weights and optimiser may take; the rest is for activations."""
 ROWS_PER_STEP = 32
