@@ -152,13 +152,13 @@ def batch_gradients(
     return found
 
 
-def through_a_cache(
+def write_cache(
     teacher: Any,
     batches: list[torch.Tensor],
     folder: Path,
     settings: CaptureSettings,
-) -> list[TopKLogprobs]:
-    """Every batch's teacher targets, written to a cache with its default codec and read back."""
+) -> TeacherCache:
+    """Every sequence's teacher targets in a cache with its default codec; prints what a position holds."""
     vocab_size = teacher.config.vocab_size
     with CacheWriter(
         folder,
@@ -190,7 +190,17 @@ def through_a_cache(
         f"{entries / positions:.1f} entries, {draws.mean():.1f} draws and {stored / positions:.1f} bytes per "
         f"position, mass {mass.mean():.3f}; {positions} positions in {len(batches)} batches\n"
     )
-    size = len(batches[0])
+    return cache
+
+
+def through_a_cache(
+    teacher: Any,
+    batches: list[torch.Tensor],
+    folder: Path,
+    settings: CaptureSettings,
+) -> list[TopKLogprobs]:
+    """Every batch's teacher targets, written to a cache and read back."""
+    cache, size = write_cache(teacher, batches, folder, settings), len(batches[0])
     return [
         TopKLogprobs.concatenate([cache[i].teacher for i in range(start, start + size)])
         for start in range(0, len(cache), size)
