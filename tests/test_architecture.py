@@ -50,6 +50,7 @@ FLOORS = {
             "selection",
             "inputs",
             "notes",
+            "outcome",
             "run",
             "dry_run",
             "sweep",

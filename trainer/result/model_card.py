@@ -141,8 +141,9 @@ def model_card(
         settings["last logged KL"] = f"{last['kl']:.5f}"
     if "kl_coef" in last:
         settings["last logged kl_coef"] = f"{last['kl_coef']:.4g}"
-    if new_text:
-        settings["KL(initial || model) on the new text, at the end"] = f"{new_text['kl']:.5f} nats"
+    if new_text and new_text["kl"] is not None:
+        to = "initial" if kl_to is None else new_text["kl_to"]
+        settings[f"KL({to} \\|\\| model) on the new text, at the end"] = f"{new_text['kl']:.5f} nats"
     lines += [f"| {name} | {value} |" for name, value in settings.items()]
     if evaluation:
         lines += [
