@@ -38,6 +38,7 @@ from trainer.quantization import as_stored
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
 from trainer.result.lineage import to_record
+from trainer.result.measured import add_measured, measured_text
 from trainer.result.model_card import model_card
 from trainer.result.run_directory import RunDirectory
 from trainer.result.saving import ResultLayout, save_result
@@ -332,7 +333,6 @@ def publish(
             new_text=report.new_text,
             num_steps=report.num_steps,
             last=report.last,
-            evaluation=report.evaluation,
             kl_to=None if inputs.kl_to in (None, inputs.start) else inputs.kl_to.name,
         )
         (directory.staging / "README.md").write_text(card, encoding="utf-8")
@@ -349,6 +349,10 @@ def publish(
             new_text=report.new_text,
             evaluation=report.evaluation,
         )
+        measured = [
+            measured_text(name, inputs.held_out[name], found) for name, found in report.evaluation.items()
+        ]
+        add_measured(directory.path, measured)
         remove_fisher(directory.path, [n for n, task in enumerate(config.ewc_tasks) if task.keep_fisher])
         if not config.keep_checkpoints:
             for checkpoint in directory.path.glob("checkpoint-*"):
