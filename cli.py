@@ -40,6 +40,7 @@ def stranger() -> str | None:
 if _wrong := stranger():  # before anything of them is imported
     sys.exit(f"error: {_wrong}")
 
+from commands import completion  # noqa: E402
 from commands.chain import chain_command  # noqa: E402
 from commands.probe import probe_app  # noqa: E402
 from commands.restore import restore_command  # noqa: E402
@@ -75,7 +76,6 @@ app = typer.Typer(
     cls=InterruptibleGroup,
     help="Fine-tune open-weight language models without forgetting.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -88,7 +88,12 @@ app.add_typer(cache_app, name="cache")
 app.command("doctor")(onboarding.doctor)
 app.command("init")(onboarding.init)
 
-CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory (or fsspec URL) of a cache.")]
+CacheArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CACHE", autocompletion=completion.caches, help="Directory (or fsspec URL) of a cache."
+    ),
+]
 CorpusArgument = Annotated[
     str,
     typer.Argument(
@@ -106,8 +111,17 @@ OptionalCorpusArgument = Annotated[
         "Hugging Face data set name; none with --generate.",
     ),
 ]
-ModelOption = Annotated[str, typer.Option("--model", help="Model directory or Hugging Face name.")]
-EngineOption = Annotated[str, typer.Option(help="vllm, or transformers where vLLM cannot be installed.")]
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", autocompletion=completion.models, help="Model directory or Hugging Face name."),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        autocompletion=completion.words(*completion.ENGINES),
+        help="vllm, or transformers where vLLM cannot be installed.",
+    ),
+]
 MaxLengthOption = Annotated[
     int | None,
     typer.Option(
@@ -148,7 +162,13 @@ SplitOption = Annotated[
 RevisionOption = Annotated[
     str | None, typer.Option(show_default=False, help="Revision of a Hugging Face model.")
 ]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: the engine's weights.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        autocompletion=completion.words("auto", *completion.DTYPES),
+        help="auto, float32, bfloat16 or float16: the engine's weights.",
+    ),
+]
 SeedOption = Annotated[
     int | None,
     typer.Option(
@@ -162,24 +182,34 @@ EvalLimitOption = Annotated[
 ]
 ComparedArgument = Annotated[
     list[str],
-    typer.Argument(metavar="MODEL...", help="Models to compare; LABEL=DIR gives one a label of its own."),
+    typer.Argument(
+        metavar="MODEL...",
+        autocompletion=completion.models,
+        help="Models to compare; LABEL=DIR gives one a label of its own.",
+    ),
 ]
 SourceOption = Annotated[
     list[str],
     typer.Option(
         metavar="CACHE|TASK",
+        autocompletion=completion.caches,
         help="What the initial model knew: a cache of held-out text, or a task of bench.json (TASK or TASK:METRIC); "
         "NAME=... gives it a name of its own. May be repeated.",
     ),
 ]
 TargetOption = Annotated[
     list[str],
-    typer.Option(metavar="CACHE|TASK", help="What the models learn, in the same way. May be repeated."),
+    typer.Option(
+        metavar="CACHE|TASK",
+        autocompletion=completion.caches,
+        help="What the models learn, in the same way. May be repeated.",
+    ),
 ]
 InitialOption = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
+        autocompletion=completion.models,
         show_default=False,
         help="The initial model: its line comes first, and differences are to it.",
     ),
@@ -354,7 +384,11 @@ def cache_build(
     max_k: MaxKOption = CaptureSettings.max_k,
     tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
     positions: Annotated[
-        str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
+        str,
+        typer.Option(
+            autocompletion=completion.words(*completion.POSITIONS),
+            help="loss: positions whose next token carries loss; all: every position.",
+        ),
     ] = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
@@ -493,7 +527,9 @@ def cache_verify(
     engine: Annotated[
         str | None,
         typer.Option(
-            show_default=False, help="With --model: vllm or transformers.  [default: the other one]"
+            autocompletion=completion.words(*completion.ENGINES),
+            show_default=False,
+            help="With --model: vllm or transformers.  [default: the other one]",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
@@ -530,7 +566,11 @@ def cache_estimate(
     max_k: MaxKOption = CaptureSettings.max_k,
     tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
     positions: Annotated[
-        str, typer.Option(help="loss: positions whose next token carries loss; all: every position.")
+        str,
+        typer.Option(
+            autocompletion=completion.words(*completion.POSITIONS),
+            help="loss: positions whose next token carries loss; all: every position.",
+        ),
     ] = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
@@ -581,7 +621,10 @@ def cache_estimate(
 @cache_app.command("merge")
 def cache_merge(
     caches: Annotated[
-        list[str], typer.Argument(metavar="CACHE...", help="Caches of one teacher and settings.")
+        list[str],
+        typer.Argument(
+            metavar="CACHE...", autocompletion=completion.caches, help="Caches of one teacher and settings."
+        ),
     ],
     out: Annotated[str, typer.Option(help="Directory of the joined cache; new or empty.")],
 ) -> None:
@@ -598,8 +641,9 @@ def cache_export(
     layout: Annotated[
         str,
         typer.Option(
+            autocompletion=completion.words(*completion.LAYOUTS),
             help="positions: one line per position, for DuckDB, Polars and friends; topk: one line per row with "
-            "rectangles of token ids and logprobs, for other trainers."
+            "rectangles of token ids and logprobs, for other trainers.",
         ),
     ] = "positions",
     k: Annotated[
@@ -646,6 +690,7 @@ def cache_convert(
         str | None,
         typer.Option(
             metavar="MODEL",
+            autocompletion=completion.models,
             show_default=False,
             help="The model whose tokens the responses are: a directory or name.",
         ),
@@ -742,11 +787,20 @@ def cache_pull(
 def train_command(
     cache: Annotated[
         str | None,
-        typer.Argument(metavar="CACHE", help="The cache of the fine-tuning corpus.", show_default=False),
+        typer.Argument(
+            autocompletion=completion.caches,
+            metavar="CACHE",
+            help="The cache of the fine-tuning corpus.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(show_default=False, help="The model to start from: it or an ancestor built the cache."),
+        typer.Option(
+            autocompletion=completion.models,
+            show_default=False,
+            help="The model to start from: it or an ancestor built the cache.",
+        ),
     ] = None,
     out: Annotated[
         str | None, typer.Option(show_default=False, help="Directory for the tuned model.")
@@ -764,7 +818,11 @@ def train_command(
     ] = None,
     kl_direction: Annotated[
         str | None,
-        typer.Option(show_default=False, help="forward: KL(initial || model); reverse.  [default: forward]"),
+        typer.Option(
+            autocompletion=completion.words(*completion.KL_DIRECTIONS),
+            show_default=False,
+            help="forward: KL(initial || model); reverse.  [default: forward]",
+        ),
     ] = None,
     packing: Annotated[
         bool | None, typer.Option("--packing", show_default=False, help="Put several rows into one sequence.")
@@ -785,6 +843,7 @@ def train_command(
         list[str] | None,
         typer.Option(
             "--set",
+            autocompletion=completion.settings,
             metavar="KEY=VALUE",
             show_default=False,
             help="Any setting, such as training.learning_rate=1e-5. May be repeated; wins over the file.",
@@ -828,11 +887,26 @@ def train_command(
 def merge_command(
     tuned: Annotated[
         list[str],
-        typer.Argument(metavar="TUNED...", help="Models fine-tuned from the initial one; wise-ft takes one."),
+        typer.Argument(
+            metavar="TUNED...",
+            autocompletion=completion.models,
+            help="Models fine-tuned from the initial one; wise-ft takes one.",
+        ),
     ],
-    initial: Annotated[str, typer.Option(help="The initial model: directory or Hugging Face name.")],
+    initial: Annotated[
+        str,
+        typer.Option(
+            autocompletion=completion.models, help="The initial model: directory or Hugging Face name."
+        ),
+    ],
     out: Annotated[str, typer.Option(help="Directory of the merged model; new or empty.")],
-    method: Annotated[str, typer.Option(help="wise-ft, task-arithmetic, ties, soup or fisher.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            autocompletion=completion.words(*completion.MERGES),
+            help="wise-ft, task-arithmetic, ties, soup or fisher.",
+        ),
+    ],
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -853,6 +927,7 @@ def merge_command(
         str | None,
         typer.Option(
             metavar="model|tensor",
+            autocompletion=completion.words(*completion.TRIMS),
             show_default=False,
             help="ties: keep that share of each model's task vector as a whole, or of every tensor.  [default: model]",
         ),
@@ -912,7 +987,9 @@ def eval_command(
     caches: Annotated[
         list[str],
         typer.Argument(
-            metavar="CACHE...", help="Caches of evaluation texts; NAME=CACHE gives one a name of its own."
+            metavar="CACHE...",
+            autocompletion=completion.caches,
+            help="Caches of evaluation texts; NAME=CACHE gives one a name of its own.",
         ),
     ],
     model: ModelOption,
@@ -924,6 +1001,7 @@ def eval_command(
         str | None,
         typer.Option(
             metavar="MODEL",
+            autocompletion=completion.models,
             show_default=False,
             help="Also print how far the weights are from those of this model: directory or Hugging Face name.",
         ),
@@ -932,6 +1010,7 @@ def eval_command(
         str,
         typer.Option(
             metavar="INT:SIZE",
+            autocompletion=completion.words(*completion.INTEGERS),
             help="Evaluate with linear weights rounded to int4 or int8 in groups of SIZE inputs, such as int4:32.",
         ),
     ] = "none",
@@ -941,10 +1020,10 @@ def eval_command(
 ) -> None:
     """Print perplexity, accuracy, calibration and KL to the model that built them on the texts of CACHE..."""
     from trainer import evaluate
-    from trainer.evaluation.evaluate import format_evaluation
+    from trainer.evaluation.evaluate import add_to_card, format_evaluation, name_caches
     from trainer.evaluation.weight_distance import weight_distance
 
-    caches_by_name = named(caches)
+    caches_by_name = name_caches(named(caches))
     distance = None if distance_to is None else weight_distance(model, distance_to, what="--distance-to")
     results = evaluate(
         model,
@@ -955,6 +1034,8 @@ def eval_command(
         quantize=quantize,
         progress=console_progress(),
     )
+    if quantize == "none" and add_to_card(model, caches_by_name, results):
+        note(f"added to {model}/README.md, the model's card")
     if as_json:
         found = {} if distance is None else {"distance": {"to": distance_to, **distance.to_dict()}}
         show_json({"model": model, "caches": results, **found})
@@ -1039,7 +1120,8 @@ def select_command(
     rule: Annotated[
         str,
         typer.Option(
-            help="The rule that recommends: keep-gain:SHARE (of direct's gain), budget:PERCENT% (lost), or paper."
+            autocompletion=completion.words(*completion.RULES),
+            help="The rule that recommends: keep-gain:SHARE (of direct's gain), budget:PERCENT% (lost), or paper.",
         ),
     ] = "keep-gain:0.9",
     min_gain: Annotated[
@@ -1091,7 +1173,11 @@ def select_command(
 def bench_command(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Models to measure; LABEL=DIR gives one a label of its own."),
+        typer.Argument(
+            metavar="MODEL...",
+            autocompletion=completion.models,
+            help="Models to measure; LABEL=DIR gives one a label of its own.",
+        ),
     ],
     tasks: Annotated[
         str | None,
@@ -1103,7 +1189,11 @@ def bench_command(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(show_default=False, help="The tasks that a paper reports; docs/bench.md lists them."),
+        typer.Option(
+            autocompletion=completion.suites,
+            show_default=False,
+            help="The tasks that a paper reports; docs/bench.md lists them.",
+        ),
     ] = None,
     task_dir: Annotated[
         list[str] | None,
@@ -1126,11 +1216,16 @@ def bench_command(
     backend: Annotated[
         str,
         typer.Option(
-            help="vllm, transformers, or auto: vllm on a GPU that the models fit on, else transformers."
+            autocompletion=completion.words(*completion.BACKENDS),
+            help="vllm, transformers, or auto: vllm on a GPU that the models fit on, else transformers.",
         ),
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU.")
+        str,
+        typer.Option(
+            autocompletion=completion.words("auto", *completion.DTYPES),
+            help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU.",
+        ),
     ] = "auto",
     batch_size: Annotated[
         int | None,
@@ -1191,12 +1286,18 @@ def sweep_command(
         str | None,
         typer.Argument(
             metavar="CACHE|SWEEP.yaml",
+            autocompletion=completion.caches,
             show_default=False,
             help="The cache of the fine-tuning corpus, or a YAML file with the whole sweep.",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(show_default=False, help="The initial model: the one that built the cache.")
+        str | None,
+        typer.Option(
+            autocompletion=completion.models,
+            show_default=False,
+            help="The initial model: the one that built the cache.",
+        ),
     ] = None,
     out: Annotated[
         str | None,
@@ -1206,6 +1307,7 @@ def sweep_command(
         list[str] | None,
         typer.Option(
             metavar="NAME=CACHE|TASK",
+            autocompletion=completion.caches,
             show_default=False,
             help="What the initial model knew: held-out text, or a task.",
         ),
@@ -1213,7 +1315,10 @@ def sweep_command(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=CACHE|TASK", show_default=False, help="What the runs learn, in the same way."
+            metavar="NAME=CACHE|TASK",
+            autocompletion=completion.caches,
+            show_default=False,
+            help="What the runs learn, in the same way.",
         ),
     ] = None,
     grid: Annotated[
@@ -1280,6 +1385,7 @@ def sweep_command(
     eval_dtype: Annotated[
         str | None,
         typer.Option(
+            autocompletion=completion.words(*completion.DTYPES),
             show_default=False,
             help="float32, bfloat16 or float16: the weights while evaluating.  [default: float32]",
         ),
@@ -1293,7 +1399,11 @@ def sweep_command(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", show_default=False, help="A setting of all runs. May be repeated."
+            "--set",
+            autocompletion=completion.settings,
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="A setting of all runs. May be repeated.",
         ),
     ] = None,
     bench: Annotated[

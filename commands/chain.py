@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from commands import completion
 from commands.terminal import JsonOption, console_progress, named, note, show, show_json
 from formats.errors import ConfigError
 
@@ -32,6 +33,7 @@ def chain_command(
         list[str] | None,
         typer.Option(
             metavar="NAME=CACHE",
+            autocompletion=completion.caches,
             show_default=False,
             help="With --models: held-out text; only its tokens are read. May be repeated.",
         ),
@@ -39,7 +41,11 @@ def chain_command(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "--initial", show_default=False, help="The initial model: directory or hub name."
+            "--model",
+            "--initial",
+            autocompletion=completion.models,
+            show_default=False,
+            help="The initial model: directory or hub name.",
         ),
     ] = None,
     task: Annotated[
@@ -70,6 +76,7 @@ def chain_command(
         str | None,
         typer.Option(
             metavar="previous|initial",
+            autocompletion=completion.words(*completion.ANCHORS),
             show_default=False,
             help="The model that KL holds to; previous builds a cache per stage.  [default: previous]",
         ),
@@ -86,18 +93,28 @@ def chain_command(
         list[str] | None,
         typer.Option(
             metavar="direct|multitask|never-seen",
+            autocompletion=completion.words(*completion.CONTROLS),
             show_default=False,
             help="Controls: without method and replay; all tasks at once; all tasks but one. May be repeated.",
         ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(metavar="ce|accuracy", show_default=False, help="What is summed up.  [default: ce]"),
+        typer.Option(
+            metavar="ce|accuracy",
+            autocompletion=completion.words(*completion.METRICS),
+            show_default=False,
+            help="What is summed up.  [default: ce]",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", show_default=False, help="A setting of all runs. May be repeated."
+            "--set",
+            autocompletion=completion.settings,
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="A setting of all runs. May be repeated.",
         ),
     ] = None,
     build: Annotated[

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from commands import completion
 from commands.terminal import EvalDtypeOption, JsonOption, console_progress, named, note, show, show_json
 from formats.errors import ConfigError
 
@@ -17,6 +18,7 @@ ModelsArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL...",
+        autocompletion=completion.models,
         help="Models in the order of training: directory, hub name, NAME@REVISION or LABEL=MODEL.",
     ),
 ]
@@ -56,7 +58,11 @@ def noise_command(
     models: ModelsArgument,
     source: Annotated[
         list[str],
-        typer.Option(metavar="NAME=CACHE", help="Held-out text; only its tokens are read. May be repeated."),
+        typer.Option(
+            metavar="NAME=CACHE",
+            autocompletion=completion.caches,
+            help="Held-out text; only its tokens are read. May be repeated.",
+        ),
     ],
     gamma: Annotated[
         str,
@@ -69,6 +75,7 @@ def noise_command(
         str | None,
         typer.Option(
             metavar="MODEL",
+            autocompletion=completion.models,
             show_default=False,
             help="The model before training: noise is scaled by the spread of each tensor there.  [default: the "
             "configuration's initializer_range for matrices, none for vectors]",
@@ -151,11 +158,19 @@ def answers_command(
 @probe_app.command("memory")
 def memory_command(
     models: ModelsArgument,
-    text: Annotated[str, typer.Option(metavar="CACHE", help="The text that the models were trained on.")],
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="CACHE",
+            autocompletion=completion.caches,
+            help="The text that the models were trained on.",
+        ),
+    ],
     control: Annotated[
         str | None,
         typer.Option(
             metavar="CACHE",
+            autocompletion=completion.caches,
             show_default=False,
             help="Text of the same kind that they were not trained on: the difference is memory.",
         ),
@@ -185,11 +200,19 @@ def tune_command(
     ],
     source: Annotated[
         list[str],
-        typer.Option(metavar="NAME=CACHE", help="Held-out text like that of pretraining. May be repeated."),
+        typer.Option(
+            metavar="NAME=CACHE",
+            autocompletion=completion.caches,
+            help="Held-out text like that of pretraining. May be repeated.",
+        ),
     ],
     target: Annotated[
         list[str],
-        typer.Option(metavar="NAME=CACHE", help="Held-out text of what is learnt. May be repeated."),
+        typer.Option(
+            metavar="NAME=CACHE",
+            autocompletion=completion.caches,
+            help="Held-out text of what is learnt. May be repeated.",
+        ),
     ],
     lr: Annotated[
         str, typer.Option("--lr", metavar="A,B,C", help="Learning rates, the same for every model.")
@@ -201,7 +224,11 @@ def tune_command(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="training.KEY=VALUE", show_default=False, help="An argument of all runs."
+            "--set",
+            autocompletion=completion.settings,
+            metavar="training.KEY=VALUE",
+            show_default=False,
+            help="An argument of all runs.",
         ),
     ] = None,
     build: Annotated[

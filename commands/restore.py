@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from commands import completion
 from commands.terminal import JsonOption, console_progress, named, show, show_json
 
 
@@ -24,6 +25,7 @@ def restore_command(
         list[str],
         typer.Option(
             metavar="NAME=CACHE",
+            autocompletion=completion.caches,
             help="Held-out text of what the initial model knew, other than TEXT. May be repeated.",
         ),
     ],
@@ -41,12 +43,18 @@ def restore_command(
         typer.Option("--lr", show_default=False, help="Learning rate.  [default: 1.5 times that of tuning]"),
     ] = None,
     rank: Annotated[
-        str, typer.Option(metavar="low-ppl|random", help="Which rows: those the initial model finds easiest.")
+        str,
+        typer.Option(
+            metavar="low-ppl|random",
+            autocompletion=completion.words(*completion.RANKS),
+            help="Which rows: those the initial model finds easiest.",
+        ),
     ] = "low-ppl",
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="CACHE",
+            autocompletion=completion.caches,
             show_default=False,
             help="The text that the models were tuned on, for exact memorisation.  [default: what their record names]",
         ),
@@ -56,6 +64,7 @@ def restore_command(
         list[str] | None,
         typer.Option(
             "--set",
+            autocompletion=completion.settings,
             metavar="training.KEY=VALUE",
             show_default=False,
             help="An argument of the restoring runs, such as training.per_device_train_batch_size=8.",

@@ -19,6 +19,8 @@ ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
+ROOT_FILES = ("examples/first_contact.ipynb",)
+"""Files that pages link to, and that are downloaded as they are."""
 PACKAGES = ("formats", "cache_builder", "trainer")
 
 
@@ -33,9 +35,16 @@ def on_files(files: Files, config: Any) -> Files:
     for source, target in ROOT_PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, target, content=moved_links(text)))
+    for source in ROOT_FILES:
+        files.append(File.generated(config, source, abs_src_path=str(ROOT / source)))
     for package in PACKAGES:
         files.append(File.generated(config, f"api/{package}.md", content=reference(package)))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to these files from pages in docs/."""
+    return re.sub(r"\]\(\.\./(?=examples/)", "](", markdown)
 
 
 def slug(heading: str, separator: str) -> str:

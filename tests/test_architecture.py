@@ -15,7 +15,17 @@ IN_AND_OUT = re.compile(r"\bin\b[,;.].*\bout\b", re.DOTALL)
 
 FLOORS = {
     "formats": [
-        *("errors", "install", "progress", "capture_settings", "logprobs", "codec", "disk", "identity"),
+        *(
+            "errors",
+            "install",
+            "progress",
+            "front_matter",
+            "capture_settings",
+            "logprobs",
+            "codec",
+            "disk",
+            "identity",
+        ),
         *("cache_row", "validate", "inspect.statistics", "inspect.summary", "cache", "writer", "inspect"),
     ],
     "cache_builder": [
@@ -50,6 +60,7 @@ FLOORS = {
             "selection",
             "inputs",
             "notes",
+            "outcome",
             "run",
             "dry_run",
             "sweep",
@@ -62,7 +73,7 @@ FLOORS = {
     "integrations": [
         *("settings", "joined_rows", "collator", "teacher", "row_file", "annealed", "trl", "axolotl"),
     ],
-    "commands": ["terminal", "cache_process", "chain", "restore", "probe"],
+    "commands": ["completion", "terminal", "cache_process", "chain", "restore", "probe"],
 }
 """The rooms of each package from the ground up: a room imports from rooms on its left, and from nothing on its right.
 

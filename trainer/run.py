@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from formats.errors import AnnealError
 from trainer.config import TrainConfig
-from trainer.data.dataset import CachedDataset
-from trainer.data.sampler import sample_rows
 from trainer.evaluation.weight_distance import weight_distance
-from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of, teacher_of
+from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of
 from trainer.loading import quiet_transformers
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
+from trainer.loop.reporters import Reporters
 from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
 from trainer.notes import notes
+from trainer.outcome import evaluate_rows, figures_of, measure_new_text
 from trainer.preflight.before_start import check_before_start
 from trainer.preflight.continuation import run_facts
 from trainer.preflight.frozen import frozen_record
@@ -37,6 +38,7 @@ from trainer.quantization import as_stored
 from trainer.recipe import resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
 from trainer.result.lineage import to_record
+from trainer.result.measured import add_measured, measured_text
 from trainer.result.model_card import model_card
 from trainer.result.run_directory import RunDirectory
 from trainer.result.saving import ResultLayout, save_result
@@ -125,11 +127,17 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
     check_before_start(trainer)
     directory.require_same_run(run_facts(trainer, config, *facts_of(config, inputs)))
     check_before_first_step(trainer, config, inputs, rows, directory)
+    how_far = partial(measure_new_text, trainer, config, inputs, student.vocab_size)
+    reporters = Reporters(trainer, args.report_to, lambda: how_far()["kl"])
+    trainer.add_callback(reporters)
     run_steps(trainer, directory)
     report = report_of(trainer, directory, started)
     if report.interrupted_by is None:
         report.evaluation = evaluate_rows(trainer, rows.evaluation, inputs)
-        report.new_text = measure_new_text(trainer, config, inputs, student.vocab_size)
+        report.new_text = how_far()
+        reporters.tell(figures_of(report.evaluation, report.new_text))
+    reporters.close()
+    if report.interrupted_by is None:
         publish(trainer, directory, config, inputs, student.layout, rows, resolved, report)
     report.seconds = time.perf_counter() - started
     return report
@@ -275,38 +283,6 @@ def report_of(trainer: LabelAnnealingTrainer, directory: RunDirectory, started: 
     )
 
 
-def evaluate_rows(
-    trainer: LabelAnnealingTrainer, datasets: Mapping[str, CachedDataset], inputs: Inputs
-) -> dict[str, dict[str, Any]]:
-    """Name -> what `Measurement.to_dict` says of the trained model. Collective."""
-    results = {}
-    for name, dataset in datasets.items():
-        found = trainer.measure_rows(trainer.get_eval_dataloader(dataset)).require_finite(name)
-        kl_to = teacher_of(dataset.cache, inputs.lineage).name if found.num_kl else None
-        results[name] = {**found.to_dict(), "kl_to": kl_to}
-    return results
-
-
-def measure_new_text(
-    trainer: LabelAnnealingTrainer, config: TrainConfig, inputs: Inputs, vocab_size: int | None
-) -> dict[str, Any]:
-    """How far the model went on the text it learnt: KL(initial || model) at T = 1 over all captured positions of the
-    rows of the first check, whatever objective was trained; forgetting was found to follow this number (RL's Razor,
-    arXiv 2509.04259). One forward pass over `step0_rows` rows. Collective.
-    """
-    dataset = CachedDataset(inputs.target)
-    dataset.vocab_size = vocab_size
-    rows = sample_rows(dataset, config.step0_rows, trainer.args.seed)
-    loader = trainer.loader_of_rows(dataset, rows, as_trained=True)
-    found = trainer.measure_rows(loader).require_finite("the new text")
-    return {
-        "kl": found.kl,
-        "ce": found.ce if found.num_ce else None,
-        "num_rows": len(rows),
-        "num_positions": found.num_kl,
-    }
-
-
 def publish(
     trainer: LabelAnnealingTrainer,
     directory: RunDirectory,
@@ -357,7 +333,6 @@ def publish(
             new_text=report.new_text,
             num_steps=report.num_steps,
             last=report.last,
-            evaluation=report.evaluation,
             kl_to=None if inputs.kl_to in (None, inputs.start) else inputs.kl_to.name,
         )
         (directory.staging / "README.md").write_text(card, encoding="utf-8")
@@ -374,6 +349,10 @@ def publish(
             new_text=report.new_text,
             evaluation=report.evaluation,
         )
+        measured = [
+            measured_text(name, inputs.held_out[name], found) for name, found in report.evaluation.items()
+        ]
+        add_measured(directory.path, measured)
         remove_fisher(directory.path, [n for n, task in enumerate(config.ewc_tasks) if task.keep_fisher])
         if not config.keep_checkpoints:
             for checkpoint in directory.path.glob("checkpoint-*"):

@@ -21,6 +21,8 @@ class RunningTrainer(Protocol):
 
     args: TrainingArguments
     state: TrainerState
+    control: Any
+    callback_handler: Any
     accelerator: Any
     model: Any
     head: Any

@@ -9,10 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from formats.cache import TeacherCache
-from formats.errors import AnnealError, one_line
+from formats.errors import AnnealError, FormatError
+from formats.front_matter import join_card, split_card, table_cell, with_section
 from formats.identity.teacher_identity import short
 from formats.progress import format_bytes
 
@@ -23,7 +22,6 @@ BEGIN = "<!-- written by anneal cache push, and written anew by the next one -->
 END = "<!-- end of what anneal cache push wrote -->"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """Of a repository: owner and name."""
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 class HubError(AnnealError):
@@ -43,7 +41,10 @@ def card_of(
     Raises:
         HubError: the front matter of `existing` cannot be read.
     """
-    front, body = _split(existing)
+    try:
+        front, body = split_card(existing)
+    except FormatError as error:
+        raise HubError(f"{error}; mend it on the Hub") from None
     configs = front.get("configs") or []
     tags = front.get("tags") or []
     if not isinstance(configs, list) or not isinstance(tags, list):
@@ -57,14 +58,7 @@ def card_of(
     models = named if isinstance(named, list) else [named]
     if base_model is not None and base_model not in models:
         front["base_model"] = [*models, base_model] if models else base_model
-    written = f"{BEGIN}\n{_section(cache, repo_id, base_model)}{END}\n"
-    start = body.find(BEGIN)
-    end = body.find(END, start)
-    if start >= 0 and end >= 0:
-        body = body[:start] + written + body[end + len(END) :].removeprefix("\n")
-    else:
-        body = (body.rstrip() + "\n\n" if body.strip() else "\n") + written
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+    return join_card(front, with_section(body, BEGIN, END, _section(cache, repo_id, base_model)))
 
 
 def config_of(cache: TeacherCache) -> dict[str, Any]:
@@ -75,24 +69,6 @@ def config_of(cache: TeacherCache) -> dict[str, Any]:
 
 def _is_ours(entry: Any) -> bool:
     return isinstance(entry, Mapping) and entry.get("config_name") == CONFIG_NAME
-
-
-def _split(card: str) -> tuple[dict[str, Any], str]:
-    """Front matter and text of a card."""
-    found = _FRONT_MATTER.match(card)
-    if found is None:
-        return {}, card
-    try:
-        front = yaml.safe_load(found[1]) or {}
-    except yaml.YAMLError as error:
-        raise HubError(
-            f"{CARD_NAME} must begin with YAML, got {one_line(error, whole=True)}; mend it on the Hub"
-        ) from None
-    if not isinstance(front, dict):
-        raise HubError(
-            f"{CARD_NAME} must begin with a YAML mapping, got {type(front).__name__}; mend it on the Hub"
-        )
-    return front, card[found.end() :]
 
 
 def _section(cache: TeacherCache, repo_id: str, base_model: str | None) -> str:
@@ -114,7 +90,7 @@ def _section(cache: TeacherCache, repo_id: str, base_model: str | None) -> str:
         ("size", format_bytes(sum(shard.num_bytes for shard in shards))),
         ("identity", identity.digest()),
     ]
-    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
+    table = "\n".join(f"| {key} | {table_cell(value)} |" for key, value in rows)
     return (
         "# Teacher logprobs\n\n"
         "A cache of compressed teacher logprobs made by `anneal cache build`, for label annealing and distillation.\n\n"
@@ -126,8 +102,3 @@ def _section(cache: TeacherCache, repo_id: str, base_model: str | None) -> str:
         "anneal train DIRECTORY --model MODEL --out OUT\n"
         "anneal cache export DIRECTORY --layout topk --parquet FILE\n```\n"
     )
-
-
-def _cell(value: object) -> str:
-    """As it stands in a table."""
-    return " ".join(str(value).split()).replace("|", "\\|")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
@@ -27,6 +28,7 @@ from trainer.comparison.task_readings import load_results, read_task
 from trainer.comparison.text_readings import open_texts, read_texts, require_readable
 from trainer.evaluation.recorded_method import method_of
 from trainer.loading import given_as, quiet_transformers
+from trainer.result.measured import add_measured, measured_text
 
 Words = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 Readings = dict[Metric, dict[str, Reading]]
@@ -46,6 +48,7 @@ def compare(
     dtype: str = "float32",
     device: str | None = None,
     limit: int | None = None,
+    cards: bool | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Read every model's numbers on all texts and tasks, evaluating what is not known yet.
@@ -62,6 +65,8 @@ def compare(
         work: a folder for remembered evaluations; by default each model's own directory.
         bench: the folder given as `anneal bench --out`; by default each model's own directory.
         dtype, device, limit: as for `evaluate`; they do not concern tasks.
+        cards: tell in the cards of the models that this program made what was found on whole texts; by default where
+            no `work` is given.
         progress: a phase `label: name` for each model and text; silent by default.
 
     Raises:
@@ -127,6 +132,8 @@ def compare(
             )
         for metric, reading in found_here.items():
             readings.setdefault(metric, {})[label] = reading
+        if (work is None if cards is None else cards) and label not in known and Path(given[label]).is_dir():
+            _tell_in_card(directory, found_here, caches, {m: readings[m].get(str(alone)) for m in found_here})
     order = list(words)
     metrics = tuple(sorted(readings, key=lambda metric: order.index((metric.side, metric.name))))
     lines = tuple(
@@ -204,6 +211,28 @@ def _line(
         method=method_of(directories[members[0]]),
         cells=cells,
     )
+
+
+def _tell_in_card(
+    directory: Path,
+    found: Mapping[Metric, Reading],
+    caches: Mapping[Metric, TeacherCache],
+    before: Mapping[Metric, Reading | None],
+) -> None:
+    texts = []
+    for metric, reading in found.items():
+        first, cache = before[metric], caches[metric]
+        if reading.details["num_rows"] == len(cache):
+            texts.append(
+                measured_text(
+                    metric.name,
+                    cache,
+                    reading.details,
+                    role=metric.side,
+                    before=None if first is None else first.value,
+                )
+            )
+    add_measured(directory, texts)
 
 
 def cell_of(metric: Metric, own: Sequence[Reading], first: Reading | None) -> Cell:

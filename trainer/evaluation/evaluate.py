@@ -20,6 +20,7 @@ from trainer.config import DTYPES
 from trainer.loading import load_model, load_tokenizer, quiet_transformers
 from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.result.lineage import known_teachers, own_weights, short_name
+from trainer.result.measured import add_measured, measured_text
 
 Result = dict[str, Any]
 COLUMNS = (
@@ -161,6 +162,15 @@ def name_caches(caches: Mapping[str, str | Path] | Sequence[str | Path]) -> dict
     if not named:
         raise ConfigError("evaluation needs at least one cache, got none; build one from held-out text")
     return named
+
+
+def add_to_card(model_dir: str | Path, caches: Mapping[str, str], results: Mapping[str, Result]) -> bool:
+    """Tell what was found on whole texts in the card of the model, if it is a directory that this program made."""
+    if not Path(model_dir).is_dir():
+        return False
+    opened = {name: TeacherCache(path) for name, path in caches.items()}
+    whole = [name for name, result in results.items() if result["num_rows"] == len(opened[name])]
+    return add_measured(Path(model_dir), [measured_text(name, opened[name], results[name]) for name in whole])
 
 
 def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:

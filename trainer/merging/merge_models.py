@@ -224,7 +224,7 @@ def merge_card(config: MergeConfig, identity: Mapping[str, Any], tasted: Sequenc
     """The card as Markdown with the front matter that model hubs read."""
     base = str(identity["teacher"]["name"])
     title, formula = FORMULAS[config.method]
-    lines = card_head(base, "merge", f"merged by {title}")
+    lines = card_head(base, "merge", f"merged by {title}", relation="merge")
     lines += [f"The weights are `{formula}`, theta0 being those of `{base}`.", "", "| setting | value |"]
     lines += ["|---|---|", f"| initial model | `{base}` |"]
     lines += [f"| tuned model | `{name}` |" for name in config.tuned]

@@ -1,9 +1,14 @@
 """README.md of the result: what was trained from what, how strongly it was held, and what came of it."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainConfig
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""Of a repository: owner and name."""
 
 
 def method_name(config: TrainConfig) -> str:
@@ -69,12 +74,20 @@ def kl_line(config: TrainConfig, kl_to: str | None) -> str:
     )
 
 
-def card_head(base: str, tag: str, made: str) -> list[str]:
-    """The front matter that model hubs read, and the title: `base`, and how it was `made` into this."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "/" in base and not base.startswith(("/", ".")) and base.count("/") == 1:
-        lines.append(f"base_model: {base}")
-    lines += ["tags:", "- anneal", f"- {tag}", "---", ""]
+def card_head(
+    base: str, tag: str, made: str, *, relation: str = "finetune", library: str = "transformers"
+) -> list[str]:
+    """The front matter that model hubs read, and the title: `base`, and how it was `made` into this.
+
+    Args:
+        relation: of the result to its base model, as the Hugging Face Hub names it: finetune, adapter or merge.
+    """
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    if (
+        HUB_NAME.fullmatch(base) and not Path(base).exists()
+    ):  # a directory of that name is no model of the Hub
+        lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
+    lines += ["tags:", "- anneal", f"- {tag}", "- continual-learning", "---", ""]
     return [*lines, f"# {base.rstrip('/').rsplit('/', 1)[-1]}, {made}", ""]
 
 
@@ -88,7 +101,6 @@ def model_card(
     new_text: Mapping[str, Any] | None = None,
     num_steps: int,
     last: Mapping[str, float],
-    evaluation: Mapping[str, Mapping[str, Any]],
     kl_to: str | None = None,
 ) -> str:
     """The card as Markdown with the front matter that model hubs read.
@@ -102,7 +114,9 @@ def model_card(
         if kl_to is not None or not config.kl_coef or config.loss == "ce"
         else teacher.get("name") or config.model
     )
-    lines = card_head(base, "label-annealing", f"fine-tuned by {method_name(config)}")
+    adapters = config.lora is not None and not config.lora.merge
+    kind = {"relation": "adapter", "library": "peft"} if adapters else {}
+    lines = card_head(base, "label-annealing", f"fine-tuned by {method_name(config)}", **kind)
     lines += [
         f"Fine-tuned from `{base}` with {kl_line(config, kl_to)}",
         *retention_lines(config).values(),
@@ -141,27 +155,10 @@ def model_card(
         settings["last logged KL"] = f"{last['kl']:.5f}"
     if "kl_coef" in last:
         settings["last logged kl_coef"] = f"{last['kl_coef']:.4g}"
-    if new_text:
-        settings["KL(initial || model) on the new text, at the end"] = f"{new_text['kl']:.5f} nats"
+    if new_text and new_text["kl"] is not None:
+        to = "initial" if kl_to is None else new_text["kl_to"]
+        settings[f"KL({to} \\|\\| model) on the new text, at the end"] = f"{new_text['kl']:.5f} nats"
     lines += [f"| {name} | {value} |" for name, value in settings.items()]
-    if evaluation:
-        lines += [
-            "",
-            "## Evaluation",
-            "",
-            "| text | CE | perplexity | KL | KL to | accuracy | kept | tokens |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        measures = (("ce", ".4f"), ("perplexity", ".3f"), ("kl", ".5f"), ("kl_to", ""))
-        shown = (*measures, ("accuracy", ".4f"), ("kept", ".4f"), ("num_tokens", ","))
-        for name, result in evaluation.items():
-            cells = ("-" if result.get(key) is None else format(result[key], form) for key, form in shown)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines += [
-            "",
-            "KL is KL(that model || this one) at T = 1 in nats per token; `kept` the share of the tokens which that "
-            "model had right with a probability above one half, and which this one has right too.",
-        ]
     lines += [
         "",
         "The settings to repeat the run are in `anneal.yaml`, the measurements in `anneal.json`.",

@@ -84,7 +84,7 @@ def comparison_of(
     from trainer.comparison.compare import compare
 
     initial = initial_of(config, models)
-    options: dict[str, Any] = {"work": Path(config.out) / "evaluations"}
+    options: dict[str, Any] = {"work": Path(config.out) / "evaluations", "cards": True}
     if (settings := bench_settings(config)) is not None:
         from trainer.bench.bench import bench_models
 
