@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from commands import completion
-from commands.terminal import JsonOption, console_progress, named, note, show, show_json
+from commands.options import JsonOption
+from commands.terminal import console_progress, named, note, show, show_json
 from formats.errors import ConfigError
 
 

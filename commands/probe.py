@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from commands import completion
-from commands.terminal import EvalDtypeOption, JsonOption, console_progress, named, note, show, show_json
+from commands.options import EvalDtypeOption, JsonOption
+from commands.terminal import console_progress, named, note, show, show_json
 from formats.errors import ConfigError
 
 probe_app = typer.Typer(

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from commands import completion
-from commands.terminal import JsonOption, console_progress, named, show, show_json
+from commands.options import JsonOption
+from commands.terminal import console_progress, named, show, show_json
 
 
 def restore_command(

@@ -1,21 +1,13 @@
-"""What all commands share: results to stdout, messages to stderr, names of what was typed, options alike."""
+"""What all commands share: results to stdout, messages to stderr, names of what was typed."""
 
 import json
 import logging
 import sys
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from commands.completion import DTYPES, words
 from formats.errors import ConfigError
 from formats.progress import ConsoleProgress
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; its keys are stable.")]
-EvalDtypeOption = Annotated[
-    str,
-    typer.Option(autocompletion=words(*DTYPES), help="float32, bfloat16 or float16: the model's weights."),
-]
 NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that warn, on import, of kernels for other hardware and of another library's use of torch."""
 

@@ -73,7 +73,10 @@ FLOORS = {
     "integrations": [
         *("settings", "joined_rows", "collator", "teacher", "row_file", "annealed", "trl", "axolotl"),
     ],
-    "commands": ["completion", "terminal", "cache_process", "chain", "restore", "probe"],
+    "commands": [
+        *("completion", "terminal", "options", "parsing", "cache_process", "cache_build", "cache_tools"),
+        *("train", "merge", "evaluate", "compare", "bench", "sweep", "chain", "restore", "probe"),
+    ],
 }
 """The rooms of each package from the ground up: a room imports from rooms on its left, and from nothing on its right.
 

@@ -55,7 +55,12 @@ def test_what_disagrees_is_named(
 
 def test_the_version_is_written_in_two_places_alone() -> None:
     assert re.search(rf"^version: {re.escape(VERSION)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    for path in [ROOT / "cli.py", *(ROOT / "formats").rglob("*.py"), *(ROOT / "onboarding").rglob("*.py")]:
+    for path in [
+        ROOT / "cli.py",
+        *(ROOT / "commands").rglob("*.py"),
+        *(ROOT / "formats").rglob("*.py"),
+        *(ROOT / "onboarding").rglob("*.py"),
+    ]:
         assert f'"{VERSION}"' not in path.read_text(encoding="utf-8"), path
 
 

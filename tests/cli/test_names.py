@@ -98,7 +98,7 @@ def test_no_page_or_message_names_the_package_of_another() -> None:
     """`anneal`, `trainer` and `formats` on the package index are not ours: only `how_to_install` writes commands."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*")]
     code = [ROOT / "cli.py"]
-    for package in ("formats", "cache_builder", "trainer", "integrations", "onboarding"):
+    for package in ("formats", "cache_builder", "trainer", "integrations", "onboarding", "commands"):
         code += (ROOT / package).rglob("*.py")
     texts = {
         path: path.read_text(encoding="utf-8") for path in [*pages, *code] if path.suffix in {".md", ".py"}

@@ -1,0 +1,233 @@
+"""`anneal cache build` and `anneal cache estimate`: what needs a teacher."""
+
+from typing import Annotated
+
+import typer
+
+from commands import completion
+from commands.options import (
+    CorpusArgument,
+    DtypeOption,
+    EngineArgOption,
+    EngineOption,
+    JsonOption,
+    LimitOption,
+    MaxKOption,
+    MaxLengthOption,
+    ModelOption,
+    OptionalCorpusArgument,
+    RevisionOption,
+    SeedOption,
+    SplitOption,
+    TailDrawsOption,
+    TemplateArgOption,
+    TextColumnOption,
+)
+from commands.parsing import parse_engine_args, parse_shards, parse_template_args
+from commands.terminal import console_progress, show, show_json
+from formats.capture_settings import CaptureSettings
+from formats.errors import ConfigError
+
+
+def cache_build(
+    model: ModelOption,
+    out: Annotated[str, typer.Option(help="Directory of the cache; made if missing.")],
+    corpus: OptionalCorpusArgument = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Instead of a CORPUS: let the model write N rows, then capture them. From the chat template's empty "
+            "user turn, or from BOS without a template.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="With --generate: what rows begin with, in turn. A .txt file of one prompt per line, or a "
+            "corpus, whose answers are left out.",
+        ),
+    ] = None,
+    generate_temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T",
+            show_default=False,
+            help="With --generate: temperature of the distribution that tokens are drawn from.  [default: 1]",
+        ),
+    ] = None,
+    engine: EngineOption = "vllm",
+    max_length: MaxLengthOption = None,
+    min_prob: Annotated[
+        float, typer.Option(help="Keep entries with at least this probability.")
+    ] = CaptureSettings.min_prob,
+    max_k: MaxKOption = CaptureSettings.max_k,
+    tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
+    positions: Annotated[
+        str,
+        typer.Option(
+            autocompletion=completion.words(*completion.POSITIONS),
+            help="loss: positions whose next token carries loss; all: every position.",
+        ),
+    ] = CaptureSettings.positions,
+    limit: LimitOption = None,
+    text_column: TextColumnOption = None,
+    split: SplitOption = None,
+    template_arg: TemplateArgOption = None,
+    template_time: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            show_default=False,
+            help="What a chat template that tells the time (strftime_now) says, such as 2026-11-25T08:00.  "
+            "[default: now, or as the unfinished build in --out has it]",
+        ),
+    ] = None,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = None,
+    revision: RevisionOption = None,
+    engine_arg: EngineArgOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print rows, tokens, estimated bytes and the identity; start no engine."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard the cache or build that --out holds.")
+    ] = False,
+    shards: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", show_default=False, help="Capture only the shards A to B - 1."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Capture with a pool of engines on this Ray cluster; `auto` finds one, `local` starts one.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Engines in the Ray pool.")
+    ] = None,
+) -> None:
+    """Run the initial model over CORPUS once and store its compressed top-k logprobs."""
+    from cache_builder import BuildConfig, GenerationConfig, build_cache, plan_build
+
+    generation = None
+    if generate is not None:
+        temperature = 1.0 if generate_temperature is None else generate_temperature
+        generation = GenerationConfig(
+            num_rows=generate, prompts=prompts, temperature=temperature, seed=seed or 0
+        )
+        seed = None
+    else:
+        for option, value in (("--prompts", prompts), ("--generate-temperature", generate_temperature)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} needs --generate N, got {value} without it; add it or leave it out"
+                )
+        if corpus is None:
+            raise ConfigError("a build needs a CORPUS or --generate N, got neither; see --help")
+    config = BuildConfig(
+        corpus=corpus or "",
+        generate=generation,
+        model=model,
+        out=out,
+        engine=engine,
+        revision=revision,
+        max_length=max_length,
+        min_prob=min_prob,
+        max_k=max_k,
+        draw_rate=tail_draws,
+        positions=positions,
+        limit=limit,
+        text_column=text_column,
+        split=split,
+        chat_template_kwargs=parse_template_args(template_arg),
+        template_time=template_time,
+        dtype=dtype,
+        seed=seed,
+        engine_args=parse_engine_args(engine_arg),
+        overwrite=overwrite,
+        shards=parse_shards(shards),
+    )
+    progress = console_progress()
+    if dry_run:
+        show(plan_build(config, progress=progress).text())
+    elif ray is not None:
+        from cache_builder import build_cache_with_ray
+
+        show(
+            build_cache_with_ray(
+                config, None if ray == "local" else ray, num_workers=ray_workers, progress=progress
+            ).text()
+        )
+    else:
+        show(build_cache(config, progress=progress).text())
+
+
+def cache_estimate(
+    corpus: CorpusArgument,
+    model: ModelOption,
+    rows: Annotated[int, typer.Option(min=1, help="How many random rows go through the engine.")] = 64,
+    engine: EngineOption = "vllm",
+    max_length: MaxLengthOption = None,
+    max_k: MaxKOption = CaptureSettings.max_k,
+    tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
+    positions: Annotated[
+        str,
+        typer.Option(
+            autocompletion=completion.words(*completion.POSITIONS),
+            help="loss: positions whose next token carries loss; all: every position.",
+        ),
+    ] = CaptureSettings.positions,
+    limit: LimitOption = None,
+    text_column: TextColumnOption = None,
+    split: SplitOption = None,
+    template_arg: TemplateArgOption = None,
+    dtype: DtypeOption = "auto",
+    step_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens with KL per training step, which the expected angle falls with."),
+    ] = 65_536,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
+    revision: RevisionOption = None,
+    engine_arg: EngineArgOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Capture a sample of CORPUS and print what a cache would cost and how exact its gradients would be.
+
+    For several pairs of --min-prob and --tail-draws, and the cheapest whose gradient is within one degree.
+    """
+    from cache_builder import BuildConfig, estimate_cache
+
+    config = BuildConfig(
+        corpus=corpus,
+        model=model,
+        out="unused",
+        engine=engine,
+        revision=revision,
+        max_length=max_length,
+        max_k=max_k,
+        draw_rate=tail_draws,
+        positions=positions,
+        limit=limit,
+        text_column=text_column,
+        split=split,
+        chat_template_kwargs=parse_template_args(template_arg),
+        dtype=dtype,
+        engine_args=parse_engine_args(engine_arg),
+    )
+    report = estimate_cache(
+        config, rows=rows, step_tokens=step_tokens, seed=seed, progress=console_progress()
+    )
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        show(report.text())

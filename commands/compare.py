@@ -1,0 +1,133 @@
+"""`anneal compare` and `anneal select`: what models learnt and kept, and which to take."""
+
+from typing import Annotated
+
+import typer
+
+from commands import completion
+from commands.options import (
+    BenchOption,
+    ComparedArgument,
+    DirectOption,
+    EvalDtypeOption,
+    EvalLimitOption,
+    InitialOption,
+    JsonOption,
+    NoGroupOption,
+    PageOption,
+    PlotOption,
+    SourceOption,
+    TargetOption,
+    WorkOption,
+)
+from commands.terminal import console_progress, named, note, show, show_json
+from formats.errors import ConfigError
+
+
+def compare_command(
+    models: ComparedArgument,
+    source: SourceOption,
+    target: TargetOption,
+    initial: InitialOption = None,
+    direct: DirectOption = None,
+    no_group: NoGroupOption = False,
+    plot: PlotOption = None,
+    page: PageOption = None,
+    as_json: JsonOption = False,
+    work: WorkOption = None,
+    bench: BenchOption = None,
+    dtype: EvalDtypeOption = "float32",
+    limit: EvalLimitOption = None,
+) -> None:
+    """Print what MODEL... learnt and what they kept, on texts and on tasks: a line per model.
+
+    A word of --source and --target is a cache (perplexity and KL are evaluated, once) or a task of each model's
+    bench.json. docs/compare.md says how to read the columns.
+    """
+    from trainer import compare
+    from trainer.comparison.page import require_page
+    from trainer.evaluation.tradeoff_picture import require_plottable
+
+    if plot is not None:
+        require_plottable(plot)
+    if page is not None:
+        require_page(page)
+    comparison = compare(
+        named(models, "models", "LABEL=DIR"),
+        source=named(source, "--source", "NAME=CACHE"),
+        target=named(target, "--target", "NAME=CACHE"),
+        initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
+        direct=direct,
+        group=not no_group,
+        work=work,
+        bench=bench,
+        dtype=dtype,
+        limit=limit,
+        progress=console_progress(),
+    )
+    if as_json:
+        show_json(comparison.to_dict())
+    else:
+        show(comparison.text())
+    if plot is not None:
+        note(f"picture in {comparison.plot(plot)}")
+    if page is not None:
+        note(f"page in {comparison.page(page)}")
+
+
+def select_command(
+    models: ComparedArgument,
+    source: SourceOption,
+    target: TargetOption,
+    initial: InitialOption = None,
+    direct: DirectOption = None,
+    rule: Annotated[
+        str,
+        typer.Option(
+            autocompletion=completion.words(*completion.RULES),
+            help="The rule that recommends: keep-gain:SHARE (of direct's gain), budget:PERCENT% (lost), or paper.",
+        ),
+    ] = "keep-gain:0.9",
+    min_gain: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="paper: improvement asked of every target, in nats or the metric's unit; 0 for any.  "
+            "[default: its standard error]",
+        ),
+    ] = None,
+    no_group: NoGroupOption = False,
+    as_json: JsonOption = False,
+    work: WorkOption = None,
+    bench: BenchOption = None,
+    dtype: EvalDtypeOption = "float32",
+    limit: EvalLimitOption = None,
+) -> None:
+    """Print which of MODEL... to take, by each rule: what it keeps of direct fine-tuning's gain, and what it loses.
+
+    docs/select.md has the rules.
+    """
+    from trainer import compare, select
+    from trainer.selection.rules import Rule
+
+    Rule.parse(rule)
+    if initial is None:
+        raise ConfigError("a selection needs the initial model, got none; name it with --initial MODEL")
+    comparison = compare(
+        named(models, "models", "LABEL=DIR"),
+        source=named(source, "--source", "NAME=CACHE"),
+        target=named(target, "--target", "NAME=CACHE"),
+        initial=named([initial], "models", "LABEL=DIR"),
+        direct=direct,
+        group=not no_group,
+        work=work,
+        bench=bench,
+        dtype=dtype,
+        limit=limit,
+        progress=console_progress(),
+    )
+    selection = select(comparison, rule, min_gain=min_gain)
+    if as_json:
+        show_json(selection.to_dict())
+    else:
+        show(selection.text())
