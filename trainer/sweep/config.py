@@ -76,7 +76,7 @@ class MergeEntry:
     strengths: Mapping[str, Values] = field(default_factory=dict)
     """Setting -> its values; one that is absent takes the method's default."""
     of: str | Sequence[str] = "direct"
-    """`direct`, `all`, or names of entries or runs."""
+    """`direct`, `all`, or names of entries or runs, a run's without its seed for every seed."""
 
     def __post_init__(self) -> None:
         check_one_of("merges.method", self.method, tuple(DEFAULTS))

@@ -115,14 +115,14 @@ def applies(entry: MergeEntry, run: PlannedRun, runs: Sequence[PlannedRun]) -> b
     if entry.of == "all":
         return True
     words = (entry.of,) if isinstance(entry.of, str) else entry.of
-    known = {"direct", *(r.name for r in runs), *(r.entry for r in runs if r.entry)}
+    known = {"direct", *(n for r in runs for n in (r.name, r.seedless, r.entry) if n)}
     for word in words:
         if word not in known:
             raise ConfigError(
                 f"merges.of must be direct, all, or names of entries or runs, got {word!r}; there are "
                 f"{', '.join(sorted(known))}"
             )
-    return ("direct" in words and run.direct) or run.name in words or run.entry in words
+    return ("direct" in words and run.direct) or not {run.name, run.seedless, run.entry}.isdisjoint(words)
 
 
 def is_made(planned: PlannedMerge, out: Path) -> bool:

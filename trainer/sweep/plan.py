@@ -6,6 +6,7 @@ Everything is checked here, with the checks that `anneal train` makes, before an
 import copy
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -53,6 +54,11 @@ class PlannedRun:
     def directory(self, out: Path) -> Path:
         """Where the run is."""
         return out / "runs" / self.name
+
+    @property
+    def seedless(self) -> str:
+        """The name that it shares with the runs of other seeds."""
+        return re.sub(r",seed=\d+$", "", self.name)
 
     @property
     def crossed(self) -> tuple[tuple[str, str], ...]:

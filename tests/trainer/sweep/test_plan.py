@@ -193,6 +193,16 @@ def test_merges_of_direct_of_all_and_of_named_entries():
         merged(method="wise-ft", of=["held"])
 
 
+def test_a_run_named_without_its_seed_is_merged_at_every_seed():
+    plan = {"base": BASE, "out": "OUT", **TEXTS, "seeds": [0, 3], "runs": [{"kl_coef": [1, 4]}]}
+    config = sweep_from_dict({**plan, "merges": [{"method": "wise-ft", "of": "kl_coef=1"}]})
+    runs = plan_runs(config)
+    of_one = [run.name for run in runs if run.varied.get("kl_coef") == 1 and not run.direct]
+    assert len(of_one) == 2
+    merges = [merge.name for merge in plan_merges(config, runs)]
+    assert merges == [f"{name}+wise-ft,alpha=0.5" for name in of_one]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(3e-4, "3e-4"), (1e-05, "1e-5"), (0.25, "0.25"), (16, "16"), (1.0, "1"), (1.23e-7, "1.23e-7"), (0.01, "0.01"),
