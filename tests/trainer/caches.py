@@ -123,7 +123,7 @@ def write_cache(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from formats.codec.payload import CodecConfig
+    from formats.codec.config import CodecConfig
     from formats.writer import CacheWriter
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
