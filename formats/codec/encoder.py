@@ -29,10 +29,17 @@ Labelled = tuple[TopKLogprobs, np.ndarray]
 each of them."""
 
 
+class _Compressors(threading.local):
+    """Those of one thread, which no other may use at the same time, by their level."""
+
+    def __init__(self) -> None:
+        self.of_level: dict[int, zstandard.ZstdCompressor] = {}
+
+
 class Encoder(Layout):
     """Turns rows into payloads; any number of threads may share one. Arguments as for `Layout`."""
 
-    _threads = threading.local()
+    _compressors = _Compressors()
 
     def encode(self, topk: TopKLogprobs, label_ids: np.ndarray) -> bytes:
         """The payload of one row; empty for a row without positions.
@@ -74,14 +81,12 @@ class Encoder(Layout):
         return b"".join(parts)
 
     def _compressor(self) -> zstandard.ZstdCompressor:
-        """This thread's, which no other may use at the same time."""
-        compressors = self._threads.__dict__
-        level = self.config.zstd_level
-        if level not in compressors:
-            compressors[level] = zstandard.ZstdCompressor(
+        level, mine = self.config.zstd_level, self._compressors.of_level
+        if level not in mine:
+            mine[level] = zstandard.ZstdCompressor(
                 level=level, write_checksum=True, write_content_size=True, write_dict_id=False
             )
-        return compressors[level]
+        return mine[level]
 
     # --- the arithmetic -----------------------------------------------------------------------------------
 
