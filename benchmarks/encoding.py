@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from small_model import DOMAINS, ROW_TOKENS, Pair, load
 
 from formats import TopKLogprobs
-from formats.codec.payload import Codec, CodecConfig, section_bytes
+from formats.codec.config import CodecConfig
+from formats.codec.payload import Codec, section_bytes
 from formats.codec.quantise import quantise_probabilities
 from formats.codec.rank_table import permutations, rank_by_frequency
 from formats.logprobs.ragged import rank_in_segment, segment_order, segment_sum

@@ -43,7 +43,7 @@ from teacher_batches import batch_from_topk
 
 from formats.cache import TeacherCache
 from formats.capture_settings import CaptureSettings
-from formats.codec.payload import CodecConfig
+from formats.codec.config import CodecConfig
 from formats.disk.token_row import TokenRow
 from formats.logprobs.tail_draws import starts
 from formats.logprobs.topk import TopKLogprobs

@@ -38,7 +38,8 @@ import torch
 from teacher_batches import batch_from_topk
 from teacher_models import TEACHERS, Subject, prepare
 
-from formats.codec.payload import Codec, CodecConfig, section_bytes
+from formats.codec.config import CodecConfig
+from formats.codec.payload import Codec, section_bytes
 from formats.codec.rank_table import rank_by_frequency
 from formats.logprobs import ragged
 from formats.logprobs.tail_draws import POWER, TailDraws, starts

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from formats.capture_settings import CaptureSettings
-from formats.codec.payload import CodecConfig
+from formats.codec.config import CodecConfig
 from formats.disk.token_row import TokenRow
 from formats.logprobs.tail_draws import POWER, TailDraws
 from formats.logprobs.topk import TAIL_BETAS, TopKLogprobs

@@ -11,7 +11,7 @@ from cache_builder.generation.settings import GenerationConfig
 from cache_builder.teachers.engine_args import by_name
 from cache_builder.teachers.protocol import DTYPES, ENGINES, HEAD_DTYPES
 from formats.capture_settings import CaptureSettings
-from formats.codec.payload import CodecConfig
+from formats.codec.config import CodecConfig
 from formats.errors import ConfigError
 
 DEFAULT_ROWS_PER_SHARD = 4096

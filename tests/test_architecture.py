@@ -46,7 +46,7 @@ FLOORS = {
         *("source", "start", "build", "build_on_ray", "tools"),
     ],
     "trainer": [
-        *("checks", "objective", "quantization", "checkpoint", "loading", "retention.settings"),
+        *("checks", "objective", "quantization", "checkpoint", "multimodal", "loading", "retention.settings"),
         *("config", "config_file", "schedule", "preflight", "recipe", "data", "loss"),
         *("loop.signals", "loop.output_head", "loop.measure", "running", "retention", "loop"),
         *("preflight.continuation", "preflight.memory", "preflight.before_start", "result"),

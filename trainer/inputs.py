@@ -13,8 +13,9 @@ from trainer.data.dataset import CachedDataset
 from trainer.data.label_terms import plain, resolved
 from trainer.data.mixture import Share
 from trainer.loading import given_as, load_model, load_tokenizer, open_cache, require_plain_weights
+from trainer.multimodal import encoders, encoders_note
 from trainer.objective import Objective
-from trainer.preflight.frozen import freeze
+from trainer.preflight.frozen import freeze, freeze_encoders
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
 from trainer.quantization import WeightQuantization
 from trainer.recipe import DEFAULTS, weights_dtype
@@ -111,6 +112,8 @@ class Student:
     """Where its weights go in the result; None when adapters alone are saved."""
     dtype: str
     """Of its weights; adapters keep float32 ones of their own."""
+    encoders_note: str | None = None
+    """One line for the user, where it is the text model of a multimodal one."""
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
@@ -256,8 +259,13 @@ def load_student(config: TrainConfig, inputs: Inputs, resolved: Mapping[str, Any
     if config.lora is None or config.lora.merge:
         layout = ResultLayout.of(model, inputs.model_dir, config.save_dtype)
     freeze(model, config.freeze, layout.stored_dtypes if layout is not None else (), config.training)
-    if config.lora is not None:
+    beside = encoders(model)
+    if config.lora is None:
+        freeze_encoders(model, layout.stored_dtypes if layout is not None else ())
+    else:
         model = attach_adapters(model, config.lora, int(config.training.get("seed", DEFAULTS["seed"])))
     if (quantization := WeightQuantization.parse("fake_quantize", config.fake_quantize)) is not None:
         quantization.prepare(model)
-    return Student(model=model, vocab_size=vocab_size, layout=layout, dtype=dtype)
+    return Student(
+        model=model, vocab_size=vocab_size, layout=layout, dtype=dtype, encoders_note=encoders_note(beside)
+    )

@@ -12,6 +12,7 @@ from torch import nn
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError, one_line
 from formats.identity.teacher_identity import require_same_teacher, require_same_tokenizer
+from trainer.multimodal import auto_class, require_text_model
 
 QUANTISED_KEYS = ("quantization_config", "compression_config")
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -36,22 +37,22 @@ def given_as(what: str) -> Iterator[None]:
 
 
 def load_model(model_dir: Path, *, dtype: str, attn_implementation: str | None = None) -> Any:
-    """A causal language model on the CPU.
+    """A causal language model on the CPU, or a multimodal one that holds it, whole.
 
     Raises:
         ConfigError: transformers cannot load it; the message gives the reason in one line.
     """
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(model_dir, **options)
+        model = auto_class(model_dir).from_pretrained(model_dir, **options)
     except LOADING_ERRORS as error:
         raise ConfigError(
             f"--model must be a causal language model, got {model_dir}: {one_line(error)}"
         ) from None
+    require_text_model(model)
+    return model
 
 
 def unwrapped(model: Any) -> Any:

@@ -33,6 +33,7 @@ def notes(
     found = (
         anchor_note(config, inputs),
         draws_note(config, rows, rows_per_step),
+        student.encoders_note,
         freeze_note(student.model, config.freeze),
         lora_note(config, resolved, student.dtype),
         kernel_note(config, resolved),

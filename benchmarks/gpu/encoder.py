@@ -1,4 +1,5 @@
-"""How fast the CPUs beside a device encode what it captures: the product's codec and shard writer, by processes.
+"""How fast the CPUs beside a device encode what it captures: the product's codec and shard writer, by processes and by
+the encoder threads of one writer.
 
 The rows are real reductions of random logits about as certain as a language model's on text: some six kept tokens and
 twenty draws at a position.
@@ -18,6 +19,7 @@ import torch
 from formats.codec.config import CodecConfig
 from formats.codec.payload import Codec
 from formats.codec.rank_table import rank_by_frequency
+from formats.disk.row_encoder import EncoderThreads
 from formats.disk.shard import ShardWriter
 from formats.disk.token_row import TokenRow
 from formats.logprobs.topk import TopKLogprobs
@@ -25,8 +27,9 @@ from formats.logprobs.topk import TopKLogprobs
 from .report import Place, Report
 
 SECONDS = 55
-LEVELS = (CodecConfig().zstd_level, 6, 3, 1)
+LEVELS = (CodecConfig().zstd_level, 12, 6, 1)
 PROCESSES = (1, 4, 16)
+THREADS = (2, 4, 8)
 RATE = 8
 START_SECONDS = 0.5
 """From now on the workers that take part in a measurement have all heard of it."""
@@ -71,8 +74,17 @@ def load(path: Path) -> None:
     _rows[:] = pickle.loads(path.read_bytes())
 
 
-def write(directory: str, level: int, begin: float, seconds: float) -> tuple[float, float]:
+def write(directory: str, level: int, begin: float, seconds: float, threads: int = 1) -> tuple[float, float]:
     """In a worker: shards of its rows from one time on, until another; positions/s and bytes/position."""
+    if threads == 1:
+        return _write(directory, level, begin, seconds, None)
+    with EncoderThreads(threads) as pool:
+        return _write(directory, level, begin, seconds, pool)
+
+
+def _write(
+    directory: str, level: int, begin: float, seconds: float, pool: EncoderThreads | None
+) -> tuple[float, float]:
     positions = size = number = 0
     time.sleep(max(0.0, begin - time.monotonic()))
     began = time.monotonic()
@@ -83,6 +95,7 @@ def write(directory: str, level: int, begin: float, seconds: float) -> tuple[flo
             vocab_size=_rows[0][1].vocab_size,
             positions="all",
             codec=CodecConfig(zstd_level=level, draw_rate=RATE),
+            pool=pool,
         )
         for row, topk in _rows:
             writer.append(row, topk)
@@ -109,7 +122,7 @@ def run(report: Report, place: Place) -> None:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes[-1], context, load, (path,)) as pool:
             for level in LEVELS:
-                for number in processes if level in (LEVELS[0], 3) else processes[:1]:
+                for number in processes if level == LEVELS[0] else processes[:1]:
                     list(
                         pool.map(time.sleep, [START_SECONDS] * processes[-1])
                     )  # all have started and are idle
@@ -120,6 +133,10 @@ def run(report: Report, place: Place) -> None:
                     report.info(f"{what}: codec, shard, disk", sum(rate for rate, _ in found), "positions/s")
                     if number == 1:
                         report.info(f"{what}: size", found[0][1], "bytes/position")
+            for threads in THREADS[:1] if place.tiny else THREADS:
+                job = pool.submit(write, directory, LEVELS[0], time.monotonic(), seconds, threads)
+                what = f"zstd {LEVELS[0]}, 1 process, {threads} encoder threads"
+                report.info(f"{what}: codec, shard, disk", job.result()[0], "positions/s")
 
 
 def codec_alone(report: Report, rows: Rows) -> None:

@@ -1,14 +1,16 @@
 """The second half of a capture: encode, write and commit shards in a thread, while the engine runs on.
 
-The queue between the two is bounded by the bytes it holds, so memory does not grow when the disk is slower
-than the engine. If the thread fails, the error is raised in the engine's thread at its next call, which never
-blocks on a thread that is gone; shards that were handed over completely before are still committed.
+On a machine with cores to spare the thread has others encode for it. The queue between engine and thread is bounded by
+the bytes it holds, so memory does not grow when the disk is slower than the engine. If the thread fails, the error is
+raised in the engine's thread at its next call, which never blocks on a thread that is gone; shards that were handed
+over completely before are still committed.
 
 Per shard: write `_build/partial/.../shard-N`, write its note, then `commit_exclusive` to `shard-N`.  The note
 (counts and digest, named by the digest) comes first, so that a committed shard always has one.
 """
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,8 +22,9 @@ from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.claims import Claims
 from cache_builder.commit.plan import BuildSettings
 from cache_builder.commit.signals import shielded
-from formats.codec.payload import CodecConfig
+from formats.codec.config import CodecConfig
 from formats.disk.manifest import ShardInfo
+from formats.disk.row_encoder import EncoderThreads
 from formats.disk.shard import ShardWriter
 from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError
@@ -29,7 +32,20 @@ from formats.logprobs.topk import TopKLogprobs
 
 QUEUE_BYTES = 256 << 20
 """What may wait for the writer: about ten thousand rows of the default settings."""
+MOST_ENCODER_THREADS = 4
+CORES_PER_ENCODER_THREAD = 4
 Step = Callable[[str], None]
+
+
+def encoder_threads(num_cores: int | None = None) -> int:
+    """How many threads encode, given the cores that this process may use.
+
+    One encodes what the fastest models deliver (docs/benchmarks.md); more are for captures with many draws, and start
+    only when rows wait. 1 is the writing thread itself.
+    """
+    if num_cores is None:
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_ENCODER_THREADS, num_cores // CORES_PER_ENCODER_THREAD))
 
 
 def no_step(name: str) -> None:
@@ -150,12 +166,17 @@ class ShardCommitter:
             return kind, value
 
     def _run(self) -> None:
+        number = encoder_threads()
+        with EncoderThreads(number) if number > 1 else contextlib.nullcontext() as pool:
+            self._write_shards(pool)
+
+    def _write_shards(self, pool: EncoderThreads | None) -> None:
         shard: _OpenShard | None = None
         try:
             while True:
                 kind, value = self._get()
                 if kind == "begin":
-                    shard = _OpenShard(self, value)
+                    shard = _OpenShard(self, value, pool)
                 elif kind == "row":
                     assert shard is not None
                     shard.append(*value)
@@ -183,7 +204,7 @@ class ShardCommitter:
 class _OpenShard:
     """One shard on its way to the disk."""
 
-    def __init__(self, owner: ShardCommitter, index: int) -> None:
+    def __init__(self, owner: ShardCommitter, index: int, pool: EncoderThreads | None) -> None:
         self._owner, self._index = owner, index
         self._path = owner.directory.new_partial(index)
         capture = owner._settings.capture
@@ -194,6 +215,7 @@ class _OpenShard:
             positions=self._which,
             max_k=capture.max_k,
             codec=owner._codec,
+            pool=pool,
         )
 
     def append(self, row: TokenRow, topk: TopKLogprobs) -> None:

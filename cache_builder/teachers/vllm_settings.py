@@ -49,6 +49,7 @@ RESERVED_ARGS = {
     "skip_tokenizer_init": None,
     "enable_prefix_caching": None,
     "additional_config": None,
+    "scheduler_cls": None,
     "generation_config": None,
     "override_generation_config": None,
 }
@@ -208,6 +209,7 @@ def engine_arguments(config: TeacherConfig, *, dtype: str, architectures: list[s
         {
             "runner": "pooling",
             "additional_config": {"anneal": config.capture.to_dict()},
+            "scheduler_cls": "cache_builder.teachers.vllm_waves.WaveScheduler",
             **({"language_model_only": True} if set(architectures) & set(wrapped_architectures()) else {}),
         },
         dtype=dtype,

@@ -4,13 +4,13 @@
 engine, and this class feeds rows and decodes answers.  Nothing is generated and no `prompt_logprobs` are
 asked for.
 
-Rows go to the engine in waves of a fixed number of tokens.  A wave is queued while the scheduler is paused
-and then released at once, so that what runs together in a step depends on the rows alone, never on timing:
-the same call gives the same bits again.  The next wave is released before the results of the last one are
-handed out, so the engine computes while the caller encodes and writes.  In memory at any time: two waves of
-rows and results.
+Rows go to the engine in waves of a fixed number of tokens.  The engine begins a wave when all of its rows are
+there and the wave before has ended (`vllm_waves`), so that what runs together in a step depends on the rows alone,
+never on timing: the same call gives the same bits again.  A wave is sent, and the results of the one before are handed
+out, while the engine computes.  In memory at any time: three waves of rows, two of results.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -63,15 +63,15 @@ class VLLMTeacher(HeldEngine):
         if self._engine is None:
             raise TeacherError("a closed teacher cannot prefill; make a new one")
         running: dict[str, _Member] = {}
-        previous: list[_Member] = []
+        sent: deque[list[_Member]] = deque()
         try:
             for wave in self._waves(rows):
-                self._finish(running)
-                running = self._release(wave)
-                yield from _results(previous)
-                previous = wave
-            self._finish(running)
-            yield from _results(previous)
+                self._send(wave, running)
+                sent.append(wave)
+                if len(sent) > 1:
+                    yield from self._finished(sent.popleft(), running)
+            while sent:
+                yield from self._finished(sent.popleft(), running)
         finally:
             self._abort(running)  # the caller stopped early, or a row was refused
 
@@ -91,8 +91,8 @@ class VLLMTeacher(HeldEngine):
         if wave:
             yield wave
 
-    def _release(self, wave: list[_Member]) -> dict[str, _Member]:
-        """Queue a wave on the paused scheduler, then let it run; rows without positions need no engine."""
+    def _send(self, wave: list[_Member], running: dict[str, _Member]) -> None:
+        """Hand a wave to the engine, which begins it when it may; rows without positions need no engine."""
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
@@ -104,40 +104,45 @@ class VLLMTeacher(HeldEngine):
             encode_labels,
             encode_positions,
         )
+        from cache_builder.teachers.vllm_waves import WAVE_KEY
 
-        running: dict[str, _Member] = {}
-        self._engine.sleep(level=0)
+        last = next((member for member in reversed(wave) if len(member.positions)), None)
         for member in wave:
             if len(member.positions) == 0:
                 member.result = TopKLogprobs.empty(self.vocab_size, self.config.capture.draw_rate)
                 continue
             labels = member.row.label_ids(self.config.capture.positions)
-            asked = {ROW_KEY: member.row.key, LABELS_KEY: encode_labels(labels)}
+            asked = {
+                ROW_KEY: member.row.key,
+                LABELS_KEY: encode_labels(labels),
+                WAVE_KEY: member is last,
+            }
             # No mask means every position that has a next token.
             if len(member.positions) < len(member.row) - 1:
                 asked[POSITIONS_KEY] = encode_positions(member.positions, len(member.row))
             self._num_requests += 1
             request = str(self._num_requests)
+            running[request] = member
             self._engine.add_request(
                 request,
                 tokens_input(member.row.input_ids.tolist()),
                 PoolingParams(task=TASK, extra_kwargs=asked, skip_reading_prefix_cache=True),
             )
-            running[request] = member
-        self._engine.wake_up(tags=["scheduling"])
-        return running
 
-    def _finish(self, running: dict[str, _Member]) -> None:
-        """Drive the engine until every request of the wave is answered."""
+    def _finished(self, wave: list[_Member], running: dict[str, _Member]) -> Iterator[TopKLogprobs]:
+        """Drive the engine until every row of the wave is answered; then the answers."""
         from cache_builder.teachers.wire import reduction_of, unpack
 
-        while running:
+        left = [member for member in wave if member.result is None]
+        while left:
             for output in self._step():
                 member = running.pop(output.request_id)
                 self._check_reduction(reduction_of(output.outputs.data))
                 result = unpack(output.outputs.data, self.vocab_size, self.config.capture.draw_rate)
                 assert len(result) == len(member.positions), (len(result), len(member.positions))
                 member.result = result
+            left = [member for member in left if member.result is None]
+        yield from _results(wave)
 
     def _check_reduction(self, found: str) -> None:
         """The first answer completes the description; what follows must keep to it.

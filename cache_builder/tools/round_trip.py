@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.capture_settings import CaptureSettings
-from formats.codec.payload import CodecConfig
+from formats.codec.config import CodecConfig
 from formats.disk.byte_source import open_store
 from formats.disk.manifest import ShardInfo
 from formats.disk.shard import ShardReader, ShardWriter

@@ -1,16 +1,17 @@
 """One shard: an Arrow IPC file whose rows are training examples. Writer and reader.
 
-The writer encodes a row at a time and flushes a record batch every `ROWS_PER_BATCH` rows, so that row r
-lies in batch r // rows_per_batch: a random row is one division, one memory-mapped slice, one decompression.
-The same input gives the same bytes; the rank table of the ids is learned from the rows that hold the first
-`SAMPLE_ENTRIES` kept entries, and from their draws, so until then rows wait in memory (about 8 MB). The reader
-trusts nothing: see `arrow_file.py` for the container, `formats/codec` for the payload; the content key of every
-row is recomputed when the row is read, which checks tokens and mask as well.
+The writer flushes a record batch every `ROWS_PER_BATCH` rows, so that row r lies in batch r // rows_per_batch: a
+random row is one division, one memory-mapped slice, one decompression. The same input gives the same bytes, by however
+many threads it is encoded; the rank table of the ids is learned from the rows that hold the first `SAMPLE_ENTRIES` kept
+entries, and from their draws, so until then rows wait in memory. The reader trusts nothing: see `arrow_file.py` for the
+container, `formats/codec` for the payload; the content key of every row is recomputed when the row is read, which
+checks tokens and mask as well.
 """
 
 import hashlib
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,11 +20,13 @@ import numpy as np
 
 from formats.capture_settings import POSITION_MODES, CaptureSettings
 from formats.codec.config import CodecConfig
+from formats.codec.encoder import Encoder
 from formats.codec.payload import Codec
 from formats.codec.rank_table import from_text, rank_by_frequency, to_text
 from formats.disk.arrow_file import ArrowFile, Batch
 from formats.disk.byte_source import Source
 from formats.disk.manifest import FORMAT, VERSION, ShardInfo, check_version
+from formats.disk.row_encoder import Encoded, EncoderThreads, RowEncoder
 from formats.disk.sealed_json import seal, unseal
 from formats.disk.token_row import KEY_BYTES, TokenRow, content_key
 from formats.errors import CorruptShardError, FormatError
@@ -72,6 +75,9 @@ class _HashingFile:
 class ShardWriter:
     """Writes one shard to `path`, which must not exist; the caller commits it under its final name.
 
+    Args:
+        pool: threads that encode the rows; None does it within `append`.
+
     Raises:
         FileExistsError: `path` exists.
         ValueError: rows and teacher outputs that do not fit together.
@@ -86,6 +92,7 @@ class ShardWriter:
         max_k: int = CaptureSettings.max_k,
         codec: CodecConfig | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
+        pool: EncoderThreads | None = None,
     ) -> None:
         if positions not in POSITION_MODES:
             raise ValueError(f"positions must be one of {', '.join(POSITION_MODES)}, got {positions!r}")
@@ -100,14 +107,10 @@ class ShardWriter:
         self._file = _HashingFile(self._path)
         self._waiting: list[tuple[TokenRow, TopKLogprobs]] = []
         self._pending: list[tuple[TokenRow, bytes]] = []
-        self._codec: Codec | None = None
+        self._pool = pool
+        self._encoder: RowEncoder | None = None
         self._writer: Any = None
         self._counts = dict.fromkeys(("rows", "tokens", "positions", "entries", "payload_bytes"), 0)
-
-    @property
-    def num_payload_bytes(self) -> int:
-        """Bytes of the payloads encoded so far; rows that still wait for the rank table do not count."""
-        return self._counts["payload_bytes"]
 
     def append(self, row: TokenRow, teacher: TopKLogprobs) -> None:
         """Add one example.
@@ -132,14 +135,14 @@ class ShardWriter:
             ("entries", teacher.num_entries),
         ):
             self._counts[name] += value
-        if self._codec is None:
+        if self._encoder is None:
             self._waiting.append((row, teacher))
             if self._counts["entries"] >= SAMPLE_ENTRIES:
                 self._start()
         else:
-            self._encode(self._codec, row, teacher)
+            self._add(self._encoder.add(row, teacher))
 
-    def _start(self) -> None:
+    def _start(self) -> RowEncoder:
         """Fix the rank table, write the header and encode the rows that waited for it."""
         import pyarrow as pa
 
@@ -149,7 +152,6 @@ class ShardWriter:
                 [ids for _, teacher in self._waiting for ids in (teacher.token_ids, teacher.draws.token_ids)]
             )
             ranked_ids = rank_by_frequency(sample, self._vocab_size)
-        codec = Codec(self._config, self._vocab_size, self._max_k, ranked_ids)
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -171,17 +173,19 @@ class ShardWriter:
             metadata={METADATA_KEY: seal(metadata)},
         )
         self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
-        self._codec = codec
+        codec = Encoder(self._config, self._vocab_size, self._max_k, ranked_ids)
+        self._encoder = encoder = RowEncoder(codec, self._positions, self._pool)
         for row, teacher in self._waiting:
-            self._encode(codec, row, teacher)
+            self._add(encoder.add(row, teacher))
         self._waiting.clear()
+        return encoder
 
-    def _encode(self, codec: Codec, row: TokenRow, teacher: TopKLogprobs) -> None:
-        payload = codec.encode(teacher, row.label_ids(self._positions))
-        self._counts["payload_bytes"] += len(payload)
-        self._pending.append((row, payload))
-        if len(self._pending) == self._rows_per_batch:
-            self._flush()
+    def _add(self, encoded: Iterable[Encoded]) -> None:
+        for row, payload in encoded:
+            self._counts["payload_bytes"] += len(payload)
+            self._pending.append((row, payload))
+            if len(self._pending) == self._rows_per_batch:
+                self._flush()
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -207,8 +211,8 @@ class ShardWriter:
 
     def close(self, name: str | None = None) -> ShardInfo:
         """Finish and fsync the file; `name` is the name it will be committed under (default: its own)."""
-        if self._codec is None:
-            self._start()
+        encoder = self._encoder or self._start()
+        self._add(encoder.rest())
         self._flush()
         self._writer.close()
         self._file.close()
@@ -221,6 +225,8 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Drop the unfinished file."""
+        if self._encoder is not None:
+            self._encoder.cancel()
         self._file.close()
         self._path.unlink(missing_ok=True)
 

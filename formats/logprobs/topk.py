@@ -258,8 +258,8 @@ class TopKLogprobs:
             low, high = int(self.token_ids.min()), int(self.token_ids.max())
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"token ids must be from 0 to {self.vocab_size - 1}, got {low}..{high}")
-            keyed = ragged.segment_of(self.offsets) * self.vocab_size + self.token_ids
-            if len(np.unique(keyed)) != len(keyed):
+            keyed = np.sort(ragged.segment_of(self.offsets) * self.vocab_size + self.token_ids)
+            if (keyed[1:] == keyed[:-1]).any():
                 raise ValueError("token ids must be distinct within a position, got a repeated one")
             if not (self.logprobs <= 1e-3).all():
                 raise ValueError("logprobs must not be above 0 or NaN")
@@ -289,6 +289,9 @@ class TopKLogprobs:
             raise ValueError(f"drawn token ids must be from 0 to {self.vocab_size - 1}")
         if not ((drawn.logprobs <= 1e-3) & np.isfinite(drawn.logprobs)).all():
             raise ValueError("logprobs of draws must be finite and not above 0")
-        head = ragged.segment_of(self.offsets) * self.vocab_size + self.token_ids
-        if np.isin(ragged.segment_of(drawn.offsets) * self.vocab_size + drawn.token_ids, head).any():
+        # Every token of a position once as an even number, and its successor where it was drawn.
+        head = (ragged.segment_of(self.offsets) * self.vocab_size + self.token_ids) * 2
+        tail = (ragged.segment_of(drawn.offsets) * self.vocab_size + drawn.token_ids) * 2 + 1
+        both = np.sort(np.concatenate([head, tail]))
+        if ((both[1:] - both[:-1] == 1) & (both[1:] & 1 == 1)).any():
             raise ValueError("draws must be tokens of the tail, got one of the head")

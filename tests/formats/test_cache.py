@@ -169,7 +169,6 @@ def test_large_shards_learn_ranks_from_their_first_rows(tmp_path: Path, monkeypa
         for _ in range(30):
             row = random_row(rng, 20, 97)
             writer.append(row, random_teacher(rng, row, 97).prune(1e-3, 64))
-        assert writer.num_payload_bytes > 0
         info = writer.close("shard-00000.arrow")
     assert info.num_rows == 30 and info.name == "shard-00000.arrow"
 

@@ -18,7 +18,7 @@ from cache_builder.commit.plan import BuildSettings
 from cache_builder.config import BuildConfig
 from cache_builder.source import BuildSource
 from formats.capture_settings import CaptureSettings
-from formats.codec.payload import CodecConfig
+from formats.codec.config import CodecConfig
 from formats.disk.token_row import TokenRow
 from formats.identity.teacher_identity import TeacherIdentity
 from formats.logprobs import tail_draws

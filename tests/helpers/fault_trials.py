@@ -39,8 +39,10 @@ from deterministic_build import (
 )
 
 from cache_builder.build import build_cache
+from cache_builder.commit import shard_committer
 from cache_builder.commit.signals import BuildInterrupted
 from formats.cache import TeacherCache
+from formats.disk import row_encoder
 from formats.errors import AnnealError
 
 NUM_ROWS, ROWS_PER_SHARD, DRAW_RATE = 40, 10, 8
@@ -366,10 +368,14 @@ KINDS: dict[str, Callable[..., None]] = {
 }
 
 
-def run(kind: str, **options: Any) -> dict[str, Any]:
-    """All trials of one kind, in this process; counts and what went wrong."""
+def run(kind: str, threads: int = 1, **options: Any) -> dict[str, Any]:
+    """All trials of one kind, in this process; counts and what went wrong. Builds are encoded by so many threads, the
+    one that they are compared with by one."""
+    shard_committer.encoder_threads = lambda: 1
     with tempfile.TemporaryDirectory(prefix="anneal-faults-") as root:
         trials = Trials(Path(root))
+        shard_committer.encoder_threads = lambda: threads
+        row_encoder.GROUP_NUMBERS = 1 << 16 if threads == 1 else 64  # some ten groups a shard
         began = time.monotonic()
         try:
             KINDS[kind](trials, **options)

@@ -115,12 +115,18 @@ WRAPPERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def save_tiny_wrapper(directory: Path, name: str, seed: int = 0) -> Path:
-    """Save one of `WRAPPERS`."""
+def save_tiny_wrapper(
+    directory: Path, name: str, tokenizer_dir: Path | None = None, *, seed: int = 0
+) -> Path:
+    """Save one of `WRAPPERS`, with the tokenizer beside it when given."""
+    import shutil
+
     import torch
 
     torch.manual_seed(seed)
     model = WRAPPERS[name]()
     widen(model, seed)
     model.save_pretrained(directory)
+    for source in sorted(tokenizer_dir.iterdir()) if tokenizer_dir is not None else ():
+        shutil.copy(source, directory / source.name)
     return directory

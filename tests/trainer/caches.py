@@ -120,14 +120,12 @@ def write_cache(
     """Write the exact logprobs of the model in `model_dir` on random rows, with tail draws."""
     from dataclasses import replace
 
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from formats.codec.payload import CodecConfig
+    from formats.codec.config import CodecConfig
     from formats.writer import CacheWriter
+    from trainer.loading import load_model
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    vocab_size = model.config.vocab_size
+    model = load_model(model_dir, dtype="float32").eval()
+    vocab_size = model.config.get_text_config().vocab_size
     rows = random_rows(num_rows, vocab_size, seed) if rows is None else rows
     with CacheWriter(
         path,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from formats.errors import ConfigError
+from trainer.multimodal import encoders
 
 
 def freeze(
@@ -65,14 +66,40 @@ def freeze(
         parameters[key].requires_grad_(False)
 
 
-def _require_exact(stored: Collection[torch.dtype], held: Collection[torch.dtype]) -> None:
+def freeze_encoders(model: Any, stored: Collection[torch.dtype]) -> None:
+    """Stop training what a multimodal model has beside its text model.
+
+    Args:
+        model: not wrapped, without adapters.
+        stored: floating dtypes of the initial model's files.
+
+    Raises:
+        ConfigError: nothing is left to train, or the dtype while training cannot hold the stored weights.
+    """
+    parameters = [parameter for group in encoders(model).values() for parameter in group]
+    if not parameters:
+        return
+    what = f"{type(model).__name__}, whose encoders stay as they are,"
+    _require_exact(stored, {parameter.dtype for parameter in parameters}, what)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "freeze must leave something to train, got patterns that match all of the text model, the only part of "
+            f"{type(model).__name__} that is trained"
+        )
+
+
+def _require_exact(
+    stored: Collection[torch.dtype], held: Collection[torch.dtype], what: str = "freeze"
+) -> None:
     """A frozen weight comes back bit for bit only where the dtype while training holds every stored value."""
     for dtype in sorted(held, key=str):
         for other in sorted(stored, key=str):
             if torch.promote_types(other, dtype) != dtype:
                 short, long = (str(each).removeprefix("torch.") for each in (dtype, other))
                 raise ConfigError(
-                    f"freeze needs a dtype that holds the stored weights exactly, got dtype: {short} for weights in "
+                    f"{what} needs a dtype that holds the stored weights exactly, got dtype: {short} for weights in "
                     f"{long}; use dtype: float32"
                 )
 

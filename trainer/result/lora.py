@@ -1,6 +1,7 @@
 """Low-rank adapters through `peft`: attach before training, merge afterwards, and only where both agree."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 from formats.errors import ConfigError, one_line
 from formats.install import how_to_install
 from trainer.config import LoraSettings
+from trainer.loading import load_model
+from trainer.multimodal import encoders
 
 ADAPTER_DIRECTORY = "adapter"
 MERGE_TOLERANCE = 1e-3
@@ -31,12 +34,14 @@ def attach_adapters(model: Any, settings: LoraSettings, seed: int = 0) -> Any:
     except ImportError:
         raise ConfigError(f"lora needs peft, which is not installed; {how_to_install('lora')}") from None
     targets = settings.target_modules
+    beside = "|".join(map(re.escape, encoders(model)))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=rf"(?:{beside})(?:\..*)?" if beside else None,
     )
     try:
         with torch.random.fork_rng(devices=[]):
@@ -141,7 +146,6 @@ def plain_name(name: str) -> str:
 def merge_adapters(model_dir: Path, adapter_dir: Path) -> Any:
     """The initial model in float32 with the saved adapter folded into its weights."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = load_model(model_dir, dtype="float32")
     return PeftModel.from_pretrained(model, str(adapter_dir)).merge_and_unload()

@@ -22,8 +22,9 @@ def require_clean(result: dict[str, Any], at_least: int) -> None:
     assert not any(bad.values()), result["details"]
 
 
-def test_killed_at_every_step_of_the_protocol() -> None:
-    result = run_apart("every step")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_killed_at_every_step_of_the_protocol(threads: int) -> None:
+    result = run_apart("every step", threads=threads)
     require_clean(result, at_least=30)
 
 
@@ -36,12 +37,13 @@ def test_killed_at_random_moments() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_at_random_moments(number: int) -> None:
-    require_clean(run_apart("random kills", num_kills=4, number=number), at_least=2)
+    require_clean(run_apart("random kills", num_kills=4, number=number, threads=3), at_least=2)
 
 
 @pytest.mark.slow
-def test_operations_that_fail() -> None:
-    result = run_apart("failing calls", stride=9, codes=(errno.ENOSPC,))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_operations_that_fail(threads: int) -> None:
+    result = run_apart("failing calls", stride=9, codes=(errno.ENOSPC,), threads=threads)
     require_clean(result, at_least=15)
     assert {"failed write", "failed fsync", "failed replace", "failed link"} <= set(result)
 

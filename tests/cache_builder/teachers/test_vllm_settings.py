@@ -71,6 +71,7 @@ def test_strings_take_the_declared_type(given, expected):
         ({"enforce_eager": "maybe"}, "enforce_eager must be bool, got 'maybe'"),
         ({"max_model_len": "100"}, "max_model_len is set by anneal, got '100'; use --max-length"),
         ({"dtype": "half"}, "use --dtype"),
+        ({"scheduler-cls": "my.Own"}, "scheduler_cls is set by anneal, got 'my.Own'; leave it out"),
         (
             {"enable_prefix_caching": "true"},
             "enable_prefix_caching is set by anneal, got 'true'; leave it out",

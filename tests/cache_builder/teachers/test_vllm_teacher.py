@@ -153,6 +153,20 @@ def test_waves_change_nothing_but_rounding(fp32, monkeypatch):
         np.testing.assert_allclose(one.label_logprobs, other.label_logprobs, atol=FP32_ATOL)
 
 
+def test_a_wave_that_was_sent_ahead_gives_the_bits_of_one_alone(fp32, monkeypatch):
+    """It waits in the engine until the wave before has ended: nothing of the two shares a step."""
+    teacher, _, rows, _ = fp32
+    monkeypatch.setattr(teacher, "_wave_tokens", 300)
+    waves = [[member.row for member in wave] for wave in teacher._waves(rows)]
+    assert len(waves) > 4
+    alone = [topk for wave in waves for topk in teacher.prefill(wave)]
+    for one, other in zip(alone, teacher.prefill(rows), strict=True):
+        assert one.token_ids.tobytes() == other.token_ids.tobytes()
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+        assert one.log_tail_nodes.tobytes() == other.log_tail_nodes.tobytes()
+        assert one.draws.logprobs.tobytes() == other.draws.logprobs.tobytes()
+
+
 def test_loss_positions_are_those_of_all_that_the_mask_selects(fp32, monkeypatch):
     teacher, _, rows, captured = fp32
     monkeypatch.setattr(teacher, "config", config(teacher.config.model, positions="loss"))

@@ -17,7 +17,7 @@ from cache_builder.commit import build_directory
 from cache_builder.tools import merge_caches as merge_module
 from cache_builder.tools.merge_caches import merge_caches
 from formats.cache import TeacherCache
-from formats.codec.payload import CodecConfig
+from formats.codec.config import CodecConfig
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from formats.logprobs.ragged import segment_of
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from make_teachers import by_id, capture, labels_for, labels_of, random_row, random_teacher
 
 from formats import TAIL_BETAS, CodecConfig, TailDraws, TopKLogprobs
-from formats.codec.payload import SECTIONS, Codec, bytes_for, from_planes, section_bytes, to_planes
+from formats.codec.layout import SECTIONS, bytes_for, from_planes, to_planes
+from formats.codec.payload import Codec, section_bytes
 from formats.codec.quantise import probability_tables, quantise_probabilities
 from formats.codec.rank_table import from_text, permutations, rank_by_frequency, to_text
 from formats.errors import ConfigError, CorruptShardError, UnsupportedVersionError
@@ -349,7 +350,7 @@ def test_every_bit_flip_is_noticed(name: str):
 def test_planes():
     values = np.array([0, 1, 255, 256, 65535, (1 << 20) - 1])
     for width in (3, 4):
-        stored = np.frombuffer(to_planes(values, width), np.uint8)
+        stored = np.frombuffer(to_planes(values, width).tobytes(), np.uint8)
         assert stored[:6].tolist() == [0, 1, 255, 0, 255, 255]
         assert (from_planes(stored, 0, 6, width) == values).all()
     assert [bytes_for(n) for n in (0, 1, 255, 256, 65535, 65536)] == [1, 1, 1, 2, 2, 3]
