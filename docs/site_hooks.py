@@ -19,7 +19,9 @@ ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
-ROOT_FILES = ("examples/first_contact.ipynb",)
+ROOT_FILES = tuple(
+    f"examples/{name}" for name in ("first_contact.ipynb", "llamafactory_anneal.py", "swift_anneal.py")
+)
 """Files that pages link to, and that are downloaded as they are."""
 PACKAGES = ("formats", "cache_builder", "trainer")
 

@@ -52,12 +52,13 @@ def test_every_cell_runs_and_annealing_forgets_less(
         for number, source in enumerate(code_cells()):
             exec(compile(source, f"cell {number}", "exec"), names)
     lines = {line.label: line for line in names["comparison"].models}
-    source = {label: line.cells["source prose"].value for label, line in lines.items()}
-    target = {label: line.cells["target code"].value for label, line in lines.items()}
+    source = {label: line.cells["source:prose"].value for label, line in lines.items()}
+    target = {label: line.cells["target:code"].value for label, line in lines.items()}
     initial, direct, annealed = "initial model", "direct fine-tuning", "label annealing"
     assert source[initial] < source[annealed] < source[direct]
     assert target[direct] < target[initial] and target[annealed] < target[initial]
     assert "| prose (source) |" in printed.getvalue()
+    assert not (ROOT / "examples" / "tiny-base" / "evaluations.json").exists()
 
 
 @pytest.mark.slow

@@ -79,23 +79,19 @@ class Reporters(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._measure(state)
+            self._measure(state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._measure(state)
+        self._measure(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._measure(state)
+        self._measure(state, control)
 
-    def _measure(self, state: Any) -> None:
-        """Once per step, and not where the run ends: a signal leaves no time, and the result is measured anyway."""
-        last = 0 < state.max_steps <= state.global_step
-        if (
-            not self.held
-            or self._measured_at == state.global_step
-            or last
-            or self.trainer.stop_request.requested
-        ):
+    def _measure(self, state: Any, control: Any) -> None:
+        """Once per step, and not where the run ends: a signal leaves no time, and the result is measured anyway.
+        All processes have agreed on the end (`StepControl`), so all of them measure or none does.
+        """
+        if not self.held or self._measured_at == state.global_step or control.should_training_stop:
             return
         self._measured_at = state.global_step
         begin, device = time.perf_counter(), self.trainer.args.device

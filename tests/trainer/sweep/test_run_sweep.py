@@ -77,6 +77,18 @@ def test_the_table_has_every_run_and_merge(done):
     assert labels[1:] == ["direct", "kl_coef=1", "l2.coef=0.1", "direct+wise-ft,alpha=0.5"]
 
 
+def test_the_cards_of_runs_and_merges_tell_what_the_sweep_measured(done):
+    out, report = done
+    places = [*(out / "runs").iterdir(), *(out / "merges").iterdir()]
+    assert len(places) == 4
+    for place in places:
+        card = (place / "README.md").read_text()
+        line = next(line for line in report.comparison.models if line.label == place.name)
+        for metric in report.comparison.metrics:
+            assert f"| {metric.name} ({metric.side}) |" in card
+            assert f" {line.cells[metric.key].value:.3f} |" in card
+
+
 def test_finished_runs_are_skipped_and_a_stopped_sweep_ends_with_the_same_file(done, ask, tmp_path):
     out, _ = done
     before = (out / "sweep.json").read_bytes()
