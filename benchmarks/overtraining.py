@@ -11,8 +11,8 @@ and is measured on held-out prose. `turns at`: the model after which more pretra
 
     python benchmarks/overtraining.py [--out runs/overtraining] [--scale small|full|quick] [--tokens A:B] [--plot FILE]
 
-The same command goes on where it was stopped, and a longer ladder (`--tokens`) keeps what is there. `small`: 45 to 60
-minutes on one core.
+The same command goes on where it was stopped, and a longer ladder (`--tokens`) keeps what is there. `small`: some 20
+minutes of one core.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from trainer.sweep.worker import WORKS
 
 GAMMAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 DRAWS = 4
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 KL_COEFS = (0.0, 1.0, 4.0)
 TRAINING = {
     "num_train_epochs": 1,
@@ -183,6 +183,11 @@ class Ladder:
             for rate in asked.learning_rates
         }
 
+    def left_of_last(self, values: Sequence[float]) -> float:
+        """Of what the last step of the ladder brought on prose, the share that is left in these losses."""
+        before = [self.noise[label].ce for label in self.labels[-2:]]
+        return (values[-2] - values[-1]) / (before[0] - before[1])
+
     def text(self) -> str:
         """Tables as Markdown."""
         strengths = self.tuned.config.kl_coefs
@@ -210,8 +215,12 @@ class Ladder:
                 {f"kl_coef {kl:g}": self.equal_learning(kl) for kl in strengths}
             ),
         }
+        tuned = {name: self.left_of_last(values) for name, values in self.runs("source_ce").items()}
+        noisy = {f"gamma {g:g}": self.left_of_last(self.noisy(n)) for n, g in enumerate(GAMMAS)}
+        last = "\n".join(f"| {name} | {100 * share:.0f} % |" for name, share in (noisy | tuned).items())
+        end = f"What is left of the gain on prose from {self.labels[-2]} to {self.labels[-1]}"
         head = f"| | {' | '.join(self.labels)} |"
-        return "\n\n".join(
+        return f"{end}:\n\n| | left |\n|---|---|\n{last}\n\n" + "\n\n".join(
             f"{title}:\n\n{head} {'rises' if 'cost' in title else 'turns at'} |\n|---|"
             + "---|" * (len(self.labels) + 1)
             + "\n"
@@ -304,13 +313,13 @@ def run(folder: Path, scale: Scale) -> Ladder:
 
 
 def tokens_of(text: str) -> tuple[int, ...]:
-    """`A:B` in millions, doubling.
+    """`A:B` in millions, doubling, so two at least.
 
     Raises:
         ValueError: it is not of that form.
     """
     first, last = (round(float(part) * 1e6) for part in text.split(":"))
-    if not 0 < first <= last:
+    if not 0 < 2 * first <= last:
         raise ValueError(text)
     found = [first]
     while found[-1] * 2 <= last:

@@ -74,14 +74,14 @@ class Scale:
 
 SCALES = {
     "full": Scale(tokens=tuple(2**n * 1_000_000 for n in range(7)), vocab_size=1024, width=128, layers=4),
-    "small": Scale(tokens=tuple(2**n * 250_000 for n in range(7)), vocab_size=512, width=32, layers=2),
+    "small": Scale(tokens=tuple(2**n * 250_000 for n in range(5)), vocab_size=512, width=32, layers=2),
     "quick": Scale(
         tokens=(8_192, 16_384), vocab_size=300, width=32, layers=1, context=64, split="source-train",
         heldout_bytes=6_000, tuning_bytes=8_000,
     ),
 }  # fmt: skip
-"""`full` is 0.8 million parameters on 1 to 64 million tokens, for a GPU or a night; `small` 0.15 million on 0.25 to 8
-million, for two cores and less than an hour; `quick` says whether it runs."""
+"""`full` is 0.8 million parameters on 1 to 64 million tokens, for a GPU or a night; `small` 43,000 on 0.25 to 4 million
+(6 to 93 tokens a parameter), for one core and less than half an hour; `quick` says whether it runs."""
 
 
 def name_of(num_tokens: int) -> str:

@@ -87,7 +87,7 @@ def test_what_is_read_off_a_ladder() -> None:
 def test_lengths_of_a_ladder() -> None:
     assert overtraining.tokens_of("0.25:1") == (250_000, 500_000, 1_000_000)
     assert [ladder.name_of(n) for n in (250_000, 1_000_000, 64_000_000)] == ["250K", "1M", "64M"]
-    for wrong in ("1", "2:1", "0:1", "a:b"):
+    for wrong in ("1", "2:1", "1:1", "0:1", "a:b"):
         with pytest.raises(ValueError):
             overtraining.tokens_of(wrong)
 
@@ -105,7 +105,7 @@ def test_quick_ladder(tmp_path) -> None:
         assert costs == sorted(costs) and costs[0] > 0
     assert "turns at" in done.stdout and (tmp_path / "out/overtraining.png").read_bytes()[1:4] == b"PNG"
     again = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout == done.stdout[done.stdout.index("\nLoss on prose") :]
+    assert again.returncode == 0 and done.stdout.endswith(again.stdout)
     other = subprocess.run(
         [*command, str(tmp_path / "out"), "--scale", "small"], capture_output=True, text=True
     )
