@@ -14,6 +14,7 @@ from typing import Any
 
 from formats.errors import AnnealError
 from formats.identity.fingerprint import ModelFingerprint
+from trainer.checkpoint import is_complete
 from trainer.result.run_directory import read_record
 
 
@@ -47,7 +48,7 @@ def ancestors_of(model_dir: Path) -> list[Ancestor]:
 
     A record without a lineage, of an earlier version, names the initial model in its identity.
     """
-    record = read_record(model_dir)
+    record = _record_of(model_dir)
     found = [_entry(entry) for entry in _list(record.get("lineage"))]
     if "lineage" not in record:
         found.append(_entry(_mapping(_mapping(record.get("identity")).get("teacher"))))
@@ -65,7 +66,7 @@ def lineage_of(model_dir: Path, name: str) -> list[Ancestor]:
         ConfigError: it is not a model.
         FormatError: a weight file is torn.
     """
-    cache = read_record(model_dir).get("cache")
+    cache = _record_of(model_dir).get("cache")
     itself = Ancestor(
         short_name(name), ModelFingerprint.of(model_dir).weights, None if cache is None else str(cache)
     )
@@ -85,7 +86,7 @@ def known_teachers(model_dir: Path) -> dict[str, str]:
     """Fingerprint -> name of every model whose caches say something about this one, by its record: ancestors, and
     the teacher that it was distilled from. Empty when nothing is recorded.
     """
-    anchor = _entry(_mapping(read_record(model_dir).get("kl_to")))
+    anchor = _entry(_mapping(_record_of(model_dir).get("kl_to")))
     entries = [*ancestors_of(model_dir), *([anchor] if anchor is not None else [])]
     return {entry.weights: entry.name for entry in entries}
 
@@ -93,6 +94,12 @@ def known_teachers(model_dir: Path) -> dict[str, str]:
 def to_record(lineage: Iterable[Ancestor]) -> list[dict[str, Any]]:
     """As `anneal.json` holds it."""
     return [asdict(entry) for entry in lineage]
+
+
+def _record_of(model_dir: Path) -> dict[str, Any]:
+    """The record of a model; of a checkpoint that of its run, which says where both come from."""
+    record = read_record(model_dir)
+    return record or (read_record(model_dir.resolve().parent) if is_complete(model_dir) else {})
 
 
 def _entry(entry: Any) -> Ancestor | None:

@@ -192,3 +192,20 @@ def test_a_record_of_an_earlier_version_names_its_initial_model(chain, tmp_path)
     assert evaluate(old, {"A": chain / "cacheA"})["A"]["kl"] > 0
     with pytest.raises(IdentityMismatchError):
         evaluate(old, {"S": chain / "cacheS"})
+
+
+def test_a_checkpoint_comes_from_where_its_run_comes_from(chain, tmp_path):
+    """It has no record of its own; so what is trained from it, or measured, knows the initial model too."""
+    steps = ("training.save_strategy=steps", "training.save_steps=1", "keep_checkpoints=true")
+    train(settings(chain / "cacheA", chain / "base", tmp_path / "run", "kl_coef=0.1", *steps))
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    base = ModelFingerprint.of(chain / "base").weights
+    assert [entry.weights for entry in ancestors_of(checkpoint)] == [base] and base in known_teachers(
+        checkpoint
+    )
+    assert evaluate(checkpoint, {"b": chain / "cacheB"})["b"]["kl"] > 0
+    with pytest.raises(IdentityMismatchError, match="another ancestor"):
+        evaluate(checkpoint, {"s": chain / "cacheS"})
+    train(settings(chain / "cacheA", checkpoint, tmp_path / "next", "kl_coef=0", "training.max_steps=1"))
+    weights = [base, ModelFingerprint.of(checkpoint).weights]
+    assert [entry.weights for entry in ancestors_of(tmp_path / "next")] == weights
