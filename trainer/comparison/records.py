@@ -1,6 +1,7 @@
 """What models' own records say for a comparison: who was fine-tuned directly, and who differs by a seed alone."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,14 @@ def groups_of(
 
 
 def _common_name(labels: list[str], taken: set[str]) -> str:
-    """What the labels begin with, without a dangling `-seed`; the first label where that says nothing."""
+    """The labels without the `,seed=N` of a sweep; else what they begin with, without a dangling `-seed`; the first
+    label where that says nothing.
+    """
     if len(labels) == 1:
         return labels[0]
+    plain = {re.sub(r",seed=\d+", "", label) for label in labels}
+    if len(plain) == 1 and not plain & (taken - set(labels)):
+        return plain.pop()
     first, last = min(labels), max(labels)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     common = first[:length].rstrip("-_., ")

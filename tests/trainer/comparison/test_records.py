@@ -53,6 +53,18 @@ def test_runs_and_merges_of_them(tmp_path):
     }
 
 
+def test_names_of_a_sweep_lose_their_seed(tmp_path):
+    runs = [f"kl_coef=1{seed}" for seed in ("", ",seed=3", ",seed=4")]
+    found = {label: run(tmp_path, label, seed) for seed, label in enumerate(runs)}
+    found |= {f"{label}+wise-ft,alpha=0.5": merge(tmp_path, f"of {label}", label, 0.5) for label in runs[1:]}
+    assert {
+        name: len(labels) for name, labels in groups_of(found, {label: label for label in found}).items()
+    } == {
+        "kl_coef=1": 3,
+        "kl_coef=1+wise-ft,alpha=0.5": 2,
+    }
+
+
 def test_the_same_weights_twice_are_not_two_seeds(tmp_path):
     found = {"a": run(tmp_path, "a", 0), "b": run(tmp_path, "b", 1)}
     assert groups_of(found, {"a": "w", "b": "w"}) == {"a": ["a"], "b": ["b"]}
