@@ -5,6 +5,7 @@ it. Such a model is loaded whole, so that what is saved has every tensor of the 
 text model and the output head is not trained and gets no adapters.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,17 @@ def auto_class(model_dir: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    config = AutoConfig.from_pretrained(model_dir)
+    config = AutoConfig.from_pretrained(_base_of(model_dir))
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
+def _base_of(model_dir: Path) -> str:
+    """Where the configuration is: beside adapters alone there is none, they name the model that they were made for."""
+    adapters = model_dir / "adapter_config.json"
+    if (model_dir / "config.json").is_file() or not adapters.is_file():
+        return str(model_dir)
+    return str(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def require_text_model(model: Any) -> None:
