@@ -280,10 +280,11 @@ def print_report(results: dict[tuple[int, float, str], Result]) -> None:
         print(f"| {stop} | {temperature:g} | {method} | " + " | ".join(cells) + " |")
 
 
-def main() -> None:
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of gradients asks: the model, its drift, the held-out text, the cache."""
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=root / "examples" / "tiny-base")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 10, 100])
@@ -294,6 +295,28 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--min-prob", type=float, default=CaptureSettings.min_prob, help="as in cache build")
     parser.add_argument("--tail-draws", type=int, default=CaptureSettings.draw_rate, help="as in cache build")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    return parser
+
+
+def teacher_and_texts(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> tuple[Any, list[torch.Tensor], list[torch.Tensor]]:
+    """The model, batches to drift on, and the held-out ones."""
+    if not (args.model / "config.json").is_file():
+        parser.error(f"no model in {args.model}; run examples/make_tiny_base.py or pass --model")
+    from fidelity_data import text_batches
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    train = text_batches(tokenizer, "target-train", 20, rows=4, length=128)
+    held_out = text_batches(tokenizer, "target-heldout", args.batches, rows=args.rows, length=args.length)
+    return teacher, train, held_out
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--max-k", type=int, default=CaptureSettings.max_k, help="as in cache build")
     parser.add_argument(
         "--least-mass",
@@ -302,18 +325,8 @@ def main() -> None:
         metavar="P",
         help="KL only at positions whose kept tokens hold so much, as nearly all of a large model's do",
     )
-    parser.add_argument("--json", type=Path, help="write every comparison here")
     args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
-        parser.error(f"no model in {args.model}; run examples/make_tiny_base.py or pass --model")
-    from fidelity_data import text_batches
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    sizes = {"rows": args.rows, "length": args.length}
-    train = text_batches(tokenizer, "target-train", 20, rows=4, length=128)
-    held_out = text_batches(tokenizer, "target-heldout", args.batches, **sizes)
+    teacher, train, held_out = teacher_and_texts(parser, args)
     results = measure(
         teacher,
         train,

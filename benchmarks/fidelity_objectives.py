@@ -9,7 +9,6 @@ loss. Two figures say what is bias and what is noise: the angle and norm of one 
 the angle of a single batch. Noise falls with the square root of their ratio, bias does not.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -25,7 +24,16 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from fidelity import Comparison, compare, drift, gradient_from_logits, parameter_gradient, write_cache
+from fidelity import (
+    Comparison,
+    arguments,
+    compare,
+    drift,
+    gradient_from_logits,
+    parameter_gradient,
+    teacher_and_texts,
+    write_cache,
+)
 
 from formats.cache import TeacherCache
 from formats.capture_settings import CaptureSettings
@@ -224,31 +232,14 @@ def print_report(results: dict[tuple[str, int, float], Result]) -> None:
 
 
 def main() -> None:
-    root = Path(__file__).resolve().parents[1]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=root / "examples" / "tiny-base")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 10, 100])
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.5, 1.0, 2.0])
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--batches", type=int, default=8, help="held-out batches, together one step")
-    parser.add_argument("--rows", type=int, default=4, help="rows per batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens per row")
-    parser.add_argument("--min-prob", type=float, default=CaptureSettings.min_prob, help="as in cache build")
-    parser.add_argument("--tail-draws", type=int, default=CaptureSettings.draw_rate, help="as in cache build")
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser = arguments(__doc__)
     args = parser.parse_args()
-    from fidelity_data import text_batches
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    teacher, train, held_out = teacher_and_texts(parser, args)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(
             teacher,
-            text_batches(tokenizer, "target-train", 20, rows=4, length=128),
-            text_batches(tokenizer, "target-heldout", args.batches, rows=args.rows, length=args.length),
+            train,
+            held_out,
             stops=sorted(args.steps),
             temperatures=args.temperatures,
             learning_rate=args.learning_rate,

@@ -18,13 +18,17 @@ minutes of one core.
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from overtraining_ladder import ROOT, SCALES, Scale, name_of, prepare, pretrain
+from pool_here import InThisProcess
 from stdlib_text import documents
 
 from cache_builder import BuildConfig, build_cache
@@ -33,8 +37,6 @@ from formats.progress import ConsoleProgress
 from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS
 from trainer.probe.noise import NoiseCurve, NoisePoint, probe_noise
 from trainer.probe.tune import TuneConfig, TuneReport, probe_tune
-from trainer.sweep.pools import Job, Outcome
-from trainer.sweep.worker import WORKS
 
 GAMMAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 DRAWS = 4
@@ -52,31 +54,6 @@ TRAINING = {
 SHARE = 0.9
 """Of the gain of direct fine-tuning at its best rate: where methods are compared at equal learning."""
 MARKER = ".anneal-overtraining"
-
-
-class ThisProcess:
-    """A pool of one: models this small train faster than a process of their own starts."""
-
-    parallel = 1
-
-    def __init__(self) -> None:
-        self._stopped = False
-
-    def run(
-        self, jobs: Sequence[Job], started: Callable[[Job], None], ended: Callable[[Job, Outcome], None]
-    ) -> None:
-        """One after another, until stopped."""
-        for job in jobs:
-            if self._stopped:
-                return
-            started(job)
-            ended(job, WORKS[job.work](json.loads(json.dumps(dict(job.settings)))))
-
-    def stop(self) -> None:
-        """After the run under way, which stops by itself at a signal."""
-        self._stopped = True
-
-    kill = stop
 
 
 def build(corpus: str, model: str, out: str, options: Mapping[str, Any]) -> None:
@@ -110,9 +87,9 @@ def noise_of(folder: Path, model: Path, text: str) -> NoiseCurve:
         points = [NoisePoint(**point) for point in found["points"]]
         return NoiseCurve(ce=found["ce"], points=points)
     curve = probe_noise({model.name: model}, {"prose": text}, gammas=GAMMAS, draws=DRAWS)[model.name]["prose"]
-    points = [dataclasses.asdict(point) for point in curve.points]
+    stored = [dataclasses.asdict(point) for point in curve.points]
     place.parent.mkdir(exist_ok=True)
-    atomic_write_bytes(place, json.dumps({"settings": settings, "ce": curve.ce, "points": points}).encode())
+    atomic_write_bytes(place, json.dumps({"settings": settings, "ce": curve.ce, "points": stored}).encode())
     return curve
 
 
@@ -304,7 +281,7 @@ def run(folder: Path, scale: Scale) -> Ladder:
         training=TRAINING,
         build=options,
     )
-    tuned = probe_tune(config, build=build, pool=ThisProcess(), progress=ConsoleProgress())
+    tuned = probe_tune(config, build=build, pool=InThisProcess(), progress=ConsoleProgress())
     if tuned.failed:
         raise SystemExit("\n".join(f"failed: {name}: {line}" for name, line in tuned.failed.items()))
     found = Ladder(labels=list(places), noise=noise, tuned=tuned)

@@ -7,7 +7,7 @@ import typer
 from commands import completion
 from commands.options import EngineArgOption, JsonOption
 from commands.parsing import parse_engine_args
-from commands.terminal import console_progress, named, show, show_json
+from commands.terminal import console_progress, named, show_report
 
 
 def bench_command(
@@ -114,7 +114,4 @@ def bench_command(
         out=out,
     )
     report = bench_models(named(models, "models", "LABEL=DIR"), settings, console_progress())
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
+    show_report(report, as_json=as_json)

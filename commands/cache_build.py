@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from commands import completion
 from commands.options import (
     CorpusArgument,
     DtypeOption,
@@ -16,6 +15,7 @@ from commands.options import (
     MaxLengthOption,
     ModelOption,
     OptionalCorpusArgument,
+    PositionsOption,
     RevisionOption,
     SeedOption,
     SplitOption,
@@ -24,7 +24,7 @@ from commands.options import (
     TextColumnOption,
 )
 from commands.parsing import parse_engine_args, parse_shards, parse_template_args
-from commands.terminal import console_progress, show, show_json
+from commands.terminal import console_progress, show, show_report
 from formats.capture_settings import CaptureSettings
 from formats.errors import ConfigError
 
@@ -67,13 +67,7 @@ def cache_build(
     ] = CaptureSettings.min_prob,
     max_k: MaxKOption = CaptureSettings.max_k,
     tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
-    positions: Annotated[
-        str,
-        typer.Option(
-            autocompletion=completion.words(*completion.POSITIONS),
-            help="loss: positions whose next token carries loss; all: every position.",
-        ),
-    ] = CaptureSettings.positions,
+    positions: PositionsOption = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
@@ -180,13 +174,7 @@ def cache_estimate(
     max_length: MaxLengthOption = None,
     max_k: MaxKOption = CaptureSettings.max_k,
     tail_draws: TailDrawsOption = CaptureSettings.draw_rate,
-    positions: Annotated[
-        str,
-        typer.Option(
-            autocompletion=completion.words(*completion.POSITIONS),
-            help="loss: positions whose next token carries loss; all: every position.",
-        ),
-    ] = CaptureSettings.positions,
+    positions: PositionsOption = CaptureSettings.positions,
     limit: LimitOption = None,
     text_column: TextColumnOption = None,
     split: SplitOption = None,
@@ -227,7 +215,4 @@ def cache_estimate(
     report = estimate_cache(
         config, rows=rows, step_tokens=step_tokens, seed=seed, progress=console_progress()
     )
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
+    show_report(report, as_json=as_json)

@@ -8,7 +8,7 @@ import typer
 from commands import completion
 from commands.options import CacheArgument, EngineArgOption, JsonOption
 from commands.parsing import parse_engine_args
-from commands.terminal import console_progress, show, show_json
+from commands.terminal import console_progress, show, show_report
 from formats.errors import ConfigError
 
 
@@ -70,10 +70,7 @@ def cache_verify(
         engine_args=parse_engine_args(engine_arg),
         progress=console_progress(),
     )
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
+    show_report(report, as_json=as_json)
     if not report.ok:
         raise typer.Exit(1)
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from commands import completion
-from commands.options import JsonOption
-from commands.terminal import console_progress, named, note, show, show_json
+from commands.options import JsonOption, RunSettingsOption
+from commands.terminal import console_progress, named, note, show, show_report
 from formats.errors import ConfigError
 
 
@@ -108,16 +108,7 @@ def chain_command(
             help="What is summed up.  [default: ce]",
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            autocompletion=completion.settings,
-            metavar="KEY=VALUE",
-            show_default=False,
-            help="A setting of all runs. May be repeated.",
-        ),
-    ] = None,
+    overrides: RunSettingsOption = None,
     build: Annotated[
         list[str] | None,
         typer.Option(
@@ -183,10 +174,7 @@ def chain_command(
         if found is None:
             return
         report, columns, rows = found, found.columns, found.rows
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
+    show_report(report, as_json=as_json)
     if plot is not None and rows:
         from trainer.chain.heat_map import draw_matrix
 

@@ -1,6 +1,7 @@
 """`anneal compare` and `anneal select`: what models learnt and kept, and which to take."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +21,7 @@ from commands.options import (
     TargetOption,
     WorkOption,
 )
-from commands.terminal import console_progress, named, note, show, show_json
+from commands.terminal import console_progress, named, note, show_report
 from formats.errors import ConfigError
 
 
@@ -44,31 +45,43 @@ def compare_command(
     A word of --source and --target is a cache (perplexity and KL are evaluated, once) or a task of each model's
     bench.json. docs/compare.md says how to read the columns.
     """
-    from trainer import compare
-    from trainer.comparison.page import require_page
-    from trainer.evaluation.tradeoff_picture import require_plottable
+    from trainer.comparison.page import require_writable
 
-    if plot is not None:
-        require_plottable(plot)
-    if page is not None:
-        require_page(page)
-    comparison = compare(
-        named(models, "models", "LABEL=DIR"),
-        source=named(source, "--source", "NAME=CACHE"),
-        target=named(target, "--target", "NAME=CACHE"),
-        initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
+    require_writable(plot, page)
+    comparison = _compared(
+        models,
+        source,
+        target,
+        initial,
         direct=direct,
         group=not no_group,
         work=work,
         bench=bench,
         dtype=dtype,
         limit=limit,
-        progress=console_progress(),
     )
-    if as_json:
-        show_json(comparison.to_dict())
-    else:
-        show(comparison.text())
+    show_report(comparison, as_json=as_json)
+    draw(comparison, plot, page)
+
+
+def _compared(
+    models: list[str], source: list[str], target: list[str], initial: str | None, **options: Any
+) -> Any:
+    """`trainer.compare` of what was typed."""
+    from trainer import compare
+
+    return compare(
+        named(models, "models", "LABEL=DIR"),
+        source=named(source, "--source", "NAME=CACHE"),
+        target=named(target, "--target", "NAME=CACHE"),
+        initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
+        progress=console_progress(),
+        **options,
+    )
+
+
+def draw(comparison: Any, plot: Path | None, page: Path | None) -> None:
+    """Write the picture and the page that were asked for, and say where they are."""
     if plot is not None:
         note(f"picture in {comparison.plot(plot)}")
     if page is not None:
@@ -107,27 +120,23 @@ def select_command(
 
     docs/select.md has the rules.
     """
-    from trainer import compare, select
+    from trainer import select
     from trainer.selection.rules import Rule
 
     Rule.parse(rule)
     if initial is None:
         raise ConfigError("a selection needs the initial model, got none; name it with --initial MODEL")
-    comparison = compare(
-        named(models, "models", "LABEL=DIR"),
-        source=named(source, "--source", "NAME=CACHE"),
-        target=named(target, "--target", "NAME=CACHE"),
-        initial=named([initial], "models", "LABEL=DIR"),
+    comparison = _compared(
+        models,
+        source,
+        target,
+        initial,
         direct=direct,
         group=not no_group,
         work=work,
         bench=bench,
         dtype=dtype,
         limit=limit,
-        progress=console_progress(),
     )
     selection = select(comparison, rule, min_gain=min_gain)
-    if as_json:
-        show_json(selection.to_dict())
-    else:
-        show(selection.text())
+    show_report(selection, as_json=as_json)

@@ -193,3 +193,20 @@ PageOption = Annotated[
         help="Also write picture and tables as one .html page that needs nothing else.",
     ),
 ]
+PositionsOption = Annotated[
+    str,
+    typer.Option(
+        autocompletion=completion.words(*completion.POSITIONS),
+        help="loss: positions whose next token carries loss; all: every position.",
+    ),
+]
+RunSettingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        autocompletion=completion.settings,
+        metavar="KEY=VALUE",
+        show_default=False,
+        help="A setting of all runs. May be repeated.",
+    ),
+]

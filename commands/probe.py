@@ -7,7 +7,7 @@ import typer
 
 from commands import completion
 from commands.options import EvalDtypeOption, JsonOption
-from commands.terminal import console_progress, named, note, show, show_json
+from commands.terminal import console_progress, named, note, show, show_json, show_report
 from formats.errors import ConfigError
 
 probe_app = typer.Typer(
@@ -117,10 +117,7 @@ def noise_command(
         progress=console_progress(),
     )
     report = NoiseReport(curves=curves, draws=draws)
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
+    show_report(report, as_json=as_json)
     if plot is not None:
         note(f"picture in {report.plot(plot)}")
 
@@ -259,10 +256,7 @@ def tune_command(
         build=settings["build"],
     )
     report = probe_tune(config, build=build_in_process, limit=limit, progress=console_progress())
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
+    show_report(report, as_json=as_json)
     if report.failed:
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ import typer
 
 from commands import completion
 from commands.options import JsonOption
-from commands.terminal import console_progress, named, show, show_json
+from commands.terminal import console_progress, named, show_report
 
 
 def restore_command(
@@ -105,9 +105,6 @@ def restore_command(
         build=settings["build"],
     )
     report = run_restore(config, build=build_in_process, limit=limit, progress=console_progress())
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
+    show_report(report, as_json=as_json)
     if report.failed:
         raise typer.Exit(1)

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from commands import completion
-from commands.options import JsonOption, PageOption, PlotOption
-from commands.terminal import console_progress, named, note, show, show_json
+from commands.compare import draw
+from commands.options import JsonOption, PageOption, PlotOption, RunSettingsOption
+from commands.terminal import console_progress, named, show, show_report
 
 
 def sweep_command(
@@ -125,16 +126,7 @@ def sweep_command(
     config: Annotated[
         Path | None, typer.Option(show_default=False, help="YAML file with settings of `anneal train`.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            autocompletion=completion.settings,
-            metavar="KEY=VALUE",
-            show_default=False,
-            help="A setting of all runs. May be repeated.",
-        ),
-    ] = None,
+    overrides: RunSettingsOption = None,
     bench: Annotated[
         list[str] | None,
         typer.Option(
@@ -168,7 +160,7 @@ def sweep_command(
     as_json: JsonOption = False,
 ) -> None:
     """Train every combination of settings from one cache, merge, and compare; the same command continues."""
-    from trainer.sweep.compared import require_writable
+    from trainer.comparison.page import require_writable
     from trainer.sweep.config import sweep_from_options
     from trainer.sweep.pools import LocalPool
     from trainer.sweep.sweep import plan_sweep, run_sweep
@@ -204,13 +196,8 @@ def sweep_command(
             report = run_sweep(asked, pool=cluster, progress=console_progress())
     else:
         report = run_sweep(asked, pool=LocalPool(parallel or 1), progress=console_progress())
-    if as_json:
-        show_json(report.to_dict())
-    else:
-        show(report.text())
-    if plot is not None and report.comparison is not None:
-        note(f"picture in {report.comparison.plot(plot)}")
-    if page is not None and report.comparison is not None:
-        note(f"page in {report.comparison.page(page)}")
+    show_report(report, as_json=as_json)
+    if report.comparison is not None:
+        draw(report.comparison, plot, page)
     if report.failed:
         raise typer.Exit(1)

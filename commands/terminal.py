@@ -33,6 +33,14 @@ def show_json(value: Any) -> None:
     show(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
+def show_report(report: Any, *, as_json: bool) -> None:
+    """Print what has `to_dict` and `text` in one of the two forms."""
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        show(report.text())
+
+
 def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> dict[str, str]:
     """`NAME=PATH` or `PATH`, whose last component is then its name, as a mapping.
 

@@ -8,6 +8,9 @@ import yaml
 
 from formats.errors import FormatError, one_line
 
+CARD_NAME = "README.md"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""Of a repository: owner and name."""
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -23,9 +26,9 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
     try:
         front = yaml.safe_load(found[1]) or {}
     except yaml.YAMLError as error:
-        raise FormatError(f"README.md must begin with YAML, got {one_line(error, whole=True)}") from None
+        raise FormatError(f"{CARD_NAME} must begin with YAML, got {one_line(error, whole=True)}") from None
     if not isinstance(front, dict):
-        raise FormatError(f"README.md must begin with a YAML mapping, got {type(front).__name__}")
+        raise FormatError(f"{CARD_NAME} must begin with a YAML mapping, got {type(front).__name__}")
     return front, card[found.end() :]
 
 

@@ -261,7 +261,7 @@ def load_student(config: TrainConfig, inputs: Inputs, resolved: Mapping[str, Any
     freeze(model, config.freeze, layout.stored_dtypes if layout is not None else (), config.training)
     beside = encoders(model)
     if config.lora is None:
-        freeze_encoders(model, layout.stored_dtypes if layout is not None else ())
+        freeze_encoders(model, beside, layout.stored_dtypes if layout is not None else ())
     else:
         model = attach_adapters(model, config.lora, int(config.training.get("seed", DEFAULTS["seed"])))
     if (quantization := WeightQuantization.parse("fake_quantize", config.fake_quantize)) is not None:

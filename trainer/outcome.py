@@ -1,6 +1,6 @@
 """What a trained model came to, measured after the last step while it is still in memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import TrainConfig
@@ -53,11 +53,10 @@ def figures_of(
     evaluation: Mapping[str, Mapping[str, Any]], new_text: Mapping[str, Any]
 ) -> dict[str, float | int | None]:
     """The same as reporters are told it, by the names that the Trainer's own evaluations have."""
-
-    def named() -> Iterator[tuple[str, float | int | None]]:
-        for cache, result in evaluation.items():
-            for name, value in result.items():
-                if name != "kl_to":
-                    yield f"eval_{cache}_{name}", value
-
-    return {KL_TO_INITIAL: new_text["kl"], **dict(named())}
+    measured = {
+        f"eval_{cache}_{name}": value
+        for cache, result in evaluation.items()
+        for name, value in result.items()
+        if name != "kl_to"
+    }
+    return {KL_TO_INITIAL: new_text["kl"], **measured}

@@ -88,10 +88,15 @@ class TrainReport:
         return f"{self.num_steps} steps in {self.seconds:.0f} s; model in {self.out}"
 
 
-def train(config: TrainConfig) -> TrainReport:
+def train(
+    config: TrainConfig, *, trainer_class: type[LabelAnnealingTrainer] = LabelAnnealingTrainer
+) -> TrainReport:
     """Fine-tune `config.model` on `config.cache` and write the result to `config.out`.
 
     Start it under `torchrun` or `accelerate launch` for several processes; every one calls this function.
+
+    Args:
+        trainer_class: for people with a loss of their own (`examples/real/two_models.py`).
 
     Raises:
         ConfigError: settings, model or output directory do not fit; or the model could not be saved again.
@@ -102,10 +107,12 @@ def train(config: TrainConfig) -> TrainReport:
         AnnealError: the saved model does not compute what the trained one does; it is not published.
     """
     with ExitStack() as opened:
-        return _train(config, opened)
+        return _train(config, opened, trainer_class)
 
 
-def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
+def _train(
+    config: TrainConfig, opened_run: ExitStack, trainer_class: type[LabelAnnealingTrainer]
+) -> TrainReport:
     """`train`, which closes what is entered into `opened_run`."""
     started = time.perf_counter()
     resolved, inputs, rows, student, retention = prepare(config)
@@ -123,7 +130,7 @@ def _train(config: TrainConfig, opened_run: ExitStack) -> TrainReport:
         directory = RunDirectory.open(out, settings, identity, owner=args.process_index == 0)
     opened_run.enter_context(directory)
     settle_liger(args, student.model)
-    trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention)
+    trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention, trainer_class)
     check_before_start(trainer)
     directory.require_same_run(run_facts(trainer, config, *facts_of(config, inputs)))
     check_before_first_step(trainer, config, inputs, rows, directory)
@@ -155,9 +162,8 @@ def prepare(config: TrainConfig) -> tuple[dict[str, Any], Inputs, Rows, Student,
     """What a run loads before anything is written, checked: arguments, caches, rows, model, methods."""
     resolved = resolve_training(config)
     on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
-    logits_type(
-        config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu"
-    )  # refused here, if it is not there
+    # Refused here, if it is not there.
+    logits_type(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
     quiet_transformers()
     inputs = open_inputs(config)
     rows = rows_of(config, inputs)
@@ -192,9 +198,10 @@ def make_trainer(
     tokenizer: Any,
     rows: Rows,
     retention: list[RetentionMethod],
+    trainer_class: type[LabelAnnealingTrainer] = LabelAnnealingTrainer,
 ) -> LabelAnnealingTrainer:
     """The Trainer with this program's progress lines instead of its own."""
-    trainer = LabelAnnealingTrainer(
+    trainer = trainer_class(
         student.model,
         args,
         train_dataset=rows.training,

@@ -5,23 +5,19 @@ configuration `teacher-cache`, and the tags and the base model that it lacks. Ev
 already, by whomever, stays.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, FormatError
-from formats.front_matter import join_card, split_card, table_cell, with_section
+from formats.front_matter import CARD_NAME, join_card, split_card, table_cell, with_section
 from formats.identity.teacher_identity import short
 from formats.progress import format_bytes
 
-CARD_NAME = "README.md"
 CONFIG_NAME = "teacher-cache"
 TAGS = ("anneal", "distillation", "knowledge-distillation", "logprobs", "teacher-logits")
 BEGIN = "<!-- written by anneal cache push, and written anew by the next one -->"
 END = "<!-- end of what anneal cache push wrote -->"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""Of a repository: owner and name."""
 
 
 class HubError(AnnealError):

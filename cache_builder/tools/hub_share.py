@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.commit.build_directory import BuildDirectory, State
-from cache_builder.tools.hub_card import CARD_NAME, HUB_NAME, HubError, card_of
+from cache_builder.tools.hub_card import HubError, card_of
 from formats.cache import TeacherCache
 from formats.disk.durable import fsync_directory
 from formats.disk.manifest import MANIFEST_NAME
 from formats.errors import ConfigError, one_line
+from formats.front_matter import CARD_NAME, HUB_NAME
 from formats.progress import Progress
 
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-import trainer.run
 from trainer.config_file import load_config
 from trainer.data.collator import split_batch
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loss.label_annealing_loss import LabelAnnealingOutput
+from trainer.run import train
 
 PLAIN = {
     "kl_direction": "forward",
@@ -97,8 +97,7 @@ def main() -> None:
     if other or config.lora is not None or config.caches or config.kl_budget is not None:
         parser.error(f"the run must be plain label annealing, got {other or 'lora, caches or kl_budget'}")
     TwoModelTrainer.initial_model = config.model
-    trainer.run.LabelAnnealingTrainer = TwoModelTrainer  # type: ignore[misc]
-    print(trainer.run.train(config).line())
+    print(train(config, trainer_class=TwoModelTrainer).line())
 
 
 if __name__ == "__main__":

@@ -16,24 +16,6 @@ VOCAB_SIZE = 300
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).float().eval()
-
-
-@pytest.fixture(scope="module")
 def texts(teacher):
     """What the model says itself, so that some labels are probable enough for stm; the first is trained on."""
     torch.manual_seed(2)

@@ -15,6 +15,7 @@ class InThisProcess:
         self.jobs: list = []
         self.parallel = parallel
         self._stop_after = stop_after
+        self._stopped = False
 
     @property
     def names(self) -> list[str]:
@@ -25,12 +26,16 @@ class InThisProcess:
         from trainer.sweep.worker import WORKS
 
         for job in jobs:
+            if self._stopped:
+                return
             if len(self.jobs) == self._stop_after:
                 raise KeyboardInterrupt
             started(job)
             self.jobs.append(job)
             ended(job, WORKS[job.work](json.loads(json.dumps(dict(job.settings)))))
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """After the job under way, which stops by itself at a signal."""
+        self._stopped = True
 
-    def kill(self) -> None: ...
+    kill = stop

@@ -15,7 +15,7 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.bench.model_identity import model_identity
+from trainer.bench.model_identity import is_adapter, model_identity
 from trainer.comparison.comparison import Comparison
 from trainer.comparison.evaluation_file import EvaluationFile
 from trainer.comparison.flips import count_flips, mean_flips
@@ -117,6 +117,8 @@ def compare(
         for (side, name), word in tasks.items():
             metric, found = read_task(results, str(word), side=side, name=name)
             readings[metric] = found
+    tells = work is None if cards is None else cards
+    before: dict[Metric, float | None] = {}
     for label, directory in directories.items() if caches else ():
         with given_as("--initial" if label in known else "MODEL"):
             found_here = read_texts(
@@ -132,8 +134,10 @@ def compare(
             )
         for metric, reading in found_here.items():
             readings.setdefault(metric, {})[label] = reading
-        if (work is None if cards is None else cards) and label not in known and Path(given[label]).is_dir():
-            _tell_in_card(directory, found_here, caches, {m: readings[m].get(str(alone)) for m in found_here})
+        if label in known:
+            before = {metric: reading.value for metric, reading in found_here.items()}
+        elif tells and Path(given[label]).is_dir():
+            _tell_in_card(directory, weights[label], found_here, caches, before)
     order = list(words)
     metrics = tuple(sorted(readings, key=lambda metric: order.index((metric.side, metric.name))))
     lines = tuple(
@@ -215,24 +219,26 @@ def _line(
 
 def _tell_in_card(
     directory: Path,
+    weights: str,
     found: Mapping[Metric, Reading],
     caches: Mapping[Metric, TeacherCache],
-    before: Mapping[Metric, Reading | None],
+    before: dict[Metric, float | None],
 ) -> None:
+    """Also keeps in `before` what the model before says of each text, for the models that follow."""
     texts = []
     for metric, reading in found.items():
-        first, cache = before[metric], caches[metric]
-        if reading.details["num_rows"] == len(cache):
-            texts.append(
-                measured_text(
-                    metric.name,
-                    cache,
-                    reading.details,
-                    role=metric.side,
-                    before=None if first is None else first.value,
-                )
-            )
-    add_measured(directory, texts)
+        text = measured_text(
+            metric.name,
+            caches[metric],
+            reading.details,
+            role=metric.side,
+            before=before.get(metric),
+        )
+        if text is not None:
+            texts.append(text)
+            before[metric] = text.before
+    # Adapters alone have a fingerprint of their own here, and none in a record.
+    add_measured(directory, texts, None if is_adapter(directory) else weights)
 
 
 def cell_of(metric: Metric, own: Sequence[Reading], first: Reading | None) -> Cell:

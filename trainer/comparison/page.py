@@ -14,6 +14,7 @@ from trainer.comparison.layout import Table, flips_table, main_table, notes_of
 from trainer.comparison.lines import Lines
 from trainer.comparison.picture import picture_axes
 from trainer.comparison.svg import scatter_svg
+from trainer.evaluation.tradeoff_picture import require_plottable
 
 STYLE = """
 :root { color-scheme: light dark; --c0:#0072b2; --c1:#d55e00; --c2:#009e73; --c3:#cc79a7; --c4:#b07900; --c5:#2d8fc4;
@@ -82,6 +83,18 @@ def require_page(path: str | Path) -> Path:
     if reason:
         raise ConfigError(f"the page must go to a writable .html file, got {path}: {reason}")
     return path
+
+
+def require_writable(plot: Path | None, page: Path | None) -> None:
+    """Refuse a picture or page of a comparison that could not be written, before anything is computed.
+
+    Raises:
+        ConfigError: another ending, or no place for it.
+    """
+    if plot is not None:
+        require_plottable(plot)
+    if page is not None:
+        require_page(page)
 
 
 def write_page(comparison: Lines, path: str | Path) -> Path:

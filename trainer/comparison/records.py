@@ -82,13 +82,18 @@ def groups_of(
     return found
 
 
+def without_seed(name: str) -> str:
+    """The name that a sweep's run, or a merge of it, shares with those of other seeds."""
+    return re.sub(r",seed=\d+", "", name)
+
+
 def _common_name(labels: list[str], taken: set[str]) -> str:
     """The labels without the `,seed=N` of a sweep; else what they begin with, without a dangling `-seed`; the first
     label where that says nothing.
     """
     if len(labels) == 1:
         return labels[0]
-    plain = {re.sub(r",seed=\d+", "", label) for label in labels}
+    plain = {without_seed(label) for label in labels}
     if len(plain) == 1 and not plain & (taken - set(labels)):
         return plain.pop()
     first, last = min(labels), max(labels)

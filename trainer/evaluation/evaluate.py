@@ -169,8 +169,9 @@ def add_to_card(model_dir: str | Path, caches: Mapping[str, str], results: Mappi
     if not Path(model_dir).is_dir():
         return False
     opened = {name: TeacherCache(path) for name, path in caches.items()}
-    whole = [name for name, result in results.items() if result["num_rows"] == len(opened[name])]
-    return add_measured(Path(model_dir), [measured_text(name, opened[name], results[name]) for name in whole])
+    return add_measured(
+        Path(model_dir), [measured_text(name, opened[name], result) for name, result in results.items()]
+    )
 
 
 def batches_of_tokens(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:

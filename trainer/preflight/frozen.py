@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from formats.errors import ConfigError
-from trainer.multimodal import encoders
 
 
 def freeze(
@@ -66,17 +65,18 @@ def freeze(
         parameters[key].requires_grad_(False)
 
 
-def freeze_encoders(model: Any, stored: Collection[torch.dtype]) -> None:
+def freeze_encoders(model: Any, beside: Mapping[str, Sequence[Any]], stored: Collection[torch.dtype]) -> None:
     """Stop training what a multimodal model has beside its text model.
 
     Args:
         model: not wrapped, without adapters.
+        beside: its `encoders`.
         stored: floating dtypes of the initial model's files.
 
     Raises:
         ConfigError: nothing is left to train, or the dtype while training cannot hold the stored weights.
     """
-    parameters = [parameter for group in encoders(model).values() for parameter in group]
+    parameters = [parameter for group in beside.values() for parameter in group]
     if not parameters:
         return
     what = f"{type(model).__name__}, whose encoders stay as they are,"

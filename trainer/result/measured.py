@@ -18,11 +18,10 @@ import numpy as np
 from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_bytes
 from formats.errors import FormatError
-from formats.front_matter import join_card, split_card, table_cell, with_section
+from formats.front_matter import CARD_NAME, join_card, split_card, table_cell, with_section
 from trainer.result.lineage import own_weights
 from trainer.result.run_directory import RECORD_NAME, read_record
 
-CARD_NAME = "README.md"
 BEGIN = "<!-- measured by anneal, which writes this section anew with every evaluation -->"
 END = "<!-- end of what anneal measured -->"
 
@@ -60,13 +59,16 @@ def measured_text(
     role: str | None = None,
     before: float | None = None,
 ) -> MeasuredText | None:
-    """From what an evaluation found on a whole cache; None where it has no perplexity that is a number.
+    """From what an evaluation found on a cache; None where that was a part of it, or no perplexity that is a number.
 
     Args:
         before: perplexity of the model that built the cache; by default read from the cache.
     """
     perplexity = result.get("perplexity")
-    if perplexity is None or not math.isfinite(perplexity):
+    whole = result.get("num_rows", len(cache)) == len(
+        cache
+    )  # a run evaluates nothing else, and does not count
+    if not whole or perplexity is None or not math.isfinite(perplexity):
         return None
     kl_to = result.get("kl_to")
     if before is None and kl_to is not None:
@@ -98,18 +100,21 @@ def teacher_perplexity(cache: TeacherCache) -> float | None:
     return math.exp(total / count) if count and total / count < 700 else None
 
 
-def add_measured(directory: Path, found: Sequence[MeasuredText | None]) -> bool:
+def add_measured(directory: Path, found: Sequence[MeasuredText | None], weights: str | None = None) -> bool:
     """Put texts into the record and the card of a finished run or merge; True where they were written.
 
     Nothing is done for a model that this program did not make, or where the place cannot be written. What was measured
     of other weights is dropped.
+
+    Args:
+        weights: the fingerprint of the model's weights, where it is known; by default read from its files.
     """
     texts = [entry for entry in found if entry is not None]
     record = read_record(directory)
     card = directory / CARD_NAME
     if not texts or not card.is_file() or not (record.get("status") == "complete" or "merge" in record):
         return False
-    weights = own_weights(directory)
+    weights = weights or own_weights(directory)
     known = record.get("measured") or {}
     earlier = known.get("texts", []) if known.get("weights") == weights else []
     joined = _joined(earlier, texts)

@@ -1,14 +1,11 @@
 """README.md of the result: what was trained from what, how strongly it was held, and what came of it."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from formats.front_matter import HUB_NAME
 from trainer.config import TrainConfig
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""Of a repository: owner and name."""
 
 
 def method_name(config: TrainConfig) -> str:
@@ -83,9 +80,8 @@ def card_head(
         relation: of the result to its base model, as the Hugging Face Hub names it: finetune, adapter or merge.
     """
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
-    if (
-        HUB_NAME.fullmatch(base) and not Path(base).exists()
-    ):  # a directory of that name is no model of the Hub
+    # A directory of that name is no model of the Hub.
+    if HUB_NAME.fullmatch(base) and not Path(base).exists():
         lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
     lines += ["tags:", "- anneal", f"- {tag}", "- continual-learning", "---", ""]
     return [*lines, f"# {base.rstrip('/').rsplit('/', 1)[-1]}, {made}", ""]

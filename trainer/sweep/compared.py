@@ -131,19 +131,3 @@ def selection_of(config: SweepConfig, comparison: "Comparison") -> "Selection | 
         return select(comparison, f"keep-gain:{config.keep_gain:g}")
     except ConfigError:  # direct fine-tuning gained nothing: the table says so
         return None
-
-
-def require_writable(plot: Path | None, page: Path | None) -> None:
-    """Refuse a picture or page that could not be written, before anything is trained.
-
-    Raises:
-        ConfigError: another ending, or no place for it.
-    """
-    if plot is not None:
-        from trainer.evaluation.tradeoff_picture import require_plottable
-
-        require_plottable(plot)
-    if page is not None:
-        from trainer.comparison.page import require_page
-
-        require_page(page)

@@ -6,7 +6,6 @@ Everything is checked here, with the checks that `anneal train` makes, before an
 import copy
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError
+from trainer.comparison.records import without_seed
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, config_from_dict
 from trainer.data.mixture import Share, unit_weights
@@ -58,7 +58,7 @@ class PlannedRun:
     @property
     def seedless(self) -> str:
         """The name that it shares with the runs of other seeds."""
-        return re.sub(r",seed=\d+$", "", self.name)
+        return without_seed(self.name)
 
     @property
     def crossed(self) -> tuple[tuple[str, str], ...]:

@@ -8,7 +8,6 @@ import torch
 from runs import settings
 from safetensors.torch import load_file
 
-import trainer.run
 from trainer import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples" / "real"))
@@ -28,9 +27,13 @@ def test_a_cache_of_everything_trains_what_two_models_train(
     )
     cached = tmp_path / "cached"
     ours = train(settings(llama_cache, tiny_llama_dir, cached, *overrides))
-    monkeypatch.setattr(trainer.run, "LabelAnnealingTrainer", trainer.run.LabelAnnealingTrainer)
     reports = []
-    monkeypatch.setattr(trainer.run, "train", lambda config: reports.append(train(config)) or reports[0])
+
+    def noted(config, **options):
+        reports.append(train(config, **options))
+        return reports[0]
+
+    monkeypatch.setattr(two_models, "train", noted)
     monkeypatch.setattr(sys, "argv", ["two_models.py", str(cached), "--out", str(tmp_path / "live")])
     two_models.main()
     steps = [[entry for entry in report.log_history if "ce" in entry] for report in (ours, *reports)]
