@@ -183,11 +183,9 @@ def _find_direct(
             if direct == line or direct in members:
                 return line, []
         raise ConfigError(f"--direct must be one of the models, got {direct!r}; they are {', '.join(groups)}")
-    found = [
-        line
-        for line, members in groups.items()
-        if line != alone and is_direct(method_of(directories[members[0]]))
-    ]
+    methods = {line: method_of(directories[members[0]]) for line, members in groups.items() if line != alone}
+    found = [line for line, method in methods.items() if is_direct(method)]
+    found = found or [line for line, method in methods.items() if is_direct(method, of_some=True)]
     if len(found) == 1:
         return found[0], []
     which = f"{', '.join(found)} all say so" if found else "no model's record says so"

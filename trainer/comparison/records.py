@@ -16,9 +16,16 @@ SEEDS = ("seed", "data_seed")
 """Of `training`: what a group of runs may differ in, beside where they were written."""
 
 
-def is_direct(method: AppliedMethod | None) -> bool:
-    """Whether a record says plain fine-tuning: no KL, no penalty, no other text, no adapters, no merge."""
-    return method is not None and not method.parts
+def is_direct(method: AppliedMethod | None, of_some: bool = False) -> bool:
+    """Whether a record says plain fine-tuning: no KL, no penalty, no other text, no merge.
+
+    Args:
+        method: of the record.
+        of_some: adapters and frozen parameters are plain fine-tuning, too.
+    """
+    if method is None:
+        return False
+    return all(of_some and name.split(" ")[0] in ("LoRA", "freeze") for name, _ in method.parts)
 
 
 def recipe_of(directory: Path, recipes: Mapping[str, str]) -> str | None:

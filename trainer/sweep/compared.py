@@ -4,7 +4,7 @@ evaluations/   what was computed before, so that a second comparison costs the n
 bench/         results on tasks, where a source or target is one
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +72,20 @@ def initial_of(config: SweepConfig, models: Mapping[str, Path]) -> dict[str, str
 
 
 def comparison_of(
-    config: SweepConfig, models: Mapping[str, Path], progress: Progress, direct: str | None = None
+    config: SweepConfig,
+    models: Mapping[str, Path],
+    progress: Progress,
+    *,
+    direct: str | None = None,
+    yardsticks: Collection[str] = (),
 ) -> "Comparison":
     """Compare finished models with each other and with the initial one.
 
     Args:
         models: label -> directory.
-        direct: label of the run that shares relate to. By default the one line of direct fine-tuning; of several, such
-            as at several learning rates, the one that gains most on the target.
+        direct: label of the run that shares relate to.
+        yardsticks: without it, labels of the runs of direct fine-tuning: of several, such as at several learning rates,
+            the one that gains most on the target.
     """
     from trainer.comparison.compare import compare
 
@@ -92,23 +98,23 @@ def comparison_of(
         options["bench"] = settings.out
     options |= {"source": config.source, "target": config.target, "initial": initial, "progress": progress}
     options["dtype"] = config.eval_dtype
+    known = [name for name in yardsticks if name in models]
+    if direct is None and len(known) == 1:
+        direct = known[0]
     found = compare(models, **options, direct=direct)
-    if direct is None and found.direct is None and (best := best_direct(found)) is not None:
+    if direct is None and (best := best_of(found, known)) is not None:
         found = found.related_to(best)
     return found
 
 
-def best_direct(comparison: "Comparison") -> str | None:
-    """Of several lines of direct fine-tuning the one that gains most on the target."""
-    from trainer.comparison.records import is_direct
-
+def best_of(comparison: "Comparison", labels: Collection[str]) -> str | None:
+    """The line that gains most on the target, of those of these models."""
     gains: dict[str, float] = {}
-    for line in comparison.models:
-        found = comparison.standing(line.label)
-        told = is_direct(line.method) and line.label != comparison.initial
-        if told and found is not None and found.gain is not None:
-            gains[line.label] = found.gain
-    return max(gains, key=lambda label: gains[label]) if gains else None
+    for line in {comparison.line(label).label for label in labels}:
+        found = comparison.standing(line)
+        if found is not None and found.gain is not None:
+            gains[line] = found.gain
+    return max(sorted(gains), key=lambda label: gains[label]) if gains else None
 
 
 def gain_kept(comparison: "Comparison", label: str, direct: str) -> float | None:

@@ -151,12 +151,11 @@ class SweepConfig:
         for key in ("out", "output_dir"):
             if key in self.base or key in (self.base.get("training") or {}):
                 raise ConfigError(f"base must not set {key}: {OF_THE_SWEEP['out']}; remove it")
+        common = {**self.base, **{key.split(".")[0]: values for key, values in self.every.items()}}
         for key in ("l2", "ewc", "sfa"):
-            if self.base.get(key) is not None:
-                raise ConfigError(
-                    f"base must not set {key}, since direct fine-tuning is made from it too; "
-                    f"put it into an entry of runs (--also)"
-                )
+            if common.get(key) is not None:
+                what = f"base and every must not set {key}, since direct fine-tuning is made from them too"
+                raise ConfigError(f"{what}; put it into an entry of runs (--also)")
         if isinstance(self.seeds, int) and not isinstance(self.seeds, bool):
             check_at_least("seeds", self.seeds, 1, "2 runs everything twice", integer=True)
         elif not isinstance(self.seeds, list | tuple) or not self.seeds:

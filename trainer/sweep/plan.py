@@ -17,6 +17,7 @@ from trainer.comparison.records import without_seed
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, config_from_dict
 from trainer.data.mixture import Share, unit_weights
+from trainer.objective import Objective
 from trainer.recipe import DEFAULTS, resolve_training
 from trainer.sweep.config import RunEntry, SweepConfig
 from trainer.sweep.names import run_name
@@ -33,6 +34,10 @@ OF_KL = (
 """Settings that do nothing where kl_coef is 0."""
 
 
+WHERE = tuple(name for name in Objective.__dataclass_fields__ if name.startswith("kl_"))
+"""Those that say where and how it acts, which `anneal train` refuses at kl_coef 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
     """One run: its name and the settings that `anneal train` would be given."""
@@ -43,9 +48,11 @@ class PlannedRun:
     varied: Mapping[str, Any]
     """Setting, with dots -> value: what the sweep put over the base, `training.seed` included."""
     direct: bool
-    """Direct fine-tuning: the yardstick."""
+    """Direct fine-tuning: the yardstick. What the base or `every` sets, adapters for instance, is part of it."""
     entry: str | None = None
     """Name of its entry."""
+    crossed: tuple[tuple[str, str], ...] = ()
+    """What it shares with the direct run that it is measured against: everything varied but its method and seed."""
 
     def config(self, out: Path) -> TrainConfig:
         """The run of this name in a sweep's directory."""
@@ -59,12 +66,6 @@ class PlannedRun:
     def seedless(self) -> str:
         """The name that it shares with the runs of other seeds."""
         return without_seed(self.name)
-
-    @property
-    def crossed(self) -> tuple[tuple[str, str], ...]:
-        """What it shares with the direct run it is measured against: everything varied but its method and seed."""
-        kept = {k: v for k, v in self.varied.items() if k.startswith("training.") and k != "training.seed"}
-        return tuple(sorted((key, json.dumps(value, sort_keys=True)) for key, value in kept.items()))
 
 
 def plan_runs(config: SweepConfig) -> list[PlannedRun]:
@@ -119,9 +120,11 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
         ConfigError: `anneal train` refuses them.
     """
     varied = dict(varied)
+    settings = copy.deepcopy(dict(config.base))
     if varied["kl_coef"] == 0:
         varied = {key: value for key, value in varied.items() if key not in OF_KL}
-    settings = copy.deepcopy(dict(config.base))
+        idle = {key: settings.pop(key) for key in WHERE if key in settings}
+        Objective(**idle)  # left out of this run, but not unchecked
     if varied["kl_coef"] == 0 and any(any(entry.settings.get("kl_coef", ())) for entry in config.runs):
         without_kl(settings)
     for name, value in varied.items():
@@ -130,15 +133,36 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
             settings[section] = dict(settings.get(section) or {}) | {rest: copy.deepcopy(value)}
         else:
             settings[name] = copy.deepcopy(value)
-    methods = [name for name in varied if name.split(".")[0] in (*SECTIONS, "caches", "freeze")]
-    direct = varied["kl_coef"] == 0 and not methods
+    common = {
+        k: v for k, v in varied.items() if k != "training.seed" and (k in config.every or is_training(k))
+    }
+    direct = varied["kl_coef"] == 0 and not any(is_method(k, v) for k, v in varied.items() if k not in common)
     name = run_name(shown_of(config, varied), prefix=entry, direct=direct)
-    run = PlannedRun(name=name, settings=settings, varied=varied, direct=direct, entry=entry)
+    run = PlannedRun(
+        name=name,
+        settings=settings,
+        varied=varied,
+        direct=direct,
+        entry=entry,
+        crossed=tuple(sorted((key, json.dumps(value, sort_keys=True)) for key, value in common.items())),
+    )
     try:
         resolve_training(run.config(Path(config.out)))
     except AnnealError as error:
         raise type(error)(f"run {name}: {error}") from None
     return run
+
+
+def is_training(setting: str) -> bool:
+    """Whether a setting says how steps are made, such as the learning rate, and not what is learnt or held."""
+    return setting.startswith("training.")
+
+
+def is_method(setting: str, value: Any) -> bool:
+    """Whether a setting makes a run something else than direct fine-tuning."""
+    if setting in Objective.__dataclass_fields__:
+        return bool(value != Objective.__dataclass_fields__[setting].default)
+    return setting.split(".")[0] in (*SECTIONS, "caches", "freeze")
 
 
 def without_kl(settings: dict[str, Any]) -> None:

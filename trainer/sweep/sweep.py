@@ -121,7 +121,8 @@ def run_sweep(
         failed = {**runs.failed, **make_merges(config, merges, progress)}
         made: list[PlannedRun | PlannedMerge] = [*planned, *merges]
         models = {item.name: item.directory(out) for item in made if is_finished(item.directory(out))}
-        comparison = comparison_of(config, models, progress) if models else None
+        yardsticks = [run.name for run in planned if run.direct and run.entry is None]
+        comparison = comparison_of(config, models, progress, yardsticks=yardsticks) if models else None
         report = SweepReport(
             out=out,
             runs=planned,
@@ -193,7 +194,7 @@ def search_one(
         if not all(is_finished(run.directory(out)) for run in both):
             return None
         models = {run.name: run.directory(out) for run in both}
-        comparison = comparison_of(config, models, progress, direct[0].name)
+        comparison = comparison_of(config, models, progress, direct=direct[0].name)
         if gain_kept(comparison, direct[0].name, direct[0].name) is None:
             raise NoGain
         pairs = zip(probes, direct, strict=True)

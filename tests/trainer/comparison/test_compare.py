@@ -280,6 +280,7 @@ def test_the_picture_joins_models_of_one_method_and_leaves_out_what_has_diverged
     ("settings", "expected"),
     [
         ({"kl_coef": 0}, "direct fine-tuning"),
+        ({"kl_coef": 1, "kl_on": "target"}, "label annealing kl_coef 1 + kl_on target"),
         ({"kl_coef": 4}, "label annealing kl_coef 4"),
         ({"kl_budget": 0.02}, "label annealing kl_budget 0.02"),
         ({"kl_coef": 0.1, "ce_weight": "dft"}, "label annealing kl_coef 0.1 + ce_weight dft"),

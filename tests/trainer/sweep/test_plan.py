@@ -166,6 +166,25 @@ def test_frozen_parameters_are_a_method_and_a_list_is_one_value():
         names(sweep_from_dict({**plain, "runs": [{"freeze": "a("}]}))
 
 
+def test_what_weighs_or_smooths_the_labels_is_not_direct_fine_tuning():
+    plan = typed("also ce_weight=dft,none", "also label_smoothing=0.1", "merge wise-ft:0.5")
+    runs = plan_runs(plan)
+    assert [(run.name, run.direct) for run in runs] == [
+        ("direct", True), ("ce_weight=dft", False), ("label_smoothing=0.1", False)
+    ]  # fmt: skip
+    assert [merge.name for merge in plan_merges(plan, runs)] == ["direct+wise-ft,alpha=0.5"]
+
+
+def test_what_every_run_has_direct_fine_tuning_has_too():
+    runs = plan_runs(typed("grid kl_coef=1", "every lora.r=8,16", "every training.learning_rate=1e-3"))
+    assert [(run.name, run.direct) for run in runs] == [
+        ("direct,lora.r=8,lr=0.001", True), ("direct,lora.r=16,lr=0.001", True),
+        ("kl_coef=1,lora.r=8,lr=0.001", False), ("kl_coef=1,lora.r=16,lr=0.001", False),
+    ]  # fmt: skip
+    assert [run.crossed for run in runs[:2]] == [run.crossed for run in runs[2:]]
+    assert runs[0].crossed != runs[1].crossed
+
+
 def test_merges_of_direct_of_all_and_of_named_entries():
     plain = {"base": BASE, "out": "OUT", **TEXTS, "runs": [{"name": "hold", "l2.coef": [0.1, 1]}]}
 
@@ -251,7 +270,8 @@ BAD = [
     (["merge fisher"], "merges.method fisher needs a text per model"),
     (["merge wise-ft:half"], "must be a number, got 'half'"),
     (["overrides out=x"], "base must not set out"),
-    (["overrides l2.coef=1"], "base must not set l2"),
+    (["overrides l2.coef=1"], "base and every must not set l2"),
+    (["every sfa.beta=0.1,0.5"], "base and every must not set sfa"),
     (["overrides kl_direction=up"], "kl_direction must be one of"),
 ]
 

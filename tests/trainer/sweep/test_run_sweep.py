@@ -13,6 +13,7 @@ from runs import QUICK, same_weights, settings
 
 from formats.errors import AnnealError, ConfigError
 from trainer import train
+from trainer.comparison.compare import compare
 from trainer.sweep.config import sweep_from_options
 from trainer.sweep.sweep import plan_sweep, run_sweep
 
@@ -145,6 +146,23 @@ def test_a_search_adds_ordinary_runs_and_finds_them_again(ask, tmp_path):
     before, pool = (tmp_path / "out" / "sweep.json").read_bytes(), InThisProcess()
     run_sweep(ask(tmp_path / "out", **asked), pool=pool)
     assert pool.names == [] and (tmp_path / "out" / "sweep.json").read_bytes() == before
+
+
+def test_shares_are_of_direct_fine_tuning_with_whatever_all_runs_have(ask, tmp_path):
+    common = ["lora.r=2", "training.learning_rate=1e-2", "kl_on=target"]
+    config = ask(tmp_path / "out", grid=["kl_coef=1"], also=["ce_weight=dft"], overrides=common)
+    report = run_sweep(config, pool=InThisProcess())
+    assert not report.failed and [run.name for run in report.runs] == ["direct", "kl_coef=1", "ce_weight=dft"]
+    assert report.comparison is not None and report.comparison.direct == "direct"
+    assert report.comparison.line("direct").method.name == "LoRA"
+    alone = compare(
+        {run.name: run.directory(report.out) for run in report.runs},
+        source=config.source,
+        target=config.target,
+        initial={"initial": str(config.base["model"])},
+        work=report.out / "evaluations",
+    )
+    assert alone.direct == "direct" and not alone.notes
 
 
 def test_the_dry_run_counts_and_touches_nothing(ask, tmp_path, llama_cache):
