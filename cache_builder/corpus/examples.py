@@ -11,6 +11,7 @@ from typing import Any
 
 from cache_builder.corpus.field import CHAT, is_given
 from cache_builder.corpus.fields import names, refuse_columns
+from cache_builder.corpus.json_text import parse_json
 from cache_builder.corpus.layouts import Layout
 from cache_builder.corpus.messages import Message, Turns, from_sharegpt, read_turns
 from cache_builder.corpus.readers import Record
@@ -174,8 +175,8 @@ def _arguments(record: Record) -> dict[str, Any]:
         value = record.values.get(column)
         if isinstance(value, str) and value:
             try:
-                value = json.loads(value)
-            except ValueError:
+                value = parse_json(value, record.where)
+            except json.JSONDecodeError:
                 value = None
         if is_given(record.values.get(column)):
             if not isinstance(value, Mapping):

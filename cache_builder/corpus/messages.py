@@ -10,6 +10,7 @@ from typing import Any
 
 from cache_builder.corpus.field import PART, TURN, is_given
 from cache_builder.corpus.fields import names, refuse_fields
+from cache_builder.corpus.json_text import parse_json
 from cache_builder.corpus.readers import Record
 from cache_builder.corpus.tool_calls import function_call, tool_calls, tool_schema
 from cache_builder.corpus.values import kind_of, unicode_text
@@ -77,8 +78,8 @@ def read_turns(turns: list[Any], record: Record, column: str, *, are_context: bo
 
 def _parsed_turn(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse_json(text, where)
+    except json.JSONDecodeError:
         raise CorpusError(
             f"a message must be an object with role and content, got a string in {where}"
         ) from None

@@ -409,6 +409,26 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
         b'text,id\n"a,1\n',
         "a .csv corpus must be valid CSV, got {path}, line 2: unexpected end of data",
     ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        "an object must have every name once, got 'text' twice in {path}, line 2; keep one of them",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b", "id": ' + b"9" * 5000 + b"}\n",
+        "a number must be readable, got one of thousands of digits in {path}, line 2; write it as text",
+    ),
+    (
+        "a.json",
+        b'[{"text": "a", "meta": {"x": 1, "x": 1}}]',
+        "an object must have every name once, got 'x' twice in {path}; keep one of them",
+    ),
+    (
+        "a.csv",
+        b"text,id,text\na,1,b\n",
+        "every column must have a name of its own, got text twice in {path}; rename or drop one",
+    ),
     ("a.csv", b"text\na\n\xff\n", "a corpus must be UTF-8 text, got other bytes in {path}; convert it"),
     ("a.txt", b"\xff\xfe", "a corpus must be UTF-8 text, got other bytes in {path}; convert it"),
 ]
@@ -419,6 +439,25 @@ def test_malformed_files_name_the_line(tmp_path: Path, name: str, content: bytes
     path = tmp_path / name
     path.write_bytes(content)
     assert refusal(path) == message.format(path=path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_name_that_two_columns_have_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    if suffix == "parquet":
+        pa.parquet.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+    rule = "every column must have a name of its own, got text twice in"
+    assert refusal(path) == f"{rule} {path}; rename or drop one"
+
+
+def test_columns_of_a_csv_file_may_lack_a_name(tmp_path: Path) -> None:
+    """Spreadsheets leave some at the end of every row."""
+    (tmp_path / "a.csv").write_text("text,,\na,,\n")
+    assert texts(tmp_path / "a.csv") == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -467,6 +467,11 @@ BAD_RECORDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "input_ids must be a list of integers, got other values in data.jsonl, line 2",
     ),
     (
+        {"messages": [USER]},
+        {"messages": '[{"role": "user", "content": "a", "content": "b"}]'},
+        "an object must have every name once, got 'content' twice in data.jsonl, line 2; keep one of them",
+    ),
+    (
         {"messages": [USER], "tools": "[]"},
         {"messages": [USER], "tools": ["clock"]},
         "tools must be a list of JSON schemas, got another list in data.jsonl, line 2",
