@@ -60,7 +60,7 @@ def test_no_name_stands_twice_in_one_place() -> None:
 def test_a_column_that_asks_for_something_else_is_refused_with_its_place(
     tmp_path: Path, field: Any, name: str, base: dict[str, Any]
 ) -> None:
-    value: Any = True if field.key == "feedback" else 0.5 if "weight" in field.key else ["x"]
+    value: Any = 0.5 if "weight" in field.key else ["x"]
     message = refusal(tmp_path, base, {**base, name: value})
     assert message == f"{field.rule}, got a column {name} in data.jsonl, line 2; {field.remedy}"
 
@@ -76,7 +76,10 @@ def test_feedback_is_told_from_other_labels(tmp_path: Path) -> None:
         "a record holds an answer to train on, not feedback on one, got a column label in data.jsonl, line 2; "
         "keep the good answers and drop the column"
     )
-    assert refusal(tmp_path, PAIR, {**PAIR, "label": False}) == expected
+    for value in (False, "False", "true"):
+        assert refusal(tmp_path, PAIR, {**PAIR, "label": value}) == expected
+    for value in (0, "false"):
+        assert refusal(tmp_path, PAIR, {**PAIR, "kto_tag": value}) == expected.replace("label", "kto_tag")
     assert rendered(tmp_path, {**PAIR, "label": 3})[1] == ["cd</s>"]
     assert rendered(tmp_path, {**TEXT, "label": True})[1] == ["bc</s>"]
 
