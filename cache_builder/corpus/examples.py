@@ -28,6 +28,10 @@ RESERVED_ARGUMENTS = frozenset(
 """Arguments of `apply_chat_template` that are not the data's to choose."""
 
 
+SWITCHES = frozenset({"enable_thinking", "preserve_thinking"})
+"""Variables of templates that are true or false."""
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A document; every token but the first is a target."""
@@ -183,7 +187,8 @@ def _arguments(record: Record) -> dict[str, Any]:
                 raise CorpusError(f"{column} must be an object, got {kind_of(value)} in {record.where}")
             arguments |= json_value(value, column, record.where)
     for column in names("one template argument"):
-        if is_given(value := record.values.get(column)):
+        if is_given(record.values.get(column)):
+            value = _one_argument(record, column)
             if column in arguments and arguments[column] != value:
                 raise CorpusError(f"{column} must be given once, got two values in {record.where}")
             arguments[column] = json_value(value, column, record.where)
@@ -193,6 +198,21 @@ def _arguments(record: Record) -> dict[str, Any]:
                 f"chat_template_kwargs cannot set {name}, got it in {record.where}; take it out"
             )
     return arguments
+
+
+def _one_argument(record: Record, column: str) -> Any:
+    """The value of a template's variable in a column of its own. A CSV file has text for every type, and to a template
+    the text `false` is true.
+    """
+    value = record.values[column]
+    if column == "documents":
+        return sequence_of(record, column)
+    if column not in SWITCHES:
+        return value
+    said = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if (text := str(value).strip().lower()) not in said:
+        raise CorpusError(f"{column} must be true or false, got {value!r:.40} in {record.where}")
+    return said[text]
 
 
 def _question(record: Record) -> tuple[str, str, str]:

@@ -1,5 +1,6 @@
 """The table of known columns and fields: the same in code and docs, and every line of it does what it says."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -327,9 +328,15 @@ def test_template_arguments_per_record(tmp_path: Path) -> None:
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"chat_template_kwargs": '{"enable_thinking": false}'},
         {"enable_thinking": False},
+        {"enable_thinking": "False"},
+        {"enable_thinking": 0},
     ):
         assert rendered(tmp_path, {**CHAT, **extra}, READS_THINKING)[0] == "!" + plain
-    assert rendered(tmp_path, {**CHAT, "enable_thinking": True}, READS_THINKING)[0] == plain
+    for true in (True, "true", 1.0):
+        assert rendered(tmp_path, {**CHAT, "enable_thinking": true}, READS_THINKING)[0] == plain
+    assert refusal(tmp_path, CHAT, {**CHAT, "enable_thinking": "no"}, READS_THINKING) == (
+        "enable_thinking must be true or false, got 'no' in data.jsonl, line 2"
+    )
     assert refusal(tmp_path, CHAT, {**CHAT, "enable_thinking": False}) == (
         "a template argument must be one that the template reads, got enable_thinking in data.jsonl, line 2; drop it, "
         "or use a template that reads it"
@@ -338,6 +345,14 @@ def test_template_arguments_per_record(tmp_path: Path) -> None:
         assert f"chat_template_kwargs cannot set {reserved}, got it in data.jsonl, line 2" in refusal(
             tmp_path, CHAT, {**CHAT, "chat_template_kwargs": {reserved: "x"}}, READS_THINKING
         )
+
+
+def test_documents_for_the_template_may_be_json_text(tmp_path: Path) -> None:
+    template = "{% for d in documents or [] %}{{ d.title }}{% endfor %}" + CHATML
+    documents = [{"title": "A", "text": "a"}, {"title": "B", "text": "b"}]
+    as_list = rendered(tmp_path, {**CHAT, "documents": documents}, template)
+    assert as_list[0].startswith("AB<|im_start|>")
+    assert rendered(tmp_path, {**CHAT, "documents": json.dumps(documents)}, template) == as_list
 
 
 def test_the_words_of_the_table_are_four() -> None:
