@@ -57,7 +57,7 @@ COLUMNS: tuple[Field, ...] = (
         place=COLUMN,
         names=("attention_mask",),
         verdict=CONDITIONAL,
-        effect="beside `input_ids`: takes padding out at either end; gaps are refused",
+        effect="beside `input_ids`: takes padding out at either end; gaps, and targets in the padding, are refused",
         known="transformers",
     ),
     Field(

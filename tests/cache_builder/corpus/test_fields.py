@@ -157,6 +157,26 @@ def test_of_several_masks_all_must_agree(tmp_path: Path) -> None:
     assert row.loss_mask.tolist() == [False, False, False, True]
 
 
+def test_targets_in_the_padding_are_refused(tmp_path: Path) -> None:
+    """An end token that is padding as well: `transformers` would train the first one, so it is not to be dropped."""
+    padded = {"input_ids": [7, 8, 2, 2], "attention_mask": [1, 1, 0, 0]}
+    for extra in ({"labels": [7, 8, 2, 2]}, {"loss_mask": [0, 1, 1, 0]}):
+        assert refusal(tmp_path, IDS, {**padded, **extra}) == (
+            "padding carries no loss, got targets where attention_mask is 0 in data.jsonl, line 2; give them the label "
+            "-100 (in a mask 0), or drop the padding"
+        )
+    [row], _ = rows_of(
+        tmp_path, [{**padded, "labels": [7, 8, 2, 2], "loss_mask": [1, 1, 0, 0]}], byte_tokenizer()
+    )
+    assert (row.input_ids.tolist(), row.loss_mask.tolist()) == ([7, 8], [False, True])
+
+
+def test_weights_of_several_lengths_are_none(tmp_path: Path) -> None:
+    assert "loss_weights must be 3 zeros and ones, got others in data.jsonl, line 2" in refusal(
+        tmp_path, IDS, {**IDS, "loss_weights": [[1], [1, 2], [0]]}
+    )
+
+
 def test_a_weight_between_zero_and_one_is_no_mask(tmp_path: Path) -> None:
     assert refusal(tmp_path, IDS, {**IDS, "loss_weights": [0, 0.5, 1]}) == (
         "loss_weights must be 3 zeros and ones, got others in data.jsonl, line 2; a token is trained or it is not"
