@@ -108,11 +108,15 @@ class TokenisedRows(Iterator[TokenRow]):
 
     def _generate(self) -> Iterator[TokenRow]:
         stats = self.stats
+        layout = self._corpus.layout
+        announced = {*self._corpus.columns, *layout.required, *layout.optional}
         for records in batches(self._corpus, self._config.batch_size):
+            for name in (name for record in records for name in record.values if name not in announced):
+                stats.unread_columns[name] = stats.unread_columns.get(name, 0) + 1
             examples = [
                 convert(
                     record,
-                    self._corpus.layout,
+                    layout,
                     has_chat_template=self._has_template,
                     vocab_size=len(self._tokenizer),
                 )

@@ -106,6 +106,17 @@ def test_what_says_nothing_about_training_is_named_and_left_alone(tmp_path: Path
     assert f"columns not read: {name}, id" in iterator.describe()
 
 
+def test_what_only_later_records_have_is_counted_and_named(tmp_path: Path) -> None:
+    records = [{**TEXT, "id": 7}, {**TEXT, **CHAT, "id": 8}, {**TEXT, **CHAT, "source": "x"}, TEXT]
+    rows, iterator = rows_of(tmp_path, records, byte_tokenizer(CHATML))
+    assert len(rows) == 4
+    assert iterator.stats.notes() == [
+        "columns not read, of later records than the first: messages (2), source (1)"
+    ]
+    rows, iterator = rows_of(tmp_path, [CHAT, {**CHAT, "system": "Be brief."}], byte_tokenizer(CHATML))
+    assert iterator.stats.notes() == []
+
+
 # --- beside input_ids ---------------------------------------------------------------------------------------
 
 ONE_SEQUENCE: list[tuple[str, Any, Any]] = [
