@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.corpus.fields import known_columns
-from cache_builder.corpus.files import DEFAULT_SPLIT, find_files
+from cache_builder.corpus.files import DEFAULT_SPLIT, find_files, split_of
 from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
 from cache_builder.corpus.layouts import Layout, recognise
 from cache_builder.corpus.readers import Columns, Record, read_records
@@ -155,11 +155,17 @@ class Corpus:
         """One line: what is read."""
         config = self.config
         what = f"{len(self.files)} files of {config.source}" if len(self.files) > 1 else config.source
-        if config.split is not None:
-            what += f", split {config.split}"
+        if (split := config.split or self._told_split()) is not None:
+            what += f", split {split}"
         if config.limit is not None:
             what += f", {'first' if config.seed is None else 'a sample of'} {config.limit} records"
         return f"corpus: {what}"
+
+    def _told_split(self) -> str | None:
+        """The split that the names of a directory's files tell; files of another one were left out."""
+        directory = Path(self.config.source).expanduser()
+        told = self.files and directory.is_dir() and split_of(self.files[0].relative_to(directory))
+        return told or None
 
     def describe(self) -> dict[str, Any]:
         """The corpus as the identity of a cache records it; plain JSON values."""

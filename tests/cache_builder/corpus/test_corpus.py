@@ -168,6 +168,8 @@ def test_files_of_the_asked_split_are_read_and_the_others_held_out(tmp_path: Pat
     for name in ("train-00000.jsonl", "train-00001.jsonl", "test.jsonl", "dev/part.jsonl"):
         write(tmp_path / name, [{"text": name}])
     assert texts(tmp_path) == ["train-00000.jsonl", "train-00001.jsonl"]
+    told = open_corpus(CorpusConfig(source=str(tmp_path))).announcement()
+    assert told == f"corpus: 2 files of {tmp_path}, split train"
     assert texts(tmp_path, split="test") == ["test.jsonl"]
     assert texts(tmp_path, split="validation") == ["dev/part.jsonl"]
     assert refusal(tmp_path, split="extra") == (
