@@ -34,8 +34,9 @@ def require_shown(template: ChatTemplate, conversation: Conversation, full: str)
         raise CorpusError(
             f"a chat template must show the tools, got one that does not, for {where}; {_OTHER_TEMPLATE}"
         )
+    doubtful = _doubtful_contents(template, conversation, full)
     for index, message in enumerate(conversation.messages):
-        for field, edit in _parts(message, full):
+        for field, edit in _parts(message, doubtful):
             if not _changes(template, conversation, index, edit, full):
                 raise CorpusError(
                     f"a chat template must show all of a conversation, got one that does not show {field} of "
@@ -51,7 +52,28 @@ def unread_fields(template: ChatTemplate, conversation: Conversation) -> set[str
     )
 
 
-def _parts(message: Message, full: str) -> list[tuple[str, Edit]]:
+def _doubtful_contents(template: ChatTemplate, conversation: Conversation, full: str) -> set[str]:
+    """Contents that the rendering need not show for each message that has them: those that are not in it (written in
+    another way, shortened, or dropped), are in it less often than the messages have them, or could be there as a part
+    of something else.
+    """
+    contents = [message["content"].strip() for message in conversation.messages]
+    fields = [
+        str(value)
+        for message in conversation.messages
+        for name, value in message.items()
+        if name != "content"
+    ]
+    others = [*template.texts, str(conversation.tools or ""), *fields]
+    return {
+        content
+        for content in set(contents) - {""}
+        if full.count(content) < sum(each.count(content) for each in contents)
+        or any(content in other for other in others)
+    }
+
+
+def _parts(message: Message, doubtful: set[str]) -> list[tuple[str, Edit]]:
     """What must show of a message, and how to take it out."""
     parts: list[tuple[str, Edit]] = []
     for name in names("turn content"):
@@ -63,8 +85,7 @@ def _parts(message: Message, full: str) -> list[tuple[str, Edit]]:
         parts.append(("tool_calls", _without("tool_calls")))
     if is_given(message.get("name")) and message["role"] != "tool":
         parts.append(("name", _without("name")))
-    content = message["content"].strip()
-    if content and content not in full:  # written in another way, shortened, or dropped
+    if message["content"].strip() in doubtful:
         parts.append(("the content", lambda m: {**m, "content": m["content"].rstrip() + "x"}))
     return parts
 

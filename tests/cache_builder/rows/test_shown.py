@@ -127,6 +127,19 @@ def test_a_message_of_a_role_that_the_template_skips() -> None:
     assert message == not_shown("the content of message 1 (role developer)")
 
 
+@pytest.mark.parametrize("content", ["22", "assistant", "clock"])
+def test_a_dropped_message_is_found_though_its_text_stands_elsewhere(content: str) -> None:
+    """In a later answer, in what the template writes itself, in a call."""
+    template = TOOLS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    answer = {"role": "tool", "content": content}
+    last = {"role": "assistant", "content": "It is 22 degrees."}
+    assert not_shown("the content of message 3 (role tool)") == refusal(
+        template, [USER, CALLING, answer, last]
+    )
+    assert targets(TOOLS, [USER, CALLING, answer, last])[1] == "It is 22 degrees.<|im_end|>"
+    assert targets(TOOLS, [answer, answer, USER, ANSWER]) == ["Yo<|im_end|>"]
+
+
 def test_what_is_shown_elsewhere_or_otherwise_is_shown() -> None:
     system = {"role": "system", "content": "Be brief."}
     assert targets(MOVES_SYSTEM, [system, USER, ANSWER]) == ["Yo</s>"]
