@@ -490,6 +490,23 @@ def test_a_file_that_vanishes_is_refused(tmp_path: Path) -> None:
         _ = corpus.fingerprint
 
 
+@pytest.mark.parametrize("options", [{}, {"limit": 2}, {"limit": 2, "seed": 0}])
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, options: dict[str, int]) -> None:
+    """The fingerprint would be that of another text than the rows."""
+    first, path = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
+    corpus = open_corpus(CorpusConfig(source=str(tmp_path), **options))
+    _ = corpus.fingerprint
+    records = iter(corpus)
+    next(records)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(
+        CorpusError, match=f"must stay as it is while it is read, got other contents of {path};"
+    ):
+        list(records)
+    assert list(open_corpus(CorpusConfig(source=str(first))))
+
+
 def test_an_overlong_text_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "big.txt"
     with path.open("wb") as file:
