@@ -107,7 +107,12 @@ def test_what_says_nothing_about_training_is_named_and_left_alone(tmp_path: Path
 
 
 def test_what_only_later_records_have_is_counted_and_named(tmp_path: Path) -> None:
-    records = [{**TEXT, "id": 7}, {**TEXT, **CHAT, "id": 8}, {**TEXT, **CHAT, "source": "x"}, TEXT]
+    records = [
+        {**TEXT, "id": 7},
+        {**TEXT, **CHAT, "id": 8},
+        {**TEXT, **CHAT, "source": "x"},
+        {**TEXT, "url": None},
+    ]
     rows, iterator = rows_of(tmp_path, records, byte_tokenizer(CHATML))
     assert len(rows) == 4
     assert iterator.stats.notes() == [
