@@ -1,11 +1,13 @@
 """Does the chat template show everything that a conversation holds? What it drops would silently not be trained.
 
 A template that knows no tool calls renders such a turn as nothing but its end-of-turn token; one that knows no
-reasoning drops it, one that knows no `developer` drops the message. Asked of the template itself: a field is not
-shown if taking it out changes neither the conversation up to its message nor the whole. (Templates that drop the
-reasoning of *earlier* turns do show it while the turn is the last; such turns are counted elsewhere.)
+reasoning drops it, or cuts it off the content; one that knows no `developer` drops the message. Asked of the template
+itself: a field is not shown if taking it out changes neither the conversation up to its message nor the whole.
+(Templates that drop the reasoning of *earlier* turns do show it while the turn is the last; such turns are counted
+elsewhere.)
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from cache_builder.rows.template import ChatTemplate
 from formats.errors import CorpusError
 
 Edit = Callable[[Message], Message]
+_OPENING_TAG = re.compile(r"[<\[][^<>\[\]\s]+[>\]]\s*")
 _OTHER_TEMPLATE = "use a template that shows it, or drop the record"
 
 
@@ -87,7 +90,16 @@ def _parts(message: Message, doubtful: set[str]) -> list[tuple[str, Edit]]:
         parts.append(("name", _without("name")))
     if message["content"].strip() in doubtful:
         parts.append(("the content", lambda m: {**m, "content": m["content"].rstrip() + "x"}))
+        parts.append(("the beginning of the content", _begun_otherwise))
     return parts
+
+
+def _begun_otherwise(message: Message) -> Message:
+    """Another letter at the beginning, but within a thought that it begins with: templates look for its tags."""
+    content = message["content"].lstrip()
+    tag = _OPENING_TAG.match(content)
+    start = tag.end() if tag is not None else 0
+    return {**message, "content": content[:start] + "x" + content[start:]}
 
 
 def _without(name: str) -> Edit:

@@ -112,6 +112,25 @@ def test_reasoning_that_only_the_last_turn_shows_is_shown() -> None:
     assert targets(THINKING, within) == ["Two<|im_end|>", "<think></think>\nYo<|im_end|>"]
 
 
+@pytest.mark.parametrize("thought", ["<think>\nHm.\n</think>\n\n", "Hm.</think>", "<think></think>"])
+def test_reasoning_within_the_content_must_show(thought: str) -> None:
+    """DeepSeek R1's manner: everything up to the end of the thought is cut off, of the last turn too."""
+    cuts = CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
+    thinks = {"role": "assistant", "content": thought + "Yo"}
+    message = refusal(cuts, [USER, thinks])
+    assert message == not_shown("the beginning of the content of message 2 (role assistant)")
+    assert targets(cuts, [USER, ANSWER]) == ["Yo<|im_end|>"]
+    assert targets(CHATML, [USER, thinks]) == [thought + "Yo<|im_end|>"]
+
+
+def test_reasoning_within_the_content_that_only_the_last_turn_shows_is_shown() -> None:
+    thinks = {"role": "assistant", "content": "<think>Hm.</think>\nYo"}
+    assert targets(THINKING, [USER, thinks, USER, thinks]) == [
+        "Yo<|im_end|>",
+        "<think>Hm.</think>\nYo<|im_end|>",
+    ]
+
+
 def test_a_name_must_show_but_for_a_tools_answer() -> None:
     assert refusal(CHATML, [{**USER, "name": "Ana"}, ANSWER]) == not_shown("name of message 1 (role user)")
     answer = {"role": "tool", "content": "12:00", "name": "clock"}
