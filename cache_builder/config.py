@@ -89,6 +89,11 @@ class BuildConfig:
                 raise ConfigError(f"{name} must be given, got an empty string")
         if self.generate is not None:
             self._refuse_settings_of_a_corpus()
+        elif self.seed is not None and self.limit is None:
+            raise ConfigError(
+                f"seed draws so many records as limit says, got seed {self.seed} without limit; pass --limit N, or "
+                "leave it out"
+            )
         _ = self.capture
         for name, value, allowed in (
             ("engine", self.engine, ENGINES),
@@ -130,7 +135,7 @@ class BuildConfig:
 
     def _refuse_settings_of_a_corpus(self) -> None:
         for name in ("corpus", "text_column", "split", "limit", "seed"):
-            if value := getattr(self, name):
+            if (value := getattr(self, name)) not in (None, ""):
                 remedy = "set the seed of generate" if name == "seed" else "leave it out"
                 raise ConfigError(f"generate makes its own text and takes no {name}, got {value}; {remedy}")
 

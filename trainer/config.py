@@ -44,8 +44,8 @@ class MixedCache:
     path: str
     """Directory of the cache. Its teacher must be the same initial model."""
     weight: float | None = None
-    """Rows (or packs) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth. 1 when neither it
-    nor `share` is given."""
+    """Rows (or packs) drawn from it per row of the target cache, in every epoch; 0.1 adds a tenth, what rounds to none
+    is refused. 1 when neither it nor `share` is given."""
     share: float | None = None
     """Instead of `weight`: its share of all tokens of the mixture, in (0, 1); with 0.1 every tenth token is its."""
     loss: str = "both"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.corpus.fields import known_columns
-from cache_builder.corpus.files import DEFAULT_SPLIT, find_files
+from cache_builder.corpus.files import DEFAULT_SPLIT, find_files, split_of
 from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
 from cache_builder.corpus.layouts import Layout, recognise
 from cache_builder.corpus.readers import Columns, Record, read_records
@@ -76,6 +76,7 @@ class Corpus:
     def __init__(self, config: CorpusConfig, source: "tuple[Path, ...] | HubSource") -> None:
         self.config = config
         self._source = source
+        self._opened = [_state(path) for path in self.files]
         first = next(self._all_records(None), None)
         if first is None:
             files = (
@@ -116,7 +117,8 @@ class Corpus:
         """The records in order, after `limit` and `seed`.
 
         Raises:
-            CorpusError: a file cannot be read, or a line of it cannot be parsed.
+            CorpusError: a file cannot be read, a line of it cannot be parsed, or it was written to since the corpus
+                was opened, and so is not what the fingerprint is of.
         """
         config = self.config
         layout = self.layout
@@ -128,6 +130,12 @@ class Corpus:
             yield from islice(records, config.limit)
         else:
             yield from _sample(records, config.limit, random.Random(config.seed))
+        for path, state in zip(self.files, self._opened, strict=True):
+            if _state(path) != state:
+                raise CorpusError(
+                    f"a corpus must stay as it is while it is read, got other contents of {path}; wait until it is "
+                    "complete and run the same command again"
+                )
 
     def _all_records(self, columns: Columns) -> Iterator[Record]:
         if isinstance(self._source, HubSource):
@@ -155,11 +163,17 @@ class Corpus:
         """One line: what is read."""
         config = self.config
         what = f"{len(self.files)} files of {config.source}" if len(self.files) > 1 else config.source
-        if config.split is not None:
-            what += f", split {config.split}"
+        if (split := config.split or self._told_split()) is not None:
+            what += f", split {split}"
         if config.limit is not None:
             what += f", {'first' if config.seed is None else 'a sample of'} {config.limit} records"
         return f"corpus: {what}"
+
+    def _told_split(self) -> str | None:
+        """The split that the names of a directory's files tell; files of another one were left out."""
+        directory = Path(self.config.source).expanduser()
+        told = self.files and directory.is_dir() and split_of(self.files[0].relative_to(directory))
+        return told or None
 
     def describe(self) -> dict[str, Any]:
         """The corpus as the identity of a cache records it; plain JSON values."""
@@ -191,6 +205,15 @@ def open_corpus(config: CorpusConfig) -> Corpus:
             f"got {config.source:.200}, which does not exist"
         )
     return Corpus(config, HubSource.open(name, config.split or DEFAULT_SPLIT))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What a write to a file changes: its size and the time of its last change."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CorpusError(f"a corpus must be readable, got {path}: {error.strerror}") from error
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _sample(records: Iterator[Record], size: int, generator: random.Random) -> Iterator[Record]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cache_builder.corpus.field import CHAT, is_given
 from cache_builder.corpus.fields import names, refuse_columns
+from cache_builder.corpus.json_text import parse_json
 from cache_builder.corpus.layouts import Layout
 from cache_builder.corpus.messages import Message, Turns, from_sharegpt, read_turns
 from cache_builder.corpus.readers import Record
@@ -25,6 +26,10 @@ RESERVED_ARGUMENTS = frozenset(
     | {"return_assistant_tokens_mask", "strftime_now"}
 )
 """Arguments of `apply_chat_template` that are not the data's to choose."""
+
+
+SWITCHES = frozenset({"enable_thinking", "preserve_thinking"})
+"""Variables of templates that are true or false."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,15 +179,16 @@ def _arguments(record: Record) -> dict[str, Any]:
         value = record.values.get(column)
         if isinstance(value, str) and value:
             try:
-                value = json.loads(value)
-            except ValueError:
+                value = parse_json(value, record.where)
+            except json.JSONDecodeError:
                 value = None
         if is_given(record.values.get(column)):
             if not isinstance(value, Mapping):
                 raise CorpusError(f"{column} must be an object, got {kind_of(value)} in {record.where}")
             arguments |= json_value(value, column, record.where)
     for column in names("one template argument"):
-        if is_given(value := record.values.get(column)):
+        if is_given(record.values.get(column)):
+            value = _one_argument(record, column)
             if column in arguments and arguments[column] != value:
                 raise CorpusError(f"{column} must be given once, got two values in {record.where}")
             arguments[column] = json_value(value, column, record.where)
@@ -192,6 +198,21 @@ def _arguments(record: Record) -> dict[str, Any]:
                 f"chat_template_kwargs cannot set {name}, got it in {record.where}; take it out"
             )
     return arguments
+
+
+def _one_argument(record: Record, column: str) -> Any:
+    """The value of a template's variable in a column of its own. A CSV file has text for every type, and to a template
+    the text `false` is true.
+    """
+    value = record.values[column]
+    if column == "documents":
+        return sequence_of(record, column)
+    if column not in SWITCHES:
+        return value
+    said = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if (text := str(value).strip().lower()) not in said:
+        raise CorpusError(f"{column} must be true or false, got {value!r:.40} in {record.where}")
+    return said[text]
 
 
 def _question(record: Record) -> tuple[str, str, str]:

@@ -17,8 +17,8 @@ def is_given(value: Any) -> bool:
 
 
 def is_boolean(value: Any) -> bool:
-    """True or false, but no number."""
-    return isinstance(value, bool)
+    """True or false, also as the text of a CSV file, but no number."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
 
 
 def is_false(value: Any) -> bool:

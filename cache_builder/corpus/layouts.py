@@ -6,6 +6,7 @@ and a derived `text` column is a chat data set. `--text-column` overrules. Optio
 would ask for something else (`fields.py`).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from formats.errors import CorpusError
 ALL_TOKENS = "every token but the first"
 CHAT_COLUMNS = names("system", "tools", "template arguments", "one template argument", "template")
 """What a conversation may have beside its turns."""
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,13 @@ def _is_sharegpt(values: Mapping[str, Any]) -> bool:
     return "from" in turns[0] if isinstance(turns[0], dict) else '"from"' in str(turns[0])
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{"))
+def is_turns(value: Any) -> bool:
+    """A list of turns, or its JSON text, as CSV files hold it: a list of objects."""
+    return isinstance(value, list) or (isinstance(value, str) and _LIST_OF_OBJECTS.match(value) is not None)
 
 
 def _is_chat_pair(values: Mapping[str, Any]) -> bool:
-    return _is_list(values["prompt"]) and _is_list(values["completion"])
+    return is_turns(values["prompt"]) and is_turns(values["completion"])
 
 
 def _is_unmasked(values: Mapping[str, Any]) -> bool:

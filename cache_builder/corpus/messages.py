@@ -10,6 +10,7 @@ from typing import Any
 
 from cache_builder.corpus.field import PART, TURN, is_given
 from cache_builder.corpus.fields import names, refuse_fields
+from cache_builder.corpus.json_text import parse_json
 from cache_builder.corpus.readers import Record
 from cache_builder.corpus.tool_calls import function_call, tool_calls, tool_schema
 from cache_builder.corpus.values import kind_of, unicode_text
@@ -77,8 +78,8 @@ def read_turns(turns: list[Any], record: Record, column: str, *, are_context: bo
 
 def _parsed_turn(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse_json(text, where)
+    except json.JSONDecodeError:
         raise CorpusError(
             f"a message must be an object with role and content, got a string in {where}"
         ) from None
@@ -96,9 +97,14 @@ def _message(message: Message, where: str) -> Message:
         )
     if role == "function":  # OpenAI's older name
         message["role"] = "tool"
-    if is_given(call := message.pop("function_call", None)):
+    call, calls = message.pop("function_call", None), message.pop("tool_calls", None)
+    if is_given(call) and is_given(calls):
+        raise CorpusError(
+            f"the calls of a turn stand in one field, got function_call and tool_calls in {where}; drop one"
+        )
+    if is_given(call):
         message["tool_calls"] = function_call(call, where)
-    if is_given(calls := message.pop("tool_calls", None)):
+    if is_given(calls):
         message["tool_calls"] = tool_calls(calls, where)
     if isinstance(tools := message.get("tools"), list):
         message["tools"] = [tool_schema(tool, "tools", where) for tool in tools]
@@ -176,8 +182,13 @@ def from_sharegpt(turn: Any, where: str) -> Message:
             f"a ShareGPT turn must be an object with from and value, got {turn!r:.80} in {where}"
         )
     speaker = turn["from"]
-    if speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise CorpusError(f"from must be one of {', '.join(SPEAKERS)}, got {speaker!r} in {where}")
+    for name, other, taken in (("from", "role", SPEAKERS[speaker]), ("value", "content", turn["value"])):
+        if is_given(turn.get(other)) and turn[other] not in (turn[name], taken):
+            raise CorpusError(
+                f"a ShareGPT turn has one speaker and one text, got {name} and another {other} in {where}; drop one"
+            )
     message = {key: value for key, value in turn.items() if key not in ("from", "value")}
     message |= {"role": SPEAKERS[speaker], "content": turn["value"]}
     if speaker == "function_call":

@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 import zstandard
 
 from cache_builder.corpus.column_values import plain
+from cache_builder.corpus.json_text import parse_json
 from formats.errors import CorpusError
 
 # Suffix -> family. Only one family may occur in a corpus: their columns would not agree.
@@ -155,7 +156,7 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = parse_json(line.decode("utf-8"), f"{path}, line {number}")
             except UnicodeDecodeError as error:
                 raise CorpusError(
                     f"a corpus must be UTF-8 text, got other bytes in {path}, line {number}; convert it"
@@ -189,7 +190,7 @@ def _read_json_array(path: Path) -> Iterator[Record]:
     with _open_binary(path) as file:
         text = file.read().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     try:
-        array = json.loads(text)
+        array = parse_json(text, str(path))
     except (json.JSONDecodeError, RecursionError) as error:
         place = f", line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
         raise CorpusError(
@@ -209,6 +210,14 @@ def _require_object(values: Any, where: str, noun: str) -> dict[str, Any]:
     return values
 
 
+def _require_unique(columns: list[str], path: Path) -> None:
+    """A second column of a name would take the place of the first."""
+    if repeated := [name for name in columns if columns.count(name) > 1]:
+        raise CorpusError(
+            f"every column must have a name of its own, got {repeated[0]} twice in {path}; rename or drop one"
+        )
+
+
 def _read_csv(path: Path, _: Columns) -> Iterator[Record]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # the default of 128 KiB is shorter than many documents
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -217,6 +226,7 @@ def _read_csv(path: Path, _: Columns) -> Iterator[Record]:
             header = next(reader, None)
             if header is None:
                 return
+            _require_unique([name for name in header if name], path)
             for number, cells in enumerate(reader, 1):
                 if not cells:
                     continue
@@ -238,6 +248,7 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Record]:
 
     try:
         with pq.ParquetFile(path) as file:
+            _require_unique(file.schema_arrow.names, path)
             names = [name for name in file.schema_arrow.names if columns is None or name in columns]
             yield from _rows_of(file.iter_batches(batch_size=BATCH_ROWS, columns=names), path, names)
     except pa.ArrowException as error:
@@ -258,6 +269,7 @@ def _read_arrow(path: Path, columns: Columns) -> Iterator[Record]:
                 source.seek(0)
                 batches = pa.ipc.open_stream(source)
                 schema = batches.schema
+            _require_unique(schema.names, path)
             names = [name for name in schema.names if columns is None or name in columns]
             yield from _rows_of(iter(batches), path, names)
     except pa.ArrowException as error:

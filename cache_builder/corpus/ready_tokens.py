@@ -59,6 +59,11 @@ def tokens_of(record: Record, vocab_size: int) -> Tokens:
         if _is_there(record.values.get(name)):
             targets = _labelled(record, ids) if name == "labels" else _ones(record, name, len(ids))
             mask = targets if mask is None else mask & targets
+    if mask is not None and (mask & ~used).any():
+        raise CorpusError(
+            f"padding carries no loss, got targets where attention_mask is 0 in {record.where}; give them the label "
+            f"{IGNORED} (in a mask 0), or drop the padding"
+        )
     _refuse_several_sequences(record, used)
     for name in names("token_type_ids"):
         if _is_there(record.values.get(name)) and _column(record, name, len(ids))[used].any():
@@ -95,7 +100,11 @@ def _labelled(record: Record, ids: np.ndarray) -> np.ndarray:
 
 def _ones(record: Record, name: str, length: int) -> np.ndarray:
     if name in names("token weights"):
-        values = np.array(sequence_of(record, name))
+        found = sequence_of(record, name)
+        try:
+            values = np.array(found)
+        except ValueError:  # lists of several lengths
+            values = np.array(None)
         if values.shape != (length,) or not np.isin(values, (0, 1)).all():
             raise CorpusError(
                 f"{name} must be {length} zeros and ones, got others in {record.where}; a token is trained "

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cache_builder.corpus.field import is_given
+from cache_builder.corpus.json_text import parse_json
 from cache_builder.corpus.readers import Record
 from cache_builder.corpus.values import kind_of, sequence_of
 from formats.errors import CorpusError
@@ -40,8 +41,8 @@ def _parsed(value: Any, what: str, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        return parse_json(value, where)
+    except json.JSONDecodeError:
         raise CorpusError(
             f"{what} must be JSON, got {value!r:.40} in {where}; mend or drop the record"
         ) from None

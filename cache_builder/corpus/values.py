@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cache_builder.corpus.field import is_given
+from cache_builder.corpus.json_text import parse_json
 from cache_builder.corpus.readers import Record
 from formats.errors import CorpusError
 
@@ -56,8 +57,8 @@ def sequence_of(record: Record, column: str) -> list[Any]:
     value = value_of(record, column)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = parse_json(value, record.where)
+        except json.JSONDecodeError:
             raise CorpusError(
                 f"{column} must be a list, got the string {value!r:.40} in {record.where}"
             ) from None

@@ -20,7 +20,7 @@ import numpy as np
 from cache_builder.corpus.examples import Conversation, Example, PromptCompletion, Text, convert
 from cache_builder.corpus.files import DEFAULT_SPLIT, find_files
 from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
-from cache_builder.corpus.layouts import Layout, recognise
+from cache_builder.corpus.layouts import Layout, is_turns, recognise
 from cache_builder.corpus.readers import Record, family_of, read_records
 from cache_builder.corpus.ready_tokens import Tokens
 from cache_builder.rows.encoding import SpecialTokens
@@ -231,10 +231,7 @@ def _with_answer(record: Record) -> Record:
     if not {"input_ids", "messages", "conversations"} & set(values):
         prompt = values.get("prompt")
         if prompt is not None:
-            is_chat = isinstance(prompt, list) or (
-                isinstance(prompt, str) and prompt.lstrip().startswith("[{")
-            )
-            values["completion"] = _ANSWER if is_chat else ""
+            values["completion"] = _ANSWER if is_turns(prompt) else ""
         elif values.get("instruction") is not None:
             values["output"] = "answer"
     return record._replace(values=values)

@@ -36,6 +36,8 @@ class TokeniseStats:
     """Assistant turns that the chat template shortens when more turns follow (it drops their reasoning)."""
     unread_fields: dict[str, int] = field(default_factory=dict)
     """Fields of messages that the chat template does not read, and how many messages have them."""
+    unread_columns: dict[str, int] = field(default_factory=dict)
+    """Columns that are not read and that the first record does not have, and how many records have them."""
 
     def to_dict(self) -> dict[str, Any]:
         """All counts by name."""
@@ -54,7 +56,11 @@ class TokeniseStats:
             (self.num_shortened_turns, "earlier assistant turn", "shortened by the chat template"),
         )
         notes = [f"{count} {noun}{'s' * (count != 1)} {remark}" for count, noun, remark in remarks if count]
-        if self.unread_fields:
-            found = ", ".join(f"{name} ({count})" for name, count in sorted(self.unread_fields.items()))
-            notes.append(f"fields of messages that the chat template does not read: {found}")
+        for what, unread in (
+            ("fields of messages that the chat template does not read", self.unread_fields),
+            ("columns not read, of later records than the first", self.unread_columns),
+        ):
+            if unread:
+                found = ", ".join(f"{name} ({count})" for name, count in sorted(unread.items()))
+                notes.append(f"{what}: {found}")
         return notes

@@ -1,11 +1,13 @@
 """Does the chat template show everything that a conversation holds? What it drops would silently not be trained.
 
 A template that knows no tool calls renders such a turn as nothing but its end-of-turn token; one that knows no
-reasoning drops it, one that knows no `developer` drops the message. Asked of the template itself: a field is not
-shown if taking it out changes neither the conversation up to its message nor the whole. (Templates that drop the
-reasoning of *earlier* turns do show it while the turn is the last; such turns are counted elsewhere.)
+reasoning drops it, or cuts it off the content; one that knows no `developer` drops the message. Asked of the template
+itself: a field is not shown if taking it out changes neither the conversation up to its message nor the whole.
+(Templates that drop the reasoning of *earlier* turns do show it while the turn is the last; such turns are counted
+elsewhere.)
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from cache_builder.rows.template import ChatTemplate
 from formats.errors import CorpusError
 
 Edit = Callable[[Message], Message]
+_OPENING_TAG = re.compile(r"[<\[][^<>\[\]\s]+[>\]]\s*")
 _OTHER_TEMPLATE = "use a template that shows it, or drop the record"
 
 
@@ -34,8 +37,9 @@ def require_shown(template: ChatTemplate, conversation: Conversation, full: str)
         raise CorpusError(
             f"a chat template must show the tools, got one that does not, for {where}; {_OTHER_TEMPLATE}"
         )
+    doubtful = _doubtful_contents(template, conversation, full)
     for index, message in enumerate(conversation.messages):
-        for field, edit in _parts(message, full):
+        for field, edit in _parts(message, doubtful):
             if not _changes(template, conversation, index, edit, full):
                 raise CorpusError(
                     f"a chat template must show all of a conversation, got one that does not show {field} of "
@@ -51,7 +55,28 @@ def unread_fields(template: ChatTemplate, conversation: Conversation) -> set[str
     )
 
 
-def _parts(message: Message, full: str) -> list[tuple[str, Edit]]:
+def _doubtful_contents(template: ChatTemplate, conversation: Conversation, full: str) -> set[str]:
+    """Contents that the rendering need not show for each message that has them: those that are not in it (written in
+    another way, shortened, or dropped), are in it less often than the messages have them, or could be there as a part
+    of something else.
+    """
+    contents = [message["content"].strip() for message in conversation.messages]
+    fields = [
+        str(value)
+        for message in conversation.messages
+        for name, value in message.items()
+        if name != "content"
+    ]
+    others = [*template.texts, str(conversation.tools or ""), *fields]
+    return {
+        content
+        for content in set(contents) - {""}
+        if full.count(content) < sum(each.count(content) for each in contents)
+        or any(content in other for other in others)
+    }
+
+
+def _parts(message: Message, doubtful: set[str]) -> list[tuple[str, Edit]]:
     """What must show of a message, and how to take it out."""
     parts: list[tuple[str, Edit]] = []
     for name in names("turn content"):
@@ -63,10 +88,18 @@ def _parts(message: Message, full: str) -> list[tuple[str, Edit]]:
         parts.append(("tool_calls", _without("tool_calls")))
     if is_given(message.get("name")) and message["role"] != "tool":
         parts.append(("name", _without("name")))
-    content = message["content"].strip()
-    if content and content not in full:  # written in another way, shortened, or dropped
+    if message["content"].strip() in doubtful:
         parts.append(("the content", lambda m: {**m, "content": m["content"].rstrip() + "x"}))
+        parts.append(("the beginning of the content", _begun_otherwise))
     return parts
+
+
+def _begun_otherwise(message: Message) -> Message:
+    """Another letter at the beginning, but within a thought that it begins with: templates look for its tags."""
+    content = message["content"].lstrip()
+    tag = _OPENING_TAG.match(content)
+    start = tag.end() if tag is not None else 0
+    return {**message, "content": content[:start] + "x" + content[start:]}
 
 
 def _without(name: str) -> Edit:

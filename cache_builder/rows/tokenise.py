@@ -11,12 +11,14 @@ N: tokens of a document, L: tokens of a row.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from cache_builder.corpus.corpus import Corpus, CorpusConfig
 from cache_builder.corpus.examples import Conversation, Example, PromptCompletion, Text, convert
+from cache_builder.corpus.field import is_given
 from cache_builder.corpus.readers import Record
 from cache_builder.corpus.ready_tokens import Tokens
 from cache_builder.rows.chat import ChatEncoder
@@ -108,11 +110,16 @@ class TokenisedRows(Iterator[TokenRow]):
 
     def _generate(self) -> Iterator[TokenRow]:
         stats = self.stats
+        layout = self._corpus.layout
+        announced = {*self._corpus.columns, *layout.required, *layout.optional}
         for records in batches(self._corpus, self._config.batch_size):
+            for name, value in chain.from_iterable(record.values.items() for record in records):
+                if name not in announced and is_given(value):
+                    stats.unread_columns[name] = stats.unread_columns.get(name, 0) + 1
             examples = [
                 convert(
                     record,
-                    self._corpus.layout,
+                    layout,
                     has_chat_template=self._has_template,
                     vocab_size=len(self._tokenizer),
                 )

@@ -39,13 +39,28 @@ def unit_weights(
     found = []
     for amount, mean in zip(amounts, means, strict=True):
         if isinstance(amount, Share):
-            units = amount * total / mean
-            if units < 0.5:
-                raise ConfigError(
-                    f"caches.share {amount:g} comes to {units:.2f} rows or packs of an epoch's {num_units[0]} of the "
-                    "target cache, and so to none; raise it, or leave the cache out"
-                )
-            found.append(units / num_units[0])
+            weight = amount * total / mean / num_units[0]
+            require_drawn(amount, weight, num_units[0])
+            found.append(weight)
         else:
             found.append(float(amount))
     return found
+
+
+def require_drawn(amount: float, weight: float, num_target: int) -> None:
+    """Refuse an amount that rounds to no unit of an epoch.
+
+    Args:
+        amount: as it was asked for.
+        weight: units per unit of the target; 0 asks for none.
+        num_target: units of the target.
+
+    Raises:
+        ConfigError: names the amount.
+    """
+    if weight > 0 and round(weight * num_target) == 0:
+        name = "share" if isinstance(amount, Share) else "weight"
+        raise ConfigError(
+            f"caches.{name} {amount:g} comes to {weight * num_target:.2f} rows or packs of an epoch's {num_target} of "
+            "the target cache, and so to none; raise it, or leave the cache out"
+        )

@@ -168,6 +168,8 @@ def test_files_of_the_asked_split_are_read_and_the_others_held_out(tmp_path: Pat
     for name in ("train-00000.jsonl", "train-00001.jsonl", "test.jsonl", "dev/part.jsonl"):
         write(tmp_path / name, [{"text": name}])
     assert texts(tmp_path) == ["train-00000.jsonl", "train-00001.jsonl"]
+    told = open_corpus(CorpusConfig(source=str(tmp_path))).announcement()
+    assert told == f"corpus: 2 files of {tmp_path}, split train"
     assert texts(tmp_path, split="test") == ["test.jsonl"]
     assert texts(tmp_path, split="validation") == ["dev/part.jsonl"]
     assert refusal(tmp_path, split="extra") == (
@@ -409,6 +411,26 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
         b'text,id\n"a,1\n',
         "a .csv corpus must be valid CSV, got {path}, line 2: unexpected end of data",
     ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        "an object must have every name once, got 'text' twice in {path}, line 2; keep one of them",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b", "id": ' + b"9" * 5000 + b"}\n",
+        "a number must be readable, got one of thousands of digits in {path}, line 2; write it as text",
+    ),
+    (
+        "a.json",
+        b'[{"text": "a", "meta": {"x": 1, "x": 1}}]',
+        "an object must have every name once, got 'x' twice in {path}; keep one of them",
+    ),
+    (
+        "a.csv",
+        b"text,id,text\na,1,b\n",
+        "every column must have a name of its own, got text twice in {path}; rename or drop one",
+    ),
     ("a.csv", b"text\na\n\xff\n", "a corpus must be UTF-8 text, got other bytes in {path}; convert it"),
     ("a.txt", b"\xff\xfe", "a corpus must be UTF-8 text, got other bytes in {path}; convert it"),
 ]
@@ -419,6 +441,25 @@ def test_malformed_files_name_the_line(tmp_path: Path, name: str, content: bytes
     path = tmp_path / name
     path.write_bytes(content)
     assert refusal(path) == message.format(path=path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_name_that_two_columns_have_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    if suffix == "parquet":
+        pa.parquet.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+    rule = "every column must have a name of its own, got text twice in"
+    assert refusal(path) == f"{rule} {path}; rename or drop one"
+
+
+def test_columns_of_a_csv_file_may_lack_a_name(tmp_path: Path) -> None:
+    """Spreadsheets leave some at the end of every row."""
+    (tmp_path / "a.csv").write_text("text,,\na,,\n")
+    assert texts(tmp_path / "a.csv") == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -447,6 +488,23 @@ def test_a_file_that_vanishes_is_refused(tmp_path: Path) -> None:
         list(corpus)
     with pytest.raises(CorpusError, match="No such file or directory"):
         _ = corpus.fingerprint
+
+
+@pytest.mark.parametrize("options", [{}, {"limit": 2}, {"limit": 2, "seed": 0}])
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, options: dict[str, int]) -> None:
+    """The fingerprint would be that of another text than the rows."""
+    first, path = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
+    corpus = open_corpus(CorpusConfig(source=str(tmp_path), **options))
+    _ = corpus.fingerprint
+    records = iter(corpus)
+    next(records)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(
+        CorpusError, match=f"must stay as it is while it is read, got other contents of {path};"
+    ):
+        list(records)
+    assert list(open_corpus(CorpusConfig(source=str(first))))
 
 
 def test_an_overlong_text_file_is_refused(tmp_path: Path) -> None:

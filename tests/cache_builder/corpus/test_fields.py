@@ -1,5 +1,6 @@
 """The table of known columns and fields: the same in code and docs, and every line of it does what it says."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_no_name_stands_twice_in_one_place() -> None:
 def test_a_column_that_asks_for_something_else_is_refused_with_its_place(
     tmp_path: Path, field: Any, name: str, base: dict[str, Any]
 ) -> None:
-    value: Any = True if field.key == "feedback" else 0.5 if "weight" in field.key else ["x"]
+    value: Any = 0.5 if "weight" in field.key else ["x"]
     message = refusal(tmp_path, base, {**base, name: value})
     assert message == f"{field.rule}, got a column {name} in data.jsonl, line 2; {field.remedy}"
 
@@ -76,7 +77,10 @@ def test_feedback_is_told_from_other_labels(tmp_path: Path) -> None:
         "a record holds an answer to train on, not feedback on one, got a column label in data.jsonl, line 2; "
         "keep the good answers and drop the column"
     )
-    assert refusal(tmp_path, PAIR, {**PAIR, "label": False}) == expected
+    for value in (False, "False", "true"):
+        assert refusal(tmp_path, PAIR, {**PAIR, "label": value}) == expected
+    for value in (0, "false"):
+        assert refusal(tmp_path, PAIR, {**PAIR, "kto_tag": value}) == expected.replace("label", "kto_tag")
     assert rendered(tmp_path, {**PAIR, "label": 3})[1] == ["cd</s>"]
     assert rendered(tmp_path, {**TEXT, "label": True})[1] == ["bc</s>"]
 
@@ -100,6 +104,22 @@ def test_what_says_nothing_about_training_is_named_and_left_alone(tmp_path: Path
     [row], iterator = rows_of(tmp_path, [{**CHAT, name: 3, "id": 7}], tokenizer)
     assert targets_of(row, tokenizer) == ["Yo<|im_end|>"]
     assert f"columns not read: {name}, id" in iterator.describe()
+
+
+def test_what_only_later_records_have_is_counted_and_named(tmp_path: Path) -> None:
+    records = [
+        {**TEXT, "id": 7},
+        {**TEXT, **CHAT, "id": 8},
+        {**TEXT, **CHAT, "source": "x"},
+        {**TEXT, "url": None},
+    ]
+    rows, iterator = rows_of(tmp_path, records, byte_tokenizer(CHATML))
+    assert len(rows) == 4
+    assert iterator.stats.notes() == [
+        "columns not read, of later records than the first: messages (2), source (1)"
+    ]
+    rows, iterator = rows_of(tmp_path, [CHAT, {**CHAT, "system": "Be brief."}], byte_tokenizer(CHATML))
+    assert iterator.stats.notes() == []
 
 
 # --- beside input_ids ---------------------------------------------------------------------------------------
@@ -151,6 +171,26 @@ def test_of_several_masks_all_must_agree(tmp_path: Path) -> None:
     }
     [row], _ = rows_of(tmp_path, [record], byte_tokenizer())
     assert row.loss_mask.tolist() == [False, False, False, True]
+
+
+def test_targets_in_the_padding_are_refused(tmp_path: Path) -> None:
+    """An end token that is padding as well: `transformers` would train the first one, so it is not to be dropped."""
+    padded = {"input_ids": [7, 8, 2, 2], "attention_mask": [1, 1, 0, 0]}
+    for extra in ({"labels": [7, 8, 2, 2]}, {"loss_mask": [0, 1, 1, 0]}):
+        assert refusal(tmp_path, IDS, {**padded, **extra}) == (
+            "padding carries no loss, got targets where attention_mask is 0 in data.jsonl, line 2; give them the label "
+            "-100 (in a mask 0), or drop the padding"
+        )
+    [row], _ = rows_of(
+        tmp_path, [{**padded, "labels": [7, 8, 2, 2], "loss_mask": [1, 1, 0, 0]}], byte_tokenizer()
+    )
+    assert (row.input_ids.tolist(), row.loss_mask.tolist()) == ([7, 8], [False, True])
+
+
+def test_weights_of_several_lengths_are_none(tmp_path: Path) -> None:
+    assert "loss_weights must be 3 zeros and ones, got others in data.jsonl, line 2" in refusal(
+        tmp_path, IDS, {**IDS, "loss_weights": [[1], [1, 2], [0]]}
+    )
 
 
 def test_a_weight_between_zero_and_one_is_no_mask(tmp_path: Path) -> None:
@@ -324,9 +364,15 @@ def test_template_arguments_per_record(tmp_path: Path) -> None:
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"chat_template_kwargs": '{"enable_thinking": false}'},
         {"enable_thinking": False},
+        {"enable_thinking": "False"},
+        {"enable_thinking": 0},
     ):
         assert rendered(tmp_path, {**CHAT, **extra}, READS_THINKING)[0] == "!" + plain
-    assert rendered(tmp_path, {**CHAT, "enable_thinking": True}, READS_THINKING)[0] == plain
+    for true in (True, "true", 1.0):
+        assert rendered(tmp_path, {**CHAT, "enable_thinking": true}, READS_THINKING)[0] == plain
+    assert refusal(tmp_path, CHAT, {**CHAT, "enable_thinking": "no"}, READS_THINKING) == (
+        "enable_thinking must be true or false, got 'no' in data.jsonl, line 2"
+    )
     assert refusal(tmp_path, CHAT, {**CHAT, "enable_thinking": False}) == (
         "a template argument must be one that the template reads, got enable_thinking in data.jsonl, line 2; drop it, "
         "or use a template that reads it"
@@ -335,6 +381,14 @@ def test_template_arguments_per_record(tmp_path: Path) -> None:
         assert f"chat_template_kwargs cannot set {reserved}, got it in data.jsonl, line 2" in refusal(
             tmp_path, CHAT, {**CHAT, "chat_template_kwargs": {reserved: "x"}}, READS_THINKING
         )
+
+
+def test_documents_for_the_template_may_be_json_text(tmp_path: Path) -> None:
+    template = "{% for d in documents or [] %}{{ d.title }}{% endfor %}" + CHATML
+    documents = [{"title": "A", "text": "a"}, {"title": "B", "text": "b"}]
+    as_list = rendered(tmp_path, {**CHAT, "documents": documents}, template)
+    assert as_list[0].startswith("AB<|im_start|>")
+    assert rendered(tmp_path, {**CHAT, "documents": json.dumps(documents)}, template) == as_list
 
 
 def test_the_words_of_the_table_are_four() -> None:

@@ -19,6 +19,12 @@ CASES: list[tuple[dict[str, Any], str, str, bool]] = [
         "assistant turns of the completion",
         False,
     ),
+    (
+        {"prompt": '[\n  {\n    "role": "user"', "completion": '[ {"role": "assistant"'},
+        "prompt + completion (chat)",
+        "assistant turns of the completion",
+        False,
+    ),
     ({"messages": [TURN]}, "messages", "assistant turns", False),
     ({"conversations": [TURN]}, "messages", "assistant turns", False),
     ({"conversations": [{"from": "human", "value": "x"}]}, "ShareGPT", "assistant turns", False),

@@ -230,7 +230,8 @@ def test_bad_settings_are_refused(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"corpus": "a.txt"}, {"limit": 3}, {"text_column": "t"}, {"split": "test"}, {"seed": 3}]
+    "settings",
+    [{"corpus": "a.txt"}, {"limit": 3}, {"text_column": "t"}, {"split": "test"}, {"seed": 3}, {"seed": 0}],
 )
 def test_settings_of_a_corpus_are_refused_beside_it(settings: dict) -> None:
     name, value = next(iter(settings.items()))
@@ -238,6 +239,14 @@ def test_settings_of_a_corpus_are_refused_beside_it(settings: dict) -> None:
         BuildConfig(**{"model": "m", "out": "o", "generate": GenerationConfig(num_rows=1), **settings})
     with pytest.raises(ConfigError, match="corpus must be given"):
         BuildConfig(model="m", out="o")
+
+
+def test_a_seed_of_a_corpus_needs_a_limit() -> None:
+    with pytest.raises(
+        ConfigError, match="seed draws so many records as limit says, got seed 0 without limit;"
+    ):
+        BuildConfig(corpus="a.txt", model="m", out="o", seed=0)
+    assert BuildConfig(corpus="a.txt", model="m", out="o", seed=0, limit=3).seed == 0
 
 
 def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:

@@ -112,6 +112,25 @@ def test_reasoning_that_only_the_last_turn_shows_is_shown() -> None:
     assert targets(THINKING, within) == ["Two<|im_end|>", "<think></think>\nYo<|im_end|>"]
 
 
+@pytest.mark.parametrize("thought", ["<think>\nHm.\n</think>\n\n", "Hm.</think>", "<think></think>"])
+def test_reasoning_within_the_content_must_show(thought: str) -> None:
+    """DeepSeek R1's manner: everything up to the end of the thought is cut off, of the last turn too."""
+    cuts = CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
+    thinks = {"role": "assistant", "content": thought + "Yo"}
+    message = refusal(cuts, [USER, thinks])
+    assert message == not_shown("the beginning of the content of message 2 (role assistant)")
+    assert targets(cuts, [USER, ANSWER]) == ["Yo<|im_end|>"]
+    assert targets(CHATML, [USER, thinks]) == [thought + "Yo<|im_end|>"]
+
+
+def test_reasoning_within_the_content_that_only_the_last_turn_shows_is_shown() -> None:
+    thinks = {"role": "assistant", "content": "<think>Hm.</think>\nYo"}
+    assert targets(THINKING, [USER, thinks, USER, thinks]) == [
+        "Yo<|im_end|>",
+        "<think>Hm.</think>\nYo<|im_end|>",
+    ]
+
+
 def test_a_name_must_show_but_for_a_tools_answer() -> None:
     assert refusal(CHATML, [{**USER, "name": "Ana"}, ANSWER]) == not_shown("name of message 1 (role user)")
     answer = {"role": "tool", "content": "12:00", "name": "clock"}
@@ -125,6 +144,19 @@ def test_a_message_of_a_role_that_the_template_skips() -> None:
     assert targets(CHATML, [developer, USER, ANSWER]) == ["Yo<|im_end|>"]
     message = refusal(KNOWS_THREE_ROLES, [developer, USER, ANSWER])
     assert message == not_shown("the content of message 1 (role developer)")
+
+
+@pytest.mark.parametrize("content", ["22", "assistant", "clock"])
+def test_a_dropped_message_is_found_though_its_text_stands_elsewhere(content: str) -> None:
+    """In a later answer, in what the template writes itself, in a call."""
+    template = TOOLS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    answer = {"role": "tool", "content": content}
+    last = {"role": "assistant", "content": "It is 22 degrees."}
+    assert not_shown("the content of message 3 (role tool)") == refusal(
+        template, [USER, CALLING, answer, last]
+    )
+    assert targets(TOOLS, [USER, CALLING, answer, last])[1] == "It is 22 degrees.<|im_end|>"
+    assert targets(TOOLS, [answer, answer, USER, ANSWER]) == ["Yo<|im_end|>"]
 
 
 def test_what_is_shown_elsewhere_or_otherwise_is_shown() -> None:

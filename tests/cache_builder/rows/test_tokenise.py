@@ -436,6 +436,29 @@ BAD_RECORDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "tool, observation, function_response, got 'narrator' in data.jsonl, line 2",
     ),
     (
+        {"conversations": [{"from": "human", "value": "Hi"}]},
+        {"conversations": [{"from": ["human"], "value": "Hi"}]},
+        "from must be one of human, user, prompter, gpt, assistant, chatgpt, model, bot, function_call, "
+        "system, tool, observation, function_response, got ['human'] in data.jsonl, line 2",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "Hi", "role": "user", "content": "Hi"}]},
+        {"conversations": [{"from": "human", "value": "Hi", "content": "Ho"}]},
+        "a ShareGPT turn has one speaker and one text, got value and another content in data.jsonl, line 2; "
+        "drop one",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "Hi", "role": "human", "content": None}]},
+        {"conversations": [{"from": "human", "value": "Hi", "role": "assistant"}]},
+        "a ShareGPT turn has one speaker and one text, got from and another role in data.jsonl, line 2; drop one",
+    ),
+    (
+        {"messages": [USER]},
+        {"messages": [{"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [{"name": "g"}]}]},
+        "the calls of a turn stand in one field, got function_call and tool_calls in message 1 of data.jsonl, "
+        "line 2; drop one",
+    ),
+    (
         {"input_ids": [7, 8], "labels": [7, 8]},
         {"input_ids": [7, 8], "labels": [8, -100]},
         "labels must equal input_ids or be -100 (they are not shifted), got others in data.jsonl, line 2",
@@ -465,6 +488,11 @@ BAD_RECORDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"input_ids": [7, 8]},
         {"input_ids": [7, None]},
         "input_ids must be a list of integers, got other values in data.jsonl, line 2",
+    ),
+    (
+        {"messages": [USER]},
+        {"messages": '[{"role": "user", "content": "a", "content": "b"}]'},
+        "an object must have every name once, got 'content' twice in data.jsonl, line 2; keep one of them",
     ),
     (
         {"messages": [USER], "tools": "[]"},

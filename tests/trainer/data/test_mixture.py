@@ -27,6 +27,20 @@ def test_shares_by_hand():
     assert unit_weights([1.0, 0.3, 0.0], [10, 10, 10], [50, 60, 70]) == [1.0, 0.3, 0.0]
 
 
+def test_a_weight_that_rounds_to_no_row_is_refused(texts):
+    """Half a row is rounded to none; more than half is one."""
+    units = [[[0]] * 50, [[0]] * 300]
+    assert sources_of(units, texts[:2], [1.0, 0.0])[1].weight == 0
+    for weight, comes_to in ((0.01, "0.50"), (0.002, "0.10")):
+        with pytest.raises(
+            ConfigError, match=rf"caches.weight {weight} comes to {comes_to} rows or packs of an"
+        ):
+            sources_of(units, texts[:2], [1.0, weight])
+        with pytest.raises(ConfigError, match=f"caches.weight {weight} comes to {comes_to} rows"):
+            sources_of(units[:1] + units, texts, [1.0, weight, Share(0.5)])
+    assert EpochBatches(sources_of(units, texts[:2], [1.0, 0.011]), 1).counts == [50, 1]
+
+
 @pytest.fixture(scope="module")
 def texts(tiny_llama_dir, tmp_path_factory) -> list[CachedDataset]:
     """A target and two more, with rows of other lengths."""
@@ -110,11 +124,12 @@ def test_what_says_two_things_or_nothing_is_refused_in_one_line(caches, message)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_share_of_nothing_is_refused_before_anything_is_written(
-    tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path
+@pytest.mark.parametrize("name", ["share", "weight"])
+def test_a_share_or_weight_of_nothing_is_refused_before_anything_is_written(
+    tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path, name
 ):
-    words = [f"caches=[{{path: {llama_eval_cache}, share: 0.001}}]"]
-    with pytest.raises(ConfigError, match=r"caches.share 0.001 comes to 0\.\d+ rows or packs"):
+    words = [f"caches=[{{path: {llama_eval_cache}, {name}: 0.001}}]"]
+    with pytest.raises(ConfigError, match=rf"caches.{name} 0.001 comes to 0\.\d+ rows or packs"):
         train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *words))
     assert not (tmp_path / "run").exists()
 
