@@ -4,8 +4,8 @@
 1. The two terms are what rate-distortion theory asks for: equal KL share needs steps proportional to sqrt(p),
 equal share in the gradient at T = 1 equal steps in p, and minimising entropy under both gives a step
 density that is their sum. `a` steps govern small p and high T, `b` steps the few large p and low T; large
-codes are rare, so they cost little once compressed. Error: |p' - p| <= (sqrt(p) / a) / (1 + 2*sqrt(p)*b/a),
-half a step, wherever p is not below the smallest code. Code 0 means p = 0.
+codes are rare, so they cost little once compressed. Error: |s' - s| <= 0.5 / (a + b*(s + s')), half a step, wherever
+p is not below the smallest code; p' - p is s + s' times that. Code 0 means p = 0.
 
 **Tail nodes.** A(beta) is stored in steps of 1/`tail_steps` nats as the difference to an integer prediction
 from nodes already known, modulo 2^16. The prediction of A(1) is the log of the mass the quantised head

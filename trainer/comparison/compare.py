@@ -249,7 +249,7 @@ def cell_of(metric: Metric, own: Sequence[Reading], first: Reading | None) -> Ce
     scores = np.array([metric.score(reading.value) for reading in own])
     value = metric.value(float(scores.mean()))
     spread = None
-    if len(own) > 1:
+    if len(own) > 1 and np.isfinite(scores).all():  # where a seed has diverged, the value says so
         spread = float(scores.std(ddof=1)) * (value if metric.logarithmic else 1.0)
     errors = [reading.stderr for reading in own if reading.stderr is not None]
     difference = flips = None

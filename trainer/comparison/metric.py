@@ -57,5 +57,7 @@ class Metric:
         """
         if not initial or not math.isfinite(initial):
             return None
-        change = value / initial - 1
+        change = math.copysign(
+            value / initial - 1, value - initial
+        )  # of |initial|: a correlation may be below 0
         return -change if self.higher_is_better else change

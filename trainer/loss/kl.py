@@ -256,7 +256,8 @@ def weighted_ce(
         label_C = ce_weight_C - uniform_C
         ce_C = ce_C + cross_entropy.smoothing * (terms.label_C - terms.mean_C)
     gradient = LogitGradient(ce_weight_C / sum_C, ce_weight_C, label_C, uniform_C=uniform_C)
-    return WeightedCE((ce_C * counted_C).sum(), gradient)
+    # Not a product alone: where a row has no label, that of token 0 may be infinite, for a model that rules it out.
+    return WeightedCE((ce_C.masked_fill(~labelled_C, 0.0) * counted_C).sum(), gradient)
 
 
 def _at(weight: torch.Tensor, position_X: torch.Tensor) -> torch.Tensor:

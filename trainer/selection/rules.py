@@ -158,37 +158,51 @@ def _gain(standing: Standing) -> float:
 
 
 def noise_of_a_seed(
-    points: Sequence[Point], metrics: Sequence[Metric], *, initial: str, direct: str | None
+    points: Sequence[Point],
+    metrics: Sequence[Metric],
+    found: Mapping[str, Standing],
+    *,
+    initial: str,
+    direct: str | None,
 ) -> tuple[float, float] | None:
     """How far one seed moves (lost, gained): the spread over seeds, pooled over the points that have several.
 
-    Spreads of several metrics are taken as independent: the spread of a mean of n is sqrt(sum of squares) / n. A gain
-    is in units of direct's, or of the largest. None without a point of several seeds.
+    Spreads of several metrics are taken as independent: the spread of a mean of n is sqrt(sum of squares) / n. The
+    metrics and their units are those of `Standing.source_loss` and `Standing.gain`, so that what a share leaves out
+    adds no noise to it. None without a point of several seeds that have not diverged.
+
+    Args:
+        found: of `trainer.comparison.standing.standings` on the same points.
     """
-    known = {point.label: point for point in points}
-    first = known[initial]
-    lost: list[float] = []
-    gained: list[float] = []
-    for point in points:
-        if point.num_seeds < 2:
-            continue
-        for side, found in (("source", lost), ("target", gained)):
-            own = [metric for metric in metrics if metric.side == side]
-            moves = []
-            for metric in own:
-                spread = point.spreads.get(metric.key, 0.0)
-                if side == "source":
-                    scale = 1.0 if metric.logarithmic else abs(first.values[metric.key])
-                else:
-                    candidates = [known[direct]] if direct is not None else list(points)
-                    scale = max(abs(_moved(metric, other, first)) for other in candidates)
-                moves.append(spread / scale if scale else 0.0)
-            found.append(sum(move**2 for move in moves) / len(own) ** 2)
-    if not lost:
+    first = next(point for point in points if point.label == initial)
+    lost_units = {
+        metric.key: 1.0 if metric.logarithmic else abs(first.values[metric.key])
+        for metric in metrics
+        if metric.key in found[initial].losses
+    }
+    gain_units = _gain_units(metrics, found, direct)
+    several = [point for point in points if point.num_seeds > 1 and point.label in found]
+    if not several:
         return None
-    return math.sqrt(sum(lost) / len(lost)), math.sqrt(sum(gained) / len(gained))
+    lost, gained = (
+        math.fsum(_variance(point, units) for point in several) / len(several)
+        for units in (lost_units, gain_units)
+    )
+    return math.sqrt(lost), math.sqrt(gained)
 
 
-def _moved(metric: Metric, point: Point, first: Point) -> float:
-    moved = metric.score(point.values[metric.key]) - metric.score(first.values[metric.key])
-    return moved if math.isfinite(moved) else 0.0
+def _gain_units(
+    metrics: Sequence[Metric], found: Mapping[str, Standing], direct: str | None
+) -> dict[str, float]:
+    """Target `Metric.key` -> what its gain is divided by in `Standing.gain`; without those that it leaves out."""
+    targets = [metric.key for metric in metrics if metric.side == "target"]
+    if direct is not None and found[direct].gain_kept is not None:
+        return {key: found[direct].gains[key] for key in targets if key in found[direct].shares}
+    largest = {key: max(standing.gains[key] for standing in found.values()) for key in targets}
+    return {key: most for key, most in largest.items() if most > 0}
+
+
+def _variance(point: Point, units: Mapping[str, float]) -> float:
+    """Over seeds, of the mean over these metrics."""
+    moves = [point.spreads.get(key, 0.0) / unit for key, unit in units.items()]
+    return math.fsum(move**2 for move in moves) / len(moves) ** 2 if moves else 0.0

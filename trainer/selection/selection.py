@@ -194,7 +194,7 @@ def select_points(
         direct=direct,
         rule=rule,
         picks=picks,
-        noise=noise_of_a_seed(points, metrics, initial=initial, direct=direct),
+        noise=noise_of_a_seed(points, metrics, found, initial=initial, direct=direct),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from runs import copy_model, noise
 
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from trainer import compare, evaluate, select
+from trainer.comparison.compare import cell_of
 from trainer.comparison.comparison import Comparison
 from trainer.comparison.lines import Cell, ComparedModel
 from trainer.comparison.metric import Metric
+from trainer.comparison.reading import Reading
 from trainer.evaluation.recorded_method import AppliedMethod, method_of
 
 
@@ -365,6 +368,14 @@ def test_a_model_that_diverged_does_not_spoil_the_others(sweep, texts, tiny_llam
     assert "nan" not in found.front and found.front
     json.dumps(found.to_dict(), allow_nan=False)
     assert found.plot(tmp_path / "p.png").is_file()
+
+
+def test_a_seed_that_diverged_leaves_the_spread_unknown():
+    metric = Metric(side="source", name="s", kind="text", measure="perplexity", higher_is_better=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cell = cell_of(metric, [Reading(value=value) for value in (10.0, 11.0, math.inf)], None)
+    assert cell.value == math.inf and cell.spread is None
 
 
 def test_the_second_stage_of_two_reads_caches_of_the_first(sweep, tiny_llama_dir, tmp_path):

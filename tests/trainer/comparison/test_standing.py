@@ -82,6 +82,9 @@ def test_incomplete_points_are_refused():
 def test_nothing_to_lose():
     assert ACC.loss(0.1, 0.0) is None and ACC.loss(0.4, 0.5) == pytest.approx(0.2)
     assert TARGET.loss(11.0, 10.0) == pytest.approx(0.1)
+    correlation = Metric(side="source", name="cola", kind="task", measure="mcc,none", higher_is_better=True)
+    assert correlation.loss(0.05, -0.1) == pytest.approx(-1.5)  # better than before, and nothing lost
+    assert correlation.loss(-0.15, -0.1) == pytest.approx(0.5) and correlation.loss(-0.1, -0.1) == 0
     for metric, value in ((ACC, 0.3), (BITS, 1.7), (TARGET, 12.5)):
         assert metric.value(metric.score(value)) == pytest.approx(value)
 

@@ -286,6 +286,26 @@ def test_masses_that_underflow_give_finite_gradients(temperature, direction):
             assert torch.allclose(kl_part, (q - p) / temperature, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+def test_a_token_that_the_model_rules_out_spoils_no_row_without_a_label(temperature):
+    """A bias of -inf on token 0, which stands in where a row has no label: the others are a vocabulary of their own."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (2, 9))
+    bias = torch.zeros(9, dtype=torch.float64)
+    bias[0] = -torch.inf
+    teacher_logits = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    found = {}
+    for first in (0, 1):
+        teacher = teacher_from_logits(teacher_logits, torch.arange(2), [3, 2], temperature)
+        moved = replace(teacher, token_ids=teacher.token_ids + 1 - first)
+        labels = torch.tensor([4 - first, -100])
+        case = Case(hidden, weight[first:], labels, moved, bias[first:])
+        output, gradients = fused_gradients(case)
+        found[first] = torch.cat([output.loss.detach()[None], gradients["hidden"].flatten()])
+    assert torch.isfinite(found[0]).all()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
 def test_tiny_student_tail_keeps_its_relative_precision():
     """The tail mass e^-60 is summed, not computed as 1 - Q: its logarithm is right to fp32."""
     logits = torch.tensor([0.0, -60.0, -61.0])

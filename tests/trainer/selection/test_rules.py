@@ -160,6 +160,51 @@ def test_as_good_is_what_seeds_cannot_tell_apart():
     assert alone.noise is None and "one seed each" in alone.text()
 
 
+def test_what_a_gain_leaves_out_adds_no_noise_to_it():
+    """Direct gains 0.4 on one target and nothing on the other, which so has no share: a seed's 0.01 is 0.025 of it."""
+    source, _ = text_metrics()
+    learnt, same = (
+        Metric(side="target", name=name, kind="task", measure="acc,none", higher_is_better=True)
+        for name in ("learnt", "same")
+    )
+    metrics = (source, learnt, same)
+
+    def point(label: str, *row: float, seeds: int = 1, spread: float = 0.01, error: float = 0.02) -> Point:
+        keys = [metric.key for metric in metrics]
+        return Point(
+            label=label,
+            values=dict(zip(keys, row, strict=True)),
+            errors=dict.fromkeys(keys[1:], error),
+            spreads=dict.fromkeys(keys, spread) if seeds > 1 else {},
+            num_seeds=seeds,
+        )
+
+    rows = [
+        point("base", 10, 0.2, 0.5),
+        point("direct", 12, 0.6, 0.501, seeds=3),
+        point("near", 10.4, 0.58, 0.5),
+        point("far", 10.4, 0.45, 0.55),
+    ]
+    known = {"initial": "base", "direct": "direct", "rule": Rule.parse("keep-gain:0.9")}
+    found = select_points(rows, metrics, **known)
+    assert found.without_share == (same,) and found.recommended == "near"
+    assert found.noise == pytest.approx((0.01, 0.01 / 0.4)) and found.as_good == []
+    # The unit is the largest gain where there is no direct one, however far another model fell.
+    known |= {"direct": None, "rule": Rule.parse("budget:10%")}
+    rows[1] = point("fallen", 10.1, 0.0, 0.0, seeds=3)
+    assert select_points(rows, metrics, **known).noise[1] == pytest.approx(
+        math.hypot(0.01 / 0.38, 0.01 / 0.05) / 2
+    )
+    # And a model of which a seed has diverged says nothing.
+    diverged = point("diverged", math.inf, 0.6, 0.5, seeds=2, spread=math.nan)
+    assert (
+        select_points([*rows, diverged], metrics, **known).noise
+        == select_points(rows, metrics, **known).noise
+    )
+    rows[1] = diverged
+    assert select_points(rows, metrics, **known).noise is None
+
+
 def test_without_direct_fine_tuning():
     points = retention_points("tiny-base", "kl-1", "kl-4")
     known = {"initial": "tiny-base", "direct": None}
