@@ -9,6 +9,7 @@ from commands.options import (
     DtypeOption,
     EngineArgOption,
     EngineOption,
+    HeadDtypeOption,
     JsonOption,
     LimitOption,
     MaxKOption,
@@ -82,6 +83,7 @@ def cache_build(
         ),
     ] = None,
     dtype: DtypeOption = "auto",
+    head_dtype: HeadDtypeOption = "float32",
     seed: SeedOption = None,
     revision: RevisionOption = None,
     engine_arg: EngineArgOption = None,
@@ -146,6 +148,7 @@ def cache_build(
         chat_template_kwargs=parse_template_args(template_arg),
         template_time=template_time,
         dtype=dtype,
+        head_dtype=head_dtype,
         seed=seed,
         engine_args=parse_engine_args(engine_arg),
         overwrite=overwrite,
@@ -180,6 +183,7 @@ def cache_estimate(
     split: SplitOption = None,
     template_arg: TemplateArgOption = None,
     dtype: DtypeOption = "auto",
+    head_dtype: HeadDtypeOption = "float32",
     step_tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens with KL per training step, which the expected angle falls with."),
@@ -210,6 +214,7 @@ def cache_estimate(
         split=split,
         chat_template_kwargs=parse_template_args(template_arg),
         dtype=dtype,
+        head_dtype=head_dtype,
         engine_args=parse_engine_args(engine_arg),
     )
     report = estimate_cache(
