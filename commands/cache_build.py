@@ -24,7 +24,7 @@ from commands.options import (
     TemplateArgOption,
     TextColumnOption,
 )
-from commands.parsing import parse_engine_args, parse_shards, parse_template_args
+from commands.parsing import parse_engine_args, parse_shards, parse_template_args, require_owner
 from commands.terminal import console_progress, show, show_report
 from formats.capture_settings import CaptureSettings
 from formats.errors import ConfigError
@@ -123,13 +123,11 @@ def cache_build(
         )
         seed = None
     else:
-        for option, value in (("--prompts", prompts), ("--generate-temperature", generate_temperature)):
-            if value is not None:
-                raise ConfigError(
-                    f"{option} needs --generate N, got {value} without it; add it or leave it out"
-                )
+        of_generate = {"--prompts": prompts, "--generate-temperature": generate_temperature}
+        require_owner("--generate N", False, of_generate)
         if corpus is None:
             raise ConfigError("a build needs a CORPUS or --generate N, got neither; see --help")
+    require_owner("--ray", ray is not None, {"--ray-workers": ray_workers})
     config = BuildConfig(
         corpus=corpus or "",
         generate=generation,
