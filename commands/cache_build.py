@@ -9,6 +9,7 @@ from commands.options import (
     DtypeOption,
     EngineArgOption,
     EngineOption,
+    HeadDtypeOption,
     JsonOption,
     LimitOption,
     MaxKOption,
@@ -23,7 +24,7 @@ from commands.options import (
     TemplateArgOption,
     TextColumnOption,
 )
-from commands.parsing import parse_engine_args, parse_shards, parse_template_args
+from commands.parsing import parse_engine_args, parse_shards, parse_template_args, require_owner
 from commands.terminal import console_progress, show, show_report
 from formats.capture_settings import CaptureSettings
 from formats.errors import ConfigError
@@ -82,6 +83,7 @@ def cache_build(
         ),
     ] = None,
     dtype: DtypeOption = "auto",
+    head_dtype: HeadDtypeOption = "float32",
     seed: SeedOption = None,
     revision: RevisionOption = None,
     engine_arg: EngineArgOption = None,
@@ -121,13 +123,11 @@ def cache_build(
         )
         seed = None
     else:
-        for option, value in (("--prompts", prompts), ("--generate-temperature", generate_temperature)):
-            if value is not None:
-                raise ConfigError(
-                    f"{option} needs --generate N, got {value} without it; add it or leave it out"
-                )
+        of_generate = {"--prompts": prompts, "--generate-temperature": generate_temperature}
+        require_owner("--generate N", False, of_generate)
         if corpus is None:
             raise ConfigError("a build needs a CORPUS or --generate N, got neither; see --help")
+    require_owner("--ray", ray is not None, {"--ray-workers": ray_workers})
     config = BuildConfig(
         corpus=corpus or "",
         generate=generation,
@@ -146,6 +146,7 @@ def cache_build(
         chat_template_kwargs=parse_template_args(template_arg),
         template_time=template_time,
         dtype=dtype,
+        head_dtype=head_dtype,
         seed=seed,
         engine_args=parse_engine_args(engine_arg),
         overwrite=overwrite,
@@ -180,6 +181,7 @@ def cache_estimate(
     split: SplitOption = None,
     template_arg: TemplateArgOption = None,
     dtype: DtypeOption = "auto",
+    head_dtype: HeadDtypeOption = "float32",
     step_tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens with KL per training step, which the expected angle falls with."),
@@ -210,6 +212,7 @@ def cache_estimate(
         split=split,
         chat_template_kwargs=parse_template_args(template_arg),
         dtype=dtype,
+        head_dtype=head_dtype,
         engine_args=parse_engine_args(engine_arg),
     )
     report = estimate_cache(

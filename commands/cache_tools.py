@@ -7,7 +7,7 @@ import typer
 
 from commands import completion
 from commands.options import CacheArgument, EngineArgOption, JsonOption
-from commands.parsing import parse_engine_args
+from commands.parsing import parse_engine_args, require_owner
 from commands.terminal import console_progress, show, show_report
 from formats.errors import ConfigError
 
@@ -34,6 +34,10 @@ def cache_inspect(
     """Print what a cache holds: identity, sizes, head sizes, covered mass, entropy."""
     from formats.inspect.inspect_cache import inspect_cache
 
+    if plot is not None:
+        from trainer.evaluation.tradeoff_picture import require_plottable
+
+        require_plottable(plot)
     show(inspect_cache(cache, row=row, as_json=as_json, plot=plot, model=model, full=full))
 
 
@@ -45,7 +49,12 @@ def cache_verify(
             show_default=False, help="The teacher: also compute random rows again with the other engine."
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="With --model: how many rows to compute again.")] = 32,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default=False, help="With --model: how many rows to compute again.  [default: 32]"
+        ),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -54,19 +63,27 @@ def cache_verify(
             help="With --model: vllm or transformers.  [default: the other one]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(show_default=False, help="With --model: seed of the choice of rows.  [default: 0]"),
+    ] = None,
     engine_arg: EngineArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every checksum of a cache and, with --model, its numbers against the other engine."""
     from cache_builder import verify_cache
 
+    require_owner(
+        "--model",
+        model is not None,
+        {"--rows": rows, "--engine": engine, "--seed": seed, "--engine-arg": engine_arg},
+    )
     report = verify_cache(
         cache,
         model,
-        rows=rows,
+        rows=32 if rows is None else rows,
         engine=engine,
-        seed=seed,
+        seed=seed or 0,
         engine_args=parse_engine_args(engine_arg),
         progress=console_progress(),
     )
@@ -182,7 +199,7 @@ def cache_convert(
     from cache_builder.rows.tokenizer_files import load_tokenizer
     from formats.identity.fingerprint import resolve_model
 
-    loaded = load_tokenizer(resolve_model(str(tokenizer)))
+    loaded = load_tokenizer(resolve_model(str(tokenizer), what="--tokenizer"))
     show(convert_responses(files, loaded, parquet, k=k, limit=limit, progress=console_progress()).text())
 
 

@@ -89,6 +89,13 @@ DtypeOption = Annotated[
         help="auto, float32, bfloat16 or float16: the engine's weights.",
     ),
 ]
+HeadDtypeOption = Annotated[
+    str,
+    typer.Option(
+        autocompletion=completion.words("float32", "model"),
+        help="float32, or model: as the other weights, for an output head that is quantised.",
+    ),
+]
 SeedOption = Annotated[
     int | None,
     typer.Option(

@@ -1,6 +1,7 @@
 """What was typed as text, as values: pairs, numbers, ranges."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from formats.errors import ConfigError
@@ -58,6 +59,23 @@ def parse_numbers(text: str | None, option: str) -> list[float] | None:
         raise ConfigError(
             f"{option} takes numbers with commas, got {text!r}; for example 0.75,0.25"
         ) from None
+
+
+def require_owner(owner: str, given: bool, options: Mapping[str, Any]) -> None:
+    """Refuse options that say nothing without another one.
+
+    Args:
+        owner: the option that they belong to.
+        given: whether it was typed.
+        options: option -> value; None or an empty list was not typed.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    for option, value in options.items():
+        if not given and value is not None and value != []:
+            typed = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise ConfigError(f"{option} needs {owner}, got {typed} without it; add it or leave it out")
 
 
 def parse_shards(text: str | None) -> tuple[int, int] | None:

@@ -110,7 +110,7 @@ def noise_command(
         gammas=gammas_of(gamma),
         draws=draws,
         seed=seed,
-        initial=resolve_model(init) if init is not None else None,
+        initial=resolve_model(init, what="--init") if init is not None else None,
         only=only,
         dtype=dtype,
         limit=limit,

@@ -8,6 +8,7 @@ import typer
 from commands import completion
 from commands.compare import draw
 from commands.options import JsonOption, PageOption, PlotOption, RunSettingsOption
+from commands.parsing import require_owner
 from commands.terminal import console_progress, named, show, show_report
 
 
@@ -185,6 +186,8 @@ def sweep_command(
         search_runs=search_runs,
         eval_dtype=eval_dtype,
     )
+    require_owner("--merge", bool(merge), {"--merge-of": merge_of})
+    require_owner("--search", asked.search, {"--search-runs": search_runs})
     require_writable(plot, page)
     if dry_run:
         show(plan_sweep(asked).text())

@@ -33,7 +33,8 @@ def describe(name: str, command: typer.core.TyperCommand) -> str:
         if not getattr(parameter, "is_flag", False):
             word += f" {parameter.metavar or word.lstrip('-').replace('-', '_').upper()}"
         text = " ".join((parameter.help or "").split())
-        if getattr(parameter, "show_default", False) and parameter.default not in (None, False):
+        nothing = parameter.default is None or parameter.default is False
+        if getattr(parameter, "show_default", False) and not nothing:
             text += f" Default: {parameter.default}."
         lines.append(f"- `{word}`{' (required)' if parameter.required else ''} {text}")
     return "\n".join(lines)

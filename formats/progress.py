@@ -33,6 +33,9 @@ class Progress:
     def wrote(self, num_bytes: int, num_tokens: int) -> None:
         """A shard was committed."""
 
+    def clear(self) -> None:
+        """Something else writes to the terminal now: what is drawn there goes, until the phase moves on."""
+
     def finish(self) -> None:
         """End the phase."""
 
@@ -101,6 +104,10 @@ class ConsoleProgress(Progress):
     def wrote(self, num_bytes: int, num_tokens: int) -> None:
         self._bytes += num_bytes
         self._written += num_tokens
+
+    def clear(self) -> None:
+        if self._bar is not None:
+            self._bar.clear()
 
     def finish(self) -> None:
         if self._bar is not None:

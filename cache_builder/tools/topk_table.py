@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from formats.cache import CacheRow
 from formats.disk.token_row import IGNORED
-from formats.errors import ConfigError
+from formats.errors import ConfigError, FormatError
 from formats.logprobs.ragged import rank_in_segment, segment_logsumexp, segment_of
 from formats.progress import format_bytes
 
@@ -171,7 +171,11 @@ class TopKTables:
         self.mass = 0.0
 
     def __iter__(self) -> Iterator[pa.Table]:
-        """One table per row group."""
+        """One table per row group.
+
+        Raises:
+            FormatError: there is not a single row.
+        """
         group: list[TopKRow] = []
         cells = 0
         for row in self._rows:
@@ -181,8 +185,9 @@ class TopKTables:
                 group, cells = [], 0
             group.append(row)
             cells += own
-        if group:
-            yield self._table(group)
+        if not group:
+            raise FormatError("there must be a row to write, got none; the files are empty")
+        yield self._table(group)
 
     def _table(self, group: list[TopKRow]) -> pa.Table:
         for row in group:

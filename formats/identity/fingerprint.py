@@ -43,8 +43,11 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
+def resolve_model(name_or_path: str | Path, revision: str | None = None, *, what: str = "--model") -> Path:
     """The local directory of a model: the path itself, or a snapshot of a Hugging Face Hub repository.
+
+    Args:
+        what: how it was given, for messages.
 
     Raises:
         ConfigError: there is no such directory, or the Hub could not be asked.
@@ -54,7 +57,7 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
         return path
     name = str(name_or_path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise ConfigError(f"--model must be a model directory or a Hugging Face name, got {name!r}")
+        raise ConfigError(f"{what} must be a model directory or a Hugging Face name, got {name!r}")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
@@ -63,7 +66,7 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"--model must be a model directory or a Hugging Face name, got {name!r}, "
+            f"{what} must be a model directory or a Hugging Face name, got {name!r}, "
             f"which is no directory here and could not be fetched: {reason}"
         ) from None
 

@@ -126,7 +126,14 @@ def test_bad_engine_argument(anneal: Run, corpus: Path, tiny_llama_dir: Path, tm
 
 
 @pytest.mark.parametrize(
-    "words", [("--min-prob", "1.5"), ("--positions", "some"), ("--shards", "3"), ("--dtype", "int4")]
+    "words",
+    [
+        ("--min-prob", "1.5"),
+        ("--positions", "some"),
+        ("--shards", "3"),
+        ("--dtype", "int4"),
+        ("--head-dtype", "float16"),
+    ],
 )
 def test_settings_out_of_range(
     anneal: Run, corpus: Path, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, str]

@@ -1,5 +1,6 @@
-"""Names that others use too: another package called `trainer` is refused, and nobody is sent to another's package."""
+"""Names: another package called `trainer` is refused; nobody is sent to a stranger's package or to no option at all."""
 
+import ast
 import os
 import re
 import subprocess
@@ -108,3 +109,23 @@ def test_no_page_or_message_names_the_package_of_another() -> None:
         assert not (hit := FOREIGN.search(text)), f"{path} sends its reader to a stranger's package: {hit[0]}"
         if path in code and path.name != "install.py":
             assert f"{DISTRIBUTION}[" not in text, f"{path}: use formats.install.how_to_install"
+
+
+OPTIONS_OF_OTHERS = {"--force-reinstall", "--query-gpu", "--format", "--help", "--version", "--debug"}
+"""Of pip, nvidia-smi, and those that every command has."""
+
+
+def test_options_that_messages_name_exist() -> None:
+    known = set(re.findall(r"`(--[a-z-]+)", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")))
+    assert {"--out", "--kl-coef"} <= known
+    missing = {}
+    for package in ("formats", "cache_builder", "trainer", "integrations", "onboarding", "commands"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name in ("page.py", "svg.py"):  # their CSS variables look alike
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value))
+                    for word in words - known - OPTIONS_OF_OTHERS:
+                        missing[word] = path.name
+    assert not missing

@@ -47,6 +47,11 @@ def model_identity(directory: Path) -> dict[str, str]:
         raise ConfigError(f"adapters must be *.safetensors, got none in {directory}; save them again")
     return {
         "weights": sha256_json(sorted(hash_tensors(files).items())),
-        "config": sha256_json([stable_config(config), model_identity(resolve_model(base))]),
+        "config": sha256_json(
+            [
+                stable_config(config),
+                model_identity(resolve_model(base, what=f"base_model_name_or_path of {directory}")),
+            ]
+        ),
         "vocabulary": vocabulary,
     }

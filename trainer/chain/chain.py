@@ -26,7 +26,7 @@ from trainer.inputs import open_inputs
 from trainer.result.lineage import own_weights, short_name
 from trainer.result.run_directory import read_record
 from trainer.sweep.pools import LocalPool, Pool
-from trainer.sweep.runs import Runs, SweepStopped, is_finished, require_same
+from trainer.sweep.runs import Runs, is_finished, require_same
 from trainer.sweep.sweep import held
 
 
@@ -137,7 +137,7 @@ def run_chain(
         build: builds the caches of corpora; without it every text must be a cache.
         pool: what trains; one run after another on this machine by default.
         limit: only the first rows of each held-out text.
-        progress: a phase per run and per evaluation; silent by default.
+        progress: a phase over the runs and one per evaluation; silent by default.
 
     Raises:
         AnnealError: before anything runs, as `plan_chain`; or a cache could not be built. A run that fails is no error:
@@ -152,16 +152,15 @@ def run_chain(
             plan.maker.make(need.text, need.model, need.place)
         runs = Runs(out, pool or LocalPool(), progress)
         order = list({stage.name: stage for stage in [*plan.stages, *plan.direct]}.values())
-        total = len(order) + len(mixtures(config))
-        done = _run_all(plan, runs, order, total)
         singles: list[Stage] = []
-        if done:
-            rows = {task: _num_rows(plan, task) for task in config.tasks}
-            singles = [
-                plan_mixture(config, plan.stages, tasks, name, rows)
-                for name, tasks in mixtures(config).items()
-            ]
-            _run_all(plan, runs, singles, total, len(order))
+        with runs.counted("chain", [out / name for name in [*(s.name for s in order), *mixtures(config)]]):
+            if _run_all(plan, runs, order):
+                rows = {task: _num_rows(plan, task) for task in config.tasks}
+                singles = [
+                    plan_mixture(config, plan.stages, tasks, name, rows)
+                    for name, tasks in mixtures(config).items()
+                ]
+                _run_all(plan, runs, singles)
         report = ChainReport(
             config=config,
             columns=list(plan.heldout),
@@ -178,27 +177,20 @@ def _num_rows(plan: ChainPlan, task: str) -> int:
     return len(TeacherCache(place))
 
 
-def _run_all(plan: ChainPlan, runs: Runs, stages: Sequence[Stage], total: int, begun: int = 0) -> bool:
+def _run_all(plan: ChainPlan, runs: Runs, stages: Sequence[Stage]) -> bool:
     """Train one after another what is not finished, each after its caches; whether all of them have a result."""
     out = Path(plan.config.out)
     complete = True
-    for number, stage in enumerate(stages, begun + 1):
+    for stage in stages:
         before = [stage.after, *(need.after for need in stage.needs)]
         if not all(is_finished(out / name) for name in before if name is not None):
             complete = False
             continue
         for need in stage.needs:
+            runs.progress.clear()  # a build writes to the same terminal
             plan.maker.make(need.text, need.model, need.place)
         _require_same(stage, out)
-        try:
-            runs.complete([stage], f"run {number} of {total}: {stage.name}")
-        except SweepStopped as stopped:
-            finished = sum(is_finished(s.directory(out)) for s in stages[: number - begun])
-            raise SweepStopped(
-                stopped.exit_code - 128,
-                f"{str(stopped).partition(' with ')[0]} with {begun + finished} of {total} runs finished; "
-                "the same command continues",
-            ) from None
+        runs.complete([stage])
         complete = complete and is_finished(stage.directory(out))
     return complete
 

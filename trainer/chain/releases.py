@@ -120,7 +120,10 @@ def read_releases(
         raise ConfigError("a report on releases needs held-out texts, got none; write --heldout NAME=CACHE")
     for name, text in texts.items():
         CacheMaker(out=out, options={}).check(text, f"--heldout {name}")
-    directories = {label: resolve_model(model) for label, model in models.items()}
+    directories = {
+        label: resolve_model(model, what="--initial" if model == initial else "MODEL")
+        for label, model in models.items()
+    }
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (label, directory) in enumerate(directories.items()):
@@ -154,7 +157,10 @@ def read_finished(
     }
     for number, (task, entry) in enumerate(config.tasks.items(), 1):
         models[f"{number}-{task}"] = (str(entry.model), "stage", task)
-    directories = {label: resolve_model(model) for label, (model, _, _) in models.items()}
+    directories = {
+        label: resolve_model(model, what=f"tasks.{task}.model" if task else "--model")
+        for label, (model, _, task) in models.items()
+    }
     out.mkdir(parents=True, exist_ok=True)
     for need in needs.values():
         maker.make(need.text, need.model, need.place)

@@ -38,4 +38,7 @@ def resolved(words: Iterable[str]) -> dict[str, Path]:
     Raises:
         ConfigError: as `named_models`, or a model is not there.
     """
-    return {label: resolve_model(model, revision) for label, (model, revision) in named_models(words).items()}
+    return {
+        label: resolve_model(model, revision, what="MODEL")
+        for label, (model, revision) in named_models(words).items()
+    }

@@ -196,7 +196,8 @@ def probe_tune(
     """
     progress, out = progress or Progress(), Path(config.out)
     directories = {
-        label: resolve_model(model, revision) for label, (model, revision) in config.models.items()
+        label: resolve_model(model, revision, what="MODEL")
+        for label, (model, revision) in config.models.items()
     }
     maker = CacheMaker(out=out, options=config.build, build=build)
     maker.check(config.text, "--text")

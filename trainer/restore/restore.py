@@ -80,8 +80,8 @@ def run_restore(
         SweepStopped: SIGINT or SIGTERM ended it.
     """
     progress, out = progress or Progress(), Path(config.out)
-    initial = resolve_model(config.initial)
-    tuned = {label: resolve_model(model) for label, model in config.tuned.items()}
+    initial = resolve_model(config.initial, what="--initial")
+    tuned = {label: resolve_model(model, what="TUNED") for label, model in config.tuned.items()}
     settings = {label: tuning_run(model) for label, model in tuned.items()}
     maker = CacheMaker(out=out, options=config.build, build=build)
     maker.check(config.text, "--text")

@@ -52,9 +52,18 @@ def _require_cache(name: str, place: str) -> None:
 
 
 def bench_settings(config: SweepConfig) -> "BenchSettings | None":
-    """Settings of the benchmark that the sweep's tasks need; None without tasks."""
+    """Settings of the benchmark that the sweep's tasks need; None without tasks.
+
+    Raises:
+        ConfigError: there are settings, and no task that they could be for.
+    """
     words = [word for side in (config.source, config.target) for word in side.values() if is_task(word)]
     if not words:
+        if config.bench:
+            raise ConfigError(
+                f"bench ({', '.join(config.bench)}) needs a task among source and target, got caches alone; name one "
+                "or leave it out"
+            )
         return None
     from trainer.bench.settings import BenchSettings
 

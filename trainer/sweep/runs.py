@@ -97,36 +97,62 @@ class Runs:
     Args:
         out: the sweep's directory.
         pool: what trains them.
-        progress: one phase over all runs.
+        progress: a phase over the runs of each `complete`, or over all that are `counted`.
     """
 
     def __init__(self, out: Path, pool: Pool, progress: Progress) -> None:
         self.out, self.pool, self.progress = out, pool, progress
         self.failed: dict[str, str] = {}
         """Name of a run -> why it has no result."""
+        self._counted: list[Path] = []
+        """Directories of the runs of the phase under way; empty between phases."""
+        self._begun = 0
+        """How many of them are done or under way."""
+
+    @contextmanager
+    def counted(self, what: str, directories: Sequence[Path], done: int | None = None) -> Iterator[None]:
+        """One phase over all these runs, however few of them each `complete` in this block trains.
+
+        Args:
+            what: name of the phase.
+            directories: those of the runs.
+            done: how many need no training; those that are finished by default.
+        """
+        self._counted = list(directories)
+        self._begun = sum(map(is_finished, directories)) if done is None else done
+        self.progress.start(what, len(self._counted), self._begun, unit="run")
+        self.progress.running()
+        try:
+            yield
+        finally:
+            self._counted = []
+            self.progress.finish()
 
     def complete(self, runs: Sequence[PlannedRun], what: str = "sweep") -> None:
-        """Train what is not finished.
+        """Train what is not finished, in a phase of its own unless `counted` began one.
 
         Raises:
             SweepStopped: a signal ended it.
         """
         waiting = [run for run in runs if not is_finished(run.directory(self.out)) and not self._failed(run)]
+        if self._counted:
+            self._train(waiting)
+            return
+        directories = [run.directory(self.out) for run in runs]
+        with self.counted(what, directories, len(runs) - len(waiting)):
+            self._train(waiting)
+
+    def _train(self, waiting: Sequence[PlannedRun]) -> None:
         jobs = [self._job(run) for run in waiting]
-        done = len(runs) - len(jobs)
-        known = {run.name: run for run in runs}
-        self.progress.start(what, len(runs), done, unit="run")
-        self.progress.running()
-        interrupted: list[str] = []
-        begun = [done]
+        known = {run.name: run for run in waiting}
+        total = len(self._counted)
 
         def started(job: Job) -> None:
-            begun[0] += 1
-            self.progress.note(f"run {begun[0]} of {len(runs)}: {job.name} (log: {job.log})")
+            self._begun += 1
+            self.progress.note(f"run {self._begun} of {total}: {job.name} (log: {job.log})")
 
         def ended(job: Job, outcome: Outcome) -> None:
             if "interrupted" in outcome:
-                interrupted.append(job.name)
                 self.failed[job.name] = f"stopped by {outcome['interrupted']}; the same command continues it"
             elif "error" in outcome:
                 self._fail(known[job.name], outcome)
@@ -136,19 +162,16 @@ class Runs:
                 self.failed.pop(job.name, None)
             self.progress.advance(1)
 
-        try:
-            if jobs:
-                with stopping(self.pool, self.progress) as caught:
-                    self.pool.run(jobs, started, ended)
-                if caught:
-                    finished = sum(is_finished(run.directory(self.out)) for run in runs)
-                    raise SweepStopped(
-                        caught[0],
-                        f"stopped by {signal.Signals(caught[0]).name} with {finished} of {len(runs)} runs finished; "
-                        "the same command continues",
-                    )
-        finally:
-            self.progress.finish()
+        if jobs:
+            with stopping(self.pool, self.progress) as caught:
+                self.pool.run(jobs, started, ended)
+            if caught:
+                finished = sum(map(is_finished, self._counted))
+                raise SweepStopped(
+                    caught[0],
+                    f"stopped by {signal.Signals(caught[0]).name} with {finished} of {total} runs finished; "
+                    "the same command continues",
+                )
 
     def _job(self, run: PlannedRun) -> Job:
         settings = {**run.settings, "out": str(run.directory(self.out))}

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from recorded_progress import RecordedProgress
 from runs import same_weights, settings
 from safetensors.numpy import load_file
 
@@ -174,16 +175,19 @@ def test_a_finished_chain_is_not_run_again(annealed, pool_here) -> None:
 
 
 def test_a_stopped_chain_goes_on(annealed, ask_chain, pool_here, tmp_path) -> None:
-    """The stages are those of the chain that was never stopped."""
+    """The stages are those of the chain that was never stopped, and all its runs are counted as one."""
     out, _, config = annealed
-    other = replace(config, out=str(tmp_path / "out"), compare=())
+    other = replace(config, out=str(tmp_path / "out"), compare=["multitask"])
     with pytest.raises(KeyboardInterrupt):
         run_chain(other, pool=pool_here(stop_after=1))
     assert not (tmp_path / "out/matrix.json").exists()
-    pool = pool_here()
-    run_chain(other, pool=pool)
-    assert pool.names == ["stages/2-two"]
+    pool, seen = pool_here(), RecordedProgress()
+    run_chain(other, pool=pool, progress=seen)
+    assert pool.names == ["stages/2-two", "controls/multitask"]
     assert same_weights(tmp_path / "out/stages/2-two", out / "stages/2-two")
+    assert seen.phases[0] == ("chain", 3, 3)
+    begun = [line.partition(" (log")[0] for line in seen.notes if line.startswith("run ")]
+    assert begun == ["run 2 of 3: stages/2-two", "run 3 of 3: controls/multitask"]
 
 
 def test_another_chain_in_its_directory_is_refused(annealed, ask_chain) -> None:

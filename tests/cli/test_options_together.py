@@ -1,0 +1,95 @@
+"""What an option says is done or refused by name: options that need another one, the name of what is at fault."""
+
+import json
+from pathlib import Path
+
+import pytest
+import warm_process
+from typed_here import Run
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text(
+        "".join(json.dumps({"text": f"def add{n}(a, b): return a + b"}) + "\n" for n in range(3))
+    )
+    words = ("--model", tiny_llama_dir, "--out", folder / "cache", "--engine", "transformers")
+    done = warm_process.anneal("cache", "build", corpus, *words)
+    assert done.returncode == 0, done.stderr
+    return folder / "cache"
+
+
+def refused(anneal: Run, *words: str | Path) -> str:
+    """The one line of a command that must fail."""
+    code, printed, err = anneal(*words)
+    assert (code, printed) == (1, "") and err.count("\n") == 1 and err.startswith("error: "), err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("cache verify CACHE --rows 3", "--rows needs --model, got 3 without it"),
+        ("cache verify CACHE --engine vllm", "--engine needs --model, got vllm"),
+        ("cache verify CACHE --seed 0", "--seed needs --model, got 0"),
+        ("cache verify CACHE --engine-arg a=1", "--engine-arg needs --model, got a=1"),
+        ("cache build CORPUS --model MODEL --out OUT --ray-workers 2", "--ray-workers needs --ray, got 2"),
+        ("sweep CACHE --model MODEL --out OUT TEXTS --merge-of all", "--merge-of needs --merge, got all"),
+        ("sweep CACHE --model MODEL --out OUT TEXTS --search-runs 3", "--search-runs needs --search, got 3"),
+        (
+            "sweep CACHE --model MODEL --out OUT TEXTS --bench limit=5",
+            "bench (limit) needs a task among source",
+        ),
+    ],
+)
+def test_an_option_that_needs_another(
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: str, message: str
+) -> None:
+    texts = f"--source s={cache} --target t={cache}"
+    places = {"CACHE": cache, "MODEL": tiny_llama_dir, "OUT": tmp_path / "out", "CORPUS": "corpus.jsonl"}
+    typed = [str(places.get(word, word)) for word in words.replace("TEXTS", texts).split()]
+    assert message in refused(anneal, *typed)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("restore MODEL --initial ./nowhere --text CACHE --source s=CACHE --out OUT", "--initial"),
+        ("restore ./nowhere --initial MODEL --text CACHE --source s=CACHE --out OUT", "TUNED"),
+        ("chain --models MODEL x=./nowhere --heldout a=CACHE --out OUT", "MODEL"),
+        ("chain --models MODEL --initial ./nowhere --heldout a=CACHE --out OUT", "--initial"),
+        ("probe noise ./nowhere --source s=CACHE", "MODEL"),
+        ("probe noise MODEL --source s=CACHE --init ./nowhere", "--init"),
+        ("probe tune ./nowhere --text CACHE --source s=CACHE --target t=CACHE --lr 1e-4 --out OUT", "MODEL"),
+        ("cache convert a.jsonl --tokenizer ./nowhere --parquet OUT.parquet", "--tokenizer"),
+    ],
+)
+def test_a_model_that_is_not_there_is_called_what_it_was_typed_as(
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: str, option: str
+) -> None:
+    found = words.replace("CACHE", str(cache)).replace("MODEL", str(tiny_llama_dir))
+    typed = found.replace("OUT", str(tmp_path / "out")).split()
+    assert f"error: {option} must be a model directory or a Hugging Face name" in refused(anneal, *typed)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.gif", "nowhere/x.png"])
+def test_a_picture_of_a_cache_is_refused_before_the_work(
+    anneal: Run, cache: Path, tmp_path: Path, name: str
+) -> None:
+    assert "writable .png, .svg or .pdf" in refused(
+        anneal, "cache", "inspect", cache, "--plot", tmp_path / name
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_responses_without_a_line_make_no_file(anneal: Run, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    words = ("--tokenizer", tiny_llama_dir, "--parquet", tmp_path / "x.parquet")
+    assert "must be a row to write, got none" in refused(
+        anneal, "cache", "convert", tmp_path / "empty.jsonl", *words
+    )
+    assert [place.name for place in tmp_path.iterdir()] == ["empty.jsonl"]
