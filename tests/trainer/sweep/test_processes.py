@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from caches import write_cache
 from runs import QUICK, same_weights, settings
 from warm_process import Command, anneal
@@ -99,6 +100,29 @@ def test_a_process_that_dies_is_a_failure_with_its_log(tmp_path):
     process.send(signal.SIGKILL)
     found = process.wait()
     assert found["kind"] == "Process" and "SIGKILL" in found["error"] and "a.log" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "parallel", "dealt"),
+    [
+        (None, 0, 1, [None]),
+        ("", 0, 2, [None, None]),
+        (None, 1, 1, ["0"]),
+        (None, 4, 1, ["0"]),  # a run that sees four cards is refused
+        (None, 2, 3, ["0", "1", "0"]),
+        ("3,1", 2, 2, ["3", "1"]),
+        ("GPU-a,GPU-b", 2, 1, ["GPU-a"]),
+        ("0,1,-1,2", 2, 3, ["0", "1", "0"]),  # CUDA stops at the first that is none
+        ("MIG-a,MIG-b", 1, 3, ["MIG-a", "MIG-b", "MIG-a"]),  # a process sees and counts the first alone
+    ],
+)
+def test_every_run_has_one_gpu(visible, count, parallel, dealt, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    pool = LocalPool(parallel)
+    assert [pool.environment(slot).get("CUDA_VISIBLE_DEVICES") for slot in range(parallel)] == dealt
 
 
 @pytest.mark.parametrize(
