@@ -126,19 +126,23 @@ def test_every_run_has_one_gpu(visible, count, parallel, dealt, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("resources", "parallel", "share"),
+    ("machines", "parallel", "share"),
     [
-        ({"CPU": 8.0}, None, (8, 1, 0)),
-        ({"CPU": 8.0}, 2, (2, 4, 0)),
-        ({"CPU": 8.0, "GPU": 4.0}, None, (4, 1, 1)),
-        ({"CPU": 8.0, "GPU": 4.0}, 3, (3, 1, 1)),
+        ([{"CPU": 8.0}], None, (8, 1, 0)),
+        ([{"CPU": 8.0}], 2, (2, 4, 0)),
+        ([{"CPU": 4.0}, {"CPU": 4.0}], 1, (1, 4, 0)),  # no machine has eight
+        ([{"CPU": 5.0}, {"CPU": 1.0}], 2, (2, 2, 0)),
+        ([{"CPU": 8.0, "GPU": 4.0}], None, (4, 1, 1)),
+        ([{"CPU": 8.0, "GPU": 4.0}], 3, (3, 1, 1)),
+        ([{"CPU": 2.0, "GPU": 4.0}, {"CPU": 8.0}], None, (2, 1, 1)),  # a GPU's run takes a CPU beside it
     ],
 )
-def test_the_share_of_a_cluster(resources, parallel, share):
-    found = Share.of_cluster(resources, parallel)
+def test_the_share_of_a_cluster(machines, parallel, share):
+    found = Share.of_cluster(machines, parallel)
     assert (found.parallel, found.num_cpus, found.num_gpus) == share
 
 
-def test_a_cluster_that_is_too_small():
-    with pytest.raises(ConfigError, match="for each of 3 runs at a time, got 2 GPUs"):
-        Share.of_cluster({"CPU": 8.0, "GPU": 2.0}, 3)
+@pytest.mark.parametrize("machines", [[{"CPU": 8.0, "GPU": 2.0}], [{"CPU": 1.0, "GPU": 2.0}, {"CPU": 7.0}]])
+def test_a_cluster_that_is_too_small(machines):
+    with pytest.raises(ConfigError, match="for each of 3 runs at a time, got 2 GPUs and 8 CPUs"):
+        Share.of_cluster(machines, 3)
