@@ -9,7 +9,7 @@ times ends the build: the shard itself is then the likely cause.
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,18 +46,34 @@ class PoolSize:
 
     @classmethod
     def of_cluster(
-        cls, resources: dict[str, float], config: BuildConfig, num_workers: int | None
+        cls, machines: Sequence[Mapping[str, float]], config: BuildConfig, num_workers: int | None
     ) -> "PoolSize":
-        """As many engines as the cluster has GPUs for (CPUs, where it has no GPU).
+        """As many engines as the machines have GPUs for (CPUs, where there is no GPU): an engine is on one of them.
+
+        Args:
+            machines: the resources of each.
 
         Raises:
-            ConfigError: the cluster is too small for one engine, or the engine is split in a way that is refused.
+            ConfigError: no machine has room for one engine, or the engine is split in a way that is refused.
         """
-        num_gpus = gpus_per_engine(config.engine_args) if resources.get("GPU") else 0
-        room = int(resources["GPU"] // num_gpus) if num_gpus else int(resources.get("CPU", 0))
+        num_gpus = gpus_per_engine(config.engine_args) if any(each.get("GPU") for each in machines) else 0
+        room = 0
+        for each in machines:
+            gpus, cpus = int(each.get("GPU", 0)), int(each.get("CPU", 0))
+            room += min(gpus // num_gpus, cpus) if num_gpus else cpus
         if room < 1:
-            raise ConfigError(f"--ray needs a cluster with room for one engine, got {resources}")
+            needs = f"{num_gpus} GPUs and a CPU" if num_gpus else "a CPU"
+            found = ", ".join(f"{each.get('GPU', 0):g} and {each.get('CPU', 0):g}" for each in machines)
+            raise ConfigError(
+                f"--ray needs a machine with room for one engine, which takes {needs}, got GPUs and CPUs: "
+                f"{found or 'none'}"
+            )
         return cls(num_workers=min(num_workers or room, room), num_gpus=num_gpus)
+
+
+def machines_of(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
+    """The resources of each machine that is there, of what `ray.nodes` returns."""
+    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 class ShardWorker:
@@ -109,6 +125,8 @@ class RayCapture(Capture):
                 while pending and idle:
                     index, worker = pending.pop(), idle.pop()
                     busy[worker.capture.remote(index)] = (index, worker)
+                while idle:  # nothing is left for them, and a worker with a shard may wait for their room
+                    ray.kill(idle.pop())
                 (done, *_), _ = ray.wait(list(busy), num_returns=1)
                 index, worker = busy.pop(done)
                 try:
@@ -195,7 +213,7 @@ def build_cache_with_ray(
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"--ray must name a Ray cluster that can be reached, got: {reason}") from error
     try:
-        size = PoolSize.of_cluster(ray.cluster_resources(), config, num_workers)
+        size = PoolSize.of_cluster(machines_of(ray.nodes()), config, num_workers)
         actor = ray.remote(num_cpus=size.num_cpus, num_gpus=size.num_gpus)(ShardWorker)
         portable = source.portable()
 

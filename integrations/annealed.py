@@ -28,7 +28,7 @@ from trainer.loop.output_head import OutputHead
 from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
 from trainer.objective import Objective
-from trainer.preflight.arguments import refuse_argument
+from trainer.preflight.arguments import refuse_argument, require_one_device
 from trainer.preflight.liger import settle_liger
 
 REFUSED = (
@@ -131,6 +131,7 @@ class Annealed(Trainer):
         """
         args = self.args
         require_only(config)
+        require_one_device(args, self.model)
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.tp_size * parallel.cp_size * parallel.sp_size > 1:
             raise ConfigError(

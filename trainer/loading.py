@@ -1,5 +1,6 @@
 """Loading models, tokenizers and caches: quietly, with one-line errors and with the identity check."""
 
+import gc
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,19 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def gives_back_memory() -> Iterator[None]:
+    """Around a function: what it loads on a GPU is given back when it has returned. PyTorch would keep the room for
+    this process, but the next run of a sweep, and the engine that builds the next cache of a chain, is another one.
+    """
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():
+            gc.collect()  # hooks tie a model to itself
+            torch.cuda.empty_cache()
 
 
 @contextmanager

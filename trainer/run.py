@@ -35,7 +35,7 @@ from trainer.preflight.continuation import run_facts
 from trainer.preflight.frozen import frozen_record
 from trainer.preflight.liger import settle_liger
 from trainer.quantization import as_stored
-from trainer.recipe import resolve_training, training_arguments
+from trainer.recipe import on_gpu, resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
 from trainer.result.lineage import to_record
 from trainer.result.measured import add_measured, measured_text
@@ -161,9 +161,10 @@ def say(line: str) -> None:
 def prepare(config: TrainConfig) -> tuple[dict[str, Any], Inputs, Rows, Student, list[RetentionMethod]]:
     """What a run loads before anything is written, checked: arguments, caches, rows, model, methods."""
     resolved = resolve_training(config)
-    on_cuda = torch.cuda.is_available() and not resolved.get("use_cpu")
-    # Refused here, if it is not there.
-    logits_type(config.loss_kernel, torch.float32, "cuda" if on_cuda else "cpu")
+    if (
+        config.loss_kernel != "auto"
+    ):  # refused here, if it is not there; auto would be tried, by all processes on one GPU
+        logits_type(config.loss_kernel, torch.float32, "cuda" if on_gpu(resolved) else "cpu")
     quiet_transformers()
     inputs = open_inputs(config)
     rows = rows_of(config, inputs)

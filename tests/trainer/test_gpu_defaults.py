@@ -57,6 +57,44 @@ def test_a_line_says_so_and_how_to_have_it_otherwise(monkeypatch):
     assert lora_note(config_from_dict(BASE), {}, "float32") is None
 
 
+def test_processes_touch_no_gpu_before_they_have_their_own(
+    tmp_path, tiny_llama_dir, llama_cache, monkeypatch
+):
+    """`cuda` without a number is the first one: all processes of a machine would try the kernels there."""
+    from runs import settings
+
+    from trainer.loss import chunks
+    from trainer.run import prepare
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
+    tried = []
+    monkeypatch.setattr(chunks, "why_no_triton", lambda device, compute: tried.append(device))
+    prepare(settings(llama_cache, tiny_llama_dir, tmp_path / "run"))
+    assert tried == []
+
+
+def test_an_evaluated_model_gives_its_memory_back(tiny_llama_dir, llama_eval_cache, monkeypatch):
+    """What is freed on a GPU stays with the process, and the next run of a sweep is another one."""
+    import weakref
+
+    from trainer.evaluation import evaluate as module
+
+    models, left = [], []
+
+    def loaded(*args, **options):
+        model = load_model(*args, **options)
+        models.append(weakref.ref(model))
+        return model
+
+    load_model = module.load_model
+    monkeypatch.setattr(module, "load_model", loaded)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append([model() for model in models]))
+    module.evaluate(tiny_llama_dir, {"held-out": llama_eval_cache}, device="cpu", per_row=True)
+    assert left == [[None]]
+
+
 def test_adapters_train_on_weights_in_bfloat16(tmp_path, tiny_llama_dir, monkeypatch):
     """As on a GPU, forced: bfloat16 weights, float32 adapters, activations computed twice; and the check of the saved
     model holds.

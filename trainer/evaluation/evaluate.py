@@ -17,7 +17,7 @@ from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
 from formats.progress import Progress
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
-from trainer.loading import load_model, load_tokenizer, quiet_transformers
+from trainer.loading import gives_back_memory, load_model, load_tokenizer, quiet_transformers
 from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.result.lineage import known_teachers, own_weights, short_name
 from trainer.result.measured import add_measured, measured_text
@@ -37,6 +37,7 @@ COLUMNS = (
 """Title, key and format of the table's columns."""
 
 
+@gives_back_memory()
 def evaluate(
     model_dir: str | Path,
     caches: Mapping[str, str | Path] | Sequence[str | Path],

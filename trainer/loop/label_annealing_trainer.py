@@ -38,6 +38,7 @@ from trainer.loop.signals import StopRequest
 from trainer.loop.step_control import StepControl, callback_states
 from trainer.loss.chunks import logits_type
 from trainer.objective import Objective
+from trainer.preflight.arguments import require_one_device
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
 
@@ -90,11 +91,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        if args.n_gpu > 1:
-            raise ConfigError(
-                f"several GPUs need one process each, got one process for {args.n_gpu}; "
-                "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
-            )
+        require_one_device(args, model)
         if train_dataset is not None:
             require_one_tail([train_dataset, *(dataset for dataset, _ in mixed)])
         self.retained = Retained(self, model, retention)

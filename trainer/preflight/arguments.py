@@ -307,3 +307,20 @@ def refuse_unhonoured(args: Any) -> None:
     """
     for name in UNHONOURED:
         refuse_argument(name, getattr(args, name, None))
+
+
+def require_one_device(args: Any, model: Any) -> None:
+    """Refuse a process that computes on several GPUs: transformers would copy the model onto each of them that it sees
+    (`nn.DataParallel`), and a `device_map` splits it; the loss is taken on one.
+
+    Raises:
+        ConfigError: says how to start.
+    """
+    advice = "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+    if args.n_gpu > 1:
+        raise ConfigError(f"several GPUs need one process each, got one process for {args.n_gpu}; {advice}")
+    places = sorted(set(map(str, (getattr(model, "hf_device_map", None) or {}).values())))
+    if len(places) > 1:
+        raise ConfigError(
+            f"a process must have its model on one device, got parts on {', '.join(places)} (device_map); {advice}"
+        )

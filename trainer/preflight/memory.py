@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from formats.errors import ConfigError, one_line
@@ -84,7 +85,7 @@ def lasting_memory(trainer: "LabelAnnealingTrainer") -> StepMemory:
     shards = args.world_size if trainer.is_fsdp_enabled else 1
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = num_bytes(trained) // shards
-    return StepMemory(
+    everything = StepMemory(
         weights=num_bytes([*model.parameters(), *model.buffers()]) // shards,
         optimiser=int(optimiser_bytes(args, model, trained[0]) * sum(p.numel() for p in trained)) // shards,
         initial=num_copies(trainer.retained.methods) * gradients,
@@ -93,6 +94,24 @@ def lasting_memory(trainer: "LabelAnnealingTrainer") -> StepMemory:
         loss=0,
         carries_gradients=args.gradient_accumulation_steps > 1,
     )
+    if args.device.type != "cuda":
+        return everything
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return on_the_gpu(everything, offloaded=offloads(plugin), paged=args.optim.value.startswith("paged_"))
+
+
+def offloads(fsdp_plugin: Any) -> bool:
+    """Whether FSDP, of either version, keeps what it shards in the machine's memory."""
+    policy = getattr(fsdp_plugin, "cpu_offload", None)
+    return isinstance(policy, CPUOffloadPolicy) or bool(getattr(policy, "offload_params", False))
+
+
+def on_the_gpu(memory: StepMemory, *, offloaded: bool, paged: bool) -> StepMemory:
+    """What of it must be there for as long as the run lasts: offloaded weights come a layer at a time, and the state of
+    a paged optimiser gives way."""
+    if offloaded:
+        return replace(memory, weights=0, optimiser=0, initial=0, gradients=0)
+    return replace(memory, optimiser=0) if paged else memory
 
 
 def step_memory(trainer: "LabelAnnealingTrainer", *, activations: bool = True) -> StepMemory:

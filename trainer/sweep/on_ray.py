@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -28,21 +28,28 @@ class Share:
     num_gpus: int
 
     @classmethod
-    def of_cluster(cls, resources: dict[str, float], parallel: int | None) -> "Share":
+    def of_cluster(cls, machines: Sequence[Mapping[str, float]], parallel: int | None) -> "Share":
         """A GPU for each run; without GPUs the CPUs are divided between `parallel` runs, or one CPU is given to each.
+
+        Args:
+            machines: the resources of each; a run is on one of them.
 
         Raises:
             ConfigError: more runs at a time than there is room for.
         """
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        room = gpus or cpus
+        gpus = [int(each.get("GPU", 0)) for each in machines]
+        cpus = [int(each.get("CPU", 0)) for each in machines]
+        room = sum(map(min, gpus, cpus)) if any(gpus) else sum(cpus)
         if room < max(parallel or 1, 1):
             raise ConfigError(
-                f"--ray needs a GPU, or without GPUs a CPU, for each of {parallel or 1} runs at a time, got "
-                f"{gpus} GPUs and {cpus} CPUs; use a smaller --parallel"
+                f"--ray needs a GPU with a CPU, or without GPUs a CPU, for each of {parallel or 1} runs at a time, got "
+                f"{sum(gpus)} GPUs and {sum(cpus)} CPUs; use a smaller --parallel"
             )
         runs = parallel or room
-        return cls(parallel=runs, num_cpus=1 if gpus else max(1, cpus // runs), num_gpus=1 if gpus else 0)
+        num_cpus = 1 if any(gpus) else sum(cpus) // runs
+        while sum(count // num_cpus for count in cpus) < runs:
+            num_cpus -= 1
+        return cls(parallel=runs, num_cpus=num_cpus, num_gpus=int(any(gpus)))
 
 
 def train_there(job: Job, directory: str, num_threads: int | None) -> Outcome:
@@ -102,7 +109,8 @@ class RayPool:
                     f"--ray must name a Ray cluster that can be reached, got: {reason}"
                 ) from error
         try:
-            self._share = Share.of_cluster(ray.cluster_resources(), self._parallel)
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self._share = Share.of_cluster(machines, self._parallel)
         except ConfigError:
             self.__exit__(None, None, None)
             raise

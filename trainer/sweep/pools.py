@@ -104,8 +104,8 @@ class LocalPool:
     """Processes on this machine.
 
     Args:
-        parallel: runs at a time. From two on, the threads of the CPU are divided between them, and each has one of the
-            GPUs, if there are any.
+        parallel: runs at a time, each with one of the GPUs, if there are any. From two on, the threads of the CPU are
+            divided between them.
     """
 
     def __init__(self, parallel: int = 1) -> None:
@@ -160,13 +160,24 @@ class LocalPool:
 
     def environment(self, slot: int) -> dict[str, str]:
         """What the processes of a slot find in their environment, beside what is there."""
-        if self.parallel == 1:
-            return {}
-        import torch
-
-        threads = max(1, (os.cpu_count() or 1) // self.parallel)
-        found = {"OMP_NUM_THREADS": str(threads)}
-        if count := torch.cuda.device_count():
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-            found["CUDA_VISIBLE_DEVICES"] = visible[slot % count]
+        found = {}
+        if self.parallel > 1:
+            found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.parallel))
+        if (
+            gpus := visible_gpus()
+        ):  # one of them also where runs do not share: a process that sees several is refused
+            found["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         return found
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
+    import torch
+
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(number) for number in range(count)]
+    names = given.split(",")
+    # Of several parts of cards (MIG) a process sees the first alone, and counts one.
+    return names if count and names[0].startswith("MIG-") else names[:count]

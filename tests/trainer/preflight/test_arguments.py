@@ -3,12 +3,21 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from formats.errors import ConfigError
 from trainer.config_file import config_from_dict
-from trainer.preflight.arguments import ARGUMENTS, FORMER, PASSED, REFUSED, SET, refuse_argument
+from trainer.preflight.arguments import (
+    ARGUMENTS,
+    FORMER,
+    PASSED,
+    REFUSED,
+    SET,
+    refuse_argument,
+    require_one_device,
+)
 from trainer.preflight.combinations import OPTIM_ARGS, optim_args_of
 from trainer.recipe import DEFAULTS, resolve_training, training_arguments
 
@@ -235,3 +244,23 @@ def test_inductor_needs_a_compiler_on_a_cpu(tmp_path):
         pytest.raises(ConfigError, match="torch_compile needs a C\\+\\+ compiler on a CPU"),
     ):
         resolved({"torch_compile": True, "use_cpu": True})
+
+
+@pytest.mark.parametrize(
+    ("n_gpu", "device_map", "got"),
+    [
+        (2, None, "one process for 2; start with torchrun"),
+        (1, {"model.embed_tokens": 0, "lm_head": 1}, r"parts on 0, 1 \(device_map\); start with torchrun"),
+        (1, {"model": 0, "lm_head": "cpu"}, "parts on 0, cpu"),
+        (1, {"": 0}, None),
+        (1, {"model": 0, "lm_head": 0}, None),
+        (0, None, None),
+    ],
+)
+def test_a_process_computes_on_one_device(n_gpu, device_map, got):
+    args, model = SimpleNamespace(n_gpu=n_gpu), SimpleNamespace(hf_device_map=device_map)
+    if got is None:
+        require_one_device(args, model)
+    else:
+        with pytest.raises(ConfigError, match=got):
+            require_one_device(args, model)

@@ -106,6 +106,21 @@ def test_retention_keeps_initial_weights_and_importance(tmp_path, tiny_llama_dir
     assert said.initial == 2 * said.gradients
 
 
+@pytest.mark.parametrize("version", (1, 2))
+def test_what_is_not_on_the_gpu_refuses_no_run(version):
+    from accelerate import FullyShardedDataParallelPlugin
+
+    sizes = dict(weights=40, optimiser=80, initial=10, gradients=40, activations=30, loss=5)
+    whole = memory.StepMemory(**sizes, carries_gradients=False)
+    plugins = [
+        FullyShardedDataParallelPlugin(fsdp_version=version, cpu_offload=flag) for flag in (True, False)
+    ]
+    assert [memory.offloads(plugin) for plugin in (*plugins, None)] == [True, False, False]
+    assert memory.on_the_gpu(whole, offloaded=True, paged=False).peak == 35
+    assert memory.on_the_gpu(whole, offloaded=False, paged=True).peak == 90
+    assert memory.on_the_gpu(whole, offloaded=False, paged=False) == whole
+
+
 def test_accumulation_carries_gradients_through_the_forward_pass():
     sizes = dict(weights=10, optimiser=20, initial=0, gradients=10, activations=30, loss=5)
     assert memory.StepMemory(**sizes, carries_gradients=False).peak == 65

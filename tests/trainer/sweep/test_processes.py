@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from caches import write_cache
 from runs import QUICK, same_weights, settings
 from warm_process import Command, anneal
@@ -102,19 +103,46 @@ def test_a_process_that_dies_is_a_failure_with_its_log(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("resources", "parallel", "share"),
+    ("visible", "count", "parallel", "dealt"),
     [
-        ({"CPU": 8.0}, None, (8, 1, 0)),
-        ({"CPU": 8.0}, 2, (2, 4, 0)),
-        ({"CPU": 8.0, "GPU": 4.0}, None, (4, 1, 1)),
-        ({"CPU": 8.0, "GPU": 4.0}, 3, (3, 1, 1)),
+        (None, 0, 1, [None]),
+        ("", 0, 2, [None, None]),
+        (None, 1, 1, ["0"]),
+        (None, 4, 1, ["0"]),  # a run that sees four cards is refused
+        (None, 2, 3, ["0", "1", "0"]),
+        ("3,1", 2, 2, ["3", "1"]),
+        ("GPU-a,GPU-b", 2, 1, ["GPU-a"]),
+        ("0,1,-1,2", 2, 3, ["0", "1", "0"]),  # CUDA stops at the first that is none
+        ("MIG-a,MIG-b", 1, 3, ["MIG-a", "MIG-b", "MIG-a"]),  # a process sees and counts the first alone
     ],
 )
-def test_the_share_of_a_cluster(resources, parallel, share):
-    found = Share.of_cluster(resources, parallel)
+def test_every_run_has_one_gpu(visible, count, parallel, dealt, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    pool = LocalPool(parallel)
+    assert [pool.environment(slot).get("CUDA_VISIBLE_DEVICES") for slot in range(parallel)] == dealt
+
+
+@pytest.mark.parametrize(
+    ("machines", "parallel", "share"),
+    [
+        ([{"CPU": 8.0}], None, (8, 1, 0)),
+        ([{"CPU": 8.0}], 2, (2, 4, 0)),
+        ([{"CPU": 4.0}, {"CPU": 4.0}], 1, (1, 4, 0)),  # no machine has eight
+        ([{"CPU": 5.0}, {"CPU": 1.0}], 2, (2, 2, 0)),
+        ([{"CPU": 8.0, "GPU": 4.0}], None, (4, 1, 1)),
+        ([{"CPU": 8.0, "GPU": 4.0}], 3, (3, 1, 1)),
+        ([{"CPU": 2.0, "GPU": 4.0}, {"CPU": 8.0}], None, (2, 1, 1)),  # a GPU's run takes a CPU beside it
+    ],
+)
+def test_the_share_of_a_cluster(machines, parallel, share):
+    found = Share.of_cluster(machines, parallel)
     assert (found.parallel, found.num_cpus, found.num_gpus) == share
 
 
-def test_a_cluster_that_is_too_small():
-    with pytest.raises(ConfigError, match="for each of 3 runs at a time, got 2 GPUs"):
-        Share.of_cluster({"CPU": 8.0, "GPU": 2.0}, 3)
+@pytest.mark.parametrize("machines", [[{"CPU": 8.0, "GPU": 2.0}], [{"CPU": 1.0, "GPU": 2.0}, {"CPU": 7.0}]])
+def test_a_cluster_that_is_too_small(machines):
+    with pytest.raises(ConfigError, match="for each of 3 runs at a time, got 2 GPUs and 8 CPUs"):
+        Share.of_cluster(machines, 3)
