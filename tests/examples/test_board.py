@@ -17,7 +17,7 @@ from trainer.sweep.plan import plan_runs
 REAL = Path(__file__).resolve().parents[2] / "examples" / "real"
 sys.path.insert(0, str(REAL))
 
-import board
+import board  # noqa: E402
 
 PROTOCOLS = ("maths", "methods", "abstracts", "maths_cpu")
 

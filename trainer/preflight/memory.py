@@ -97,7 +97,12 @@ def lasting_memory(trainer: "LabelAnnealingTrainer") -> StepMemory:
     if args.device.type != "cuda":
         return everything
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    return on_the_gpu(everything, offloaded=offloads(plugin), paged=args.optim.value.startswith("paged_"))
+    return on_the_gpu(everything, offloaded=offloads(plugin), paged=is_paged(args.optim))
+
+
+def is_paged(optimiser: Any) -> bool:
+    """Whether an optimiser's state may leave the GPU; its name, plain or of transformers' enumeration."""
+    return str(getattr(optimiser, "value", optimiser)).startswith("paged_")
 
 
 def offloads(fsdp_plugin: Any) -> bool:
