@@ -26,7 +26,7 @@ def unit_weights(
         num_tokens: of every cache, all units together.
 
     Raises:
-        ConfigError: a share comes to less than half a unit, and so to none.
+        ConfigError: as `require_some`.
     """
     means = [tokens / units for tokens, units in zip(num_tokens, num_units, strict=True)]
     shares = sum(amount for amount in amounts if isinstance(amount, Share))
@@ -36,16 +36,29 @@ def unit_weights(
         if not isinstance(amount, Share)
     )
     total = by_weight / (1 - shares)
-    found = []
-    for amount, mean in zip(amounts, means, strict=True):
-        if isinstance(amount, Share):
-            units = amount * total / mean
-            if units < 0.5:
-                raise ConfigError(
-                    f"caches.share {amount:g} comes to {units:.2f} rows or packs of an epoch's {num_units[0]} of the "
-                    "target cache, and so to none; raise it, or leave the cache out"
-                )
-            found.append(units / num_units[0])
-        else:
-            found.append(float(amount))
+    found = [
+        amount * total / mean / num_units[0] if isinstance(amount, Share) else float(amount)
+        for amount, mean in zip(amounts, means, strict=True)
+    ]
+    for amount, weight in zip(amounts, found, strict=True):
+        require_some(amount, weight, num_units[0])
     return found
+
+
+def require_some(amount: float, weight: float, num_units: int) -> None:
+    """Refuse a share, or a weight other than 0, that comes to no unit once it is rounded, and so would be ignored.
+
+    Args:
+        amount: as it was given.
+        weight: units per unit of the target cache.
+        num_units: of the target cache.
+
+    Raises:
+        ConfigError: it does.
+    """
+    units, setting = weight * num_units, "share" if isinstance(amount, Share) else "weight"
+    if amount and not round(units):
+        raise ConfigError(
+            f"caches.{setting} {amount:g} comes to {units:.2f} rows or packs of an epoch's {num_units} of the target "
+            "cache, and so to none; raise it, or leave the cache out"
+        )

@@ -19,7 +19,7 @@ import numpy as np
 import torch.utils.data
 
 from trainer.data.dataset import CachedDataset, Filler, Unit
-from trainer.data.mixture import Share, unit_weights
+from trainer.data.mixture import Share, require_some, unit_weights
 
 GROUPING_WINDOW = 32
 """Optimizer steps over which units are sorted by length; wider pads less and shuffles less."""
@@ -46,12 +46,15 @@ def sources_of(
         amounts: of each a weight or a `Share`.
 
     Raises:
-        ConfigError: as `unit_weights`.
+        ConfigError: as `require_some`.
     """
     weights: Sequence[float] = amounts
     if any(isinstance(amount, Share) for amount in amounts):  # else no row's length is read
         tokens = [int(dataset.lengths().sum()) for dataset in datasets]
         weights = unit_weights(amounts, [len(each) for each in units], tokens)
+    else:
+        for weight in weights:
+            require_some(weight, weight, len(units[0]))
     return [Source(units=each, weight=weight) for each, weight in zip(units, weights, strict=True)]
 
 

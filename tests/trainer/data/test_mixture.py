@@ -110,13 +110,32 @@ def test_what_says_two_things_or_nothing_is_refused_in_one_line(caches, message)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_share_of_nothing_is_refused_before_anything_is_written(
-    tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path
+@pytest.mark.parametrize("amount", ["share: 0.001", "weight: 0.02"])
+def test_an_amount_of_nothing_is_refused_before_anything_is_written(
+    tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path, amount
 ):
-    words = [f"caches=[{{path: {llama_eval_cache}, share: 0.001}}]"]
-    with pytest.raises(ConfigError, match=r"caches.share 0.001 comes to 0\.\d+ rows or packs"):
+    words = [f"caches=[{{path: {llama_eval_cache}, {amount}}}]"]
+    with pytest.raises(ConfigError, match=rf"caches.{amount.replace(':', '')} comes to 0\.\d+ rows or packs"):
         train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *words))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_of_nothing_is_refused_alone_and_beside_a_share(texts):
+    """A tenth of four packs is none: the old text would never be shown."""
+    units = [
+        [[row] for row in range(4)],
+        [[row] for row in range(4, 304)],
+        [[row] for row in range(304, 454)],
+    ]
+    message = (
+        r"caches.weight 0.1 comes to 0.40 rows or packs of an epoch's 4 of the target cache, and so to none"
+    )
+    with pytest.raises(ConfigError, match=message):
+        sources_of(units[:2], texts[:2], [1.0, 0.1])
+    with pytest.raises(ConfigError, match=message):
+        sources_of(units, texts, [1.0, 0.1, Share(0.5)])
+    assert [source.weight for source in sources_of(units[:2], texts[:2], [1.0, 0.2])] == [1.0, 0.2]
+    assert EpochBatches(sources_of(units, texts, [1.0, 0.0, 0.2]), 1).counts == [4, 0, 1]
 
 
 def test_a_weight_is_one_unless_something_is_given():
