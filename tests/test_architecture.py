@@ -26,7 +26,7 @@ FLOORS = {
             "disk",
             "identity",
         ),
-        *("cache_row", "validate", "inspect.statistics", "inspect.summary", "cache", "writer", "inspect"),
+        *("cache_row", "validate", "inspect.summary", "cache", "writer", "inspect"),
     ],
     "cache_builder": [
         *(

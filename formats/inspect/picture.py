@@ -8,9 +8,9 @@ import numpy as np
 
 from formats.cache_row import ReadableCache
 from formats.errors import ConfigError
-from formats.inspect.statistics import entropy
 from formats.inspect.summary import sampled_rows
 from formats.install import how_to_install
+from formats.logprobs.entropy import entropy
 
 INK, BLUE, PALE = "#1f2933", "#2b6cb0", "#c3dafe"
 

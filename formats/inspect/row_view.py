@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from formats.cache_row import ReadableCache
-from formats.inspect.statistics import entropy
+from formats.logprobs.entropy import entropy
 
 TOKENIZER_FILE = "tokenizer.json"
 NUM_ALTERNATIVES = 4

@@ -13,9 +13,10 @@ from formats.cache_row import ReadableCache
 from formats.codec.payload import section_bytes
 from formats.disk.manifest import VERSION
 from formats.disk.token_row import KEY_BYTES
-from formats.inspect.statistics import distribution, entropy, head_size_histogram
+from formats.logprobs.entropy import entropy
 from formats.logprobs.topk import TopKLogprobs
 
+PERCENTILES = (5, 25, 50, 75, 95)
 SAMPLE_POSITIONS = 100_000
 SAMPLE_ROWS = 1_000
 PARTS_ROWS = 64
@@ -76,6 +77,27 @@ def sampled_rows(cache: ReadableCache, full: bool) -> np.ndarray:
     positions = sum(shard.num_positions for shard in cache.manifest.shards)
     wanted = min(SAMPLE_ROWS, max(1, round(count * SAMPLE_POSITIONS / max(1, positions))))
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def distribution(values: np.ndarray) -> dict[str, float]:
+    """Mean, extremes and percentiles of a sample; empty for no values."""
+    if len(values) == 0:
+        return {}
+    found = {"mean": float(np.mean(values)), "min": float(np.min(values))}
+    for percent, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True):
+        found[f"p{percent}"] = float(value)
+    return found | {"max": float(np.max(values))}
+
+
+def head_size_histogram(counts: np.ndarray) -> list[dict[str, Any]]:
+    """Positions per head size, in bins 1, 2, 3-4, 5-8, ...: `{"from", "to", "positions"}`."""
+    bins: list[dict[str, Any]] = []
+    low, high = 1, 1
+    while len(counts) and low <= counts.max():
+        inside = int(((counts >= low) & (counts <= high)).sum())
+        bins.append({"from": low, "to": high, "positions": inside})
+        low, high = high + 1, 2 * high
+    return bins
 
 
 def _distributions(cache: ReadableCache, rows: np.ndarray, num_positions: int) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def tail_slope(log_tail_nodes_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 def entropy(topk: TopKLogprobs) -> np.ndarray:
     """float32 [P]: the entropy at T = 1 of every position, in nats."""
     logprobs = topk.logprobs.astype(np.float64)
-    kept = segment_sum(np.exp(logprobs) * logprobs, topk.offsets)
+    finite = np.where(np.isneginf(logprobs), 0.0, logprobs)  # p log p of an impossible token is 0
+    kept = segment_sum(np.exp(logprobs) * finite, topk.offsets)
     slope, _, _ = tail_slope(topk.log_tail_nodes)
     tail = np.exp(topk.log_tail_nodes[:, _AT].astype(np.float64)) * slope
     return np.maximum(-kept - tail, 0.0).astype(np.float32)

@@ -31,6 +31,7 @@ class Summary:
     """Name of `FORMULAS` -> value."""
 
     @classmethod
+    @np.errstate(invalid="ignore")  # a model that has diverged is at minus infinity
     def of(
         cls,
         matrix: np.ndarray,

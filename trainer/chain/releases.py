@@ -16,7 +16,7 @@ from trainer.chain.caches import Build, CacheMaker
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
-from trainer.chain.report import REPORT_NAME, ChainReport, Row, aligned, cell_text
+from trainer.chain.report import REPORT_NAME, ChainReport, Row, aligned, cell_text, plain
 from trainer.result.lineage import short_name
 
 
@@ -42,7 +42,8 @@ class ReleaseReport:
         R, found = self.goodness, {}
         for number, column in enumerate(self.columns):
             best = int(np.argmax(R[:-1, number]))
-            steps = np.diff(R[:, number])
+            with np.errstate(invalid="ignore"):  # from one diverged model to another is no step
+                steps = np.nan_to_num(np.diff(R[:, number]), nan=0.0, posinf=np.inf, neginf=-np.inf)
             worst = int(np.argmin(steps))
             found[column] = {
                 "lost": float(R[best, number] - R[-1, number]),
@@ -76,8 +77,8 @@ class ReleaseReport:
             "columns": list(self.columns),
             "metric": self.metric,
             "rows": [{"label": row.label, "kind": row.kind, "directory": row.directory} for row in self.rows],
-            "R": self.goodness.tolist(),
-            "lost": self.lost(),
+            "R": plain(self.goodness.tolist()),
+            "lost": plain(self.lost()),
         }
 
     def write(self, out: Path) -> Path:

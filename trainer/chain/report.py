@@ -45,9 +45,10 @@ class Row:
     """What it learnt last, or, never-seen, what it did not learn."""
 
     def goodness(self, columns: Sequence[str], metric: str) -> np.ndarray:
-        """[columns], higher is better: nats or a share."""
+        """[columns], higher is better: nats or a share; minus infinity of a model whose numbers are none."""
         values = [self.results[name]["accuracy" if metric == "accuracy" else "ce"] for name in columns]
-        return np.array(values, np.float64) * (1.0 if metric == "accuracy" else -1.0)
+        found = np.array(values, np.float64) * (1.0 if metric == "accuracy" else -1.0)
+        return np.where(np.isnan(found), -np.inf, found)
 
 
 @dataclass(kw_only=True)
@@ -146,8 +147,8 @@ class ChainReport:
                 }
                 for row in self.rows
             ],
-            "R": {name: matrix.tolist() for name, matrix in matrices.items() if matrix is not None},
-            "summary": {name: summary.values for name, summary in self.summaries.items()},
+            "R": {name: plain(matrix.tolist()) for name, matrix in matrices.items() if matrix is not None},
+            "summary": {name: plain(summary.values) for name, summary in self.summaries.items()},
             "failed": dict(self.failed),
         }
 
@@ -159,7 +160,11 @@ class ChainReport:
 
 
 def plain(value: Any) -> Any:
-    """JSON has no word for what is not finite."""
+    """JSON has no word for what is not finite, be it in lists or under names."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -145,7 +145,7 @@ def _plain_curve(curve: NoiseCurve) -> dict[str, Any]:
     return {
         "ce": plain(curve.ce),
         "perplexity": plain(_ppl(curve.ce)),
-        "curvature": curve.curvature,
+        "curvature": plain(curve.curvature),
         "breaks_at": curve.breaks_at,
         "points": [{key: plain(value) for key, value in asdict(point).items()} for point in curve.points],
     }

@@ -128,13 +128,15 @@ class RestoreReport:
                     "memorised_after": model.memorised_after,
                     "learning_rate": self.learning_rates[model.label],
                     "shares": {
-                        text: {
-                            "lost": s.lost,
-                            "gone": s.gone,
-                            "hidden": s.hidden,
-                            "back": s.back,
-                            "verdict": s.verdict(),
-                        }
+                        text: plain(
+                            {
+                                "lost": s.lost,
+                                "gone": s.gone,
+                                "hidden": s.hidden,
+                                "back": s.back,
+                                "verdict": s.verdict(),
+                            }
+                        )
                         for text, s in self.shares[model.label].items()
                     },
                 }

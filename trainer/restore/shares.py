@@ -15,6 +15,7 @@ initial model better, or worse, by itself is then taken for restoring. A model t
 and hidden of exactly zero here, and a restoring that does nothing brings nothing back.
 """
 
+import math
 from dataclasses import dataclass
 
 LITTLE = 0.005
@@ -45,6 +46,8 @@ class Shares:
 
     def verdict(self) -> str:
         """One sentence for people, of shares in nats."""
+        if not math.isfinite(self.lost) or not math.isfinite(self.gone):
+            return "no number: the model has diverged on this text"
         if self.back is None or self.lost < LITTLE:
             return "nothing to speak of was lost"
         if self.back >= 0.5:

@@ -1,13 +1,17 @@
 """The numbers that a retention matrix is summed up by, against matrices that another program computed."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from formats.errors import ConfigError
+from trainer.chain.config import ChainConfig, Task
 from trainer.chain.matrix import FORMULAS, Summary
+from trainer.chain.releases import ReleaseReport
+from trainer.chain.report import ChainReport, Row
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden_theory/sfa_ewc_linear.json").read_text())["chain"]
 CHAINS = [name for name in GOLDEN if name != "multitask"]
@@ -60,3 +64,36 @@ def test_one_task_has_nothing_to_forget() -> None:
 def test_another_shape_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a row per stage .* got the shape \(3, 3\)"):
         Summary.of(np.zeros((3, 3)))
+
+
+def rows(**models: tuple[float, ...]) -> list[Row]:
+    """Label -> cross-entropy per column; the first is the initial model."""
+    found = []
+    for number, (label, losses) in enumerate(models.items()):
+        results = {
+            column: {"ce": ce, "perplexity": float(np.exp(ce)), "accuracy": 0.5}
+            for column, ce in zip(("one", "two"), losses, strict=True)
+        }
+        kind = "stage" if number else "initial"
+        found.append(Row(label=label, kind=kind, directory=label, results=results, stage=number))
+    return found
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_diverged_leaves_a_report(tmp_path) -> None:
+    """It is the worst there is: the reports name another one as the best, and are valid JSON."""
+    models = rows(base=(4.0, 5.0), broken=(math.nan, math.nan), good=(3.0, 2.0), last=(3.5, math.nan))
+    releases = ReleaseReport(columns=("one", "two"), rows=models)
+    assert (releases.lost()["one"]["best"], releases.lost()["one"]["lost"]) == ("good", 0.5)
+    assert releases.lost()["one"]["worst_step"] == "broken"
+    found = json.loads(releases.write(tmp_path).read_text())
+    assert found["R"] == [[-4, -5], [None, None], [-3, -2], [-3.5, None]]
+    assert found["lost"]["two"] == {"best": "good", "lost": None, "step": None, "worst_step": "broken"}
+    assert "inf" in releases.text()
+    tasks = {name: Task(train="t", heldout="h") for name in ("one", "two")}
+    config = ChainConfig(tasks=tasks, out="o", model="m")
+    chain = ChainReport(config=config, columns=("one", "two"), rows=models[:3], failed={})
+    found = json.loads(chain.write(tmp_path).read_text())
+    assert found["R"]["chain"] == [[-4, -5], [None, None], [-3, -2]]
+    assert found["summary"]["chain"]["accuracy"] == -2.5
+    assert found["summary"]["chain"]["forward transfer"] is None and "inf" in chain.text()

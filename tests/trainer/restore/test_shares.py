@@ -19,6 +19,12 @@ def nats(entry: dict) -> float:
     return -math.log(entry["ppl"])
 
 
+def test_a_model_that_diverged_is_not_called_unharmed() -> None:
+    for tuned, restored in ((math.nan, -3.0), (-3.5, math.nan)):
+        shares = Shares.of(initial=-3.0, tuned=tuned, control=-3.1, restored=restored)
+        assert "diverged" in shares.verdict()
+
+
 def test_measured_runs() -> None:
     """Three runs of another program on the tiny base: what is gone is its number, and less comes back every time."""
     back = []
