@@ -172,8 +172,9 @@ class Corpus:
     def _told_split(self) -> str | None:
         """The split that the names of a directory's files tell; files of another one were left out."""
         directory = Path(self.config.source).expanduser()
-        told = self.files and directory.is_dir() and split_of(self.files[0].relative_to(directory))
-        return told or None
+        if not self.files or not directory.is_dir():
+            return None
+        return split_of(self.files[0].relative_to(directory))
 
     def describe(self) -> dict[str, Any]:
         """The corpus as the identity of a cache records it; plain JSON values."""

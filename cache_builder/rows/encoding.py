@@ -10,8 +10,8 @@ import numpy as np
 
 from formats.errors import ConfigError
 
-# A longer document is tokenised in pieces, cut after a line break, so that the tokenizer's working memory
-# (some hundred bytes per token) stays small.
+# A longer document is tokenised in pieces, cut after a line break or before a blank, so that the tokenizer's working
+# memory (some hundred bytes per token) stays small.
 PIECE_CHARS = 1 << 20
 
 
@@ -123,10 +123,23 @@ def _encode_long(tokenizer: Any, text: str) -> list[int]:
     while start < len(text):
         end = min(start + PIECE_CHARS, len(text))
         if end < len(text):
-            end = text.rfind("\n", start + 1, end) + 1 or end
-        pieces += tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+            end = text.rfind("\n", start + 1, end) + 1 or max(text.rfind(" ", start + 1, end), 0) or end
+        pieces += _encode_behind(tokenizer, text[start - 1 : start] if start else "", text[start:end])
         start = end
     return pieces
+
+
+def _encode_behind(tokenizer: Any, before: str, piece: str) -> list[int]:
+    """Tokens of a piece that stands behind the character `before`: SentencePiece's vocabularies put a blank before
+    whatever they take for the beginning of a text, and it must not get into the middle.
+    """
+    anchor, ids = (
+        list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+        for text in (before, before + piece)
+    )
+    if ids[: len(anchor)] == anchor:
+        return ids[len(anchor) :]
+    return list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode_spans(

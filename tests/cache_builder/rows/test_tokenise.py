@@ -120,6 +120,29 @@ def test_a_very_long_document_is_tokenised_in_pieces(tmp_path: Path, monkeypatch
     assert [text_of(row, tokenizer) for row in rows] == ["<s>short</s>", f"<s>{text}</s>", "<s>last</s>"]
 
 
+@pytest.mark.parametrize("adds_blank", ["always", "first", "normalizer", "never"])
+def test_pieces_of_a_document_bring_no_blanks_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adds_blank: str
+) -> None:
+    """SentencePiece's tokenizers begin every text with a blank; in the middle of a document it would be trained."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*map(chr, range(33, 127)), "\n", "\u2581"]
+    pieces = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    if adds_blank == "normalizer":
+        pieces.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+    else:
+        pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=adds_blank)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
+    monkeypatch.setattr(cache_builder.rows.encoding, "PIECE_CHARS", 10)
+    text = "first line\nsecond\n\n  third line of it without a break\nend\n"
+    [row], _ = rows_of(tmp_path, [{"text": text}], tokenizer)
+    assert row.input_ids.tolist() == tokenizer(text)["input_ids"]
+
+
 def test_trained_tokenizer_gives_its_own_ids(tmp_path: Path, tiny_tokenizer: Any) -> None:
     text = "def greet(name):\n    return f'hello {name} 漢字 é'\n" * 5
     [row], _ = rows_of(tmp_path, [{"text": text}], tiny_tokenizer)
