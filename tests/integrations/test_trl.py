@@ -127,20 +127,16 @@ def test_full_fine_tuning_is_that_of_anneal_train(case, tmp_path, tiny_llama_dir
     assert_same(expected, found, dict(trainer.model.named_parameters()), tmp_path / "ours")
 
 
-def test_a_process_that_sees_several_gpus_is_refused(
-    tmp_path, tiny_llama_dir, pruned_cache, tokenizer, monkeypatch
+def test_a_model_that_is_split_over_several_gpus_is_refused(
+    tmp_path, tiny_llama_dir, pruned_cache, tokenizer
 ):
-    """TRL splits a model over them that it loads by name; transformers copies one that it is given onto each."""
+    """As TRL splits one that it loads by name; copies on each (`nn.DataParallel`) TRL refuses itself."""
     from transformers import AutoModelForCausalLM
 
-    rows, settings = data_set(pruned_cache), {"cache_dir": str(pruned_cache)}
     split = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     split.hf_device_map = {"model": "cpu", "lm_head": "cpu:0"}
     with pytest.raises(ConfigError, match=r"parts on cpu, cpu:0 \(device_map\); start with torchrun"):
-        trainer_of(split, tmp_path / "split", rows, tokenizer, **settings)
-    monkeypatch.setattr(AnnealSFTConfig, "n_gpu", 2)
-    with pytest.raises(ConfigError, match="several GPUs need one process each, got one process for 2"):
-        trainer_of(str(tiny_llama_dir), tmp_path / "copied", rows, tokenizer, **settings)
+        trainer_of(split, tmp_path, data_set(pruned_cache), tokenizer, cache_dir=str(pruned_cache))
 
 
 def test_lora_is_that_of_anneal_train(tmp_path, tiny_llama_dir, pruned_cache, tokenizer, monkeypatch):

@@ -63,6 +63,7 @@ def retention_of(spec: dict, model: torch.nn.Module) -> list:
 
 def run(spec: dict) -> dict:
     """Train as `spec` says; returns the gradients of every step, the final weights and the log."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate sets it, and would shard what comes after
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(
         spec["model"],
@@ -126,6 +127,7 @@ def run(spec: dict) -> dict:
         "weights": weights,
         "log": trainer.state.log_history,
         "metrics": metrics,
+        "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
     }
 
 

@@ -41,6 +41,24 @@ class Started:
         return self.process.exitcode
 
 
+def shard_on_cpus() -> None:
+    """Let FSDP be FSDP: where there are no GPUs accelerate takes the plugin, says nothing, and runs DDP."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    on_gpus = AcceleratorState.__init__
+
+    def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        on_gpus(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = __init__  # type: ignore[method-assign]
+
+
 def _child(directory: str, environment: dict[str, str], function: Callable[..., Any], args: tuple) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(Path(directory) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -51,6 +69,8 @@ def _child(directory: str, environment: dict[str, str], function: Callable[..., 
     torch.set_num_threads(1)
     code = 1
     try:
+        if "RANK" in environment:
+            shard_on_cpus()
         function(*args)
         code = 0
     except BaseException:

@@ -3,6 +3,7 @@ number is not finite.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class GuardedTrainer(Trainer):
         self.finite = FiniteWatch(args.device)
         self._noted_step = 0
         super().__init__(args=args, eval_dataset=eval_dataset, callbacks=list(callbacks), **kwargs)
+        require_sharding(args.fsdp, enabled=self.is_fsdp_enabled)
+        sum_in_full_precision(self.accelerator)
 
     # --- batches ----------------------------------------------------------------------------------------
 
@@ -161,6 +164,32 @@ class GuardedTrainer(Trainer):
             raise ConfigError(
                 f"the best checkpoint so far must be there, got no {best}; put it back, or use another --out"
             )
+
+
+def require_sharding(fsdp: Any, *, enabled: bool) -> None:
+    """Refuse FSDP where accelerate leaves it out without a word, as it does on CPUs, and runs DDP.
+
+    Raises:
+        ConfigError: it is asked for and not there.
+    """
+    if fsdp and not enabled:
+        raise ConfigError(f"training.fsdp needs a GPU for each process, got fsdp: {fsdp} without; remove it")
+
+
+def sum_in_full_precision(accelerator: Any) -> None:
+    """Let FSDP2 add gradients of micro-batches and processes up in fp32, in shards, whatever the model computes in.
+
+    accelerate's default under bf16 is to add them up in bf16, micro-batches in an unsharded copy on every process, and
+    to round the loss as well.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2:
+        return
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def _settle_metric(args: TrainingArguments, eval_dataset: Any, *, early: bool) -> None:

@@ -235,8 +235,8 @@ class OutputHead:
         )
         request.output = output
         # Three dimensions, because the model goes on to treat this as logits. The same tensor is handed out
-        # below: FSDP hangs its backward hooks on what a module returns.
-        request.loss = output.loss.reshape(1, 1, 1)
+        # below: FSDP hangs its backward hooks on what a module returns, and warns of views.
+        request.loss = output.loss.reshape(1, 1, 1).clone()
         return request.loss
 
     def _hand_out(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -247,7 +247,7 @@ class OutputHead:
                 f"{type(self.model).__name__} does not call its output head, so the loss cannot be "
                 "taken there; this architecture is not supported"
             )
-        return {"loss": self._request.loss.reshape(())}
+        return {"loss": self._request.loss.sum()}
 
     # --- the check --------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ are uneven, so a mean of means, a local count or a second division by the accumu
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 from caches import write_cache
 from distributed_worker import relative_difference, run, run_all
 from processes import run_ranks
+
+from formats.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +115,53 @@ def test_fsdp2_on_two_processes_equals_one_process(base, reference, tiny_gemma2_
     write_cache(tmp_path / "c", tiny_gemma2_dir, num_rows=24)
     sharded = {"batch": 4, "accumulation": 2, "arguments": {"fsdp": True}}
     untied, tied = launch([base | sharded, base | gemma | sharded], tmp_path)
+    assert untied["sharded"] and tied["sharded"] and not reference["sharded"]
     # Gemma's norms compute in float32 whatever the weights are, so its rounding is that of float32.
     for expected, found, tolerance in ((reference, untied, 1e-9), (run(base | gemma), tied, 1e-6)):
         assert_same(expected, found, tolerance)
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_fsdp2_under_bf16_rounds_neither_loss_nor_sums(base, tmp_path):
+    """As on GPUs, where bf16 is the default: the loss that is logged is the sum of its parts, and the gradient of one
+    process is as far from that of fp32."""
+    spec = base | {"dtype": "float32"}
+    halves = {"arguments": {"bf16": True, "fsdp": True}}
+    (found,) = launch([spec | halves | {"batch": 2, "accumulation": 4}], tmp_path)
+    assert found["sharded"]
+    parts = [ce + 0.7 * kl for ce, kl in zip(logged(found, "ce"), logged(found, "kl"), strict=True)]
+    np.testing.assert_allclose(logged(found, "loss"), parts, rtol=1e-6)
+    assert relative_difference(run(spec), found) < 0.05
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_fsdp_adds_up_in(version):
+    from accelerate import FullyShardedDataParallelPlugin
+
+    from trainer.loop.guarded_trainer import sum_in_full_precision
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+    plugin.set_mixed_precision("bf16")
+    state = SimpleNamespace(plugin_kwargs={})
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), gradient_state=state)
+    sum_in_full_precision(accelerator)
+    policy = plugin.mixed_precision_policy
+    assert policy.param_dtype == torch.bfloat16
+    if version == 2:
+        assert (policy.reduce_dtype, policy.output_dtype) == (torch.float32, None)
+        assert state.plugin_kwargs == {"sync_each_batch": True}
+
+
+def test_fsdp_that_would_be_left_out_is_refused():
+    """accelerate shards on GPUs alone."""
+    from trainer.loop.guarded_trainer import require_sharding
+
+    for asked, enabled in ((True, True), (False, False), (None, False)):
+        require_sharding(asked, enabled=enabled)
+    with pytest.raises(ConfigError, match=r"training\.fsdp needs a GPU for each process"):
+        require_sharding(True, enabled=False)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
