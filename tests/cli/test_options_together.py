@@ -93,3 +93,21 @@ def test_responses_without_a_line_make_no_file(anneal: Run, tiny_llama_dir: Path
         anneal, "cache", "convert", tmp_path / "empty.jsonl", *words
     )
     assert [place.name for place in tmp_path.iterdir()] == ["empty.jsonl"]
+
+
+@pytest.mark.parametrize("words", ["train CACHE --out OUT", "cache build a.jsonl --out OUT"])
+def test_a_directory_that_holds_no_model(anneal: Run, cache: Path, tmp_path: Path, words: str) -> None:
+    typed = words.replace("CACHE", str(cache)).replace("OUT", str(tmp_path / "out")).split()
+    assert refused(anneal, *typed, "--model", cache) == (
+        f"error: --model must be a model directory, got no config.json in {cache}\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_into_a_place_that_cannot_be(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:
+    """The name that was typed, not that of a temporary file."""
+    corpus = cache.parent / "corpus.jsonl"
+    err = refused(anneal, "init", corpus, "--model", tiny_llama_dir, "--file", corpus / "train.yaml")
+    assert err.startswith(
+        f"error: --file must name a file that can be written, got {corpus / 'train.yaml'}: "
+    )
