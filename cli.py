@@ -58,7 +58,7 @@ from commands.merge import merge_command  # noqa: E402
 from commands.probe import probe_app  # noqa: E402
 from commands.restore import restore_command  # noqa: E402
 from commands.sweep import sweep_command  # noqa: E402
-from commands.terminal import note, quiet_imports, show  # noqa: E402
+from commands.terminal import escape_unprintable, note, quiet_imports, show  # noqa: E402
 from commands.train import train_command  # noqa: E402
 from formats.errors import AnnealError  # noqa: E402
 from formats.install import how_to_install  # noqa: E402
@@ -148,6 +148,7 @@ def root(
 def main() -> None:
     """Entry point of the console script: runs the app, turns known errors into one line."""
     quiet_imports()
+    escape_unprintable()
     try:
         app()
     except AnnealError as error:

@@ -1,5 +1,6 @@
 """What all commands share: results to stdout, messages to stderr, names of what was typed."""
 
+import io
 import json
 import logging
 import sys
@@ -19,9 +20,15 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def escape_unprintable() -> None:
+    """What a terminal's or pipe's encoding does not have, such as a token in Latin-1, is shown as `\\u0137`."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def show(text: str) -> None:
-    """Print a result."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    """Print a result; a closed stdout takes nothing and is no error."""
+    print(text, end="" if text.endswith("\n") else "\n")
 
 
 def note(text: str) -> None:

@@ -47,6 +47,7 @@ FLOORS = {
     ],
     "trainer": [
         *("checks", "objective", "quantization", "checkpoint", "multimodal", "loading", "retention.settings"),
+        *("preflight.values", "preflight.arguments"),
         *("config", "config_file", "schedule", "preflight", "recipe", "data", "loss"),
         *("loop.signals", "loop.output_head", "loop.measure", "running", "retention", "loop"),
         *("preflight.continuation", "preflight.memory", "preflight.before_start", "result"),

@@ -16,6 +16,7 @@ import yaml
 from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
 from trainer.config import LoraSettings, MixedCache, TrainConfig
+from trainer.preflight.arguments import ARGUMENTS
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 RESOLVED_NAME = "anneal.yaml"
@@ -59,11 +60,13 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def refuse_unknown(keys: Iterable[str], known: Iterable[str], prefix: str = "") -> None:
-    """Raise ConfigError at the first key that is not known, naming the nearest known one."""
+    """Raise ConfigError at the first key that is not known, naming the nearest known one, or where it belongs."""
     choices = sorted(known)
     for key in keys:
         if key not in choices:
             near = difflib.get_close_matches(str(key), choices, n=1, cutoff=0.5)
+            if not prefix and "training" in choices and key in ARGUMENTS:
+                near = [f"training.{key}"]
             advice = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(choices)}"
             raise ConfigError(f"unknown setting {prefix}{key}; {advice}")
 

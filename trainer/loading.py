@@ -106,6 +106,8 @@ def require_plain_weights(model_dir: Path, what: str) -> None:
     """
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{what} must be a model directory, got no config.json in {model_dir}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"config.json must be JSON, got {model_dir / 'config.json'}: {one_line(error)}"

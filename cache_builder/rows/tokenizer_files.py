@@ -61,6 +61,8 @@ def model_context(model_dir: str | Path) -> int | None:
     path = Path(model_dir) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--model must be a model directory, got no config.json in {path.parent}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the model directory must hold a readable config.json, got {path}: {error}"

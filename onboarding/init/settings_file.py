@@ -155,6 +155,11 @@ def write(look: Look, path: Path, *, cache: str, out: str) -> Plan:
         )
     plan = plan_for(look)
     text = text_of(look, plan, cache=cache, out=out, path=str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, text.encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, text.encode())
+    except OSError as error:
+        raise ConfigError(
+            f"--file must name a file that can be written, got {path}: {error.strerror or error}"
+        ) from None
     return plan

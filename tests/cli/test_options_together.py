@@ -1,6 +1,9 @@
 """What an option says is done or refused by name: options that need another one, the name of what is at fault."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +96,48 @@ def test_responses_without_a_line_make_no_file(anneal: Run, tiny_llama_dir: Path
         anneal, "cache", "convert", tmp_path / "empty.jsonl", *words
     )
     assert [place.name for place in tmp_path.iterdir()] == ["empty.jsonl"]
+
+
+@pytest.mark.parametrize("words", ["train CACHE --out OUT", "cache build a.jsonl --out OUT"])
+def test_a_directory_that_holds_no_model(anneal: Run, cache: Path, tmp_path: Path, words: str) -> None:
+    typed = words.replace("CACHE", str(cache)).replace("OUT", str(tmp_path / "out")).split()
+    assert refused(anneal, *typed, "--model", cache) == (
+        f"error: --model must be a model directory, got no config.json in {cache}\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_into_a_place_that_cannot_be(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:
+    """The name that was typed, not that of a temporary file."""
+    corpus = cache.parent / "corpus.jsonl"
+    err = refused(anneal, "init", corpus, "--model", tiny_llama_dir, "--file", corpus / "train.yaml")
+    assert err.startswith(
+        f"error: --file must name a file that can be written, got {corpus / 'train.yaml'}: "
+    )
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"\\xef"), ("utf-8", "ï".encode())])
+def test_a_name_that_the_terminal_cannot_show(
+    cache: Path, tmp_path: Path, encoding: str, shown: bytes
+) -> None:
+    """A whole process: its stdout is made by the interpreter."""
+    (tmp_path / "naïve").symlink_to(cache)
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "cache", "inspect", tmp_path / "naïve"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"na" + shown + b"ve" in done.stdout
+
+
+def test_a_closed_stdout_is_no_error(cache: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m cli cache inspect "{cache}" >&-'],
+        cwd=Path(__file__).resolve().parents[2],
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

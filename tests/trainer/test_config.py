@@ -58,6 +58,7 @@ def test_yaml_cannot_construct_objects():
     ("overrides", "message"),
     [
         (["kl_coeff=2"], "unknown setting kl_coeff; did you mean kl_coef?"),
+        (["learning_rate=1e-5"], "unknown setting learning_rate; did you mean training.learning_rate?"),
         (["lora.rank=2"], "unknown setting lora.rank"),
         (["kl_coef=-0.1"], "kl_coef must be at least 0, got -0.1"),
         (["kl_coef=much"], "kl_coef must be a number, got 'much'"),
