@@ -58,10 +58,11 @@ from commands.merge import merge_command  # noqa: E402
 from commands.probe import probe_app  # noqa: E402
 from commands.restore import restore_command  # noqa: E402
 from commands.sweep import sweep_command  # noqa: E402
-from commands.terminal import escape_unprintable, note, quiet_imports, show  # noqa: E402
+from commands.terminal import escape_unprintable, note, show  # noqa: E402
 from commands.train import train_command  # noqa: E402
 from formats.errors import AnnealError  # noqa: E402
 from formats.install import how_to_install  # noqa: E402
+from formats.quiet import quiet_imports  # noqa: E402
 from onboarding import commands as onboarding  # noqa: E402
 
 

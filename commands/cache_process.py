@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from commands.terminal import quiet_imports
 from formats.errors import AnnealError, ConfigError
+from formats.quiet import quiet_imports
 
 HOME = Path(__file__).resolve().parents[1]
 PROGRAM = "from commands.cache_process import main; main()"

@@ -2,22 +2,12 @@
 
 import io
 import json
-import logging
 import sys
 from typing import Any
 
 from formats.errors import ConfigError
 from formats.named_path import split_name
 from formats.progress import ConsoleProgress
-
-NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn, on import, of kernels for other hardware and of another library's use of torch."""
-
-
-def quiet_imports() -> None:
-    """Keep them silent."""
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def escape_unprintable() -> None:

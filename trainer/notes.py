@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from trainer.config import TrainConfig
+from trainer.data.label_terms import share_learnt
 from trainer.inputs import Inputs, Rows, Student, reads_tokens_only, teacher_of
 from trainer.loss.chunks import why_no_triton
 from trainer.preflight.frozen import freeze_note
@@ -14,6 +15,10 @@ from trainer.recipe import on_gpu
 LEAST_TOKENS = 150.0
 """Times T^2: tokens per step at which the noise of draws is as large as the gradient (SmolLM2-135M, 10 steps of drift,
 2026-11-25: 400 at T = 2 and 2,300 at T = 4)."""
+
+MUCH_LEARNT = 0.5
+"""Below this share of the labels, `stm` is likely to leave out what is to be learnt: with 9 of 100 it did (a chat model
+that learns short answers, docs/results.md)."""
 
 
 def notes(
@@ -33,6 +38,7 @@ def notes(
     found = (
         anchor_note(config, inputs),
         draws_note(config, rows, rows_per_step),
+        stm_note(rows),
         student.encoders_note,
         freeze_note(student.model, config.freeze),
         lora_note(config, resolved, student.dtype),
@@ -78,6 +84,21 @@ def draws_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | Non
     return (
         f"about {tokens:.0f} tokens with KL in a step: below {least:.0f} at temperature {config.temperature:g} the "
         "noise of tail draws outweighs what they mend; take larger steps, or tail_draws=false"
+    )
+
+
+def stm_note(rows: Rows) -> str | None:
+    """One line on how much of the labels `ce_weight: stm` leaves; None for other weights."""
+    weighting = rows.training.objective.weighting
+    if weighting.name != "stm":
+        return None
+    share = share_learnt(weighting, rows.training.cache)
+    what = f"of the tokens that carry loss are learnt, those of p0 >= {weighting.value:g}"
+    line = f"ce_weight stm: {100 * share:.1f} % {what}"
+    if share >= MUCH_LEARNT:
+        return line
+    return (
+        f"{line}; what the initial model does not expect is not, and that may be the task: lower the number"
     )
 
 

@@ -9,6 +9,7 @@ L: tokens of a row, P: captured positions, E: kept entries.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from trainer.objective import TOP, Choice, Objective
 FROM_CACHE = ("stm", "flow", "eaft0", "psft")
 """Names of `ce_weight` that need the initial model's numbers of every token that carries loss."""
 MEASURED_ROWS = 1024
-"""Rows, evenly spread over the cache, whose median loss is the default of tau."""
+"""Rows, evenly spread over the cache, whose median loss is the default of tau, and in which `stm` counts beforehand."""
 
 
 def label_terms(
@@ -94,15 +95,29 @@ def resolved(objective: Objective, cache: TeacherCache) -> Objective:
     choice = objective.weighting
     if choice.name not in ("flow", "talr") or choice.value is not None:
         return objective
-    count = min(len(cache), MEASURED_ROWS)
-    rows = [cache[int(number)] for number in np.linspace(0, len(cache) - 1, count)]
-    losses = [mean_loss(row, row.teacher) for row in rows if row.loss_mask.any()]
+    losses = [mean_loss(row, row.teacher) for row in _measured(cache) if row.loss_mask.any()]
     if not losses or not (tau := float(np.median(losses))) > 0 or not math.isfinite(tau):
         raise ConfigError(
             f"ce_weight {choice.name} needs rows that carry loss for its tau, got none in {cache.path}; write "
             f"{choice.name}:NATS"
         )
     return replace(plain(objective), ce_weight=f"{choice.name}:{tau:.6g}")
+
+
+def share_learnt(weighting: Choice, cache: TeacherCache) -> float:
+    """The share of the tokens that carry loss which `stm` leaves in it, over the rows that tau is taken from."""
+    assert weighting.value is not None
+    learnt, known = 0, 0
+    for row in _measured(cache):
+        logprobs = row.teacher.label_logprobs[row.loss_mask[row.positions + 1]]
+        known += len(logprobs)
+        learnt += int((logprobs >= np.float32(math.log(weighting.value))).sum())
+    return learnt / max(known, 1)
+
+
+def _measured(cache: TeacherCache) -> Iterator[CacheRow]:
+    for number in np.linspace(0, len(cache) - 1, min(len(cache), MEASURED_ROWS)):
+        yield cache[int(number)]
 
 
 def plain(objective: Objective) -> Objective:

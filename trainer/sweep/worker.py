@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import AnnealError
+from formats.quiet import quiet_imports
 
 LOCKED_SECONDS = 600.0
 """How long a run waits for another process in its directory: one whose sweep was killed stops after its step."""
@@ -90,6 +91,7 @@ def main() -> None:
     """Entry point of the process."""
     outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print belongs to the log
+    quiet_imports()
     order = json.loads(read_line())
     stop_when_stdin_ends()
     found = WORKS[order["work"]](order["settings"])

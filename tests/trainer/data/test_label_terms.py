@@ -15,6 +15,7 @@ from trainer.data.collator import LabelAnnealingCollator, count_targets, shifted
 from trainer.data.dataset import CachedDataset
 from trainer.data.label_terms import resolved
 from trainer.inputs import open_inputs, rows_of
+from trainer.notes import stm_note
 from trainer.objective import Objective
 from trainer.recipe import resolve_training
 
@@ -34,7 +35,7 @@ def exact(everywhere, tiny_llama_dir) -> dict[int, np.ndarray]:
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
     cache = TeacherCache(everywhere)
-    return {row: model_logprobs(model, cache[row].input_ids)[:-1] for row in ROWS}
+    return {row: model_logprobs(model, cache[row].input_ids)[:-1] for row in range(len(cache))}
 
 
 def label_logprobs(cache, exact, row) -> np.ndarray:
@@ -90,6 +91,22 @@ def test_columns_land_on_the_labels_and_are_counted(everywhere, packing):
     assert count_targets(batch)[0] == sum(logprob >= math.log(limit) for logprob in expected) > 0
     only_kl = LabelAnnealingCollator()([kept[1], kept[2]])
     assert "label_logprobs" in shifted_terms(only_kl)  # a batch without labels is no other batch
+
+
+def test_the_share_that_stm_leaves_is_told_before_the_run(everywhere, exact, tiny_llama_dir, tmp_path):
+    cache = TeacherCache(everywhere)
+    known = np.concatenate([label_logprobs(cache, exact, row)[cache[row].loss_mask[1:]] for row in exact])
+    ranked = np.sort(known)
+    for quantile, advice in ((0.9, True), (0.2, False)):
+        at = int(quantile * len(ranked))
+        limit = math.exp(ranked[at : at + 2].mean())
+        config = settings(everywhere, tiny_llama_dir, tmp_path / "out", f"ce_weight=stm:{limit:.9g}")
+        line = stm_note(rows_of(config, open_inputs(config)))
+        assert line is not None
+        assert f"stm: {100 * np.mean(known >= math.log(limit)):.1f} % of the tokens" in line
+        assert line.endswith("lower the number") == advice
+    config = settings(everywhere, tiny_llama_dir, tmp_path / "out", "ce_weight=dft")
+    assert stm_note(rows_of(config, open_inputs(config))) is None
 
 
 def test_tau_is_the_median_over_rows(everywhere, tiny_llama_dir, tmp_path):
