@@ -19,7 +19,7 @@ sys.path.insert(0, str(REAL))
 
 import board  # noqa: E402
 
-PROTOCOLS = ("maths", "methods", "abstracts", "maths_cpu")
+PROTOCOLS = ("maths", "methods", "abstracts", "maths_cpu", "methods_cpu")
 
 
 def protocol(name: str) -> SweepConfig:
@@ -43,7 +43,7 @@ def test_the_tasks_that_it_scores_have_files() -> None:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_cache_of_a_protocol_is_built_by_the_board(name: str) -> None:
-    scale = "cpu" if name == "maths_cpu" else "gpu"
+    scale = "cpu" if name.endswith("_cpu") else "gpu"
     built = {f"caches/{cache}" for cache in (*board.ROWS[scale], *board.OWN_TEXT[scale])}
     plan = yaml.safe_load((REAL / f"{name}.yaml").read_text())
     named = {text for text in strings(plan) if text.startswith("caches/")}
