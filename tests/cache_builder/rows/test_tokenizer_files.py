@@ -80,11 +80,15 @@ def test_context_under_its_many_names(tmp_path: Path, config: dict[str, Any], co
     assert model_context(tmp_path) == context
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
-def test_an_unreadable_config_is_refused(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_an_unreadable_config_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"must hold a readable config\.json, got "):
+        model_context(tmp_path)
+
+
+def test_a_directory_without_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be a model directory, got no config\.json in "):
         model_context(tmp_path)
 
 
