@@ -1,7 +1,7 @@
 """Options and arguments that several commands have, typed once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -207,13 +207,13 @@ PositionsOption = Annotated[
         help="loss: positions whose next token carries loss; all: every position.",
     ),
 ]
-RunSettingsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        autocompletion=completion.settings,
-        metavar="KEY=VALUE",
-        show_default=False,
-        help="A setting of all runs. May be repeated.",
-    ),
-]
+
+
+def set_option(help_text: str, metavar: str = "KEY=VALUE") -> Any:
+    """`--set`, which every command that trains has."""
+    return typer.Option(
+        "--set", autocompletion=completion.settings, metavar=metavar, show_default=False, help=help_text
+    )
+
+
+RunSettingsOption = Annotated[list[str] | None, set_option("A setting of all runs. May be repeated.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from commands import completion
-from commands.options import EvalDtypeOption, JsonOption
+from commands.options import EvalDtypeOption, JsonOption, set_option
 from commands.terminal import console_progress, named, note, show, show_json, show_report
 from formats.errors import ConfigError
 
@@ -221,13 +221,7 @@ def tune_command(
     ] = "0",
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            autocompletion=completion.settings,
-            metavar="training.KEY=VALUE",
-            show_default=False,
-            help="An argument of all runs.",
-        ),
+        set_option("An argument of all runs.", "training.KEY=VALUE"),
     ] = None,
     build: Annotated[
         list[str] | None,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from commands import completion
-from commands.options import JsonOption
+from commands.options import JsonOption, set_option
 from commands.terminal import console_progress, named, show_report
 
 
@@ -63,12 +63,9 @@ def restore_command(
     seed: Annotated[int, typer.Option(min=0, help="Of the runs, and of --rank random.")] = 0,
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            autocompletion=completion.settings,
-            metavar="training.KEY=VALUE",
-            show_default=False,
-            help="An argument of the restoring runs, such as training.per_device_train_batch_size=8.",
+        set_option(
+            "An argument of the restoring runs, such as training.per_device_train_batch_size=8.",
+            "training.KEY=VALUE",
         ),
     ] = None,
     build: Annotated[

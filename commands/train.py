@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from commands import completion
+from commands.options import set_option
 from commands.terminal import show
 
 
@@ -67,13 +68,7 @@ def train_command(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            autocompletion=completion.settings,
-            metavar="KEY=VALUE",
-            show_default=False,
-            help="Any setting, such as training.learning_rate=1e-5. May be repeated; wins over the file.",
-        ),
+        set_option("Any setting, such as training.learning_rate=1e-5. May be repeated; wins over the file."),
     ] = None,
     dry_run: Annotated[
         bool,

@@ -12,7 +12,7 @@ from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
 from trainer.data.label_terms import plain, resolved
 from trainer.data.mixture import Share
-from trainer.loading import given_as, load_model, load_tokenizer, open_cache, require_plain_weights
+from trainer.loading import load_model, load_tokenizer, open_cache, require_plain_weights
 from trainer.multimodal import encoders, encoders_note
 from trainer.objective import Objective
 from trainer.preflight.frozen import freeze, freeze_encoders
@@ -166,8 +166,7 @@ def anchor_dir(name: str, tokenizer: Any) -> Path:
         ConfigError: there is none, or its weights are quantised.
         IdentityMismatchError: it reads text otherwise than the model that the run starts from.
     """
-    with given_as("ewc.model"):
-        path = resolve_model(name)
+    path = resolve_model(name, what="ewc.model")
     require_plain_weights(path, "ewc.model")
     mine, its = (TokenizerFingerprint.of(which).vocabulary for which in (tokenizer, load_tokenizer(path)))
     if mine != its:

@@ -161,9 +161,8 @@ def say(line: str) -> None:
 def prepare(config: TrainConfig) -> tuple[dict[str, Any], Inputs, Rows, Student, list[RetentionMethod]]:
     """What a run loads before anything is written, checked: arguments, caches, rows, model, methods."""
     resolved = resolve_training(config)
-    if (
-        config.loss_kernel != "auto"
-    ):  # refused here, if it is not there; auto would be tried, by all processes on one GPU
+    # Refused here, if it is not there; auto would be tried, by all processes on one GPU.
+    if config.loss_kernel != "auto":
         logits_type(config.loss_kernel, torch.float32, "cuda" if on_gpu(resolved) else "cpu")
     quiet_transformers()
     inputs = open_inputs(config)

@@ -30,7 +30,7 @@ from trainer.bench.samples import samples_table, table_bytes
 from trainer.bench.settings import BenchSettings
 from trainer.bench.suites import SUITES
 from trainer.bench.truncation import truncated_items
-from trainer.loading import given_as, quiet_transformers
+from trainer.loading import quiet_transformers
 
 BOOTSTRAP_DRAWS = 1000
 """For standard errors of metrics that have no formula."""
@@ -56,8 +56,7 @@ def bench_models(
     quiet_transformers()
     directories: dict[str, Path] = {}
     for label, name in models.items():
-        with given_as("MODEL"):
-            directories[label] = resolve_model(name)
+        directories[label] = resolve_model(name, what="MODEL")
         if settings.out is None and not Path(name).expanduser().is_dir():
             raise ConfigError(
                 f"results are written into the model's directory, got {name} from the Hub; name another one with --out"

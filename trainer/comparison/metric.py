@@ -57,7 +57,6 @@ class Metric:
         """
         if not initial or not math.isfinite(initial):
             return None
-        change = math.copysign(
-            value / initial - 1, value - initial
-        )  # of |initial|: a correlation may be below 0
+        # Of |initial|: a correlation may be below 0.
+        change = math.copysign(value / initial - 1, value - initial)
         return -change if self.higher_is_better else change

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
-from trainer.loading import given_as, require_plain_weights
+from trainer.loading import require_plain_weights
 from trainer.merging.weights import tied_names
 from trainer.result.stored_weights import StoredWeights
 from trainer.result.weight_distance import DistanceSums, WeightDistance
@@ -29,8 +29,7 @@ def weight_distance(model: str | Path, initial: str | Path, *, what: str = "--mo
     """
     paths = []
     for name, given in ((model, "--model"), (initial, what)):
-        with given_as(given):
-            path = resolve_model(name)
+        path = resolve_model(name, what=given)
         if not (path / "config.json").is_file():
             raise ConfigError(
                 f"a distance is between whole models, got no config.json in {path} ({given}); adapters need "

@@ -9,7 +9,7 @@ import torch
 
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
-from trainer.loading import given_as, load_tokenizer, require_plain_weights
+from trainer.loading import load_tokenizer, require_plain_weights
 from trainer.merging.methods import Merge
 from trainer.merging.settings import MergeConfig
 from trainer.merging.weights import open_safetensors, tied_names, wide
@@ -130,8 +130,7 @@ def find_model(name: str, what: str) -> Path:
     Raises:
         ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
     """
-    with given_as(what):
-        path = resolve_model(name)
+    path = resolve_model(name, what=what)
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise ConfigError(

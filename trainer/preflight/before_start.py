@@ -10,6 +10,7 @@ import torch
 
 from formats.errors import ConfigError
 from trainer.preflight import best_model
+from trainer.preflight.combinations import word
 from trainer.preflight.memory import lasting_memory, require_room
 from trainer.schedule import check_schedule
 
@@ -114,7 +115,7 @@ def check_optimiser(args: Any, model: torch.nn.Module, trained: list[torch.nn.Pa
     """
     from transformers import Trainer
 
-    name = str(args.optim.value)
+    name = word(args.optim)
     bound = "layerwise" in name or "lomo" in name
     # Those two hang hooks on the model when they are made, so only their packages are looked for.
     probe = torch.nn.Parameter(torch.zeros_like(trained[0].detach().reshape(-1)[:1]))

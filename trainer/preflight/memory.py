@@ -25,6 +25,7 @@ from trainer.loss.chunks import logits_type, rows_per_chunk
 from trainer.loss.logits import Projection
 from trainer.loss.token_weights import CrossEntropy
 from trainer.objective import Objective
+from trainer.preflight.combinations import word
 
 if TYPE_CHECKING:
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
@@ -97,12 +98,7 @@ def lasting_memory(trainer: "LabelAnnealingTrainer") -> StepMemory:
     if args.device.type != "cuda":
         return everything
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    return on_the_gpu(everything, offloaded=offloads(plugin), paged=is_paged(args.optim))
-
-
-def is_paged(optimiser: Any) -> bool:
-    """Whether an optimiser's state may leave the GPU; its name, plain or of transformers' enumeration."""
-    return str(getattr(optimiser, "value", optimiser)).startswith("paged_")
+    return on_the_gpu(everything, offloaded=offloads(plugin), paged=word(args.optim).startswith("paged_"))
 
 
 def offloads(fsdp_plugin: Any) -> bool:
@@ -150,7 +146,7 @@ def optimiser_bytes(args: Any, model: nn.Module, like: torch.Tensor) -> float:
     """
     from transformers import Trainer
 
-    name = str(args.optim.value)
+    name = word(args.optim)
     if "layerwise" in name or "lomo" in name:  # they hang hooks on the model, and keep next to nothing
         return 0.0
     probe = nn.Parameter(torch.zeros(PROBE_SHAPE, dtype=like.dtype, device=args.device))

@@ -65,9 +65,8 @@ def measured_text(
         before: perplexity of the model that built the cache; by default read from the cache.
     """
     perplexity = result.get("perplexity")
-    whole = result.get("num_rows", len(cache)) == len(
-        cache
-    )  # a run evaluates nothing else, and does not count
+    # A run evaluates nothing else, and does not count.
+    whole = result.get("num_rows", len(cache)) == len(cache)
     if not whole or perplexity is None or not math.isfinite(perplexity):
         return None
     kl_to = result.get("kl_to")

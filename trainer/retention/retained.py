@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from formats.errors import ConfigError
+from trainer.preflight.combinations import word
 from trainer.retention.anchor import Anchor
 from trainer.retention.method import RetentionMethod
 from trainer.running import RunningTrainer
@@ -42,7 +43,7 @@ class Retained(TrainerCallback):
         Raises:
             ConfigError: it updates during the backward pass.
         """
-        optim = str(getattr(args.optim, "value", args.optim))
+        optim = word(args.optim)
         if self.methods and any(part in optim for part in FUSED_OPTIMISERS):
             raise ConfigError(
                 f"{self.methods[0].name} needs an optimiser that updates after the backward pass, got "

@@ -134,7 +134,9 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
         else:
             settings[name] = copy.deepcopy(value)
     common = {
-        k: v for k, v in varied.items() if k != "training.seed" and (k in config.every or is_training(k))
+        key: value
+        for key, value in varied.items()
+        if key != "training.seed" and (key in config.every or key.startswith("training."))
     }
     direct = varied["kl_coef"] == 0 and not any(is_method(k, v) for k, v in varied.items() if k not in common)
     name = run_name(shown_of(config, varied), prefix=entry, direct=direct)
@@ -151,11 +153,6 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
     except AnnealError as error:
         raise type(error)(f"run {name}: {error}") from None
     return run
-
-
-def is_training(setting: str) -> bool:
-    """Whether a setting says how steps are made, such as the learning rate, and not what is learnt or held."""
-    return setting.startswith("training.")
 
 
 def is_method(setting: str, value: Any) -> bool:

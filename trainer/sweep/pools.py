@@ -163,9 +163,8 @@ class LocalPool:
         found = {}
         if self.parallel > 1:
             found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.parallel))
-        if (
-            gpus := visible_gpus()
-        ):  # one of them also where runs do not share: a process that sees several is refused
+        # One of them also where runs do not share: a process that sees several is refused.
+        if gpus := visible_gpus():
             found["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         return found
 
