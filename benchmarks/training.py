@@ -88,9 +88,14 @@ def merge(runs: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Sizes of the model and the batch."""
+    return PRESETS[args.preset] | ({"batch": args.batch} if args.batch else {})
+
+
 def step_options(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """What every variant of a training step is told; writes the cache that they train on."""
-    sizes = PRESETS[args.preset]
+    sizes = sizes_of(args)
     num_rows = sizes["batch"] * (args.warmup + args.steps)
     write_cache(
         cache, num_rows=num_rows, length=sizes["seq"], vocab_size=sizes["vocab"], num_kept=args.num_kept
@@ -112,7 +117,7 @@ def alternate(
 
 def steps_report(args: argparse.Namespace) -> dict[str, Any]:
     """Step time and peak memory of the four trainers."""
-    sizes = PRESETS[args.preset]
+    sizes = sizes_of(args)
     with tempfile.TemporaryDirectory() as folder:
         options = step_options(args, Path(folder) / "cache")
         options |= {"temperature": args.temperature, "checkpointing": args.checkpointing}
@@ -155,7 +160,7 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
 
 def objectives_report(args: argparse.Namespace) -> dict[str, Any]:
     """Step time and peak memory of every objective against plain label annealing."""
-    sizes = PRESETS[args.preset]
+    sizes = sizes_of(args)
     with tempfile.TemporaryDirectory() as folder:
         options = step_options(args, Path(folder) / "cache")
         runs = alternate(
@@ -245,6 +250,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=("steps", "loss", "objectives"), help="one part alone")
     parser.add_argument("--preset", choices=PRESETS, default="60m", help="model and batch")
+    parser.add_argument("--batch", type=int, help="sequences in a batch, instead of the preset's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all variants")

@@ -32,7 +32,7 @@ from formats.disk.manifest import Manifest
 from formats.disk.token_row import TokenRow
 from formats.errors import AnnealError, ConfigError
 from formats.identity.teacher_identity import TeacherIdentity
-from formats.progress import Progress
+from formats.progress import Progress, counted
 
 if TYPE_CHECKING:
     from cache_builder.teachers.protocol import Teacher
@@ -198,7 +198,7 @@ def _capture_and_finish(
             result = finish(directory, source.settings, plan, source.tokenizer_json, step=step)
         if isinstance(result, Manifest):
             return result
-        progress.note(f"captured again: {len(result)} shards whose bytes were damaged on the disk")
+        progress.note(f"captured again: {counted(len(result), 'shard')} whose bytes were damaged on the disk")
         indices = result
 
 
@@ -309,8 +309,8 @@ def _make_plan(
     progress.finish()
     step("planned")
     progress.note(
-        f"planned {plan.num_rows} rows, {plan.num_tokens} tokens, {plan.num_positions} positions "
-        f"in {len(plan.shards)} shards"
+        f"planned {counted(plan.num_rows, 'row')}, {plan.num_tokens} tokens, {plan.num_positions} positions "
+        f"in {counted(len(plan.shards), 'shard')}"
     )
     if plan.notes:
         progress.note("; ".join(plan.notes))

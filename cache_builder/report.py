@@ -6,7 +6,7 @@ from typing import Any
 
 from formats.capture_settings import CaptureSettings
 from formats.identity.teacher_identity import TeacherIdentity, short
-from formats.progress import format_bytes, format_seconds
+from formats.progress import counted, format_bytes, format_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class BuildReport:
         """A summary of a few lines."""
         if self.was_complete:
             return (
-                f"{self.out} is complete: {self.num_rows} rows, {self.num_tokens} tokens "
-                f"in {self.num_shards} shards; nothing to do (--overwrite builds it anew)"
+                f"{self.out} is complete: {counted(self.num_rows, 'row')}, {self.num_tokens} tokens "
+                f"in {counted(self.num_shards, 'shard')}; nothing to do (--overwrite builds it anew)"
             )
         lines = []
         if self.num_rows_captured:
@@ -77,8 +77,8 @@ class BuildReport:
             )
             return "\n".join(lines)
         lines.append(
-            f"{self.out}: {self.num_rows} rows, {self.num_tokens} tokens, "
-            f"{self.num_positions} positions, {self.num_shards} shards, "
+            f"{self.out}: {counted(self.num_rows, 'row')}, {self.num_tokens} tokens, "
+            f"{self.num_positions} positions, {counted(self.num_shards, 'shard')}, "
             f"{format_bytes(self.num_bytes)} ({self.bytes_per_token:.1f} bytes/token)"
         )
         lines += records_line(self.identity.get("corpus", {}))

@@ -142,6 +142,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`, `0 rows`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def format_bytes(num_bytes: float) -> str:
     """`812 B`, `4.1 kB`, `1.3 GB`: powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -27,6 +27,7 @@ from cache_builder.rows.encoding import SpecialTokens
 from cache_builder.rows.shown import require_shown
 from cache_builder.rows.template import ChatTemplate
 from formats.errors import ConfigError, CorpusError
+from formats.progress import counted
 
 LINE = "line"
 """The column of a record that is a line of text."""
@@ -54,7 +55,7 @@ class Prompts:
     def notes(self) -> list[str]:
         """A sentence for everything that was left out."""
         remarks = ((self.num_empty, "empty"), (self.num_too_long, "no room for a new token in a row"))
-        return [f"{count} prompt{'s' * (count != 1)} skipped: {why}" for count, why in remarks if count]
+        return [f"{counted(count, 'prompt')} skipped: {why}" for count, why in remarks if count]
 
 
 class PromptReader:

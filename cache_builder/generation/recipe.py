@@ -20,6 +20,7 @@ from cache_builder.teachers.model_config import read_model_config
 from cache_builder.teachers.protocol import SampleRequest
 from formats.disk.token_row import TokenRow
 from formats.identity.fingerprint import sha256_json
+from formats.progress import counted
 
 BATCH_TOKENS_PER_SHARD_TOKEN = 4
 """A batch of rows may be so much larger than a shard: writing is slower than reading, but a batch of few rows leaves an
@@ -111,7 +112,7 @@ class Recipe:
     def sample(self, tokenizer: Any) -> str:
         """The announcements and the first prompt as text."""
         prompt = self.prompts.tokens[0]
-        heading = f"first prompt: {len(prompt)} token{'s' * (len(prompt) != 1)}"
+        heading = f"first prompt: {counted(len(prompt), 'token')}"
         shown = render_row(TokenRow(prompt, np.zeros(len(prompt), np.bool_)), tokenizer)
         return "\n".join([*self.announcements(tokenizer), heading, shown])
 

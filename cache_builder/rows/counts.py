@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from formats.progress import counted
+
 
 @dataclass
 class TokeniseStats:
@@ -55,7 +57,7 @@ class TokeniseStats:
             (self.num_turns_without_loss, "assistant turn", "without loss, as the data says"),
             (self.num_shortened_turns, "earlier assistant turn", "shortened by the chat template"),
         )
-        notes = [f"{count} {noun}{'s' * (count != 1)} {remark}" for count, noun, remark in remarks if count]
+        notes = [f"{counted(count, noun)} {remark}" for count, noun, remark in remarks if count]
         for what, unread in (
             ("fields of messages that the chat template does not read", self.unread_fields),
             ("columns not read, of later records than the first", self.unread_columns),

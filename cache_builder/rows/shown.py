@@ -67,12 +67,13 @@ def _doubtful_contents(template: ChatTemplate, conversation: Conversation, full:
         for name, value in message.items()
         if name != "content"
     ]
-    others = [*template.texts, str(conversation.tools or ""), *fields]
+    apart = "\0"  # so that no content is found across two
+    all_contents = apart.join(contents)
+    others = apart.join([*template.texts, str(conversation.tools or ""), *fields])
     return {
         content
         for content in set(contents) - {""}
-        if full.count(content) < sum(each.count(content) for each in contents)
-        or any(content in other for other in others)
+        if full.count(content) < all_contents.count(content) or content in others
     }
 
 

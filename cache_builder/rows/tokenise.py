@@ -26,6 +26,7 @@ from cache_builder.rows.counts import TokeniseStats
 from cache_builder.rows.encoding import Encoded, SpecialTokens, encode_documents, encode_spans
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError, CorpusError
+from formats.progress import counted
 
 MAX_BATCH_CHARS = 1 << 22
 
@@ -137,7 +138,7 @@ class TokenisedRows(Iterator[TokenRow]):
             skipped = "; ".join(stats.notes()) or "none"
             raise CorpusError(
                 "the corpus must give at least one row of two tokens with a loss, got none from "
-                f"{stats.num_records} record{'s' * (stats.num_records != 1)} ({skipped})"
+                f"{counted(stats.num_records, 'record')} ({skipped})"
             )
 
     def _encode(self, examples: Sequence[Example]) -> list[Encoded]:

@@ -33,7 +33,7 @@ from formats.errors import AnnealError, ConfigError
 from formats.logprobs import ragged
 from formats.logprobs.tail_draws import TailDraws, starts
 from formats.logprobs.topk import TopKLogprobs
-from formats.progress import Progress, format_bytes
+from formats.progress import Progress, counted, format_bytes
 
 GENEROUS_MIN_PROB = 1e-4
 GENEROUS_MAX_K = 1024
@@ -112,7 +112,7 @@ class EstimateReport:
     def text(self) -> str:
         """A table of the settings worth choosing, and a recommendation."""
         lines = [
-            f"corpus: {self.num_rows} rows, {self.num_tokens} tokens, {self.num_positions} positions; "
+            f"corpus: {counted(self.num_rows, 'row')}, {self.num_tokens} tokens, {self.num_positions} positions; "
             f"sample: {self.num_sampled_rows} rows, {self.num_sampled_positions} positions",
             *records_line({"counts": self.corpus, "notes": self.corpus.get("notes", [])}),
             "min_prob  draws at  bytes/pos.       total  entries  draws  missed mass (95 %)  "

@@ -35,7 +35,7 @@ from cache_builder.tools.parquet_file import NewParquetFile
 from formats.cache import CacheRow, TeacherCache
 from formats.errors import ConfigError
 from formats.logprobs.tail_function import TAIL_BETAS
-from formats.progress import Progress, format_bytes
+from formats.progress import Progress, counted, format_bytes
 
 POSITIONS_PER_GROUP = 1 << 16
 SCHEMA = pa.schema(
@@ -72,7 +72,7 @@ class ExportReport:
     def text(self) -> str:
         """Two lines: the result, and how to look at it."""
         return (
-            f"{self.out}: {self.num_positions} positions of {self.num_rows} rows, "
+            f"{self.out}: {self.num_positions} positions of {counted(self.num_rows, 'row')}, "
             f"{format_bytes(self.num_bytes)}\n"
             f"look at it with: duckdb -c \"FROM '{self.out}' LIMIT 5\""
         )

@@ -18,7 +18,7 @@ from formats.disk.durable import fsync_directory
 from formats.disk.manifest import MANIFEST_NAME
 from formats.errors import ConfigError, one_line
 from formats.front_matter import CARD_NAME, HUB_NAME
-from formats.progress import Progress
+from formats.progress import Progress, counted
 
 
 def files_of(cache: TeacherCache) -> list[str]:
@@ -56,7 +56,7 @@ def push_cache(
     if base_model is not None and not HUB_NAME.fullmatch(base_model):
         raise ConfigError(f"--base-model must be a name on the Hub, such as owner/model, got {base_model!r}")
     opened = TeacherCache(cache)
-    progress.note(f"checking {len(opened.manifest.shards)} shards before they go up")
+    progress.note(f"checking {counted(len(opened.manifest.shards), 'shard')} before they go up")
     opened.validate(full=True)
     from huggingface_hub import CommitOperationAdd, HfApi
 

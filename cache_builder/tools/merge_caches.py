@@ -25,7 +25,7 @@ from formats.disk.token_row import KEY_BYTES
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import sha256_json
 from formats.identity.teacher_identity import DESCRIPTIVE, Difference, TeacherIdentity
-from formats.progress import Progress, format_bytes
+from formats.progress import Progress, counted, format_bytes
 
 MERGE_NAME = "merge"
 CORPUS_LIKE = frozenset(
@@ -56,7 +56,7 @@ class MergeReport:
     def text(self) -> str:
         """A line or two."""
         return (
-            f"{self.out}: {self.num_rows} rows from {self.num_caches} caches, "
+            f"{self.out}: {counted(self.num_rows, 'row')} from {self.num_caches} caches, "
             f"{self.num_duplicates} duplicates left out, {format_bytes(self.num_bytes)} "
             f"({self.num_copied} shards copied, {self.num_rewritten} rewritten)"
         )

@@ -30,7 +30,7 @@ from formats.cache import CacheRow
 from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError, FormatError
 from formats.logprobs.ragged import rank_in_segment, segment_logsumexp, segment_of
-from formats.progress import format_bytes
+from formats.progress import counted, format_bytes
 
 PADDING_LOGPROB = -10_000.0
 """Of entries that do not exist: finite in half precision too."""
@@ -64,9 +64,9 @@ class TopKReport:
     def text(self) -> str:
         """Two lines: the result, and how to read it."""
         return (
-            f"{self.out}: {self.num_rows} rows of {self.num_tokens} tokens, {self.num_positions} with a teacher of "
-            f"{self.k} entries ({self.mean_mass:.1%} of its mass, {self.padding:.0%} padding), "
-            f"{format_bytes(self.num_bytes)}\n"
+            f"{self.out}: {counted(self.num_rows, 'row')} of {self.num_tokens} tokens, "
+            f"{self.num_positions} with a teacher of {self.k} entries ({self.mean_mass:.1%} of its mass, "
+            f"{self.padding:.0%} padding), {format_bytes(self.num_bytes)}\n"
             f"read it with: datasets.load_dataset('parquet', data_files='{self.out}', split='train')"
         )
 

@@ -24,7 +24,7 @@ from formats.identity.fingerprint import resolve_model
 from formats.identity.teacher_identity import require_same_teacher
 from formats.logprobs.tail_draws import POWER
 from formats.logprobs.topk import TopKLogprobs
-from formats.progress import Progress
+from formats.progress import Progress, counted
 
 OTHER_ENGINE = {"vllm": "transformers", "transformers": "vllm"}
 ENGINE_NOISE = {"float32": 5e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -79,7 +79,10 @@ class VerifyReport:
 
     def text(self) -> str:
         """About ten lines; the last one is the verdict."""
-        lines = [f"{self.cache}: {self.num_shards} shards, {self.num_rows} rows, every checksum compared"]
+        lines = [
+            f"{self.cache}: {counted(self.num_shards, 'shard')}, {counted(self.num_rows, 'row')}, "
+            "every checksum compared"
+        ]
         if self.compared:
             lines.append(f"same as the model's: {', '.join(self.compared)}")
         if self.checked_by:
@@ -138,7 +141,7 @@ def verify_cache(
         "num_shards": len(opened.manifest.shards),
         "built_by": f"{teacher.get('engine', 'unknown')} {teacher.get('engine_version', '')}".strip(),
     }
-    progress.note(f"checking {base['num_shards']} shards")
+    progress.note(f"checking {counted(base['num_shards'], 'shard')}")
     try:
         opened.validate(full=True)
     except FormatError as error:

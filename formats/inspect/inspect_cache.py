@@ -32,9 +32,13 @@ def inspect_cache(
 
     Raises:
         FormatError: not a cache, or damaged.
-        ConfigError: no such row, or a picture that cannot be written.
+        ConfigError: no such row, `full` for a row alone, or a picture that cannot be written.
         IdentityMismatchError: `model` is another model.
     """
+    if row is not None and full and plot is None:
+        raise ConfigError(
+            "--full is for the distributions over all rows, got it with --row; remove one of them"
+        )
     opened = TeacherCache(cache)
     agreed: list[str] = []
     if model is not None:

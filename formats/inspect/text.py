@@ -3,7 +3,7 @@
 from typing import Any
 
 from formats.codec.quantise import LOWEST_LABEL
-from formats.progress import format_bytes
+from formats.progress import counted, format_bytes
 
 BAR = 40
 RECORDS = {("corpus", "counts"), ("corpus", "notes")}
@@ -87,7 +87,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"teacher cache {s['path']} (format {s['format_version']})",
         f"  {s['num_rows']:,} rows, {s['num_tokens']:,} tokens, "
         f"{s['num_positions']:,} positions with a teacher, "
-        f"{s['num_shards']:,} shard{'s' * (s['num_shards'] != 1)}, {format_bytes(s['num_bytes'])}",
+        f"{counted(s['num_shards'], 'shard')}, {format_bytes(s['num_bytes'])}",
         f"  vocabulary {settings['vocab_size']:,}; heads: p >= {settings['min_prob']:g}, "
         f"at most {settings['max_k']:,}; {_tail(settings['codec'])}positions: {settings['positions']}",
         "",

@@ -109,7 +109,7 @@ def compare(
     groups = (
         groups_of(directories, weights, alone=alone) if group else {label: [label] for label in directories}
     )
-    direct, notes = _find_direct(direct, groups, directories, alone)
+    direct, notes = find_direct(direct, groups, directories, alone)
     readings: Readings = {}
     tasks = {key: word for key, word in words.items() if not is_cache(word)}
     if tasks:
@@ -171,7 +171,7 @@ def is_cache(word: str) -> bool:
     return Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~"))
 
 
-def _find_direct(
+def find_direct(
     direct: str | None,
     groups: Mapping[str, Sequence[str]],
     directories: Mapping[str, Path],
@@ -185,9 +185,15 @@ def _find_direct(
         raise ConfigError(f"--direct must be one of the models, got {direct!r}; they are {', '.join(groups)}")
     methods = {line: method_of(directories[members[0]]) for line, members in groups.items() if line != alone}
     found = [line for line, method in methods.items() if is_direct(method)]
-    found = found or [line for line, method in methods.items() if is_direct(method, of_some=True)]
+    notes = []
+    if not found:
+        of_some = {
+            line: method for line, method in methods.items() if method and is_direct(method, of_some=True)
+        }
+        found = list(of_some)
+        notes = [f"shares relate to {line}: {method.text()}" for line, method in of_some.items()]
     if len(found) == 1:
-        return found[0], []
+        return found[0], notes
     which = f"{', '.join(found)} all say so" if found else "no model's record says so"
     return None, [f"shares need direct fine-tuning to relate to ({which}); name it with --direct LABEL"]
 

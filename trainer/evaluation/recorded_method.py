@@ -103,6 +103,8 @@ def _of_run(config: TrainConfig) -> AppliedMethod:
         parts.append((name, {f"caches.{number}.{key}": float(value or 0) for key, value in amount.items()}))
     if config.freeze:
         parts.append((f"freeze {','.join(config.freeze)}", {}))
+    if config.fake_quantize != "none":
+        parts.append((f"fake_quantize {config.fake_quantize}", {}))
     if config.lora:
         parts.append(("LoRA", {"lora.r": config.lora.r}))
     return AppliedMethod(tuple(parts))

@@ -288,7 +288,7 @@ def test_the_command(tmp_path, model, contents, tiny_tokenizer, tiny_llama_dir, 
     )
     assert (
         (code, err.count("error")) == (0, 0)
-        and "1 rows of" in out
+        and "1 row of" in out
         and "teacher: tiny, by the server's word" in out
     )
     for words in ([], ["--tokenizer", "x", "--compression", "y"]):

@@ -168,6 +168,8 @@ def test_row_view_shows_the_prediction_of_the_next_token(tmp_path: Path):
     for outside in (1, -2):
         with pytest.raises(ConfigError, match="--row"):
             inspect_cache(tmp_path / "c", row=outside)
+    with pytest.raises(ConfigError, match="--full is for the distributions over all rows, got it with --row"):
+        inspect_cache(tmp_path / "c", row=0, full=True)
 
 
 def test_perplexity_of_the_tokens_that_carry_loss(tmp_path: Path):

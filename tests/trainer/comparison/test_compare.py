@@ -16,7 +16,7 @@ from runs import copy_model, noise
 
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from trainer import compare, evaluate, select
-from trainer.comparison.compare import cell_of
+from trainer.comparison.compare import cell_of, find_direct
 from trainer.comparison.comparison import Comparison
 from trainer.comparison.lines import Cell, ComparedModel
 from trainer.comparison.metric import Metric
@@ -297,6 +297,7 @@ def test_the_picture_joins_models_of_one_method_and_leaves_out_what_has_diverged
         ({"kl_coef": 0, "ewc": {"coef": 1000, "cache": "k"}}, "EWC coef 1000"),
         ({"kl_coef": 0, "sfa": {"beta": 0.25}}, "SFA beta 0.25 period 0.25"),
         ({"kl_coef": 0, "lora": {"r": 16}}, "LoRA r 16"),
+        ({"kl_coef": 1, "fake_quantize": "int4:32"}, "label annealing kl_coef 1 + fake_quantize int4:32"),
         (
             {"kl_coef": 1, "caches": [{"path": "old", "loss": "ce", "weight": 0.1}]},
             "label annealing kl_coef 1 + replay weight 0.1",
@@ -306,6 +307,18 @@ def test_the_picture_joins_models_of_one_method_and_leaves_out_what_has_diverged
 def test_methods_of_runs(tmp_path, settings, expected):
     method = method_of(as_run(tmp_path, **settings))
     assert method is not None and method.text() == expected
+
+
+def test_shares_relate_to_an_adapter_only_where_nothing_else_is_direct_and_say_so(tmp_path):
+    runs = {
+        "plain": as_run(tmp_path / "plain", kl_coef=0),
+        "adapter": as_run(tmp_path / "adapter", kl_coef=0, lora={"r": 16}),
+        "annealed": as_run(tmp_path / "annealed", kl_coef=1),
+    }
+    groups = {label: [label] for label in runs}
+    assert find_direct(None, groups, runs, None) == ("plain", [])
+    del groups["plain"]
+    assert find_direct(None, groups, runs, None) == ("adapter", ["shares relate to adapter: LoRA r 16"])
 
 
 def test_methods_of_merges_and_of_what_says_nothing(tmp_path, tiny_llama_dir):
