@@ -2,7 +2,6 @@
 
     python benchmarks/training.py                      # 2 cores: 58M parameters, vocabulary 32,000
     python benchmarks/training.py --only loss          # loss and gradients alone, vocabulary 128,256
-    python benchmarks/training.py --only objectives    # a step of every objective against plain label annealing
     python benchmarks/training.py --device cuda --dtype bf16 --preset 1b --loss-hidden 2048 --dense-rows 8192
     ... --loss-kernel triton                           # the same with Triton kernels, and beside PyTorch's
 
@@ -45,24 +44,6 @@ NAMES = {
 }
 
 
-def objective(**settings: Any) -> dict[str, str]:
-    """The option of a variant that trains with these settings of trainer.objective."""
-    return {"objective": json.dumps(settings)}
-
-
-CE_WEIGHTS = ("stm", "flow:5", "psft", "eaft", "eaft0", "dft", "talr:5")
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "again": {},
-    **{f"kl_target {name}": objective(kl_target=name) for name in ("masked", "masked-weighted")},
-    **{f"kl_gate {name}": objective(kl_gate=name) for name in ("unsure", "entropy:2")},
-    **{f"ce_weight {name}": objective(ce_weight=name) for name in CE_WEIGHTS},
-    "label_smoothing 0.1": objective(label_smoothing=0.1),
-    "kl_budget 0.02": {"kl-budget": 0.02},
-}
-"""Name -> options of the variant. `again` is plain once more: what two equal steps differ by."""
-
-
 def run_variant(variant: str, options: dict[str, Any]) -> dict[str, Any]:
     """Run one variant in a fresh process and return what it printed."""
     command = [sys.executable, str(HERE / "training_variants.py"), "--variant", variant]
@@ -88,14 +69,9 @@ def merge(runs: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Sizes of the model and the batch."""
-    return PRESETS[args.preset] | ({"batch": args.batch} if args.batch else {})
-
-
 def step_options(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """What every variant of a training step is told; writes the cache that they train on."""
-    sizes = sizes_of(args)
+    sizes = PRESETS[args.preset]
     num_rows = sizes["batch"] * (args.warmup + args.steps)
     write_cache(
         cache, num_rows=num_rows, length=sizes["seq"], vocab_size=sizes["vocab"], num_kept=args.num_kept
@@ -117,7 +93,7 @@ def alternate(
 
 def steps_report(args: argparse.Namespace) -> dict[str, Any]:
     """Step time and peak memory of the four trainers."""
-    sizes = sizes_of(args)
+    sizes = PRESETS[args.preset]
     with tempfile.TemporaryDirectory() as folder:
         options = step_options(args, Path(folder) / "cache")
         options |= {"temperature": args.temperature, "checkpointing": args.checkpointing}
@@ -156,29 +132,6 @@ def steps_report(args: argparse.Namespace) -> dict[str, Any]:
         "model trains at (target for the demo model, --preset demo: >= 20)"
     )
     return {**results, "loader_seconds_per_batch": loader}
-
-
-def objectives_report(args: argparse.Namespace) -> dict[str, Any]:
-    """Step time and peak memory of every objective against plain label annealing."""
-    sizes = sizes_of(args)
-    with tempfile.TemporaryDirectory() as folder:
-        options = step_options(args, Path(folder) / "cache")
-        runs = alternate(
-            args.rounds, {name: ("anneal", options | settings) for name, settings in OBJECTIVES.items()}
-        )
-    results = {name: merge(found) for name, found in runs.items()}
-    plain = results["plain"]
-    print(
-        f"\n## Objectives: vocabulary {sizes['vocab']:,}, {sizes['batch']} x {sizes['seq']} tokens, {args.device} "
-        f"{args.dtype}, {args.rounds} x {args.steps} steps\n"
-    )
-    print("| objective | s/step | against plain | by CPU time | peak memory |\n|---|---:|---:|---:|---:|")
-    for name, result in results.items():
-        ratios = [result[key] / plain[key] for key in ("seconds", "cpu_seconds", "peak_bytes")]
-        print(
-            f"| {name} | {result['seconds']:.3f} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |"
-        )
-    return results
 
 
 def loss_report(args: argparse.Namespace) -> dict[str, Any]:
@@ -248,9 +201,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("steps", "loss", "objectives"), help="one part alone")
+    parser.add_argument("--only", choices=("steps", "loss"), help="one part alone")
     parser.add_argument("--preset", choices=PRESETS, default="60m", help="model and batch")
-    parser.add_argument("--batch", type=int, help="sequences in a batch, instead of the preset's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all variants")
@@ -273,8 +225,6 @@ def main() -> None:
         found["steps"] = steps_report(args)
     if args.only in (None, "loss"):
         found["loss"] = loss_report(args)
-    if args.only in (None, "objectives"):
-        found["objectives"] = objectives_report(args)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -88,7 +88,6 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
 
     from trainer.data.dataset import CachedDataset
     from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
-    from trainer.objective import Objective
     from trainer.preflight.memory import step_memory
 
     marks: list[tuple[float, float]] = []
@@ -113,9 +112,8 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
             kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
             return F.cross_entropy(student, labels) + kl
 
-    objective = Objective(**json.loads(sizes.objective))
     loss = "ce" if sizes.variant == "direct" else "both"
-    cached = CachedDataset(sizes.cache, sizes.temperature, loss=loss, objective=objective)
+    cached = CachedDataset(sizes.cache, sizes.temperature, loss=loss)
     plain = [
         {name: torch.as_tensor(cached[i][name]).long() for name in ("input_ids", "labels")}
         for i in range(len(cached))
@@ -143,8 +141,6 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
                 model,
                 arguments,
                 train_dataset=cached,
-                objective=objective,
-                kl_budget=sizes.kl_budget,
                 loss_kernel=sizes.loss_kernel,
                 packing=sizes.packing,
                 pack_length=sizes.seq if sizes.packing else None,
@@ -260,8 +256,6 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--cache", type=Path)
-    parser.add_argument("--objective", default="{}", help="settings of trainer.objective, as JSON")
-    parser.add_argument("--kl-budget", type=float)
     parser.add_argument("--amp", action="store_true", help="compute in bf16, whatever the weights are")
     parser.add_argument(
         "--lora", action="store_true", help="adapters on all linear modules instead of all weights"

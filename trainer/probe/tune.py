@@ -108,8 +108,10 @@ class TuneReport:
         return found
 
     def regime(self, kl_coef: float) -> str | None:
-        """Which one of `REGIMES`, of the best rate over models; None with fewer than two."""
+        """Which one of `REGIMES`, of the best rate over models; None with fewer than two models or rates."""
         grid = sorted(self.config.learning_rates)
+        if len(grid) < 2:
+            return None
         places = [grid.index(run.learning_rate) for run in self.best(kl_coef).values()]
         return regime_of(places)
 
@@ -123,7 +125,8 @@ class TuneReport:
         rows: list[tuple[str, ...]] = [
             ("model", "kl_coef", "lr", "nats lost", "source nats", "target nats", "distance", "")
         ]
-        best = {id(run) for kl in self.config.kl_coefs for run in self.best(kl).values()}
+        of_rates = len(self.config.learning_rates) > 1
+        best = {id(run) for kl in self.config.kl_coefs for run in self.best(kl).values() if of_rates}
         for run in self.runs:
             rows.append(
                 (

@@ -81,6 +81,11 @@ def test_the_best_rate_and_whether_forgetting_rises(texts) -> None:
     report = TuneReport(config=config, before={}, runs=runs, failed={})
     assert {label: run.learning_rate for label, run in report.best(0.0).items()} == {"a": 4.0, "b": 1.0}
     assert report.regime(0.0) == "quickly decreasing"
+    assert report.text().count("<- best target") == 2
+    single = TuneReport(
+        config=replace(config, learning_rates=[2.0]), before={}, runs=[runs[1], runs[4]], failed={}
+    )
+    assert single.regime(0.0) is None and "best" not in single.text()
     assert report.forgets_more(0.0, 2.0) is True and report.forgets_more(0.0, 4.0) is False
 
 
