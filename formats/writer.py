@@ -37,6 +37,7 @@ class CacheWriter:
         positions, min_prob, max_k: what the teacher's distributions are, see `CaptureSettings`; 0 says that
             no entry was left out for its probability.
         codec: how to encode them, with the rate of their draws.
+        stored: the distributions were read from another cache, see `Encoder`.
 
     Raises:
         FormatError: the directory exists and is not empty.
@@ -56,6 +57,7 @@ class CacheWriter:
         codec: CodecConfig | None = None,
         rows_per_shard: int = ROWS_PER_SHARD,
         rows_per_batch: int = ROWS_PER_BATCH,
+        stored: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,7 @@ class CacheWriter:
             "max_k": min(max_k, vocab_size),
             "codec": codec,
             "rows_per_batch": rows_per_batch,
+            "stored": stored,
         }
         self._manifest = {
             "identity": identity if isinstance(identity, dict) else identity.to_dict(),

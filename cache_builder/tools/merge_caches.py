@@ -195,6 +195,7 @@ def _rewrite(
         positions=manifest.positions,
         max_k=manifest.max_k,
         codec=manifest.codec,
+        stored=True,
     )
     for row in np.flatnonzero(mask):
         writer.append(*reader.teacher(int(row)))
