@@ -66,6 +66,8 @@ class CacheWriter:
                 f"a new cache needs an empty directory, got {self.directory}; choose another or empty it"
             )
         codec = codec if codec is not None else CodecConfig()
+        if not stored:
+            codec.require_codes(min_prob, min(max_k, vocab_size))
         self._rows_per_shard = rows_per_shard
         self._shard_options = {
             "vocab_size": vocab_size,

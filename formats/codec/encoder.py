@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import zstandard
 
-from formats.codec.config import CodecConfig
+from formats.codec.config import MASS_TOLERANCE, CodecConfig
 from formats.codec.layout import MAX_BODY_BYTES, MAX_ROW_POSITIONS, SECTIONS, Layout, to_planes
 from formats.codec.quantise import (
     quantise_draws,
@@ -22,7 +22,6 @@ from formats.codec.quantise import (
 from formats.logprobs import ragged
 from formats.logprobs.topk import TopKLogprobs
 
-MASS_TOLERANCE = 0.02
 LABEL_TOLERANCE = 1e-3
 """Nats by which a label's logprob may differ from that of the kept entry that is it."""
 Labelled = tuple[TopKLogprobs, np.ndarray]

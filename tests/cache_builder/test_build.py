@@ -367,6 +367,10 @@ def test_progress_hears_every_row_once(tmp_path: Path) -> None:
         ({"min_prob": 1.0}, "min_prob must be at least 0 and below 1"),
         ({"max_k": 0}, "max_k must be a whole number of at least 1"),
         ({"max_length": 1}, "max_length must be a whole number of at least 2"),
+        (
+            {"min_prob": 0, "max_k": 4096},
+            "min_prob must be at least 2.45e-05 where max_k is above 825, got 0 and",
+        ),
         ({"limit": 0}, "limit"),
         ({"engine": "tgi"}, "engine must be one of vllm, transformers"),
         ({"positions": "some"}, "positions must be one of"),
