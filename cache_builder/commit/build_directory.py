@@ -31,7 +31,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.claims import Claims, died_here, live_local_owner, this_process
+from cache_builder.commit.claims import Claims, died_here, is_worked_on, live_local_owner, this_process
 from cache_builder.commit.engine_record import EngineRecord
 from cache_builder.commit.generated import generated_batches, read_generated, write_generated
 from cache_builder.commit.plan import BuildSettings, Plan, require_work, sealed, unsealed
@@ -190,6 +190,10 @@ class BuildDirectory:
     def live_local_owner(self) -> int | None:
         """Process id of another live process of this machine that works on this build, if there is one."""
         return live_local_owner(self.working / CLAIMS_NAME)
+
+    def has_workers(self) -> bool:
+        """Whether an engine has started for this build, or somebody holds a claim on a part of it."""
+        return (self.working / ENGINE_NAME).exists() or is_worked_on(self.working / CLAIMS_NAME)
 
     # --- settings and plan --------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,32 @@ def test_an_engine_that_does_not_start_is_one_line_and_leaves_nothing(tmp_path: 
     with pytest.raises(AnnealError, match="the engine must start, got RuntimeError: out of memory"):
         build(tmp_path / "c", teacher=broken)
     assert not (tmp_path / "c").exists()
+
+
+def test_an_engine_that_does_not_start_leaves_the_work_of_others(tmp_path: Path) -> None:
+    """The command that planned cleared up behind its failed engine, and pulled the build away from under a second one
+    that was in its first shard."""
+    captures, failed = threading.Event(), threading.Event()
+    reports = []
+
+    def waiting() -> SeededTeacher:
+        captures.set()
+        assert failed.wait(60)
+        return SeededTeacher()
+
+    other = threading.Thread(target=lambda: reports.append(build(tmp_path / "c", teacher=waiting)))
+
+    def broken() -> SeededTeacher:
+        other.start()
+        assert captures.wait(60)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(AnnealError, match="out of memory"):
+        build(tmp_path / "c", teacher=broken)
+    failed.set()
+    other.join()
+    build(tmp_path / "fresh")
+    assert reports and reports[0].complete and contents(tmp_path / "c") == contents(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("fault", ["short", "nan", "too few rows"])
