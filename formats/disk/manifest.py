@@ -227,8 +227,8 @@ def read_manifest_bytes(store: Any) -> bytes:
         names = store.names()
     if BUILD_DIRECTORY not in names and any(name.endswith(".arrow") for name in names):
         raise IncompleteCacheError(
-            f"a cache needs a {MANIFEST_NAME}, got shards without one in {store.root}; copy all of its files, or "
-            "write it again if that was not ended"
+            f"a cache needs a {MANIFEST_NAME}, got shards without one in {store.root}: an unfinished copy, or a writer "
+            "that was stopped; copy or write all of it again"
         )
     if BUILD_DIRECTORY in names:
         progress = build_progress(store.root)

@@ -398,7 +398,7 @@ def test_row_counts_are_not_allocated(cache_dir: Path):
 def test_a_lost_manifest_is_no_unfinished_build(cache_dir: Path):
     """To run the build again, as was advised, is refused: it finds files that are not of a build."""
     (cache_dir / "manifest.json").unlink()
-    with pytest.raises(IncompleteCacheError, match=r"got shards without one in .*; copy all of its files"):
+    with pytest.raises(IncompleteCacheError, match=r"got shards without one in .*: an unfinished copy"):
         TeacherCache(cache_dir)
     (cache_dir / "_build").mkdir()
     with pytest.raises(IncompleteCacheError, match="run the same build command again"):
