@@ -137,8 +137,9 @@ def _build(
     try:
         manifest = _capture_and_finish(capture, indices, source, config.heartbeat_seconds, progress, step)
     except AnnealError:
-        if planned_here and not capture.started and not directory.num_bytes():
-            # No engine captured anything: the next command may well ask for another one.
+        unused = not capture.started and not directory.num_bytes() and not directory.has_workers()
+        if planned_here and unused:
+            # No engine captured anything, nor does one of another worker: the next command may ask for another one.
             _leave_as_found(directory, existed=existed)
         raise
     finally:

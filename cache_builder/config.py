@@ -94,7 +94,7 @@ class BuildConfig:
                 f"seed draws so many records as limit says, got seed {self.seed} without limit; pass --limit N, or "
                 "leave it out"
             )
-        _ = self.capture
+        self.codec.require_codes(self.capture.min_prob, self.capture.max_k)
         for name, value, allowed in (
             ("engine", self.engine, ENGINES),
             ("dtype", self.dtype, DTYPES),

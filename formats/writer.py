@@ -16,10 +16,11 @@ from typing import Any, Self
 from formats.capture_settings import CaptureSettings
 from formats.codec.config import CodecConfig
 from formats.disk.durable import atomic_write_bytes, commit_exclusive, temporary_name
-from formats.disk.manifest import Manifest, ShardInfo, check_name, shard_name
-from formats.disk.shard import ROWS_PER_BATCH, ShardWriter
+from formats.disk.manifest import MAX_COUNT, Manifest, ShardInfo, check_name, shard_name
+from formats.disk.shard import MAX_ROWS_PER_BATCH, ROWS_PER_BATCH, ShardWriter
 from formats.disk.token_row import TokenRow
-from formats.errors import FormatError
+from formats.errors import ConfigError, FormatError
+from formats.identity.teacher_identity import TeacherIdentity
 from formats.logprobs.topk import TopKLogprobs
 
 ROWS_PER_SHARD = 4096
@@ -37,10 +38,11 @@ class CacheWriter:
         positions, min_prob, max_k: what the teacher's distributions are, see `CaptureSettings`; 0 says that
             no entry was left out for its probability.
         codec: how to encode them, with the rate of their draws.
+        stored: the distributions were read from another cache, see `Encoder`.
 
     Raises:
-        FormatError: the directory exists and is not empty.
-        ConfigError: codec settings out of range.
+        FormatError: the directory exists and is not empty, or the manifest could not be written with these settings.
+        ConfigError: settings out of range, or an identity that is none.
         ValueError: rows and teacher outputs that do not fit together.
     """
 
@@ -56,14 +58,20 @@ class CacheWriter:
         codec: CodecConfig | None = None,
         rows_per_shard: int = ROWS_PER_SHARD,
         rows_per_batch: int = ROWS_PER_BATCH,
+        stored: bool = False,
     ) -> None:
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if any(self.directory.iterdir()):
-            raise FormatError(
-                f"a new cache needs an empty directory, got {self.directory}; choose another or empty it"
-            )
+        for name, value, most in (
+            ("rows_per_shard", rows_per_shard, MAX_COUNT),
+            ("rows_per_batch", rows_per_batch, MAX_ROWS_PER_BATCH),
+        ):
+            if not 1 <= value <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, got {value!r}")
         codec = codec if codec is not None else CodecConfig()
+        if not stored:
+            codec.require_codes(min_prob, min(max_k, vocab_size))
+        identity = identity if isinstance(identity, dict) else identity.to_dict()
+        TeacherIdentity.from_dict(identity)
         self._rows_per_shard = rows_per_shard
         self._shard_options = {
             "vocab_size": vocab_size,
@@ -71,12 +79,20 @@ class CacheWriter:
             "max_k": min(max_k, vocab_size),
             "codec": codec,
             "rows_per_batch": rows_per_batch,
+            "stored": stored,
         }
         self._manifest = {
-            "identity": identity if isinstance(identity, dict) else identity.to_dict(),
+            "identity": identity,
             "min_prob": min_prob,
             **{name: self._shard_options[name] for name in ("codec", "positions", "max_k", "vocab_size")},
         }
+        # What cannot be said of a cache is refused now, and not when all its rows are written.
+        Manifest(shards=[], **self._manifest)  # type: ignore[arg-type]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if any(self.directory.iterdir()):
+            raise FormatError(
+                f"a new cache needs an empty directory, got {self.directory}; choose another or empty it"
+            )
         self._shards: list[ShardInfo] = []
         self._files: dict[str, str] = {}
         self._writer: ShardWriter | None = None

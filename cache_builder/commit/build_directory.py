@@ -31,10 +31,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from cache_builder.commit.claims import Claims, died_here, live_local_owner, this_process
+from cache_builder.commit.claims import Claims, died_here, is_worked_on, live_local_owner, this_process
 from cache_builder.commit.engine_record import EngineRecord
 from cache_builder.commit.generated import generated_batches, read_generated, write_generated
-from cache_builder.commit.plan import BuildSettings, Plan, require_work
+from cache_builder.commit.plan import BuildSettings, Plan, require_work, sealed, unsealed
 from cache_builder.commit.staging import StagedShard, cut, read_staged, stage
 from formats.disk.durable import (
     TEMPORARY_SUFFIX,
@@ -46,7 +46,7 @@ from formats.disk.durable import (
 from formats.disk.manifest import MANIFEST_NAME, Manifest, ShardInfo, shard_name
 from formats.disk.token_row import TokenRow
 from formats.disk.unfinished_build import BUILD_DIRECTORY, PLAN_NAME
-from formats.errors import AnnealError, ConfigError
+from formats.errors import AnnealError, ConfigError, FormatError
 from formats.identity.teacher_identity import TeacherIdentity
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -191,6 +191,10 @@ class BuildDirectory:
         """Process id of another live process of this machine that works on this build, if there is one."""
         return live_local_owner(self.working / CLAIMS_NAME)
 
+    def has_workers(self) -> bool:
+        """Whether an engine has started for this build, or somebody holds a claim on a part of it."""
+        return (self.working / ENGINE_NAME).exists() or is_worked_on(self.working / CLAIMS_NAME)
+
     # --- settings and plan --------------------------------------------------------------------------------
 
     def settle_settings(self, settings: BuildSettings, *, any_size: bool = False) -> BuildSettings:
@@ -283,7 +287,7 @@ class BuildDirectory:
         Raises:
             IdentityMismatchError: another kind of engine wrote the first rows.
         """
-        recorded = EngineRecord.from_bytes(self._settle(SAMPLER_NAME, sampler.to_bytes()))
+        recorded = EngineRecord.from_bytes(self._settle(SAMPLER_NAME, sampler.to_bytes()), SAMPLER_NAME)
         recorded.require_same(sampler, self.out, "generated rows")
 
     # --- the engine ---------------------------------------------------------------------------------------
@@ -294,11 +298,12 @@ class BuildDirectory:
         Raises:
             IdentityMismatchError: another kind of engine captured the first shards.
         """
-        EngineRecord.from_bytes(self._settle(ENGINE_NAME, engine.to_bytes())).require_same(engine, self.out)
+        recorded = EngineRecord.from_bytes(self._settle(ENGINE_NAME, engine.to_bytes()), ENGINE_NAME)
+        recorded.require_same(engine, self.out)
 
     def read_engine(self) -> EngineRecord:
         """The recorded engine of a build that has committed at least one shard."""
-        return EngineRecord.from_bytes((self.working / ENGINE_NAME).read_bytes())
+        return EngineRecord.from_bytes((self.working / ENGINE_NAME).read_bytes(), ENGINE_NAME)
 
     def _settle(self, name: str, data: bytes) -> bytes:
         """Contents of a file that the first command decides."""
@@ -348,7 +353,7 @@ class BuildDirectory:
         """Keep the counts of a written shard until the manifest takes them over."""
         note = self._note_path(index, info.sha256)
         note.parent.mkdir(exist_ok=True)
-        atomic_write_bytes(note, json.dumps(asdict(info)).encode())
+        atomic_write_bytes(note, sealed(asdict(info)))
 
     def commit_shard(self, index: int, path: Path) -> bool:
         """Give a written shard its final name; False if another worker was first."""
@@ -356,13 +361,14 @@ class BuildDirectory:
 
     def committed(self, plan: Plan, index: int) -> ShardInfo | None:
         """The counts of a committed shard; None if its bytes are not those that were written, or not those
-        that were planned.
+        that were planned, or the note of its counts is damaged.
         """
         with open(self.shard_path(index), "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        note = self._note_path(index, sha256)
         try:
-            info = ShardInfo(**json.loads(self._note_path(index, sha256).read_text()))
-        except FileNotFoundError:
+            info = ShardInfo(**unsealed(note.read_bytes(), note.name))
+        except (FileNotFoundError, FormatError):
             return None
         return info if plan.shards[index].describes(info) and info.sha256 == sha256 else None
 

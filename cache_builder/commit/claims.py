@@ -70,6 +70,12 @@ def live_local_owner(directory: Path) -> int | None:
     return None
 
 
+def is_worked_on(directory: Path) -> bool:
+    """Whether `directory` holds a claim of a process that may be alive, here or on another machine."""
+    claims = (read_claim(path) for path in directory.glob("*.claim"))
+    return any(claim is not None and not died_here(claim) for claim in claims)
+
+
 def read_claim(path: Path) -> dict[str, Any] | None:
     """The claim; None when it vanished; empty when it is torn (it then goes stale like any other)."""
     try:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache_builder.commit.plan import sealed, unsealed
 from formats.errors import IdentityMismatchError
 from formats.identity.teacher_identity import TeacherIdentity, short
 
@@ -30,16 +31,20 @@ class EngineRecord:
     @classmethod
     def of(cls, teacher: "Teacher | Sampler") -> "EngineRecord":
         """What a running engine says of itself."""
-        return cls.from_bytes(cls(teacher.describe(), int(teacher.vocab_size)).to_bytes())
+        return cls(json.loads(json.dumps(teacher.describe())), int(teacher.vocab_size))
 
     def to_bytes(self) -> bytes:
-        """JSON text of engine.json."""
-        return json.dumps(asdict(self), indent=1).encode()
+        """Sealed JSON text of engine.json."""
+        return sealed(asdict(self), indent=1)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "EngineRecord":
-        """The inverse of `to_bytes`."""
-        return cls(**json.loads(data))
+    def from_bytes(cls, data: bytes, name: str) -> "EngineRecord":
+        """The inverse of `to_bytes`; `name` is the file's.
+
+        Raises:
+            FormatError: written by another version, or damaged.
+        """
+        return cls(**unsealed(data, name))
 
     def require_same(self, other: "EngineRecord", out: Path, what: str = "shards") -> None:
         """Raise unless `other` may go on with what this engine began.

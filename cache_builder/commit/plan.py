@@ -3,7 +3,6 @@
 `BuildDirectory` keeps them in `_build/settings.json` and `_build/plan.json`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 from cache_builder.commit.staging import StagedShard
 from formats.capture_settings import CaptureSettings
+from formats.disk.sealed_json import seal, unseal
 from formats.disk.unfinished_build import PLAN_NAME
 from formats.errors import ConfigError, CorpusError, FormatError
 from formats.identity.teacher_identity import Difference, TeacherIdentity, short
 
 FORMAT = "anneal-build"
-VERSION = 2
+VERSION = 3
 """Of the files of an unfinished build."""
 
 OPTION_OF = {
@@ -59,17 +59,15 @@ class BuildSettings:
     """Limit of tokens per shard."""
 
     def to_bytes(self) -> bytes:
-        """JSON text of settings.json."""
+        """Sealed JSON text of settings.json."""
         content = {
-            "format": FORMAT,
-            "version": VERSION,
             "identity": self.identity.to_dict(),
             "capture": self.capture.to_dict(),
             "codec": dict(self.codec),
             "rows_per_shard": self.rows_per_shard,
             "tokens_per_shard": self.tokens_per_shard,
         }
-        return json.dumps(content, indent=1).encode()
+        return sealed(content, indent=1)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "BuildSettings":
@@ -78,7 +76,7 @@ class BuildSettings:
         Raises:
             FormatError: written by another version, or damaged.
         """
-        content = _parse(data, "settings.json")
+        content = unsealed(data, "settings.json")
         return cls(
             identity=TeacherIdentity.from_dict(content["identity"]),
             capture=CaptureSettings(**content["capture"]),
@@ -152,9 +150,8 @@ class Plan:
         return sum(shard.num_positions for shard in self.shards)
 
     def to_bytes(self) -> bytes:
-        """JSON text of plan.json."""
-        content = {"format": FORMAT, "version": VERSION, "corpus": dict(self.corpus)}
-        return json.dumps({**content, "shards": [asdict(shard) for shard in self.shards]}).encode()
+        """Sealed JSON text of plan.json."""
+        return sealed({"corpus": dict(self.corpus), "shards": [asdict(shard) for shard in self.shards]})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Plan":
@@ -163,7 +160,7 @@ class Plan:
         Raises:
             FormatError: written by another version, or damaged.
         """
-        content = _parse(data, PLAN_NAME)
+        content = unsealed(data, PLAN_NAME)
         return cls(
             shards=tuple(StagedShard(**entry) for entry in content["shards"]),
             corpus=content["corpus"],
@@ -179,15 +176,25 @@ def identity_with_counts(identity: TeacherIdentity, plan: Plan) -> TeacherIdenti
     return TeacherIdentity.from_dict(data)
 
 
-def _parse(data: bytes, name: str) -> dict[str, Any]:
+def sealed(content: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+    """A JSON file of `_build/`, with its version and its own digest: what a later command reads is what was written."""
+    return seal({"format": FORMAT, "version": VERSION, **content}, indent=indent)
+
+
+def unsealed(data: bytes, name: str) -> dict[str, Any]:
+    """The inverse of `sealed`.
+
+    Raises:
+        FormatError: written by another version, damaged, or edited.
+    """
     try:
-        content = json.loads(data)
-        known = content["format"] == FORMAT and content["version"] == VERSION
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
+        content = unseal(data, name)
+    except FormatError:
+        content = {}
+    if (content.pop("format", None), content.pop("version", None)) != (FORMAT, VERSION):
         raise FormatError(
-            f"_build/{name} must be of build version {VERSION}, got another one; start over with --overwrite"
+            f"_build/{name} must be as build version {VERSION} wrote it, got a damaged file or another version's; "
+            "start over with --overwrite"
         )
     return content
 

@@ -38,6 +38,9 @@ from formats.logprobs.tail_function import TAIL_BETAS
 from formats.progress import Progress, counted, format_bytes
 
 POSITIONS_PER_GROUP = 1 << 16
+ENTRIES_PER_GROUP = 1 << 24
+"""Kept tokens of a row group: a cache of whole distributions would need 80 GB for one, and more entries than Arrow
+numbers, if positions alone were counted."""
 SCHEMA = pa.schema(
     [
         ("key", pa.binary(16)),
@@ -123,14 +126,15 @@ def export_parquet(
 
 def _groups(cache: TeacherCache, num_rows: int, progress: Progress) -> Iterator[list[tuple[int, CacheRow]]]:
     group: list[tuple[int, CacheRow]] = []
-    size = 0
+    size = entries = 0
     for index, row in enumerate(cache.rows(0, num_rows)):
         group.append((index, row))
         size += len(row.positions)
+        entries += row.teacher.num_entries
         progress.advance(1, len(row))
-        if size >= POSITIONS_PER_GROUP:
+        if size >= POSITIONS_PER_GROUP or entries >= ENTRIES_PER_GROUP:
             yield group
-            group, size = [], 0
+            group, size, entries = [], 0, 0
     if group:
         yield group
 

@@ -20,6 +20,9 @@ from formats.errors import ConfigError, one_line
 from formats.front_matter import CARD_NAME, HUB_NAME
 from formats.progress import Progress, counted
 
+PULLING = ".pulling"
+"""Name, or end of the name, of the directory that a cache arrives in."""
+
 
 def files_of(cache: TeacherCache) -> list[str]:
     """The files that make up a cache, and nothing that happens to lie beside them."""
@@ -113,15 +116,18 @@ def pull_cache(
     Raises:
         ConfigError: `out` holds something.
         HubError: no such repository, no access, no network.
-        FormatError: what arrived is no cache, or damaged; it stays in the hidden directory beside `out`.
+        FormatError: what arrived is no cache, or damaged; it stays in the hidden directory beside `out`, or within an
+            empty `out` that was there.
     """
     progress = progress or Progress()
-    out = Path(out).expanduser()
-    if BuildDirectory(out).state() is not State.EMPTY:
+    out = Path(out).expanduser().resolve()
+    inside = out / PULLING
+    if not inside.is_dir() and BuildDirectory(out).state() is not State.EMPTY:
         raise ConfigError(f"a pull needs a new or empty directory, got {out}; choose another")
     from huggingface_hub import snapshot_download
 
-    staging = out.with_name(f".{out.name}.pulling")
+    # An empty directory may be one that cannot be replaced: a mount, or where the shell is.
+    staging = inside if out.is_dir() else out.with_name(f".{out.name}{PULLING}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         snapshot_download(
@@ -140,10 +146,14 @@ def pull_cache(
     TeacherCache(staging).validate(full=True)
     shutil.rmtree(staging / ".cache", ignore_errors=True)
     try:
-        if out.exists():
-            out.rmdir()
-        os.rename(staging, out)
-        fsync_directory(out.parent)
+        if staging == inside:
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
+                os.rename(path, out / path.name)
+            staging.rmdir()
+            fsync_directory(out)
+        else:
+            os.rename(staging, out)
+            fsync_directory(out.parent)
     except OSError as error:
         raise ConfigError(f"a pull needs a directory that can be made, got {out}: {error.strerror}") from None
     return out

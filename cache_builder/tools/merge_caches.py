@@ -9,7 +9,7 @@ Memory: 40 bytes per row.
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,7 @@ def _rewrite(
         positions=manifest.positions,
         max_k=manifest.max_k,
         codec=manifest.codec,
+        stored=True,
     )
     for row in np.flatnonzero(mask):
         writer.append(*reader.teacher(int(row)))
@@ -215,15 +216,21 @@ def _merged_identity(identities: Sequence[TeacherIdentity]) -> TeacherIdentity:
             for corpus in corpora
         ],
     }
-    if all("num_records" in corpus.get("counts", ()) for corpus in corpora):
+    if all(_is_counted(corpus) for corpus in corpora):
         data["corpus"]["counts"] = {"num_records": sum(corpus["counts"]["num_records"] for corpus in corpora)}
         data["corpus"]["notes"] = [
             f"{corpus.get('source', 'unknown')}: {note}"
             for corpus in corpora
-            for note in corpus.get("notes", ())
+            for note in corpus.get("notes") or ()
         ]
     for _, key in CORPUS_LIKE:
         values = [identity.preprocessing.get(key) for identity in identities]
         if len({str(value) for value in values}) > 1:
             data["preprocessing"][key] = values
     return TeacherIdentity.from_dict(data)
+
+
+def _is_counted(corpus: Mapping[str, Any]) -> bool:
+    """Whether a build counted the records: what others write there is theirs, and not added up."""
+    counts, notes = corpus.get("counts"), corpus.get("notes") or []
+    return isinstance(counts, dict) and type(counts.get("num_records")) is int and isinstance(notes, list)

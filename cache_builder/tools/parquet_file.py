@@ -14,13 +14,18 @@ class NewParquetFile:
     """The name is checked first, so that nothing is computed for a file that cannot be.
 
     Raises:
-        ConfigError: `out` exists or has another suffix.
+        ConfigError: `out` exists, has another suffix, or is an address.
     """
 
     def __init__(self, out: str | Path) -> None:
         self.path = Path(out).expanduser()
         if self.path.suffix != ".parquet" or self.path.exists():
             raise self._refusal("which exists" if self.path.exists() else "which has another suffix")
+        first = self.path.parts[0]
+        if (
+            first.endswith(":") and not Path(first).exists()
+        ):  # s3://bucket/x.parquet, of which Path makes s3:/bucket/...
+            raise self._refusal("which is an address; write it here and copy it there")
 
     def _refusal(self, reason: str) -> ConfigError:
         return ConfigError(f"--parquet must name a new .parquet file, got {self.path}, {reason}")
@@ -38,9 +43,11 @@ class NewParquetFile:
         temporary = temporary_name(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with pq.ParquetWriter(
-                temporary, schema.with_metadata(dict(metadata)), compression="zstd"
-            ) as writer:
+            # Opened here: given a name, pyarrow takes one such as `run:1/x` for an address.
+            with (
+                open(temporary, "xb") as file,
+                pq.ParquetWriter(file, schema.with_metadata(dict(metadata)), compression="zstd") as writer,
+            ):
                 for table in tables:
                     writer.write_table(table)
             if not commit_exclusive(temporary, self.path):

@@ -1,5 +1,6 @@
 """The settings of a payload codec, with their ranges."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -7,6 +8,8 @@ from formats.capture_settings import MAX_RATE
 from formats.errors import DEVELOPMENT_CACHE, ConfigError, UnsupportedVersionError
 
 PROBABILITY_KINDS = ("companded", "float32")
+MASS_TOLERANCE = 0.02
+"""By how much the probabilities of a position may miss 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,31 @@ class CodecConfig:
     def lossless(cls) -> "CodecConfig":
         """Exact float32 logprobs and tails; with `max_k` = V the cache holds the full distribution."""
         return cls(probabilities="float32")
+
+    @property
+    def least_prob(self) -> float:
+        """The smallest probability that has a code: whatever is below and not 0 is stored as this; 0 where all are
+        stored exactly."""
+        if self.probabilities == "float32":
+            return 0.0
+        a, b = self.sqrt_steps, self.linear_steps
+        root = (math.sqrt(a * a + 4 * b) - a) / (2 * b) if b else 1 / a
+        return root * root
+
+    def require_codes(self, min_prob: float, max_k: int) -> None:
+        """Refuse to keep so many tokens of probabilities that have no code of their own that what they are rounded up
+        by changes a distribution.
+
+        Raises:
+            ConfigError: names the least `min_prob`.
+        """
+        least = self.least_prob
+        if min_prob < least and max_k * least > MASS_TOLERANCE:
+            most = math.floor(MASS_TOLERANCE / least)
+            raise ConfigError(
+                f"min_prob must be at least {1.01 * least:.3g} where max_k is above {most}, got {min_prob:g} and "
+                f"{max_k}: smaller probabilities are all stored as that one, and so many would add up"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

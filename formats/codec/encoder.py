@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import zstandard
 
+from formats.codec.config import MASS_TOLERANCE, CodecConfig
 from formats.codec.layout import MAX_BODY_BYTES, MAX_ROW_POSITIONS, SECTIONS, Layout, to_planes
 from formats.codec.quantise import (
     quantise_draws,
@@ -21,7 +22,6 @@ from formats.codec.quantise import (
 from formats.logprobs import ragged
 from formats.logprobs.topk import TopKLogprobs
 
-MASS_TOLERANCE = 0.02
 LABEL_TOLERANCE = 1e-3
 """Nats by which a label's logprob may differ from that of the kept entry that is it."""
 Labelled = tuple[TopKLogprobs, np.ndarray]
@@ -37,9 +37,26 @@ class _Compressors(threading.local):
 
 
 class Encoder(Layout):
-    """Turns rows into payloads; any number of threads may share one. Arguments as for `Layout`."""
+    """Turns rows into payloads; any number of threads may share one. Further arguments as for `Layout`.
+
+    Args:
+        stored: the rows were read from a cache. Their sums were checked when they came from a teacher, and are off by
+            what was rounded since, which is most where many tokens are equally likely.
+    """
 
     _compressors = _Compressors()
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        vocab_size: int,
+        max_k: int,
+        ranked_ids: np.ndarray | None = None,
+        *,
+        stored: bool = False,
+    ) -> None:
+        super().__init__(config, vocab_size, max_k, ranked_ids)
+        self._stored = stored
 
     def encode(self, topk: TopKLogprobs, label_ids: np.ndarray) -> bytes:
         """The payload of one row; empty for a row without positions.
@@ -187,7 +204,7 @@ class Encoder(Layout):
             raise ValueError(
                 f"a head must have at most max_k = {self.max_k} entries, got {topk.counts.max()}"
             )
-        if not self._exact and len(topk):
+        if not self._exact and not self._stored and len(topk):
             mass = np.exp(topk.log_partition(1.0).astype(np.float64))
             if not (np.abs(mass - 1) <= MASS_TOLERANCE).all():
                 worst = mass[np.argmax(np.abs(mass - 1))]

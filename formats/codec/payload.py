@@ -29,13 +29,19 @@ from formats.logprobs.topk import TopKLogprobs
 
 
 class Codec(Encoder):
-    """Encoder and decoder of one configuration, vocabulary and rank table; arguments as for `Layout`. Any number of
+    """Encoder and decoder of one configuration, vocabulary and rank table; arguments as for `Encoder`. Any number of
     threads may encode with it, one may decode."""
 
     def __init__(
-        self, config: CodecConfig, vocab_size: int, max_k: int, ranked_ids: np.ndarray | None = None
+        self,
+        config: CodecConfig,
+        vocab_size: int,
+        max_k: int,
+        ranked_ids: np.ndarray | None = None,
+        *,
+        stored: bool = False,
     ) -> None:
-        super().__init__(config, vocab_size, max_k, ranked_ids)
+        super().__init__(config, vocab_size, max_k, ranked_ids, stored=stored)
         self._decompressor = zstandard.ZstdDecompressor()
 
     def decode(self, payload: bytes | memoryview, label_ids: np.ndarray) -> TopKLogprobs:

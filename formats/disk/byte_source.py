@@ -5,13 +5,15 @@ difference. A local file must be a regular file and no symbolic link: a cache fr
 outside its directory.
 """
 
+import contextlib
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from formats.errors import CorruptShardError, FormatError
+from formats.errors import AnnealError, CorruptShardError, FormatError, one_line
 
 
 class Source(Protocol):
@@ -109,17 +111,39 @@ class LocalStore:
         return bytes(source.read(0, source.size))
 
 
+@contextlib.contextmanager
+def _one_line_errors(url: str) -> Iterator[None]:
+    """What clients raise beside OSError, each of its own class, such as for a status of 403."""
+    try:
+        yield
+    except (OSError, AnnealError):
+        raise
+    except Exception as error:
+        raise FormatError(f"{url} must be readable, got: {one_line(error)}") from error
+
+
 class RemoteFile:
     """A file behind fsspec, one range request per read."""
 
     def __init__(self, store: "RemoteStore", name: str) -> None:
         self.name = name
         self._store = store
-        self.size = int(store.filesystem.size(store.path(name)))
+        with _one_line_errors(store.root):
+            size = store.filesystem.size(store.path(name))
+        if size is None:
+            raise FormatError(f"a server must tell the sizes of files, got none of {name} in {store.root}")
+        self.size = int(size)
 
     def read(self, offset: int, length: int) -> memoryview:
         _check_range(self.name, self.size, offset, length)
-        data = self._store.filesystem.cat_file(self._store.path(self.name), start=offset, end=offset + length)
+        path = self._store.path(self.name)
+        with _one_line_errors(self._store.root):
+            data = self._store.filesystem.cat_file(path, start=offset, end=offset + length)
+        if len(data) == self.size > length:
+            raise FormatError(
+                f"a server must answer requests for a part of a file, got all of {self.name} from {self._store.root}; "
+                "copy the cache here"
+            )
         if len(data) != length:
             raise CorruptShardError(
                 f"{self.name} must have {offset + length} bytes, got fewer; copy it again"
@@ -142,7 +166,12 @@ class RemoteStore:
             # A forked child must not share its parent's sockets or event loop.
             import fsspec
 
-            self._filesystem, self._path = fsspec.core.url_to_fs(self.root)
+            try:
+                self._filesystem, self._path = fsspec.core.url_to_fs(self.root)
+            except (ImportError, ValueError) as error:
+                raise FormatError(
+                    f"a cache must be a directory or a URL that fsspec can open, got {self.root}: {one_line(error)}"
+                ) from None
             self._process = os.getpid()
         return self._filesystem
 
@@ -151,7 +180,8 @@ class RemoteStore:
 
     def names(self) -> list[str]:
         try:
-            listed = self.filesystem.ls(self.path(""), detail=False)
+            with _one_line_errors(self.root):
+                listed = self.filesystem.ls(self.path(""), detail=False)
         except FileNotFoundError:
             raise FormatError(f"a cache must be a readable directory, got {self.root}") from None
         return sorted(str(item).rstrip("/").rsplit("/", 1)[-1] for item in listed)

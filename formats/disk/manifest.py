@@ -13,7 +13,7 @@ from formats.capture_settings import CaptureSettings
 from formats.codec.config import CodecConfig
 from formats.disk.durable import atomic_write_bytes
 from formats.disk.sealed_json import seal, unseal
-from formats.disk.unfinished_build import build_progress
+from formats.disk.unfinished_build import BUILD_DIRECTORY, build_progress
 from formats.errors import (
     DEVELOPMENT_CACHE,
     ConfigError,
@@ -225,7 +225,12 @@ def read_manifest_bytes(store: Any) -> bytes:
         return store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         names = store.names()
-    if any(name == "_build" or name.endswith(".arrow") for name in names):
+    if BUILD_DIRECTORY not in names and any(name.endswith(".arrow") for name in names):
+        raise IncompleteCacheError(
+            f"a cache needs a {MANIFEST_NAME}, got shards without one in {store.root}: an unfinished copy, or a writer "
+            "that was stopped; copy or write all of it again"
+        )
+    if BUILD_DIRECTORY in names:
         progress = build_progress(store.root)
         done, planned = progress if progress else (0, 0)
         state = f"with {done} of {planned} shards" if planned else "that is still being planned"

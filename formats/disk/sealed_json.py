@@ -7,6 +7,7 @@ metadata of each shard; a changed bit in either is an error, never another setti
 
 import hashlib
 import json
+import math
 import re
 from typing import Any
 
@@ -35,6 +36,12 @@ def _no_constants(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
 def unseal(data: bytes, what: str) -> dict[str, Any]:
     """Check and parse; `what` names the source in errors.
 
@@ -53,7 +60,12 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
             f"{what} does not match its own digest: it was damaged or edited; copy or build it again"
         )
     try:
-        content = json.loads(b"{" + rest, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        content = json.loads(
+            b"{" + rest,
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constants,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what} is not valid JSON: {error}") from None
     return content

@@ -77,6 +77,7 @@ class ShardWriter:
 
     Args:
         pool: threads that encode the rows; None does it within `append`.
+        stored: the distributions come from a cache, see `Encoder`.
 
     Raises:
         FileExistsError: `path` exists.
@@ -93,6 +94,7 @@ class ShardWriter:
         codec: CodecConfig | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
         pool: EncoderThreads | None = None,
+        stored: bool = False,
     ) -> None:
         if positions not in POSITION_MODES:
             raise ValueError(f"positions must be one of {', '.join(POSITION_MODES)}, got {positions!r}")
@@ -107,7 +109,7 @@ class ShardWriter:
         self._file = _HashingFile(self._path)
         self._waiting: list[tuple[TokenRow, TopKLogprobs]] = []
         self._pending: list[tuple[TokenRow, bytes]] = []
-        self._pool = pool
+        self._pool, self._stored = pool, stored
         self._encoder: RowEncoder | None = None
         self._writer: Any = None
         self._counts = dict.fromkeys(("rows", "tokens", "positions", "entries", "payload_bytes"), 0)
@@ -173,7 +175,7 @@ class ShardWriter:
             metadata={METADATA_KEY: seal(metadata)},
         )
         self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
-        codec = Encoder(self._config, self._vocab_size, self._max_k, ranked_ids)
+        codec = Encoder(self._config, self._vocab_size, self._max_k, ranked_ids, stored=self._stored)
         self._encoder = encoder = RowEncoder(codec, self._positions, self._pool)
         for row, teacher in self._waiting:
             self._add(encoder.add(row, teacher))
@@ -284,7 +286,7 @@ class ShardReader:
                 )
         self.codec_config = CodecConfig.from_dict(settings["codec"])
         ranked_ids = from_text(settings["ranked_ids"], vocab_size)
-        self.codec = Codec(self.codec_config, vocab_size, max_k, ranked_ids)
+        self.codec = Codec(self.codec_config, vocab_size, max_k, ranked_ids, stored=True)
         self._cached: OrderedDict[int, Batch] = OrderedDict()
         last = self._batch(self._file.num_batches - 1) if self._file.num_batches else ()
         self._num_rows = max(self._file.num_batches - 1, 0) * self._rows_per_batch + len(last)

@@ -90,7 +90,7 @@ class TeacherIdentity:
             if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
                 raise ConfigError(f"identity section {section.name} must map names to values, got {value!r}")
             try:
-                plain = json.loads(json.dumps(dict(value), sort_keys=True))
+                plain = json.loads(json.dumps(dict(value), sort_keys=True, allow_nan=False))
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"identity section {section.name} must be JSON, got {error}") from None
             object.__setattr__(self, section.name, plain)

@@ -46,6 +46,8 @@ def inspect_cache(
 
         agreed = require_same_teacher(opened.identity, Path(model))
     if row is not None:
+        if not len(opened):
+            raise ConfigError(f"--row needs a cache with rows, got none in {opened.path}")
         if not -len(opened) <= row < len(opened):
             raise ConfigError(f"--row must be from 0 to {len(opened) - 1}, got {row}")
         view = view_row(opened, row % len(opened))

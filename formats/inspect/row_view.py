@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from formats.cache_row import ReadableCache
+from formats.errors import FormatError, one_line
 from formats.logprobs.entropy import entropy
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -23,7 +24,14 @@ def token_texts(cache: ReadableCache) -> Callable[[int], str]:
         return lambda token_id: f"#{token_id}"
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(cache.file(TOKENIZER_FILE).decode())
+    data = cache.file(TOKENIZER_FILE)
+    try:
+        tokenizer = Tokenizer.from_str(data.decode())
+    except Exception as error:  # what it raises is a plain Exception
+        raise FormatError(
+            f"{TOKENIZER_FILE} of {cache.path} must be one that the installed tokenizers package reads, "
+            f"got: {one_line(error)}; upgrade that package"
+        ) from None
 
     def text(token_id: int) -> str:
         decoded = tokenizer.decode([token_id], skip_special_tokens=False)

@@ -72,6 +72,9 @@ def _columns(totals: dict[str, int], num_rows: int) -> dict[str, dict[str, float
 def sampled_rows(cache: ReadableCache, full: bool) -> np.ndarray:
     """Row indices to decode, ascending and evenly spread."""
     count = len(cache)
+    if full:
+        for number in range(len(cache.manifest.shards)):
+            cache.shard(number)  # holds as many rows as the manifest says: nothing is allocated on its word
     if full or count == 0:
         return np.arange(count)
     positions = sum(shard.num_positions for shard in cache.manifest.shards)
@@ -143,7 +146,7 @@ def _label_nll(logprobs: np.ndarray) -> dict[str, Any]:
     """Mean NLL in nats and perplexity of the teacher on these next tokens; None where one is impossible."""
     if len(logprobs) == 0:
         return {}
-    mean = float(-logprobs.astype(np.float64).mean())
+    mean = float(-logprobs.astype(np.float64).mean()) + 0.0  # a certain token has no -0.0 nats
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(mean))
     return {

@@ -62,16 +62,25 @@ def _identity(identity: dict[str, Any]) -> list[str]:
 
 
 def _records(corpus: dict[str, Any]) -> list[str]:
-    """What became of the records of the corpus, a line each; nothing in caches that did not count them."""
+    """What became of the records of the corpus, a line each; nothing in caches that did not count them, or whose
+    writer has words of its own there."""
     counts = corpus.get("counts")
     if isinstance(counts, dict) and "num_ended" in counts:
-        made = f"rows that the model wrote itself: {corpus.get('generate', counts['num_rows']):,}"
-        told = f" (temperature {corpus.get('generate_temperature', 1):g}, seed {corpus.get('seed', 0)})"
-        return ["", made + told, *(f"  {note}" for note in corpus.get("notes") or ())]
-    if not isinstance(counts, dict) or "num_records" not in counts:
+        rows, heat = corpus.get("generate", counts.get("num_rows")), corpus.get("generate_temperature", 1)
+        if type(rows) is not int or type(heat) not in (int, float):
+            return []
+        made = f"rows that the model wrote itself: {rows:,}"
+        told = f" (temperature {heat:g}, seed {corpus.get('seed', 0)})"
+        return ["", made + told, *(f"  {note}" for note in _notes(corpus))]
+    if not isinstance(counts, dict) or type(counts.get("num_records")) is not int:
         return []
-    notes = corpus.get("notes") or ["none skipped, none cut"]
+    notes = _notes(corpus) or ["none skipped, none cut"]
     return ["", f"records of the corpus: {counts['num_records']:,}", *(f"  {note}" for note in notes)]
+
+
+def _notes(corpus: dict[str, Any]) -> list[Any]:
+    notes = corpus.get("notes")
+    return notes if isinstance(notes, list) else []
 
 
 def _spread(name: str, values: dict[str, Any], digits: int) -> tuple[str, ...]:
@@ -93,7 +102,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         "",
         "identity",
         *_identity(s["identity"]),
-        *_records(s["identity"].get("corpus", {})),
+        *_records(corpus if isinstance(corpus := s["identity"].get("corpus"), dict) else {}),
         "",
         "bytes per token",
     ]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,32 @@ def test_an_engine_that_does_not_start_is_one_line_and_leaves_nothing(tmp_path: 
     assert not (tmp_path / "c").exists()
 
 
+def test_an_engine_that_does_not_start_leaves_the_work_of_others(tmp_path: Path) -> None:
+    """The command that planned cleared up behind its failed engine, and pulled the build away from under a second one
+    that was in its first shard."""
+    captures, failed = threading.Event(), threading.Event()
+    reports = []
+
+    def waiting() -> SeededTeacher:
+        captures.set()
+        assert failed.wait(60)
+        return SeededTeacher()
+
+    other = threading.Thread(target=lambda: reports.append(build(tmp_path / "c", teacher=waiting)))
+
+    def broken() -> SeededTeacher:
+        other.start()
+        assert captures.wait(60)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(AnnealError, match="out of memory"):
+        build(tmp_path / "c", teacher=broken)
+    failed.set()
+    other.join()
+    build(tmp_path / "fresh")
+    assert reports and reports[0].complete and contents(tmp_path / "c") == contents(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize("fault", ["short", "nan", "too few rows"])
 def test_a_teacher_that_breaks_its_contract_is_refused(tmp_path: Path, fault: str) -> None:
     class Broken(SeededTeacher):
@@ -367,6 +394,10 @@ def test_progress_hears_every_row_once(tmp_path: Path) -> None:
         ({"min_prob": 1.0}, "min_prob must be at least 0 and below 1"),
         ({"max_k": 0}, "max_k must be a whole number of at least 1"),
         ({"max_length": 1}, "max_length must be a whole number of at least 2"),
+        (
+            {"min_prob": 0, "max_k": 4096},
+            "min_prob must be at least 2.45e-05 where max_k is above 825, got 0 and",
+        ),
         ({"limit": 0}, "limit"),
         ({"engine": "tgi"}, "engine must be one of vllm, transformers"),
         ({"positions": "some"}, "positions must be one of"),

@@ -23,7 +23,7 @@ from formats import (
     TopKLogprobs,
 )
 from formats.disk.sealed_json import seal, unseal
-from formats.errors import CorruptShardError, FormatError, UnsupportedVersionError
+from formats.errors import CorruptShardError, FormatError, IncompleteCacheError, UnsupportedVersionError
 
 OPTIONS = {"lengths": [6, 0, 11, 3, 1, 8], "rows_per_shard": 4, "rows_per_batch": 2}
 
@@ -387,6 +387,24 @@ def test_row_counts_must_agree(cache_dir: Path):
         TeacherCache(cache_dir).validate(full=True)
 
 
+def test_row_counts_are_not_allocated(cache_dir: Path):
+    (cache_dir / "manifest.json").write_bytes(
+        edited(cache_dir, lambda m: m["shards"][0].update(num_rows=2**53 - 1))
+    )
+    with pytest.raises(CorruptShardError, match="must have 9007199254740991 rows"):
+        TeacherCache(cache_dir).summary(full=True)
+
+
+def test_a_lost_manifest_is_no_unfinished_build(cache_dir: Path):
+    """To run the build again, as was advised, is refused: it finds files that are not of a build."""
+    (cache_dir / "manifest.json").unlink()
+    with pytest.raises(IncompleteCacheError, match=r"got shards without one in .*: an unfinished copy"):
+        TeacherCache(cache_dir)
+    (cache_dir / "_build").mkdir()
+    with pytest.raises(IncompleteCacheError, match="run the same build command again"):
+        TeacherCache(cache_dir)
+
+
 def test_json_traps():
     def sealed(rest: bytes) -> bytes:
         return b'{"digest": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
@@ -396,6 +414,7 @@ def test_json_traps():
         b'"a": 1, "a": 2}',
         b'"a": NaN}',
         b'"a": Infinity}',
+        b'"a": [-1e999]}',
         b'"a": ' + b"[" * 10**5 + b"}",
         b"",
         b"}}",

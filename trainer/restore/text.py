@@ -74,6 +74,7 @@ def write_rows(cache: TeacherCache, rows: list[int], place: Path, note: Mapping[
         min_prob=manifest.min_prob,
         max_k=manifest.max_k,
         codec=manifest.codec,
+        stored=True,
     ) as writer:
         for name in manifest.files:
             writer.add_file(name, cache.file(name))

@@ -1,6 +1,7 @@
 """The exported table says what the cache says, position by position, read back by Parquet alone."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,33 @@ def test_an_interrupted_export_leaves_nothing(cache: Path, tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         export_parquet(cache, tmp_path / "x.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_group_holds_so_many_entries(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    """Its size is bounded where positions keep thousands of tokens, too."""
+    export_parquet(cache, tmp_path / "one.parquet")
+    monkeypatch.setattr(export_module, "ENTRIES_PER_GROUP", 60)
+    export_parquet(cache, tmp_path / "x.parquet")
+    file = pq.ParquetFile(tmp_path / "x.parquet")
+    rows = [file.read_row_group(number) for number in range(file.num_row_groups)]
+    longest = max(row.teacher.num_entries for row in TeacherCache(cache).rows())
+    sizes = [sum(map(len, group.column("token_ids").to_pylist())) for group in rows]
+    assert len(sizes) > 5 and max(sizes) < 60 + longest
+    assert file.read().equals(pq.read_table(tmp_path / "one.parquet"))
+
+
+@pytest.mark.parametrize("name", ["run:1/x.parquet", "a b%20?.parquet", os.fsdecode(b"caf\xe9.parquet")])
+def test_names_that_could_be_addresses(cache: Path, tmp_path: Path, monkeypatch, name: str) -> None:
+    """pyarrow takes `run:1/x` for an address of the scheme `run`, and no name that is not UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    assert export_parquet(cache, name, limit=1).num_rows == 1
+    assert os.listdir(Path(name).parent) == [Path(name).name]
+    with open(name, "rb") as file:
+        assert pq.read_table(file).num_rows > 0
+
+
+def test_an_address_is_refused(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="which is an address"):
+        export_parquet(cache, "s3://bucket/x.parquet")
+    assert os.listdir(tmp_path) == []

@@ -99,6 +99,25 @@ def test_a_broken_download_is_one_line_and_continues(cache: Path, tmp_path: Path
     TeacherCache(out).validate(full=True)
 
 
+def test_into_the_current_directory(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    """It cannot be replaced as a new name can: it is filled, and stays the directory that the shell is in."""
+    here = tmp_path / "here"
+    here.mkdir()
+    before = here.stat().st_ino
+    with HubStandIn() as server:
+        call(server, "push", str(cache), "someone/teacher", home=tmp_path)
+        monkeypatch.chdir(here)
+        server.break_after = 2
+        broken = call(server, "pull", "someone/teacher", ".", home=tmp_path)
+        assert broken["type"] == "HubError" and os.listdir(here) == [".pulling"]
+        server.break_after = None
+        assert call(server, "pull", "someone/teacher", ".", home=tmp_path) == {"result": str(here)}
+    assert here.stat().st_ino == before
+    found = contents(here)
+    assert found.pop("README.md") and found == contents(cache)
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".pulling")]
+
+
 def test_a_damaged_repository_is_not_handed_out(cache: Path, tmp_path: Path) -> None:
     with HubStandIn() as server:
         call(server, "push", str(cache), "someone/teacher", home=tmp_path)

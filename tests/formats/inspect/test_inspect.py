@@ -1,6 +1,7 @@
 """inspect: the numbers against dense computations, the text, the JSON, the picture."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from make_teachers import capture, log_softmax, write_cache
 
 from formats import CacheWriter, CodecConfig, TeacherCache, TokenRow, TopKLogprobs
-from formats.errors import ConfigError
+from formats.disk.sealed_json import seal, unseal
+from formats.errors import ConfigError, FormatError
 from formats.inspect.inspect_cache import inspect_cache
 from formats.inspect.summary import distribution, head_size_histogram
 from formats.logprobs.entropy import entropy
@@ -229,3 +231,45 @@ inspect_cache({str(cache_dir)!r})
 assert not {{"torch", "transformers", "vllm", "matplotlib", "pyarrow"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "corpus",
+    [
+        "mine",
+        {"counts": {"num_ended": 1}},
+        {"counts": {"num_records": "many"}},
+        {"counts": {"num_records": 3}, "notes": 5},
+        {"counts": {"num_ended": 1, "num_rows": 3}, "generate_temperature": "warm"},
+    ],
+)
+def test_words_of_another_writer_in_the_identity(cache_dir: Path, tmp_path: Path, corpus: object):
+    """They are shown as they are; what has a line of its own in our caches is no traceback in others'."""
+    content = unseal((cache_dir / "manifest.json").read_bytes(), "manifest")
+    content["identity"]["corpus"] = corpus
+    directory = Path(shutil.copytree(cache_dir, tmp_path / "c"))
+    (directory / "manifest.json").write_bytes(seal(content, indent=1))
+    assert "7 rows, 81 tokens" in inspect_cache(directory)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path: Path):
+    with CacheWriter(tmp_path / "c", identity={}, vocab_size=5, positions="all") as writer:
+        writer.add_file("tokenizer.json", b'{"version": "9.0"}')
+        row = TokenRow(np.arange(2), np.arange(2) > 0)
+        writer.append(row, capture(np.zeros((1, 5)), label_ids=row.label_ids("all")))
+    assert "1 rows, 2 tokens" in inspect_cache(tmp_path / "c")
+    with pytest.raises(
+        FormatError, match=r"tokenizer\.json of .* must be one that .* got: Unknown tokenizer"
+    ):
+        inspect_cache(tmp_path / "c", row=0)
+
+
+def test_no_rows_and_a_certain_teacher(tmp_path: Path):
+    with CacheWriter(tmp_path / "empty", identity={}, vocab_size=5):
+        pass
+    with pytest.raises(ConfigError, match="--row needs a cache with rows, got none"):
+        inspect_cache(tmp_path / "empty", row=0)
+    with CacheWriter(tmp_path / "one", identity={}, vocab_size=1, positions="all") as writer:
+        row = TokenRow(np.zeros(3), np.arange(3) > 0)
+        writer.append(row, capture(np.zeros((2, 1)), label_ids=row.label_ids("all")))
+    assert "mean NLL of the teacher 0.0000 nats, perplexity 1.00" in inspect_cache(tmp_path / "one")
