@@ -50,6 +50,23 @@ class SweepPlan:
             counts += f"; a search of at most {self.config.search_runs} values of kl_coef beside them"
         return "\n".join([*lines, "", counts, f"about {sum(tokens.values()):,} tokens to train on"])
 
+    def to_dict(self) -> dict[str, object]:
+        """Plain values under stable keys; `tokens` are about those that a run trains on."""
+        out = Path(self.config.out)
+        return {
+            "runs": [
+                {
+                    "name": run.name,
+                    "settings": dict(run.varied),
+                    "tokens": estimated_tokens(run),
+                    "finished": is_finished(run.directory(out)),
+                }
+                for run in self.runs
+            ],
+            "merges": [merge.name for merge in self.merges],
+            "search_runs": self.config.search_runs if self.config.search else 0,
+        }
+
 
 def plan_sweep(config: SweepConfig) -> SweepPlan:
     """Check everything that can be checked before a run.

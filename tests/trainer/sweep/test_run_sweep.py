@@ -1,7 +1,10 @@
 """A whole sweep of tiny runs, in this process: its directories are those of `train`, and it continues."""
 
 import json
+import os
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,13 @@ import yaml
 from caches import write_cache
 from pool_here import InThisProcess
 from recorded_progress import RecordedProgress
-from runs import QUICK, same_weights, settings
+from runs import QUICK, copy_model, noise, same_weights, settings
 
 from formats.errors import AnnealError, ConfigError
 from trainer import train
 from trainer.comparison.compare import compare
 from trainer.sweep.config import sweep_from_options
+from trainer.sweep.runs import SweepStopped
 from trainer.sweep.sweep import plan_sweep, run_sweep
 
 
@@ -168,6 +172,9 @@ def test_shares_are_of_direct_fine_tuning_with_whatever_all_runs_have(ask, tmp_p
 def test_the_dry_run_counts_and_touches_nothing(ask, tmp_path, llama_cache):
     text = plan_sweep(ask(tmp_path / "out", **OPTIONS)).text()
     assert "3 runs, 0 of them finished; 1 merges" in text and "l2.coef=0.1" in text
+    plain = json.loads(json.dumps(plan_sweep(ask(tmp_path / "out", **OPTIONS)).to_dict()))
+    assert [run["name"] for run in plain["runs"]] == ["direct", "kl_coef=1", "l2.coef=0.1"]
+    assert plain["merges"] == ["direct+wise-ft,alpha=0.5"] and not plain["runs"][0]["finished"]
     assert not (tmp_path / "out").exists()
 
 
