@@ -178,7 +178,7 @@ def chain_command(
     if plot is not None and rows:
         from trainer.chain.heat_map import draw_matrix
 
-        note(f"picture in {draw_matrix(rows, columns, plot, metric=metric or 'ce')}")
+        note(f"picture in {draw_matrix(rows, columns, plot, metric=report.metric)}")
     if getattr(report, "failed", None):
         raise typer.Exit(1)
 

@@ -1,10 +1,15 @@
 """`anneal chain` as it is typed: finished models, corpora whose caches the stages build, a chain that is killed."""
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from corpora import write_jsonl
@@ -12,7 +17,13 @@ from runs import QUICK, copy_model, noise, same_weights
 from warm_process import Command
 from warm_process import anneal as anneal_process
 
+from formats.errors import ConfigError
 from trainer import evaluate
+from trainer.chain.caches import CacheMaker
+from trainer.chain.config import ChainConfig, Task
+from trainer.chain.releases import read_finished
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +68,8 @@ def test_finished_stages_get_the_whole_report(anneal, releases, tiny_llama_dir, 
     assert found["summary"]["chain"]["backward transfer"] is not None
     code, out, err = anneal("chain", file, "--out", tmp_path / "out", "--plot", tmp_path / "m.svg")
     assert code == 0 and "token accuracy after" in out and "backward transfer" in out
-    assert b"<svg" in (tmp_path / "m.svg").read_bytes()
+    drawn = (tmp_path / "m.svg").read_bytes()
+    assert b"<svg" in drawn and b"share worse than the best" in drawn and b"nats" not in drawn
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,9 @@ def test_a_dry_run_says_what_would_be_done(anneal, tiny_llama_dir, task_caches, 
         "controls/without-one  to do     from the initial model",
         "controls/without-two  to do     from the initial model",
     ]
+    code, out, err = anneal("chain", *words, "--json")
+    runs = {run["name"]: (run["after"], run["finished"]) for run in json.loads(out)["runs"]}
+    assert len(runs) == 4 and runs["stages/2-two"] == ("stages/1-one", False), err
     assert not (tmp_path / "out").exists()
 
 
