@@ -126,16 +126,15 @@ def _named(stage: Stage) -> Iterator[None]:
 
 def _require_same(stage: Stage, out: Path) -> None:
     """Refuse to go on with another run than the one that the directory holds."""
+    if stage.after is not None and is_finished(stage.directory(out)):
+        lineage = read_record(stage.directory(out)).get("lineage") or [{}]
+        if lineage[-1].get("weights") != own_weights(out / stage.after):
+            raise ConfigError(
+                f"{stage.name} must start from {stage.after}, but was trained from other weights than are there now; "
+                f"remove {stage.directory(out)} and the stages after it, or use another --out"
+            )
     with _named(stage):
         require_same(stage, out)
-    if stage.after is None or not is_finished(stage.directory(out)):
-        return
-    lineage = read_record(stage.directory(out)).get("lineage") or [{}]
-    if lineage[-1].get("weights") != own_weights(out / stage.after):
-        raise ConfigError(
-            f"{stage.name} must start from {stage.after}, but was trained from other weights than are there now; "
-            f"remove {stage.directory(out)} and the stages after it, or use another --out"
-        )
 
 
 def run_chain(

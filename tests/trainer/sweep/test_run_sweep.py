@@ -227,3 +227,39 @@ def test_a_soup_is_made_of_all_runs_of_its_entry_once(ask, llama_eval_cache, tmp
     assert (out / "merges" / greedy / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(AnnealError, match=r"merges.soup.by must be a cache"):
         plan_sweep(ask(out, also=["l2.coef=0.1"], merge=["soup:by=nowhere"], merge_of=["all"]))
+
+
+def test_a_run_of_other_weights_than_are_there_now_is_refused(ask, tiny_llama_dir, tmp_path):
+    """Without KL nothing else says that the weights under the same path were replaced."""
+    model, out = shutil.copytree(tiny_llama_dir, tmp_path / "model"), tmp_path / "out"
+    asked = replace(ask(out), base={**ask(out).base, "model": str(model)})
+    run_sweep(asked, pool=InThisProcess())
+    plan_sweep(asked)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    plan_sweep(replace(asked, base={**asked.base, "model": str(moved)}))
+    copy_model(tiny_llama_dir, model, noise(1))
+    with pytest.raises(ConfigError, match=r"in .*runs/direct weights of the model was '.*' and is '"):
+        run_sweep(asked, pool=InThisProcess())
+
+
+def test_a_run_with_ewc_on_another_text_of_the_same_name_is_refused(ask, tiny_llama_dir, tmp_path):
+    here, there, out = (tmp_path / name for name in ("a/old", "b/old", "out"))
+    write_cache(here, tiny_llama_dir, num_rows=3, seed=3)
+    write_cache(there, tiny_llama_dir, num_rows=3, seed=4)
+    run_sweep(ask(out, also=[f"ewc.coef=1 ewc.cache={here}"]), pool=InThisProcess())
+    moved = shutil.copytree(here, tmp_path / "c/old")
+    plan_sweep(ask(out, also=[f"ewc.coef=1 ewc.cache={moved}"]))
+    with pytest.raises(ConfigError, match="the cache of ewc was"):
+        plan_sweep(ask(out, also=[f"ewc.coef=1 ewc.cache={there}"]))
+
+
+def test_a_run_that_diverged_is_tried_again_on_another_text(ask, llama_cache, llama_eval_cache, tmp_path):
+    cache, out = shutil.copytree(llama_cache, tmp_path / "cache"), tmp_path / "out"
+    options = {"place": cache, "overrides": ["training.learning_rate=1e30"]}
+    first, second, third = InThisProcess(), InThisProcess(), InThisProcess()
+    assert "direct" in run_sweep(ask(out, **options), pool=first).failed
+    run_sweep(ask(out, **options), pool=second)
+    shutil.rmtree(cache)
+    shutil.copytree(llama_eval_cache, cache)
+    run_sweep(ask(out, **options), pool=third)
+    assert (first.names, second.names, third.names) == (["direct"], [], ["direct"])
