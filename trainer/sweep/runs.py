@@ -28,7 +28,7 @@ from trainer.result.lineage import own_weights
 from trainer.result.run_directory import read_record
 from trainer.sweep.names import digest
 from trainer.sweep.plan import PlannedRun
-from trainer.sweep.pools import Job, Outcome, Pool
+from trainer.sweep.pools import ENDED, Job, Outcome, Pool
 
 FOR_GOOD = "DivergenceError"
 """The failure that the same settings give again; others are tried again."""
@@ -202,6 +202,7 @@ class Runs:
         jobs = [self._job(run) for run in waiting]
         known = {run.name: run for run in waiting}
         total = len(self._counted)
+        caught: Sequence[int] = ()
 
         def started(job: Job) -> None:
             self._begun += 1
@@ -210,6 +211,8 @@ class Runs:
         def ended(job: Job, outcome: Outcome) -> None:
             if "interrupted" in outcome:
                 self.failed[job.name] = f"stopped by {outcome['interrupted']}; the same command continues it"
+            elif caught and outcome.get("kind") == ENDED:  # before it could save, or by a second signal
+                self.failed[job.name] = "stopped; the same command starts it again"
             elif "error" in outcome:
                 self._fail(known[job.name], outcome)
                 self.progress.note(f"run {job.name} failed: {outcome['error']}")

@@ -263,3 +263,18 @@ def test_a_run_that_diverged_is_tried_again_on_another_text(ask, llama_cache, ll
     shutil.copytree(llama_eval_cache, cache)
     run_sweep(ask(out, **options), pool=third)
     assert (first.names, second.names, third.names) == (["direct"], [], ["direct"])
+
+
+def test_a_run_that_is_stopped_before_it_can_save_has_not_failed(ask, tmp_path):
+    """Ctrl-C while its process still imports: SIGTERM ends it as it ends any other."""
+
+    class Importing(InThisProcess):
+        def run(self, jobs, started, ended) -> None:
+            started(jobs[0])
+            os.kill(os.getpid(), signal.SIGINT)
+            ended(jobs[0], {"error": "the run's process ended with SIGTERM; see its log", "kind": "Process"})
+
+    seen, out = RecordedProgress(), tmp_path / "out"
+    with pytest.raises(SweepStopped, match="stopped by SIGINT with 0 of 1 runs finished"):
+        run_sweep(ask(out), pool=Importing(), progress=seen)
+    assert not any("failed" in line for line in seen.notes) and not (out / "failed").exists()
