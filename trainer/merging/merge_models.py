@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
+from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
@@ -29,6 +30,7 @@ from trainer.merging.settings import FORMULAS, MergeConfig, setting_text
 from trainer.merging.soup import Tasted, greedy_soup
 from trainer.merging.trim import WholeModelTrim
 from trainer.result.lineage import joined, lineage_of, to_record
+from trainer.preflight.continuation import contents_of
 from trainer.result.model_card import card_head
 from trainer.result.run_directory import RECORD_NAME
 from trainer.result.weight_distance import DistanceSums
@@ -178,6 +180,7 @@ def record_of(
         "identity": models.identity,
         "lineage": to_record(joined(lineages)),
         "merge": {"method": config.method, **config.settings(), "tuned": tuned},
+        "by": None if config.by is None else contents_of(TeacherCache(config.by)),
     }
 
 

@@ -208,6 +208,9 @@ def test_merges_of_direct_of_all_and_of_named_entries():
     assert merged(method="soup", by=["V1", "x/V2"], of="all") == ["all+soup,by=V1", "all+soup,by=V2"]
     with pytest.raises(ConfigError, match=r"a soup needs at least two runs, got 1 \(direct\)"):
         merged(method="soup")
+    with pytest.raises(ConfigError, match=r"got all\+soup,by=V1 twice"):
+        merged(method="soup", by=["V1", "x/V1"], of="all")
+    assert merged(method="soup", by=["V1", "V1"], of="all") == ["all+soup,by=V1"]
     with pytest.raises(ConfigError, match="names of entries or runs, got 'held'"):
         merged(method="wise-ft", of=["held"])
 

@@ -265,6 +265,21 @@ def test_a_run_that_diverged_is_tried_again_on_another_text(ask, llama_cache, ll
     assert (first.names, second.names, third.names) == (["direct"], [], ["direct"])
 
 
+def test_a_soup_by_another_text_of_the_same_name_is_made_again(ask, tiny_llama_dir, tmp_path):
+    here, there, out = (tmp_path / name for name in ("a/by", "b/by", "out"))
+    for place, seed in ((here, 3), (there, 4)):
+        write_cache(place, tiny_llama_dir, num_rows=3, seed=seed)
+    asked = {"also": ["l2.coef=0.1"], "merge_of": ["all"]}
+
+    def losses(place):
+        run_sweep(ask(out, **asked, merge=[f"soup:by={place}"]), pool=InThisProcess())
+        record = json.loads((out / "merges" / "all+soup,by=by" / "anneal.json").read_text())
+        return [entry["loss"] for entry in record["merge"]["tuned"]]
+
+    first = losses(here)
+    assert losses(there) != first
+
+
 def test_a_run_that_is_stopped_before_it_can_save_has_not_failed(ask, tmp_path):
     """Ctrl-C while its process still imports: SIGTERM ends it as it ends any other."""
 
