@@ -137,7 +137,12 @@ def run_sweep(
             measure_in_shares(config, finished, merges, pool, progress)
         failed = {**runs.failed, **make_merges(config, merges, progress)}
         made: list[PlannedRun | PlannedMerge] = [*planned, *merges]
-        models = {item.name: item.directory(out) for item in made if is_finished(item.directory(out))}
+        models = {
+            item.name: item.directory(out)
+            for item in made
+            # A merge that could not be made again is still there, of a run that is not.
+            if item.name not in failed and is_finished(item.directory(out))
+        }
         yardsticks = [run.name for run in planned if run.direct and run.entry is None]
         comparison = comparison_of(config, models, progress, yardsticks=yardsticks) if models else None
         report = SweepReport(

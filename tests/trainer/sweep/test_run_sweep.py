@@ -265,6 +265,18 @@ def test_a_run_that_diverged_is_tried_again_on_another_text(ask, llama_cache, ll
     assert (first.names, second.names, third.names) == (["direct"], [], ["direct"])
 
 
+def test_a_merge_of_a_run_that_is_gone_is_not_in_the_table(ask, tmp_path):
+    out, merged = tmp_path / "out", "direct+wise-ft,alpha=0.5"
+    asked = {"merge": ["wise-ft:0.5"]}
+    run_sweep(ask(out, **asked), pool=InThisProcess())
+    shutil.rmtree(out / "runs" / "direct")
+    (out / "runs" / "direct").write_text("in the way")
+    asked["also"] = ["l2.coef=0.1"]
+    report = run_sweep(ask(out, **asked), pool=InThisProcess())
+    assert set(report.failed) == {"direct", merged} and report.comparison is not None
+    assert [line.label for line in report.comparison.models][1:] == ["l2.coef=0.1"]
+
+
 def test_a_soup_by_another_text_of_the_same_name_is_made_again(ask, tiny_llama_dir, tmp_path):
     here, there, out = (tmp_path / name for name in ("a/by", "b/by", "out"))
     for place, seed in ((here, 3), (there, 4)):
