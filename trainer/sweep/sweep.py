@@ -216,7 +216,7 @@ def search_one(
         if not all(is_finished(run.directory(out)) for run in both):
             return None
         models = {run.name: run.directory(out) for run in both}
-        comparison = comparison_of(config, models, progress, direct=direct[0].name)
+        comparison = comparison_of(config, models, progress, yardsticks=[direct[0].name])
         if gain_kept(comparison, direct[0].name, direct[0].name) is None:
             raise NoGain
         pairs = zip(probes, direct, strict=True)

@@ -265,6 +265,15 @@ def test_a_run_that_diverged_is_tried_again_on_another_text(ask, llama_cache, ll
     assert (first.names, second.names, third.names) == (["direct"], [], ["direct"])
 
 
+def test_direct_fine_tuning_that_ends_far_away_leaves_the_table(ask, tmp_path):
+    """Its weights are finite, and its perplexity is not."""
+    asked = {"overrides": ["training.learning_rate=10"], "also": ["l2.coef=0.1"], "search": True}
+    report = run_sweep(ask(tmp_path / "out", **asked), pool=InThisProcess())
+    assert not report.failed and report.comparison is not None and report.selection is None
+    assert "direct has diverged" in report.text() and "gains nothing" in report.searches[0]["line"]
+    assert (tmp_path / "out" / "sweep.json").is_file()
+
+
 def test_a_merge_of_a_run_that_is_gone_is_not_in_the_table(ask, tmp_path):
     out, merged = tmp_path / "out", "direct+wise-ft,alpha=0.5"
     asked = {"merge": ["wise-ft:0.5"]}
