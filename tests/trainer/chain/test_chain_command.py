@@ -213,3 +213,14 @@ def test_a_cache_is_built_in_a_process_of_its_own(tiny_llama_dir, tmp_path):
     assert len(TeacherCache(tmp_path / "cache")) == 3
     with pytest.raises(AnnealError, match=r"cache .*other of .*nowhere\.jsonl: "):
         build_in_process(str(tmp_path / "nowhere.jsonl"), str(tiny_llama_dir), str(tmp_path / "other"), {})
+
+
+def test_an_initial_model_that_is_called_like_a_stage_has_a_row(
+    releases, tiny_llama_dir, task_caches, tmp_path
+):
+    first = shutil.copytree(tiny_llama_dir, tmp_path / "1-one")
+    task = Task(model=str(releases[0]), heldout=task_caches["one"][1])
+    config = ChainConfig(tasks={"one": task}, out=str(tmp_path / "out"), model=str(first))
+    report = read_finished(config, limit=1)
+    assert [(row.label, row.kind) for row in report.rows] == [("initial", "initial"), ("1-one", "stage")]
+    assert report.matrix() is not None
