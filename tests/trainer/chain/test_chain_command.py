@@ -215,6 +215,25 @@ def test_a_cache_is_built_in_a_process_of_its_own(tiny_llama_dir, tmp_path):
         build_in_process(str(tmp_path / "nowhere.jsonl"), str(tiny_llama_dir), str(tmp_path / "other"), {})
 
 
+def test_a_text_that_moved_is_the_same_text(tiny_llama_dir, task_caches, tmp_path):
+    """A corpus that is a file is known by its content, so its cache stays right wherever the file goes."""
+    corpus, place = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}]), tmp_path / "out/caches/a"
+    built = []
+
+    def build(corpus, model, out, options):
+        built.append(corpus)
+        shutil.copytree(task_caches["one"][0], out)
+
+    maker = CacheMaker(out=tmp_path / "out", options={}, build=build)
+    maker.make(str(corpus), str(tiny_llama_dir), str(place))
+    moved = corpus.rename(tmp_path / "b.jsonl")
+    maker.make(str(moved), str(tiny_llama_dir), str(place))
+    assert built == [str(corpus)]
+    moved.write_text(json.dumps({"text": "two"}))
+    with pytest.raises(ConfigError, match="content was"):
+        maker.make(str(moved), str(tiny_llama_dir), str(place))
+
+
 def test_an_initial_model_that_is_called_like_a_stage_has_a_row(
     releases, tiny_llama_dir, task_caches, tmp_path
 ):
