@@ -243,3 +243,21 @@ def test_an_initial_model_that_is_called_like_a_stage_has_a_row(
     report = read_finished(config, limit=1)
     assert [(row.label, row.kind) for row in report.rows] == [("initial", "initial"), ("1-one", "stage")]
     assert report.matrix() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_build_ends_with_the_command_that_needs_it(number, tiny_llama_dir, tmp_path):
+    """In order: what it has committed stays."""
+    corpus = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": f"{n} the cat sat on the mat " * 6} for n in range(9000)]
+    )
+    call = (str(corpus), str(tiny_llama_dir), str(tmp_path / "cache"), {"engine": "transformers"})
+    code = f"from commands.cache_process import build_in_process; build_in_process(*{call!r})"
+    command = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=ROOT)
+    while not (tmp_path / "cache").is_dir() and command.poll() is None:
+        time.sleep(0.05)
+    builds = psutil.Process(command.pid).children(recursive=True)
+    command.send_signal(number)
+    command.wait()
+    assert builds and not psutil.wait_procs(builds, timeout=120)[1]
