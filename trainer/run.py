@@ -348,7 +348,9 @@ def publish(
             lineage=to_record(inputs.lineage),
             distance=distance,
             frozen=frozen_record(trainer.evaluation_model(), config.freeze),
-            ewc=ewc_contents(inputs.known, [path and own_weights(path) for path in inputs.anchors]),
+            ewc=ewc_contents(
+                inputs.known, [None if path is None else own_weights(path) for path in inputs.anchors]
+            ),
             kl_to=None
             if inputs.kl_to is None
             else {k: v for k, v in asdict(inputs.kl_to).items() if k != "cache"},
