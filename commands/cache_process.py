@@ -1,8 +1,11 @@
 """Caches that a command needs on its way, each built in a process of its own: the engine's memory is gone when it ends.
 
-Settings go in as one line of JSON on stdin; progress and messages go to stderr, where those of the command go.
+Settings go in as one line of JSON on stdin; progress and messages go to stderr, where those of the command go. The
+process is stopped as `anneal cache build` is, by SIGTERM, and stops in the same way when stdin ends: then the command
+that started it was stopped or is gone.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -76,21 +79,36 @@ def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, An
     print(f"cache {out}: {corpus} by {model}", file=sys.stderr, flush=True)
     path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
     settings = {**options, "corpus": corpus, "model": model, "out": out}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-P", "-c", PROGRAM],
-        input=json.dumps(settings),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
-        check=False,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
-    lines = done.stdout.splitlines()
-    found = (
-        json.loads(lines[-1])
-        if lines
-        else {"error": f"the process of the build ended with {done.returncode}"}
-    )
-    if "interrupted" in found:
+    assert process.stdin is not None and process.stdout is not None
+    stopped = False
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(settings) + "\n")
+            process.stdin.flush()
+        try:
+            lines = process.stdout.read().splitlines()
+        except KeyboardInterrupt:
+            stopped = True
+            process.stdin.close()
+            lines = process.stdout.read().splitlines()
+    except KeyboardInterrupt:  # the second one
+        process.kill()
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        process.stdout.close()
+        code = process.wait()
+    found = json.loads(lines[-1]) if lines else {"error": f"the process of the build ended with {code}"}
+    if stopped or "interrupted" in found:
         raise KeyboardInterrupt(f"stopped while the cache {out} was built; the same command continues")
     if "error" in found:
         raise AnnealError(f"cache {out} of {corpus}: {found['error']}")
@@ -101,7 +119,10 @@ def main() -> None:
     outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever engines print is no outcome
     quiet_imports()
-    settings = json.loads(sys.stdin.read())
+    from trainer.sweep.worker import read_line, stop_when_stdin_ends
+
+    settings = json.loads(read_line())
+    stop_when_stdin_ends()
     found: dict[str, Any] = {"done": True}
     try:
         from cache_builder import BuildConfig, build_cache
@@ -112,4 +133,5 @@ def main() -> None:
         found = {"interrupted": True}
     except (AnnealError, OSError, RuntimeError, MemoryError, ImportError) as error:
         found = {"error": " ".join(str(error).split()) or type(error).__name__}
-    print(json.dumps(found), file=outcome, flush=True)
+    with contextlib.suppress(BrokenPipeError), outcome:  # nobody reads it, where the command is gone
+        print(json.dumps(found), file=outcome)

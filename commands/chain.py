@@ -7,7 +7,7 @@ import typer
 
 from commands import completion
 from commands.options import JsonOption, RunSettingsOption
-from commands.terminal import console_progress, named, note, show, show_report
+from commands.terminal import console_progress, named, note, show_report
 from formats.errors import ConfigError
 
 
@@ -170,7 +170,7 @@ def chain_command(
             compare=compare,
             metric=metric,
         )
-        found = _chain(asked, dry_run, limit)
+        found = _chain(asked, dry_run, limit, as_json)
         if found is None:
             return
         report, columns, rows = found, found.columns, found.rows
@@ -178,7 +178,7 @@ def chain_command(
     if plot is not None and rows:
         from trainer.chain.heat_map import draw_matrix
 
-        note(f"picture in {draw_matrix(rows, columns, plot, metric=metric or 'ce')}")
+        note(f"picture in {draw_matrix(rows, columns, plot, metric=report.metric)}")
     if getattr(report, "failed", None):
         raise typer.Exit(1)
 
@@ -208,7 +208,7 @@ def _releases(
     )
 
 
-def _chain(asked: Any, dry_run: bool, limit: int | None) -> Any:
+def _chain(asked: Any, dry_run: bool, limit: int | None, as_json: bool) -> Any:
     from commands.cache_process import build_in_process, check_options
     from trainer.chain.chain import plan_chain, run_chain
     from trainer.chain.releases import read_finished
@@ -216,7 +216,7 @@ def _chain(asked: Any, dry_run: bool, limit: int | None) -> Any:
     if asked.build:
         check_options(asked.build)
     if dry_run:
-        show(plan_chain(asked, build_in_process).text())
+        show_report(plan_chain(asked, build_in_process), as_json=as_json)
         return None
     if asked.finished:
         return read_finished(asked, build=build_in_process, limit=limit, progress=console_progress())

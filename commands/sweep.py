@@ -9,7 +9,7 @@ from commands import completion
 from commands.compare import draw
 from commands.options import JsonOption, PageOption, PlotOption, RunSettingsOption
 from commands.parsing import require_owner
-from commands.terminal import console_progress, named, show, show_report
+from commands.terminal import console_progress, named, show_report
 
 
 def sweep_command(
@@ -190,7 +190,7 @@ def sweep_command(
     require_owner("--search", asked.search, {"--search-runs": search_runs})
     require_writable(plot, page)
     if dry_run:
-        show(plan_sweep(asked).text())
+        show_report(plan_sweep(asked), as_json=as_json)
         return
     if ray is not None:
         from trainer.sweep.on_ray import RayPool

@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from formats.errors import ConfigError
@@ -27,8 +29,16 @@ def note(text: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Print a result as JSON with sorted keys; not-a-number never appears."""
-    show(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+    """Print a result as JSON with sorted keys; what is not finite, as of a model that has diverged, is null."""
+    show(json.dumps(_finite(value), indent=2, sort_keys=True, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_report(report: Any, *, as_json: bool) -> None:

@@ -97,6 +97,16 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def put_over(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others over them; `training` and sections that both have, name by name."""
+    found = {**settings, **others}
+    for key in ("training", *SECTIONS):
+        both = [given[key] for given in (settings, others) if isinstance(given.get(key), Mapping)]
+        if len(both) == 2:
+            found[key] = {**both[0], **both[1]}
+    return found
+
+
 def apply_override(settings: dict[str, Any], assignment: str) -> None:
     """Apply one `a.b=c` to nested dicts (and lists, by index), in place.
 

@@ -31,13 +31,13 @@ from trainer.loss.chunks import logits_type
 from trainer.notes import notes
 from trainer.outcome import evaluate_rows, figures_of, measure_new_text
 from trainer.preflight.before_start import check_before_start
-from trainer.preflight.continuation import run_facts
+from trainer.preflight.continuation import ewc_contents, run_facts
 from trainer.preflight.frozen import frozen_record
 from trainer.preflight.liger import settle_liger
 from trainer.quantization import as_stored
 from trainer.recipe import on_gpu, resolve_training, training_arguments
 from trainer.result.dry_save import dry_save
-from trainer.result.lineage import to_record
+from trainer.result.lineage import own_weights, to_record
 from trainer.result.measured import add_measured, measured_text
 from trainer.result.model_card import model_card
 from trainer.result.run_directory import RunDirectory
@@ -348,6 +348,9 @@ def publish(
             lineage=to_record(inputs.lineage),
             distance=distance,
             frozen=frozen_record(trainer.evaluation_model(), config.freeze),
+            ewc=ewc_contents(
+                inputs.known, [None if path is None else own_weights(path) for path in inputs.anchors]
+            ),
             kl_to=None
             if inputs.kl_to is None
             else {k: v for k, v in asdict(inputs.kl_to).items() if k != "cache"},

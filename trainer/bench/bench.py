@@ -21,7 +21,7 @@ from formats.errors import AnnealError, ConfigError, one_line
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress, format_seconds
 from trainer.bench.backends import Backend, choose_backend, choose_template, running_model
-from trainer.bench.bench_file import SAMPLES_DIRECTORY, BenchEntry, BenchFile, entry_key
+from trainer.bench.bench_file import BenchEntry, BenchFile, entry_key
 from trainer.bench.catalogue import Catalogue, LoadedTask, load_catalogue
 from trainer.bench.harness import bars_of, import_harness, quiet_harness
 from trainer.bench.model_identity import model_identity
@@ -163,7 +163,6 @@ class _Run:
             ) from error
         data = table_bytes(table)
         num_items = len({sample["doc_id"] for sample in samples})
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in task.name)
         entry = BenchEntry(
             task=task.name,
             settings=settings,
@@ -173,7 +172,7 @@ class _Run:
             ),
             num_items=num_items,
             num_truncated=len({s["doc_id"] for s, c in zip(samples, cut, strict=True) if c}),
-            samples=f"{SAMPLES_DIRECTORY}/{name}.{entry_key(task.name, settings)[:12]}.parquet",
+            samples=self.results.samples_of(task.name, settings),
             samples_sha256=hashlib.sha256(data).hexdigest(),
             about=self._about(time.monotonic() - began),
         )

@@ -4,7 +4,7 @@ MODEL/bench.json            all results, one entry per task and settings
 MODEL/bench/*.parquet       the items of each entry
 
 Results of other weights are never mixed in: when the model has changed, the old file is set aside under a name of
-its own.
+its own, with its items, and taken back when the old weights are.
 """
 
 import hashlib
@@ -69,6 +69,8 @@ class BenchFile:
     def open_for(cls, directory: Path, model: Mapping[str, str]) -> tuple["BenchFile", Path | None]:
         """Results of these weights, empty if there are none, and where results of other weights were put.
 
+        Those that were set aside before are taken back.
+
         Raises:
             ConfigError: the directory cannot be written.
             FormatError: bench.json is not ours.
@@ -86,6 +88,10 @@ class BenchFile:
                     return found, None
                 aside = directory / f"bench-{sha256_json(found.model)[:12]}.json"
                 path.replace(aside)
+            kept = directory / f"bench-{sha256_json(dict(model))[:12]}.json"
+            if kept.is_file():
+                kept.replace(path)
+                return cls.read(directory), aside
         except OSError as error:
             raise ConfigError(
                 f"results are written into the model's directory, got {directory}: {error.strerror}; "
@@ -118,6 +124,13 @@ class BenchFile:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(f"{path} must be a result of anneal bench, got {error}; move it away") from None
+
+    def samples_of(self, task: str, settings: Mapping[str, Any]) -> str:
+        """Where the items of a task belong, relative to bench.json: of these weights alone."""
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
+        return (
+            f"{SAMPLES_DIRECTORY}/{name}.{sha256_json([self.model, entry_key(task, settings)])[:12]}.parquet"
+        )
 
     def add(self, entry: BenchEntry, samples: bytes) -> None:
         """Write the items, then the results with the new entry; a kill in between leaves the old results."""

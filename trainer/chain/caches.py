@@ -91,8 +91,10 @@ class CacheMaker:
             before = json.loads(note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             before = None
-        if before is not None and before != now:
-            differs = next(key for key in now if before.get(key) != now[key])
+        # A file is known by what is in it, wherever it is and however that is written.
+        compared = [key for key in now if key != "text" or now["content"] is None]
+        differs = None if before is None else next((k for k in compared if before.get(k) != now[k]), None)
+        if before is not None and differs is not None:
             raise ConfigError(
                 f"a chain keeps its texts, but in {place} {differs} was {before.get(differs)!r} and is "
                 f"{now[differs]!r}; use another --out, or remove that cache and the stages after it"

@@ -54,10 +54,26 @@ class ChainPlan:
                 f"from {runs[name].after}" if name in runs and runs[name].after else "from the initial model"
             )
             lines.append(f"{name.ljust(width)}  {done.ljust(8)}  {start}")
-        needs = [*self.heldout.values(), *(need for stage in self.stages for need in stage.needs)]
-        places = [need.place for need in needs if not is_cache(need.place)]
-        lines += [f"cache to build: {place}" for place in dict.fromkeys(places)]
+        lines += [f"cache to build: {place}" for place in self._to_build()]
         return "\n".join(lines)
+
+    def _to_build(self) -> list[str]:
+        """Caches that are not there yet."""
+        needs = [*self.heldout.values(), *(need for stage in self.stages for need in stage.needs)]
+        return list(dict.fromkeys(need.place for need in needs if not is_cache(need.place)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under stable keys; `after` is null for a run from the initial model."""
+        out = Path(self.config.out)
+        after = {stage.name: stage.after for stage in [*self.stages, *self.direct]}
+        after |= dict.fromkeys(mixtures(self.config))
+        return {
+            "runs": [
+                {"name": name, "after": start, "finished": is_finished(out / name)}
+                for name, start in after.items()
+            ],
+            "caches": self._to_build(),
+        }
 
 
 def plan_chain(config: ChainConfig, build: Build | None = None) -> ChainPlan:
@@ -110,16 +126,15 @@ def _named(stage: Stage) -> Iterator[None]:
 
 def _require_same(stage: Stage, out: Path) -> None:
     """Refuse to go on with another run than the one that the directory holds."""
+    if stage.after is not None and is_finished(stage.directory(out)):
+        lineage = read_record(stage.directory(out)).get("lineage") or [{}]
+        if lineage[-1].get("weights") != own_weights(out / stage.after):
+            raise ConfigError(
+                f"{stage.name} must start from {stage.after}, but was trained from other weights than are there now; "
+                f"remove {stage.directory(out)} and the stages after it, or use another --out"
+            )
     with _named(stage):
         require_same(stage, out)
-    if stage.after is None or not is_finished(stage.directory(out)):
-        return
-    lineage = read_record(stage.directory(out)).get("lineage") or [{}]
-    if lineage[-1].get("weights") != own_weights(out / stage.after):
-        raise ConfigError(
-            f"{stage.name} must start from {stage.after}, but was trained from other weights than are there now; "
-            f"remove {stage.directory(out)} and the stages after it, or use another --out"
-        )
 
 
 def run_chain(

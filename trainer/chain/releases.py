@@ -1,7 +1,8 @@
 """The matrix alone, of finished models of any origin in their order: what did each release lose?"""
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,12 @@ class ReleaseReport:
         return out / REPORT_NAME
 
 
+def free_label(model: str, taken: Collection[str]) -> str:
+    """What the initial model is called: the last part of its name, if no other one is called that."""
+    names = itertools.chain([short_name(model), "initial"], (f"initial-{n}" for n in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
 def read_releases(
     models: Mapping[str, str],
     texts: Mapping[str, str],
@@ -111,8 +118,7 @@ def read_releases(
         AnnealError: as `evaluate`.
     """
     if initial is not None:
-        label = short_name(initial)
-        models = {label if label not in models else "initial": initial, **models}
+        models = {free_label(initial, models): initial, **models}
     if len(models) < 2:
         raise ConfigError(
             f"a report on releases needs two models at least, got {len(models)}; name the one before with --initial"
@@ -153,11 +159,14 @@ def read_finished(
         raise ConfigError("a chain of finished models needs the initial one too; add model (--model)")
     out = Path(config.out)
     needs = heldout_needs(config, maker := CacheMaker(out=out, options=config.build, build=build))
-    models: dict[str, tuple[str, str, str | None]] = {
-        short_name(config.model): (config.model, "initial", None)
+    stages = {
+        f"{number}-{task}": (str(entry.model), "stage", task)
+        for number, (task, entry) in enumerate(config.tasks.items(), 1)
     }
-    for number, (task, entry) in enumerate(config.tasks.items(), 1):
-        models[f"{number}-{task}"] = (str(entry.model), "stage", task)
+    models: dict[str, tuple[str, str, str | None]] = {
+        free_label(config.model, stages): (config.model, "initial", None),
+        **stages,
+    }
     directories = {
         label: resolve_model(model, what=f"tasks.{task}.model" if task else "--model")
         for label, (model, _, task) in models.items()

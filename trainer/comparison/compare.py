@@ -24,6 +24,7 @@ from trainer.comparison.lines import Cell, ComparedModel
 from trainer.comparison.metric import Metric
 from trainer.comparison.reading import Reading
 from trainer.comparison.records import groups_of, is_direct
+from trainer.comparison.standing import finite
 from trainer.comparison.task_readings import load_results, read_task
 from trainer.comparison.text_readings import open_texts, read_texts, require_readable
 from trainer.evaluation.recorded_method import method_of
@@ -109,6 +110,7 @@ def compare(
     groups = (
         groups_of(directories, weights, alone=alone) if group else {label: [label] for label in directories}
     )
+    named = direct is not None
     direct, notes = find_direct(direct, groups, directories, alone)
     readings: Readings = {}
     tasks = {key: word for key, word in words.items() if not is_cache(word)}
@@ -143,6 +145,8 @@ def compare(
     lines = tuple(
         _line(line, members, given, directories, metrics, readings, alone) for line, members in groups.items()
     )
+    if not named:
+        direct, notes = without_diverged(direct, lines, metrics, notes)
     return Comparison(metrics=metrics, models=lines, initial=alone, direct=direct, notes=tuple(notes))
 
 
@@ -196,6 +200,20 @@ def find_direct(
         return found[0], notes
     which = f"{', '.join(found)} all say so" if found else "no model's record says so"
     return None, [f"shares need direct fine-tuning to relate to ({which}); name it with --direct LABEL"]
+
+
+def without_diverged(
+    direct: str | None, lines: Sequence[ComparedModel], metrics: tuple[Metric, ...], notes: list[str]
+) -> tuple[str | None, list[str]]:
+    """The line of direct fine-tuning that was found, and the notes; none where it has diverged."""
+    diverged = [
+        line.label for line in lines if line.label == direct and not finite(line.point(metrics), metrics)
+    ]
+    if not diverged:
+        return direct, notes
+    return None, [
+        f"shares need direct fine-tuning to relate to, but {direct} has diverged; name another one with --direct LABEL"
+    ]
 
 
 def _line(

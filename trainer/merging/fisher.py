@@ -37,7 +37,7 @@ from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.result.saving import stored_form, tied_groups
 from trainer.retention.anchor import Held
 from trainer.retention.fisher import Fisher, estimate_fisher
-from trainer.retention.fisher_file import KEY, WEIGHTS
+from trainer.retention.fisher_file import KEY, WEIGHTS, save_tensors
 
 LABELS, SEED = "sampled", 0
 
@@ -76,7 +76,7 @@ class FisherOfModels:
 
     def _add(self, place: int, source: Path) -> None:
         from safetensors import safe_open
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         directory = self.models.tuned_dirs[place]
         model = load_model(directory, dtype="float32")
@@ -86,7 +86,7 @@ class FisherOfModels:
         else:
             key, fisher = self._estimated(model, directory, source)
         path = self.work / f"{place}.safetensors"
-        save_file(by_stored_name(model, fisher, source), path)
+        save_tensors(by_stored_name(model, fisher, source), path)
         self.keys.append(key)
         self._open.append(safe_open(path, framework="pt"))
 

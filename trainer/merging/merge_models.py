@@ -6,6 +6,7 @@ first for its fingerprint, and one write.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
 from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint
@@ -28,6 +30,7 @@ from trainer.merging.models import Models
 from trainer.merging.settings import FORMULAS, MergeConfig, setting_text
 from trainer.merging.soup import Tasted, greedy_soup
 from trainer.merging.trim import WholeModelTrim
+from trainer.preflight.continuation import contents_of
 from trainer.result.lineage import joined, lineage_of, to_record
 from trainer.result.model_card import card_head
 from trainer.result.run_directory import RECORD_NAME
@@ -177,6 +180,7 @@ def record_of(
         "status": "complete",
         "identity": models.identity,
         "lineage": to_record(joined(lineages)),
+        "by": None if config.by is None else contents_of(TeacherCache(config.by)),
         "merge": {"method": config.method, **config.settings(), "tuned": tuned},
     }
 
@@ -195,17 +199,32 @@ def require_empty(out: Path) -> None:
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A hidden directory that becomes `out` when the block ends well, and is removed when it does not."""
+    """A hidden directory that becomes `out` when the block ends well, and is removed when it does not.
+
+    Raises:
+        ConfigError: it cannot be written, or another merge is under way there.
+    """
     out = out.absolute()
     staging = out.with_name(f".{out.name}.merge.staging")
     made = [parent for parent in out.parents if not parent.exists()]  # innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
-        staging.mkdir()
+        staging.mkdir(exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"--out must be a place that can be written, got {out}: {error.strerror}") from None
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(
+            f"--out must belong to one merge, got {out} in which another one is under way; wait for it"
+        ) from None
+    except OSError:  # a file system without locks on directories
+        pass
+    try:
+        for entry in staging.iterdir():  # of a merge that was killed
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         yield staging
         for file in staging.iterdir():
             fsync_file(file)
@@ -218,6 +237,8 @@ def staged(out: Path) -> Iterator[Path]:
             for parent in made:
                 parent.rmdir()
         raise
+    finally:
+        os.close(lock)
 
 
 def merge_card(config: MergeConfig, identity: Mapping[str, Any], tasted: Sequence[Tasted] = ()) -> str:

@@ -116,6 +116,22 @@ def contents_of(cache: TeacherCache) -> str:
     return f"{cache.identity.digest()[:16]}-{sha256_json(shards)[:16]}"
 
 
+def ewc_contents(caches: Sequence[TeacherCache], weights: Sequence[str | None]) -> dict[str, str]:
+    """Name -> what the tasks of `ewc` were estimated from, for the record of a finished run.
+
+    Args:
+        caches: one per task.
+        weights: fingerprint of each task's model; None for the model that the run starts from.
+    """
+    found = {}
+    for number, (cache, theta_k) in enumerate(zip(caches, weights, strict=True)):
+        of = f" {number + 1}" if number else ""
+        found[f"the cache of ewc{of}"] = contents_of(cache)
+        if theta_k is not None:
+            found[f"the weights of ewc.model{of}"] = theta_k
+    return found
+
+
 def require_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run that would be another one.
 

@@ -27,12 +27,12 @@ class NoiseReport:
         return list(next(iter(self.curves.values())))
 
     def best(self, text: str) -> dict[float, str]:
-        """Strength -> the model of lowest loss with that much noise."""
+        """Strength -> the model of lowest loss with that much noise; one that has diverged is behind all others."""
         gammas = [point.gamma for point in next(iter(self.curves.values()))[text].points]
         found = {}
         for number, gamma in enumerate(gammas):
             losses = {label: c[text].ce + c[text].points[number].delta_ce for label, c in self.curves.items()}
-            found[gamma] = min(losses, key=lambda label: losses[label])
+            found[gamma] = min(losses, key=lambda label: (math.isnan(losses[label]), losses[label]))
         return found
 
     def text(self) -> str:

@@ -9,6 +9,7 @@
 It goes when the run is finished, unless `ewc.keep_fisher` asks for it.
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Collection, Mapping
@@ -38,14 +39,27 @@ def save_fisher(
     Raises:
         OSError: the disk is full or read-only.
     """
-    from safetensors.torch import save_file
-
     staging = run_dir / f".{directory_name(task)}.staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in fisher.items()}, staging / WEIGHTS)
+    save_tensors({name: tensor.contiguous() for name, tensor in fisher.items()}, staging / WEIGHTS)
     (staging / KEY).write_text(json.dumps(dict(key), indent=1, sort_keys=True), encoding="utf-8")
     commit_checkpoint(staging, run_dir / directory_name(task), 0)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full or read-only. safetensors has an error of its own for it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def load_fisher(run_dir: Path, key: Mapping[str, Any], task: int = 0) -> dict[str, torch.Tensor] | None:

@@ -85,16 +85,14 @@ def comparison_of(
     models: Mapping[str, Path],
     progress: Progress,
     *,
-    direct: str | None = None,
     yardsticks: Collection[str] = (),
 ) -> "Comparison":
     """Compare finished models with each other and with the initial one.
 
     Args:
         models: label -> directory.
-        direct: label of the run that shares relate to.
-        yardsticks: without it, labels of the runs of direct fine-tuning: of several, such as at several learning rates,
-            the one that gains most on the target.
+        yardsticks: labels of the runs of direct fine-tuning, to which shares relate: of several, such as at several
+            learning rates, to the one that gains most on the target, and to none that has diverged.
     """
     from trainer.comparison.compare import compare
 
@@ -108,12 +106,10 @@ def comparison_of(
     options |= {"source": config.source, "target": config.target, "initial": initial, "progress": progress}
     options["dtype"] = config.eval_dtype
     known = [name for name in yardsticks if name in models]
-    if direct is None and len(known) == 1:
-        direct = known[0]
-    found = compare(models, **options, direct=direct)
-    if direct is None and (best := best_of(found, known)) is not None:
-        found = found.related_to(best)
-    return found
+    found = compare(models, **options)
+    lines = [line for line in dict.fromkeys(found.line(name).label for name in known) if found.standing(line)]
+    best = lines[0] if len(lines) == 1 else best_of(found, lines)
+    return found if best is None else found.related_to(best)
 
 
 def best_of(comparison: "Comparison", labels: Collection[str]) -> str | None:

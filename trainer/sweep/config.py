@@ -24,6 +24,7 @@ from trainer.config_file import (
     apply_override,
     first_missing,
     parse_yaml,
+    put_over,
     read_config_file,
     refuse_unknown,
 )
@@ -333,7 +334,7 @@ def sweep_from_options(
     for key in ("base", "every", "bench"):
         plain[key] = dict(plain.get(key) or {})
     if base_file is not None:
-        plain["base"] = read_config_file(base_file) | plain["base"]
+        plain["base"] = put_over(read_config_file(base_file), plain["base"])
     if model is not None:
         plain["base"]["model"] = model
     for assignment in overrides:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
 from trainer.merging.methods import require_peft
 from trainer.merging.settings import DEFAULTS, MergeConfig
+from trainer.preflight.continuation import contents_of
 from trainer.result.run_directory import read_record
 from trainer.sweep.config import MergeEntry, SweepConfig
 from trainer.sweep.names import LONGEST, digest, safe, value_text
@@ -55,7 +57,8 @@ def plan_merges(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[Planned
     """Every merge once: those of single runs in the order of the runs, then those of several.
 
     Raises:
-        ConfigError: an unknown name in `of`, a run that saves adapters alone, a soup of one run, no peft for ties.
+        ConfigError: an unknown name in `of`, a run that saves adapters alone, a soup of one run, no peft for ties, two
+            merges of one name.
     """
     found: dict[str, PlannedMerge] = {}
     for run in runs:
@@ -103,7 +106,11 @@ def add_merges(
         words = [entry.method, *(f"{name}={value_text(value)}" for name, value in strengths.items())]
         name = f"{begin}+{','.join(words)}"
         merge = PlannedMerge(name=name, runs=tuple(runs), method=entry.method, strengths=strengths)
-        found.setdefault(name, merge)
+        if found.setdefault(name, merge) != merge:
+            raise ConfigError(
+                f"merges must have different names, got {name} twice with different settings; give their texts or "
+                "runs different names"
+            )
 
 
 def applies(entry: MergeEntry, run: PlannedRun, runs: Sequence[PlannedRun]) -> bool:
@@ -126,12 +133,15 @@ def applies(entry: MergeEntry, run: PlannedRun, runs: Sequence[PlannedRun]) -> b
 
 
 def is_made(planned: PlannedMerge, out: Path) -> bool:
-    """Whether a merge is there, and of the runs' weights as they are now."""
+    """Whether a merge is there, and of the runs' weights and the text as they are now."""
     runs = [run.directory(out) for run in planned.runs]
     if not all(is_finished(path) for path in (planned.directory(out), *runs)):
         return False
+    record = read_record(planned.directory(out))
     try:
-        found = [entry["weights"] for entry in read_record(planned.directory(out))["merge"]["tuned"]]
+        if "by" in planned.strengths and record["by"] != contents_of(TeacherCache(planned.strengths["by"])):
+            return False
+        found = [entry["weights"] for entry in record["merge"]["tuned"]]
         return found == [ModelFingerprint.of(path).weights for path in runs]
     except (KeyError, TypeError, ValueError):
         return False

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 HOME = Path(__file__).resolve().parents[2]
 """Where the packages are, for the path of the processes."""
 PROGRAM = "from trainer.sweep.worker import main; main()"
+ENDED = "Process"
+"""Kind of the outcome of a process that ended without one."""
 Outcome = dict[str, Any]
 """As `worker.run_settings` returns it."""
 
@@ -92,7 +94,7 @@ class Process:
             found: Outcome = json.loads(text.splitlines()[-1])
             return found
         what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return {"error": f"the run's process ended with {what}; see {self._job.log}", "kind": "Process"}
+        return {"error": f"the run's process ended with {what}; see {self._job.log}", "kind": ENDED}
 
     def send(self, number: int) -> None:
         """A signal, if it still runs."""

@@ -16,16 +16,19 @@ from typing import Any
 
 from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_bytes
-from formats.errors import ConfigError
+from formats.errors import AnnealError, ConfigError
+from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from trainer.checkpoint import newest_checkpoint
+from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
-from trainer.preflight.continuation import comparable, contents_of
+from trainer.preflight.continuation import comparable, contents_of, ewc_contents
 from trainer.recipe import device_defaults, resolve_training
+from trainer.result.lineage import own_weights
 from trainer.result.run_directory import read_record
 from trainer.sweep.names import digest
 from trainer.sweep.plan import PlannedRun
-from trainer.sweep.pools import Job, Outcome, Pool
+from trainer.sweep.pools import ENDED, Job, Outcome, Pool
 
 FOR_GOOD = "DivergenceError"
 """The failure that the same settings give again; others are tried again."""
@@ -60,8 +63,49 @@ def of_the_machine(typed: Mapping[str, Any]) -> set[str]:
     return {f"training.{name}" for name in names if typed.get(name) is None}
 
 
+WEIGHTS = "weights of the model"
+"""As `run_facts` calls them."""
+
+
+def read_by(config: TrainConfig) -> dict[str, str]:
+    """What a run reads, by what is in it: caches, and the weights of models that are there.
+
+    Raises:
+        FormatError: a cache is missing or broken.
+    """
+    found = {}
+    for group, paths in (("training", [config.cache]), ("mixed", [cache.path for cache in config.caches])):
+        for number, path in enumerate(paths):
+            found[f"the {group} cache{f' {number + 1}' if number else ''}"] = contents_of(TeacherCache(path))
+    tasks = config.ewc_tasks
+    found |= ewc_contents(
+        [TeacherCache(task.cache) for task in tasks],
+        [None if task.model is None else weights_at(task.model) for task in tasks],
+    )
+    if (weights := weights_at(config.model, config.revision)) is not None:
+        found[WEIGHTS] = weights
+    return found
+
+
+def weights_at(model: str, revision: str | None = None) -> str | None:
+    """The fingerprint of a model's weights; None where there is no whole model, such as of a stage to come."""
+    try:
+        return own_weights(resolve_model(model, revision))
+    except AnnealError:
+        return None
+
+
+def was_read_by(directory: Path) -> dict[str, Any]:
+    """The same of the run that a directory holds, as far as its record says it."""
+    record = read_record(directory)
+    found = {**(record.get("run") or {}), **(record.get("ewc") or {})}
+    if WEIGHTS in found and found[WEIGHTS] is None:  # the cache's identity says it
+        found[WEIGHTS] = ((record.get("identity") or {}).get("teacher") or {}).get("weights")
+    return found
+
+
 def require_same(run: PlannedRun, out: Path) -> None:
-    """Refuse a directory whose run is another one than this.
+    """Refuse a directory whose run is another one than this, or of other caches or weights than are there now.
 
     Raises:
         ConfigError: names the run, the first setting that differs and both values.
@@ -76,12 +120,13 @@ def require_same(run: PlannedRun, out: Path) -> None:
         load_config(directory / RESOLVED_NAME).to_dict()
     )  # younger settings take their default
     before = {key: value for key, value in before.items() if key not in ignored}
-    facts = read_record(directory).get("run", {})
-    caches = {"training": [config.cache], "mixed": [cache.path for cache in config.caches]}
-    for group, paths in caches.items():
-        for number, path in enumerate(paths):
-            key = f"the {group} cache{f' {number + 1}' if number else ''}"
-            before[key], now[key] = facts.get(key), contents_of(TeacherCache(path))
+    facts = was_read_by(directory)
+    if read_record(directory).get("ewc"):  # then its models are known by their weights, wherever they are
+        now, before = without_ewc_models(now), without_ewc_models(before)
+    for key, contents in read_by(config).items():
+        # What an earlier version did not record cannot be compared; caches it did.
+        if key in facts or key.startswith(("the training", "the mixed")):
+            before[key], now[key] = facts.get(key), contents
     for key in sorted({*now, *before}):
         was, is_now = before.get(key), now.get(key)
         if json.dumps(was, default=str) != json.dumps(is_now, default=str) and was != is_now:
@@ -89,6 +134,17 @@ def require_same(run: PlannedRun, out: Path) -> None:
                 f"a run of a sweep keeps its settings, but in {directory} {key} was {was!r} and is {is_now!r}; use the "
                 "same settings or another --out"
             )
+
+
+def without_ewc_models(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without where the models of `ewc` are."""
+    ewc = settings.get("ewc")
+    tasks = (
+        [{k: v for k, v in task.items() if k != "model"} for task in ewc] if isinstance(ewc, list) else ewc
+    )
+    if isinstance(ewc, Mapping):
+        tasks = {key: value for key, value in ewc.items() if key != "model"}
+    return {**settings, "ewc": tasks}
 
 
 class Runs:
@@ -146,6 +202,7 @@ class Runs:
         jobs = [self._job(run) for run in waiting]
         known = {run.name: run for run in waiting}
         total = len(self._counted)
+        caught: Sequence[int] = ()
 
         def started(job: Job) -> None:
             self._begun += 1
@@ -154,6 +211,8 @@ class Runs:
         def ended(job: Job, outcome: Outcome) -> None:
             if "interrupted" in outcome:
                 self.failed[job.name] = f"stopped by {outcome['interrupted']}; the same command continues it"
+            elif caught and outcome.get("kind") == ENDED:  # before it could save, or by a second signal
+                self.failed[job.name] = "stopped; the same command starts it again"
             elif "error" in outcome:
                 self._fail(known[job.name], outcome)
                 self.progress.note(f"run {job.name} failed: {outcome['error']}")
@@ -182,15 +241,23 @@ class Runs:
 
     def _fail(self, run: PlannedRun, outcome: Outcome) -> None:
         self.failed[run.name] = str(outcome["error"])
-        record = {**outcome, "settings": digest(decisive(run, self.out))}
+        record = {**outcome, "settings": self._digest(run)}
         self._place(run.name).parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(self._place(run.name), json.dumps(record, indent=1, sort_keys=True).encode())
 
+    def _digest(self, run: PlannedRun) -> str:
+        """Eight letters that stand for what a run computes, from its settings and what it reads."""
+        try:
+            reads = read_by(run.config(self.out))
+        except AnnealError:  # gone meanwhile, and perhaps why it failed
+            reads = {}
+        return digest(decisive(run, self.out) | reads)
+
     def _failed(self, run: PlannedRun) -> bool:
-        """Whether a run diverged before with these settings: it would again."""
+        """Whether a run diverged before with these settings, caches and weights: it would again."""
         try:
             record = json.loads(self._place(run.name).read_text(encoding="utf-8"))
-            again = record["kind"] == FOR_GOOD and record["settings"] == digest(decisive(run, self.out))
+            again = record["kind"] == FOR_GOOD and record["settings"] == self._digest(run)
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if again:

@@ -50,6 +50,23 @@ class SweepPlan:
             counts += f"; a search of at most {self.config.search_runs} values of kl_coef beside them"
         return "\n".join([*lines, "", counts, f"about {sum(tokens.values()):,} tokens to train on"])
 
+    def to_dict(self) -> dict[str, object]:
+        """Plain values under stable keys; `tokens` are about those that a run trains on."""
+        out = Path(self.config.out)
+        return {
+            "runs": [
+                {
+                    "name": run.name,
+                    "settings": dict(run.varied),
+                    "tokens": estimated_tokens(run),
+                    "finished": is_finished(run.directory(out)),
+                }
+                for run in self.runs
+            ],
+            "merges": [merge.name for merge in self.merges],
+            "search_runs": self.config.search_runs if self.config.search else 0,
+        }
+
 
 def plan_sweep(config: SweepConfig) -> SweepPlan:
     """Check everything that can be checked before a run.
@@ -120,7 +137,12 @@ def run_sweep(
             measure_in_shares(config, finished, merges, pool, progress)
         failed = {**runs.failed, **make_merges(config, merges, progress)}
         made: list[PlannedRun | PlannedMerge] = [*planned, *merges]
-        models = {item.name: item.directory(out) for item in made if is_finished(item.directory(out))}
+        models = {
+            item.name: item.directory(out)
+            for item in made
+            # A merge that could not be made again is still there, of a run that is not.
+            if item.name not in failed and is_finished(item.directory(out))
+        }
         yardsticks = [run.name for run in planned if run.direct and run.entry is None]
         comparison = comparison_of(config, models, progress, yardsticks=yardsticks) if models else None
         report = SweepReport(
@@ -194,7 +216,7 @@ def search_one(
         if not all(is_finished(run.directory(out)) for run in both):
             return None
         models = {run.name: run.directory(out) for run in both}
-        comparison = comparison_of(config, models, progress, direct=direct[0].name)
+        comparison = comparison_of(config, models, progress, yardsticks=[direct[0].name])
         if gain_kept(comparison, direct[0].name, direct[0].name) is None:
             raise NoGain
         pairs = zip(probes, direct, strict=True)

@@ -95,6 +95,11 @@ def test_results_of_other_weights_are_refused_and_set_aside(model: Path, tasks: 
     (aside,) = model.glob("bench-*.json")
     assert aside.read_bytes() == old
     assert load_bench(model).model != json.loads(old)["model"]
+    new = (model / "bench.json").read_bytes()
+    nudge(model, 0.5)  # the old weights again: their results and items are there
+    assert bench_models({"a": model}, settings(tasks)).models[0].ran == ()
+    assert (model / "bench.json").read_bytes() == old
+    assert [path.read_bytes() for path in model.glob("bench-*.json")] == [new]
     (model / "config.json").write_text(
         (model / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
     )

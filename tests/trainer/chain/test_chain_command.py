@@ -1,10 +1,15 @@
 """`anneal chain` as it is typed: finished models, corpora whose caches the stages build, a chain that is killed."""
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from corpora import write_jsonl
@@ -12,7 +17,13 @@ from runs import QUICK, copy_model, noise, same_weights
 from warm_process import Command
 from warm_process import anneal as anneal_process
 
+from formats.errors import ConfigError
 from trainer import evaluate
+from trainer.chain.caches import CacheMaker
+from trainer.chain.config import ChainConfig, Task
+from trainer.chain.releases import read_finished
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +68,8 @@ def test_finished_stages_get_the_whole_report(anneal, releases, tiny_llama_dir, 
     assert found["summary"]["chain"]["backward transfer"] is not None
     code, out, err = anneal("chain", file, "--out", tmp_path / "out", "--plot", tmp_path / "m.svg")
     assert code == 0 and "token accuracy after" in out and "backward transfer" in out
-    assert b"<svg" in (tmp_path / "m.svg").read_bytes()
+    drawn = (tmp_path / "m.svg").read_bytes()
+    assert b"<svg" in drawn and b"share worse than the best" in drawn and b"nats" not in drawn
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,9 @@ def test_a_dry_run_says_what_would_be_done(anneal, tiny_llama_dir, task_caches, 
         "controls/without-one  to do     from the initial model",
         "controls/without-two  to do     from the initial model",
     ]
+    code, out, err = anneal("chain", *words, "--json")
+    runs = {run["name"]: (run["after"], run["finished"]) for run in json.loads(out)["runs"]}
+    assert len(runs) == 4 and runs["stages/2-two"] == ("stages/1-one", False), err
     assert not (tmp_path / "out").exists()
 
 
@@ -198,3 +213,51 @@ def test_a_cache_is_built_in_a_process_of_its_own(tiny_llama_dir, tmp_path):
     assert len(TeacherCache(tmp_path / "cache")) == 3
     with pytest.raises(AnnealError, match=r"cache .*other of .*nowhere\.jsonl: "):
         build_in_process(str(tmp_path / "nowhere.jsonl"), str(tiny_llama_dir), str(tmp_path / "other"), {})
+
+
+def test_a_text_that_moved_is_the_same_text(tiny_llama_dir, task_caches, tmp_path):
+    """A corpus that is a file is known by its content, so its cache stays right wherever the file goes."""
+    corpus, place = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}]), tmp_path / "out/caches/a"
+    built = []
+
+    def build(corpus, model, out, options):
+        built.append(corpus)
+        shutil.copytree(task_caches["one"][0], out)
+
+    maker = CacheMaker(out=tmp_path / "out", options={}, build=build)
+    maker.make(str(corpus), str(tiny_llama_dir), str(place))
+    moved = corpus.rename(tmp_path / "b.jsonl")
+    maker.make(str(moved), str(tiny_llama_dir), str(place))
+    assert built == [str(corpus)]
+    moved.write_text(json.dumps({"text": "two"}))
+    with pytest.raises(ConfigError, match="content was"):
+        maker.make(str(moved), str(tiny_llama_dir), str(place))
+
+
+def test_an_initial_model_that_is_called_like_a_stage_has_a_row(
+    releases, tiny_llama_dir, task_caches, tmp_path
+):
+    first = shutil.copytree(tiny_llama_dir, tmp_path / "1-one")
+    task = Task(model=str(releases[0]), heldout=task_caches["one"][1])
+    config = ChainConfig(tasks={"one": task}, out=str(tmp_path / "out"), model=str(first))
+    report = read_finished(config, limit=1)
+    assert [(row.label, row.kind) for row in report.rows] == [("initial", "initial"), ("1-one", "stage")]
+    assert report.matrix() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_build_ends_with_the_command_that_needs_it(number, tiny_llama_dir, tmp_path):
+    """In order: what it has committed stays."""
+    corpus = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": f"{n} the cat sat on the mat " * 6} for n in range(9000)]
+    )
+    call = (str(corpus), str(tiny_llama_dir), str(tmp_path / "cache"), {"engine": "transformers"})
+    code = f"from commands.cache_process import build_in_process; build_in_process(*{call!r})"
+    command = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=ROOT)
+    while not (tmp_path / "cache").is_dir() and command.poll() is None:
+        time.sleep(0.05)
+    builds = psutil.Process(command.pid).children(recursive=True)
+    command.send_signal(number)
+    command.wait()
+    assert builds and not psutil.wait_procs(builds, timeout=120)[1]

@@ -383,6 +383,18 @@ def test_a_model_that_diverged_does_not_spoil_the_others(sweep, texts, tiny_llam
     assert found.plot(tmp_path / "p.png").is_file()
 
 
+def test_direct_fine_tuning_that_diverged_leaves_a_table(sweep, texts, tiny_llama_dir, tmp_path):
+    broken = as_run(
+        copy_model(tiny_llama_dir, tmp_path / "nan", lambda name, tensor: tensor * torch.nan), kl_coef=0
+    )
+    options = {**texts, "initial": {"base": tiny_llama_dir}, "limit": 1}
+    found = compare({"plain": broken, **sweep}, **options)
+    assert found.direct is None and "plain has diverged; name another one with --direct" in found.text()
+    json.dumps(found.to_dict(), allow_nan=False)
+    with pytest.raises(ConfigError, match="direct fine-tuning must have finite values"):
+        compare({"plain": broken, **sweep}, **options, direct="plain").text()
+
+
 def test_a_seed_that_diverged_leaves_the_spread_unknown():
     metric = Metric(side="source", name="s", kind="text", measure="perplexity", higher_is_better=False)
     with warnings.catch_warnings():

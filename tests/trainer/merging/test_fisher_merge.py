@@ -1,6 +1,7 @@
 """Fisher merging: F against a dense loop, the average against hand computations, and what is refused."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,14 @@ def test_bad_sources_are_refused_in_one_line(models, texts, tiny_llama_dir, tmp_
         merged(models, tmp_path / "new" / "out", sources, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_what_the_file_system_says(tmp_path):
+    """Not an error of safetensors that nobody knows: a command says it in a line, a sweep records it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_fisher(tmp_path, {"weight": torch.zeros(1 << 16)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

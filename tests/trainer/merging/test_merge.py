@@ -330,3 +330,16 @@ def test_an_output_directory_is_new_or_empty(models, tmp_path):
     merged(models, empty)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
     assert (empty / "config.json").is_file()
+
+
+def test_two_merges_into_one_directory_are_refused(tmp_path):
+    """The second one leaves what the first one writes, which gets its place."""
+    from trainer.merging.merge_models import staged
+
+    out = tmp_path / "new" / "out"
+    with staged(out) as first:
+        (first / "model.safetensors").write_text("whole")
+        with pytest.raises(ConfigError, match="in which another one is under way"), staged(out):
+            pass
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("model.safetensors", "whole")]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]

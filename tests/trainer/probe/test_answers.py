@@ -145,3 +145,15 @@ def test_the_command(anneal, tiny_llama_dir, tmp_path) -> None:
     )
     (found,) = json.loads(out)
     assert found["label"] == "m" and found["num_questions"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_json_of_a_model_that_has_diverged(anneal, tiny_llama_dir, llama_eval_cache, tmp_path) -> None:
+    """JSON has no word for what is not a number: it is null, in every command."""
+    broken = copy_model(tiny_llama_dir, tmp_path / "broken", lambda name, tensor: tensor * math.nan)
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps(vars(QUESTIONS[0]) | {"choices": list(QUESTIONS[0].choices)}) + "\n")
+    code, out, err = anneal("probe", "answers", broken, "--questions", file, "--json")
+    assert code == 0 and json.loads(out)[0]["entropy"] is None, err
+    code, out, err = anneal("eval", llama_eval_cache, "--model", broken, "--json")
+    assert code == 0 and json.loads(out)["caches"][llama_eval_cache.name]["ce"] is None, err

@@ -16,6 +16,7 @@ from trainer import evaluate
 from trainer.probe.loaded_model import LoadedModel
 from trainer.probe.models import named_models
 from trainer.probe.noise import NoiseCurve, NoisePoint, noise_curves, noise_like, perturbed, spreads
+from trainer.probe.noise_report import NoiseReport
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden_theory/head_trace.json").read_text())
 
@@ -149,6 +150,14 @@ def test_the_quadratic_and_where_it_breaks() -> None:
     assert curve.curvature == pytest.approx(3.0) and curve.breaks_at == 0.8
     assert curve_of((0.1, 0.03), (0.2, 0.12)).breaks_at is None
     assert curve_of((0.0, 0.0)).curvature is None
+
+
+def test_a_model_that_has_diverged_is_not_the_best() -> None:
+    curves = {
+        label: {"held": NoiseCurve(ce=ce, points=curve_of((0.1, 0.2)).points)}
+        for label, ce in (("broken", math.nan), ("good", 3.0), ("worse", 4.0))
+    }
+    assert NoiseReport(curves=curves, draws=1).best("held") == {0.1: "good"}
 
 
 def test_measuring_is_that_of_eval(loaded, tiny_llama_dir, llama_eval_cache) -> None:

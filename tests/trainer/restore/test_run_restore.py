@@ -1,6 +1,7 @@
 """Restoring tiny models: zeros where nothing was tuned or trained, the control shared, the runs those of `train`."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -137,3 +138,12 @@ def test_what_is_missing_is_named(places, tmp_path):
     with pytest.raises(ConfigError, match=r"--text must be a cache, got \./nothing"):
         run_restore(asked({**places, "text": "./nothing"}, out, {"stranger": str(stranger)}))
     assert not out.exists()
+
+
+def test_a_model_that_was_tuned_again_is_not_measured_by_its_old_run(places, tmp_path):
+    tuned, out = shutil.copytree(places["tuned"], tmp_path / "tuned"), tmp_path / "out"
+    config = asked(places, out, {"again": str(tuned)})
+    assert not run_restore(config, pool=InThisProcess()).failed
+    shutil.copy(places["base"] / "model.safetensors", tuned / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"in .*restored/again weights of the model was"):
+        run_restore(config, pool=InThisProcess())

@@ -208,6 +208,9 @@ def test_merges_of_direct_of_all_and_of_named_entries():
     assert merged(method="soup", by=["V1", "x/V2"], of="all") == ["all+soup,by=V1", "all+soup,by=V2"]
     with pytest.raises(ConfigError, match=r"a soup needs at least two runs, got 1 \(direct\)"):
         merged(method="soup")
+    with pytest.raises(ConfigError, match=r"got all\+soup,by=V1 twice"):
+        merged(method="soup", by=["V1", "x/V1"], of="all")
+    assert merged(method="soup", by=["V1", "V1"], of="all") == ["all+soup,by=V1"]
     with pytest.raises(ConfigError, match="names of entries or runs, got 'held'"):
         merged(method="wise-ft", of=["held"])
 
@@ -328,3 +331,13 @@ def test_the_tokens_of_a_run_are_those_of_its_caches(llama_cache, llama_eval_cac
     )
     assert mixed == round(tokens + 0.5 * rows * int(other.lengths().sum()) / len(other))
     assert estimate(packing=True, pack_length=64, training=steps) == 24 * 64
+
+
+def test_settings_of_a_config_file_stay_under_those_of_the_sweeps_own(tmp_path):
+    """Name by name: `training:` of one file does not take the whole of the other's away."""
+    train, sweep = tmp_path / "train.yaml", tmp_path / "sweep.yaml"
+    train.write_text("kl_on: target\ntraining: {learning_rate: 1.0e-3, max_steps: 5}\nlora: {r: 4}\n")
+    sweep.write_text("base: {cache: c, model: m, training: {max_steps: 7}, lora: {alpha: 8}}\n")
+    config = sweep_from_options(str(sweep), base_file=train, out="OUT", **TEXTS)
+    assert config.base["training"] == {"learning_rate": 1e-3, "max_steps": 7}
+    assert config.base["lora"] == {"r": 4, "alpha": 8} and config.base["kl_on"] == "target"

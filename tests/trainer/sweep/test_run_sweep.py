@@ -1,7 +1,10 @@
 """A whole sweep of tiny runs, in this process: its directories are those of `train`, and it continues."""
 
 import json
+import os
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,13 @@ import yaml
 from caches import write_cache
 from pool_here import InThisProcess
 from recorded_progress import RecordedProgress
-from runs import QUICK, same_weights, settings
+from runs import QUICK, copy_model, noise, same_weights, settings
 
 from formats.errors import AnnealError, ConfigError
 from trainer import train
 from trainer.comparison.compare import compare
 from trainer.sweep.config import sweep_from_options
+from trainer.sweep.runs import SweepStopped
 from trainer.sweep.sweep import plan_sweep, run_sweep
 
 
@@ -168,6 +172,9 @@ def test_shares_are_of_direct_fine_tuning_with_whatever_all_runs_have(ask, tmp_p
 def test_the_dry_run_counts_and_touches_nothing(ask, tmp_path, llama_cache):
     text = plan_sweep(ask(tmp_path / "out", **OPTIONS)).text()
     assert "3 runs, 0 of them finished; 1 merges" in text and "l2.coef=0.1" in text
+    plain = json.loads(json.dumps(plan_sweep(ask(tmp_path / "out", **OPTIONS)).to_dict()))
+    assert [run["name"] for run in plain["runs"]] == ["direct", "kl_coef=1", "l2.coef=0.1"]
+    assert plain["merges"] == ["direct+wise-ft,alpha=0.5"] and not plain["runs"][0]["finished"]
     assert not (tmp_path / "out").exists()
 
 
@@ -220,3 +227,90 @@ def test_a_soup_is_made_of_all_runs_of_its_entry_once(ask, llama_eval_cache, tmp
     assert (out / "merges" / greedy / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(AnnealError, match=r"merges.soup.by must be a cache"):
         plan_sweep(ask(out, also=["l2.coef=0.1"], merge=["soup:by=nowhere"], merge_of=["all"]))
+
+
+def test_a_run_of_other_weights_than_are_there_now_is_refused(ask, tiny_llama_dir, tmp_path):
+    """Without KL nothing else says that the weights under the same path were replaced."""
+    model, out = shutil.copytree(tiny_llama_dir, tmp_path / "model"), tmp_path / "out"
+    asked = replace(ask(out), base={**ask(out).base, "model": str(model)})
+    run_sweep(asked, pool=InThisProcess())
+    plan_sweep(asked)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    plan_sweep(replace(asked, base={**asked.base, "model": str(moved)}))
+    copy_model(tiny_llama_dir, model, noise(1))
+    with pytest.raises(ConfigError, match=r"in .*runs/direct weights of the model was '.*' and is '"):
+        run_sweep(asked, pool=InThisProcess())
+
+
+def test_a_run_with_ewc_on_another_text_of_the_same_name_is_refused(ask, tiny_llama_dir, tmp_path):
+    here, there, out = (tmp_path / name for name in ("a/old", "b/old", "out"))
+    write_cache(here, tiny_llama_dir, num_rows=3, seed=3)
+    write_cache(there, tiny_llama_dir, num_rows=3, seed=4)
+    run_sweep(ask(out, also=[f"ewc.coef=1 ewc.cache={here}"]), pool=InThisProcess())
+    moved = shutil.copytree(here, tmp_path / "c/old")
+    plan_sweep(ask(out, also=[f"ewc.coef=1 ewc.cache={moved}"]))
+    with pytest.raises(ConfigError, match="the cache of ewc was"):
+        plan_sweep(ask(out, also=[f"ewc.coef=1 ewc.cache={there}"]))
+
+
+def test_a_run_that_diverged_is_tried_again_on_another_text(ask, llama_cache, llama_eval_cache, tmp_path):
+    cache, out = shutil.copytree(llama_cache, tmp_path / "cache"), tmp_path / "out"
+    options = {"place": cache, "overrides": ["training.learning_rate=1e30"]}
+    first, second, third = InThisProcess(), InThisProcess(), InThisProcess()
+    assert "direct" in run_sweep(ask(out, **options), pool=first).failed
+    run_sweep(ask(out, **options), pool=second)
+    shutil.rmtree(cache)
+    shutil.copytree(llama_eval_cache, cache)
+    run_sweep(ask(out, **options), pool=third)
+    assert (first.names, second.names, third.names) == (["direct"], [], ["direct"])
+
+
+def test_direct_fine_tuning_that_ends_far_away_leaves_the_table(ask, tmp_path):
+    """Its weights are finite, and its perplexity is not."""
+    asked = {"overrides": ["training.learning_rate=10"], "also": ["l2.coef=0.1"], "search": True}
+    report = run_sweep(ask(tmp_path / "out", **asked), pool=InThisProcess())
+    assert not report.failed and report.comparison is not None and report.selection is None
+    assert "direct has diverged" in report.text() and "gains nothing" in report.searches[0]["line"]
+    assert (tmp_path / "out" / "sweep.json").is_file()
+
+
+def test_a_merge_of_a_run_that_is_gone_is_not_in_the_table(ask, tmp_path):
+    out, merged = tmp_path / "out", "direct+wise-ft,alpha=0.5"
+    asked = {"merge": ["wise-ft:0.5"]}
+    run_sweep(ask(out, **asked), pool=InThisProcess())
+    shutil.rmtree(out / "runs" / "direct")
+    (out / "runs" / "direct").write_text("in the way")
+    asked["also"] = ["l2.coef=0.1"]
+    report = run_sweep(ask(out, **asked), pool=InThisProcess())
+    assert set(report.failed) == {"direct", merged} and report.comparison is not None
+    assert [line.label for line in report.comparison.models][1:] == ["l2.coef=0.1"]
+
+
+def test_a_soup_by_another_text_of_the_same_name_is_made_again(ask, tiny_llama_dir, tmp_path):
+    here, there, out = (tmp_path / name for name in ("a/by", "b/by", "out"))
+    for place, seed in ((here, 3), (there, 4)):
+        write_cache(place, tiny_llama_dir, num_rows=3, seed=seed)
+    asked = {"also": ["l2.coef=0.1"], "merge_of": ["all"]}
+
+    def losses(place):
+        run_sweep(ask(out, **asked, merge=[f"soup:by={place}"]), pool=InThisProcess())
+        record = json.loads((out / "merges" / "all+soup,by=by" / "anneal.json").read_text())
+        return [entry["loss"] for entry in record["merge"]["tuned"]]
+
+    first = losses(here)
+    assert losses(there) != first
+
+
+def test_a_run_that_is_stopped_before_it_can_save_has_not_failed(ask, tmp_path):
+    """Ctrl-C while its process still imports: SIGTERM ends it as it ends any other."""
+
+    class Importing(InThisProcess):
+        def run(self, jobs, started, ended) -> None:
+            started(jobs[0])
+            os.kill(os.getpid(), signal.SIGINT)
+            ended(jobs[0], {"error": "the run's process ended with SIGTERM; see its log", "kind": "Process"})
+
+    seen, out = RecordedProgress(), tmp_path / "out"
+    with pytest.raises(SweepStopped, match="stopped by SIGINT with 0 of 1 runs finished"):
+        run_sweep(ask(out), pool=Importing(), progress=seen)
+    assert not any("failed" in line for line in seen.notes) and not (out / "failed").exists()
