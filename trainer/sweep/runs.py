@@ -190,7 +190,7 @@ class Runs:
         Raises:
             SweepStopped: a signal ended it.
         """
-        waiting = [run for run in runs if not is_finished(run.directory(self.out)) and not self._failed(run)]
+        waiting = [run for run in runs if not is_finished(run.directory(self.out)) and not self.diverged(run)]
         if self._counted:
             self._train(waiting)
             return
@@ -253,7 +253,7 @@ class Runs:
             reads = {}
         return digest(decisive(run, self.out) | reads)
 
-    def _failed(self, run: PlannedRun) -> bool:
+    def diverged(self, run: PlannedRun) -> bool:
         """Whether a run diverged before with these settings, caches and weights: it would again."""
         try:
             record = json.loads(self._place(run.name).read_text(encoding="utf-8"))

@@ -186,8 +186,8 @@ def held(out: Path, what: str = "sweep") -> Iterator[None]:
         os.close(descriptor)
 
 
-class NoGain(Exception):
-    """Direct fine-tuning gains nothing on the target, so there is no share of it."""
+class NoShare(Exception):
+    """Why a search has no share of direct fine-tuning's gain, and ends."""
 
 
 def groups(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
@@ -213,12 +213,16 @@ def search_one(
         made.extend(probes)
         runs.complete(probes, f"search: kl_coef {kl_coef:g}")
         both = [*direct, *probes]
-        if not all(is_finished(run.directory(out)) for run in both):
+        missing = [run for run in both if not is_finished(run.directory(out))]
+        for run in missing:
+            if not runs.diverged(run):  # no word on its kl_coef: its process died, the disk was full
+                raise NoShare(f"{run.name} has no result, the same command goes on")
+        if missing:
             return None
         models = {run.name: run.directory(out) for run in both}
         comparison = comparison_of(config, models, progress, yardsticks=[direct[0].name])
         if gain_kept(comparison, direct[0].name, direct[0].name) is None:
-            raise NoGain
+            raise NoShare("direct fine-tuning gains nothing on the target")
         pairs = zip(probes, direct, strict=True)
         shares = [gain_kept(comparison, probe.name, yardstick.name) for probe, yardstick in pairs]
         found = [share for share in shares if share is not None]
@@ -231,8 +235,8 @@ def search_one(
         return {**nothing, "line": f"search: direct fine-tuning has no result{where}"}, made
     try:
         bracket = search(share_of, config.keep_gain, config.search_runs)
-    except NoGain:
-        return {**nothing, "line": f"search: direct fine-tuning gains nothing on the target{where}"}, made
+    except NoShare as reason:
+        return {**nothing, "line": f"search: {reason}{where}"}, made
     return {
         "settings": varied,
         "keeps": bracket.keeps,

@@ -152,6 +152,25 @@ def test_a_search_adds_ordinary_runs_and_finds_them_again(ask, tmp_path):
     assert pool.names == [] and (tmp_path / "out" / "sweep.json").read_bytes() == before
 
 
+def test_a_search_ends_at_a_run_whose_process_died_and_goes_on_from_there(ask, tmp_path):
+    class Dies(InThisProcess):
+        def run(self, jobs, started, ended):
+            def died(job, outcome):
+                ended(job, {"error": "out of memory", "kind": ENDED} if job.name == "kl_coef=1" else outcome)
+
+            super().run(jobs, started, died)
+            shutil.rmtree(tmp_path / "out" / "runs" / "kl_coef=1", ignore_errors=True)
+
+    asked = {"search": True, "search_runs": 2, "keep_gain": 0.5}
+    pool = Dies()
+    report = run_sweep(ask(tmp_path / "out", **asked), pool=pool)
+    assert pool.names == ["direct", "kl_coef=1"] and report.failed == {"kl_coef=1": "out of memory"}
+    assert report.searches[0]["line"] == "search: kl_coef=1 has no result, the same command goes on"
+    pool = InThisProcess()
+    report = run_sweep(ask(tmp_path / "out", **asked), pool=pool)
+    assert pool.names[0] == "kl_coef=1" and len(pool.names) == len(report.searches[0]["tried"]) == 2
+
+
 def test_shares_are_of_direct_fine_tuning_with_whatever_all_runs_have(ask, tmp_path):
     common = ["lora.r=2", "training.learning_rate=1e-2", "kl_on=target"]
     config = ask(tmp_path / "out", grid=["kl_coef=1"], also=["ce_weight=dft"], overrides=common)
@@ -166,7 +185,7 @@ def test_shares_are_of_direct_fine_tuning_with_whatever_all_runs_have(ask, tmp_p
         initial={"initial": str(config.base["model"])},
         work=report.out / "evaluations",
     )
-    assert alone.direct == "direct" and not alone.notes
+    assert alone.direct == "direct" and alone.notes == ("shares relate to direct: LoRA r 2",)
 
 
 def test_the_dry_run_counts_and_touches_nothing(ask, tmp_path, llama_cache):
