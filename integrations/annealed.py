@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from integrations.collator import JoiningCollator, UnitCollator
-from integrations.joined_rows import Found, JoinedDataset, JoinedRows, rows_of, why_missing
+from integrations.joined_rows import COLUMNS, Found, JoinedDataset, JoinedRows, rows_of, why_missing
 from integrations.settings import require_only
 from integrations.teacher import ancestor_of, vocabulary_of
 from trainer.config import TrainConfig
@@ -204,6 +204,11 @@ class Annealed(Trainer):
         self.say(report.line())
 
     # --- rows -------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what a row is read from, which the model's `forward` may not take."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLUMNS]))
 
     def require_rows(self, dataset: Any, rows: JoinedRows, name: str) -> None:
         """See that the cache holds every row, each process a part of them, before anything is trained. Collective.
