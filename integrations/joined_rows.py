@@ -206,6 +206,7 @@ def rows_of(dataset: Any, rank: int = 0, world_size: int = 1) -> Iterator[Pair]:
         not hasattr(dataset, "select_columns")
         or not hasattr(dataset, "with_format")
         or not hasattr(dataset, "__len__")
+        or dataset.format["type"] == "custom"  # `with_transform`: what is stored are not the rows
     ):
         for number, feature in enumerate(dataset):
             if number % world_size == rank:

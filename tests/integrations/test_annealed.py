@@ -105,3 +105,25 @@ def test_another_attention_than_that_of_whole_rows_is_refused(column, values):
         segments({"input_ids": [5, 6, 7, 8], column: values})
     same = {"attention_mask": [0, 1, 1, 1], "position_ids": [1, 0, 1, 2]}
     assert [ids.tolist() for ids, _ in segments({"input_ids": [5, 6, 7, 8], **same})] == [[6, 7, 8]]
+
+
+def test_a_transform_is_looked_through(tmp_path, tiny_llama_dir, pruned_cache):
+    """What `with_transform` makes are the rows, whatever is stored: written, and looked up before training."""
+    import pyarrow.parquet as pq
+
+    rows = rows_in(pruned_cache)
+
+    def made(batch):
+        return {name: [cells[number] for number in batch["number"]] for name, cells in rows.items()}
+
+    numbers = Dataset.from_dict({"number": list(range(24)), "input_ids": [[7, 8, 9]] * 24})
+    write_rows(numbers.with_transform(made), tmp_path / "rows.parquet")
+    assert pq.read_table(tmp_path / "rows.parquet")["input_ids"].to_pylist() == rows["input_ids"]
+    kept = {"remove_unused_columns": False}
+    known = trainer_of(tiny_llama_dir, tmp_path, pruned_cache, numbers.with_transform(made), **kept)
+    assert len(losses(known)) == 4
+    rows["input_ids"][3], rows["labels"][3] = [9, 9, 9, 9], [9, 9, 9, 9]
+    with pytest.raises(
+        ConfigError, match=r"every row of the train data set must be in the cache, got 1 of 24"
+    ):
+        trainer_of(tiny_llama_dir, tmp_path, pruned_cache, numbers.with_transform(made), **kept)
