@@ -121,7 +121,7 @@ class Annealed(Trainer):
             tokenizer: the one that made the data set.
             on_missing: what becomes of a row that the cache does not hold.
             eval_cache: the cache of the evaluation data; None evaluates the cross-entropy alone.
-            packing: rows share sequences.
+            packing: rows share sequences; so they do where the data set has `seq_lengths`.
             flatten: packed rows of a batch all share one.
 
         Raises:
@@ -166,7 +166,7 @@ class Annealed(Trainer):
             held_out.vocab_size = size
         self.eval_rows = JoinedRows(held_out, on_missing)
         self._checked: set[int] = set()
-        self.packing = packing
+        self.packing = packing or "seq_lengths" in (getattr(self.train_dataset, "column_names", None) or ())
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         self._collators = {
             flag: UnitCollator(pad, packing=flag, flatten=flatten and flag) for flag in (False, True)

@@ -127,3 +127,29 @@ def test_a_transform_is_looked_through(tmp_path, tiny_llama_dir, pruned_cache):
         ConfigError, match=r"every row of the train data set must be in the cache, got 1 of 24"
     ):
         trainer_of(tiny_llama_dir, tmp_path, pruned_cache, numbers.with_transform(made), **kept)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_packed_rows_keep_their_bounds(stream, tmp_path, tiny_llama_dir, pruned_cache):
+    """`seq_lengths` is no argument of a model's forward, and yet the two rows of a sequence find their teachers."""
+    rows = rows_in(pruned_cache)
+    pairs = {
+        name: [cells[number] + cells[number + 1] for number in range(0, 24, 2)]
+        for name, cells in rows.items()
+    }
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    packed = Dataset.from_dict(pairs | {"seq_lengths": [lengths[at : at + 2] for at in range(0, 24, 2)]})
+    given = {"train_sampling_strategy": "sequential", "on_missing": "skip_kl"}
+    found = trainer_of(
+        tiny_llama_dir,
+        tmp_path,
+        pruned_cache,
+        packed.to_iterable_dataset() if stream else packed,
+        per_device_train_batch_size=2,
+        **given,
+    )
+    alone = Dataset.from_dict(rows)
+    expected = trainer_of(
+        tiny_llama_dir, tmp_path, pruned_cache, alone, per_device_train_batch_size=4, **given
+    )
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5, abs=1e-6)
