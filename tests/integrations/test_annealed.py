@@ -153,3 +153,15 @@ def test_packed_rows_keep_their_bounds(stream, tmp_path, tiny_llama_dir, pruned_
         tiny_llama_dir, tmp_path, pruned_cache, alone, per_device_train_batch_size=4, **given
     )
     assert losses(found) == pytest.approx(losses(expected), rel=1e-5, abs=1e-6)
+
+
+def test_several_evaluations_are_one_pause(tmp_path, tiny_llama_dir, pruned_cache, monkeypatch):
+    """The time of a dictionary's evaluation was left out twice: as a whole, and of each of its data sets."""
+    rows = Dataset.from_dict(rows_in(pruned_cache))
+    trainer = trainer_of(
+        tiny_llama_dir, tmp_path, pruned_cache, rows, eval_dataset={"one": rows, "two": rows.select(range(4))}
+    )
+    pauses = []
+    monkeypatch.setattr(trainer, "pause", pauses.append)
+    found = trainer.evaluate()
+    assert {"eval_one_ce", "eval_two_ce"} <= found.keys() and len(pauses) == 1
