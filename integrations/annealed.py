@@ -40,6 +40,9 @@ REFUSED = (
 )
 """Names of TrainingArguments that this loss cannot honour, whoever's Trainer it is in."""
 
+NOT_CALLED = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+"""Functions of a Trainer that would have to see logits, or another loss."""
+
 _OURS: Any = LabelAnnealingTrainer
 
 
@@ -132,6 +135,11 @@ class Annealed(Trainer):
         """
         args = self.args
         require_only(config)
+        for name in NOT_CALLED:
+            if getattr(self, name, None) is not None:
+                raise ConfigError(
+                    f"{name} is not available here: the loss comes from the cache and no logits are built; remove it"
+                )
         require_one_device(args, self.model)
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.tp_size * parallel.cp_size * parallel.sp_size > 1:

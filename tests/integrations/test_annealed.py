@@ -165,3 +165,10 @@ def test_several_evaluations_are_one_pause(tmp_path, tiny_llama_dir, pruned_cach
     monkeypatch.setattr(trainer, "pause", pauses.append)
     found = trainer.evaluate()
     assert {"eval_one_ce", "eval_two_ce"} <= found.keys() and len(pauses) == 1
+
+
+@pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics"])
+def test_functions_of_logits_are_refused(name, tmp_path, tiny_llama_dir, pruned_cache):
+    rows = Dataset.from_dict(rows_in(pruned_cache))
+    with pytest.raises(ConfigError, match=f"{name} is not available here"):
+        trainer_of(tiny_llama_dir, tmp_path, pruned_cache, rows, **{name: print})
