@@ -183,6 +183,9 @@ class Annealed(Trainer):
         self.data_collator = JoiningCollator(self.train_rows, self._collators[self.packing])  # type: ignore[assignment]
         self.finite, self.log_window = FiniteWatch(args.device), None
         self.budget = None if config.kl_budget is None else KlBudget(self, config.kl_coef, config.kl_budget)  # type: ignore[arg-type]
+        if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
+            # accelerate would let one process read a stream, and cut its batches for the others.
+            self.accelerator.dataloader_config.dispatch_batches = False
         if self.train_dataset is not None:
             self.require_rows(self.train_dataset, self.train_rows, "train")
         held: Any = self.eval_dataset

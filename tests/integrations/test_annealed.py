@@ -172,3 +172,13 @@ def test_functions_of_logits_are_refused(name, tmp_path, tiny_llama_dir, pruned_
     rows = Dataset.from_dict(rows_in(pruned_cache))
     with pytest.raises(ConfigError, match=f"{name} is not available here"):
         trainer_of(tiny_llama_dir, tmp_path, pruned_cache, rows, **{name: print})
+
+
+def test_the_processes_of_a_stream_read_batches_of_their_own(tmp_path, tiny_llama_dir, pruned_cache):
+    """accelerate would let the first one read, and cut a batch whose teacher belongs to whole rows."""
+    rows = Dataset.from_dict(rows_in(pruned_cache))
+    streamed, known = (
+        trainer_of(tiny_llama_dir, tmp_path, pruned_cache, given)
+        for given in (rows.to_iterable_dataset(), rows)
+    )
+    assert streamed.accelerator.dispatch_batches is False and known.accelerator.dispatch_batches is None
