@@ -5,7 +5,37 @@ The functions `tokenise` and `preview` live in the modules of the same names.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what a type checker sees; `_MODULES` is what Python does
+    from cache_builder.build import build_cache as build_cache
+    from cache_builder.build_on_ray import build_cache_with_ray as build_cache_with_ray
+    from cache_builder.commit.signals import BuildInterrupted as BuildInterrupted
+    from cache_builder.config import BuildConfig as BuildConfig
+    from cache_builder.corpus.corpus import CorpusConfig as CorpusConfig
+    from cache_builder.corpus.corpus import open_corpus as open_corpus
+    from cache_builder.generation.settings import GenerationConfig as GenerationConfig
+    from cache_builder.report import BuildReport as BuildReport
+    from cache_builder.report import PlanReport as PlanReport
+    from cache_builder.teachers.engines import make_sampler as make_sampler
+    from cache_builder.teachers.engines import make_teacher as make_teacher
+    from cache_builder.teachers.protocol import Sampler as Sampler
+    from cache_builder.teachers.protocol import SampleRequest as SampleRequest
+    from cache_builder.teachers.protocol import Teacher as Teacher
+    from cache_builder.teachers.protocol import TeacherConfig as TeacherConfig
+    from cache_builder.teachers.protocol import TeacherError as TeacherError
+    from cache_builder.teachers.transformers_teacher import TransformersTeacher as TransformersTeacher
+    from cache_builder.teachers.vllm_teacher import VLLMTeacher as VLLMTeacher
+    from cache_builder.tools.convert_distillkit import convert_distillkit as convert_distillkit
+    from cache_builder.tools.convert_responses import convert_responses as convert_responses
+    from cache_builder.tools.dry_run import plan_build as plan_build
+    from cache_builder.tools.estimate import estimate_cache as estimate_cache
+    from cache_builder.tools.export_parquet import export_parquet as export_parquet
+    from cache_builder.tools.export_topk import export_topk as export_topk
+    from cache_builder.tools.hub_share import pull_cache as pull_cache
+    from cache_builder.tools.hub_share import push_cache as push_cache
+    from cache_builder.tools.merge_caches import merge_caches as merge_caches
+    from cache_builder.tools.verify import verify_cache as verify_cache
 
 _MODULES = {
     "BuildConfig": "config",

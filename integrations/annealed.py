@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from integrations.collator import JoiningCollator, UnitCollator
-from integrations.joined_rows import Found, JoinedDataset, JoinedRows, rows_of, why_missing
+from integrations.joined_rows import COLUMNS, Found, JoinedDataset, JoinedRows, rows_of, why_missing
 from integrations.settings import require_only
 from integrations.teacher import ancestor_of, vocabulary_of
 from trainer.config import TrainConfig
@@ -39,6 +39,9 @@ REFUSED = (
     "batch_eval_metrics",
 )
 """Names of TrainingArguments that this loss cannot honour, whoever's Trainer it is in."""
+
+NOT_CALLED = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+"""Functions of a Trainer that would have to see logits, or another loss."""
 
 _OURS: Any = LabelAnnealingTrainer
 
@@ -91,6 +94,7 @@ class Annealed(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    _evaluating = False
     pack_length: int | None = None
     objective: Objective
 
@@ -121,7 +125,7 @@ class Annealed(Trainer):
             tokenizer: the one that made the data set.
             on_missing: what becomes of a row that the cache does not hold.
             eval_cache: the cache of the evaluation data; None evaluates the cross-entropy alone.
-            packing: rows share sequences.
+            packing: rows share sequences; so they do where the data set has `seq_lengths`.
             flatten: packed rows of a batch all share one.
 
         Raises:
@@ -131,6 +135,11 @@ class Annealed(Trainer):
         """
         args = self.args
         require_only(config)
+        for name in NOT_CALLED:
+            if getattr(self, name, None) is not None:
+                raise ConfigError(
+                    f"{name} is not available here: the loss comes from the cache and no logits are built; remove it"
+                )
         require_one_device(args, self.model)
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.tp_size * parallel.cp_size * parallel.sp_size > 1:
@@ -166,7 +175,7 @@ class Annealed(Trainer):
             held_out.vocab_size = size
         self.eval_rows = JoinedRows(held_out, on_missing)
         self._checked: set[int] = set()
-        self.packing = packing
+        self.packing = packing or "seq_lengths" in (getattr(self.train_dataset, "column_names", None) or ())
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         self._collators = {
             flag: UnitCollator(pad, packing=flag, flatten=flatten and flag) for flag in (False, True)
@@ -174,6 +183,9 @@ class Annealed(Trainer):
         self.data_collator = JoiningCollator(self.train_rows, self._collators[self.packing])  # type: ignore[assignment]
         self.finite, self.log_window = FiniteWatch(args.device), None
         self.budget = None if config.kl_budget is None else KlBudget(self, config.kl_coef, config.kl_budget)  # type: ignore[arg-type]
+        if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
+            # accelerate would let one process read a stream, and cut its batches for the others.
+            self.accelerator.dataloader_config.dispatch_batches = False
         if self.train_dataset is not None:
             self.require_rows(self.train_dataset, self.train_rows, "train")
         held: Any = self.eval_dataset
@@ -204,6 +216,11 @@ class Annealed(Trainer):
         self.say(report.line())
 
     # --- rows -------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what a row is read from, which the model's `forward` may not take."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLUMNS]))
 
     def require_rows(self, dataset: Any, rows: JoinedRows, name: str) -> None:
         """See that the cache holds every row, each process a part of them, before anything is trained. Collective.
@@ -274,11 +291,14 @@ class Annealed(Trainer):
     # --- the log ----------------------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in the base class, its time left out of the throughput."""
-        start = time.perf_counter()
+        """As in the base class, which calls this once more for each of several data sets; no time of training."""
+        if self._evaluating:
+            return super().evaluate(*args, **kwargs)
+        start, self._evaluating = time.perf_counter(), True
         try:
             return super().evaluate(*args, **kwargs)
         finally:
+            self._evaluating = False
             self.pause(time.perf_counter() - start)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

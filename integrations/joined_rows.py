@@ -27,16 +27,20 @@ PREFIX = 8
 KEPT_EXAMPLES = 200
 """Missing rows that are kept to find out why."""
 
+COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
+"""What is read of an example."""
+
 Pair = tuple[np.ndarray, np.ndarray]
 """(token ids int64 [L], labels int64 [L], not shifted)."""
 
 
 def segments(feature: Mapping[str, Any]) -> list[Pair]:
-    """The rows of an example: itself, or those that `seq_lengths` says are packed into it. Without labels every token
-    is one.
+    """The rows of an example: itself without the padding that its `attention_mask` shows, or those that `seq_lengths`
+    says are packed into it. Without labels every token is one.
 
     Raises:
-        ConfigError: no tokens, or lengths that do not fit together.
+        ConfigError: no tokens, lengths that do not fit together, or a mask or positions that ask for another attention
+            than that of whole rows.
     """
     if feature.get("input_ids") is None:
         raise ConfigError(f"a row needs input_ids, got only {', '.join(sorted(feature)) or 'nothing'}")
@@ -49,8 +53,33 @@ def segments(feature: Mapping[str, Any]) -> list[Pair]:
             f"a row's tokens, labels and seq_lengths must fit together, got {len(ids)} tokens, {len(labels)} labels "
             f"and lengths that sum to {sum(lengths)}"
         )
+    if feature.get("seq_lengths") is None:
+        tokens = _tokens_of_one_row(feature, len(ids))
+        ids, labels = ids[tokens], labels[tokens]
+        lengths = [len(ids)]
     bounds = np.cumsum([0, *lengths])
     return [(ids[start:stop], labels[start:stop]) for start, stop in pairwise(bounds) if stop > start]
+
+
+def _tokens_of_one_row(feature: Mapping[str, Any], num_tokens: int) -> slice:
+    """Where an example's tokens are, between padding; see that it is one row."""
+    tokens = slice(0, num_tokens)
+    mask, positions = feature.get("attention_mask"), feature.get("position_ids")
+    if mask is not None and not (seen := np.asarray(mask) == 1).all():
+        real = np.flatnonzero(seen)
+        tokens = slice(int(real[0]), int(real[-1]) + 1) if len(real) else slice(0, 0)
+        if len(mask) != num_tokens or not np.isin(mask, (0, 1)).all() or not seen[tokens].all():
+            raise ConfigError(
+                f"attention_mask must be 1 on a row's tokens and 0 on padding before or behind them, got another for "
+                f"{num_tokens} tokens; rows that share a sequence need seq_lengths"
+            )
+    if positions is not None:
+        counted = np.asarray(positions)[tokens]
+        if (counted != np.arange(len(counted))).any():
+            raise ConfigError(
+                "position_ids must count a row's tokens from 0, got others; rows that share a sequence need seq_lengths"
+            )
+    return tokens
 
 
 def mask_of(ids_L: np.ndarray, labels_L: np.ndarray) -> np.ndarray:
@@ -177,12 +206,13 @@ def rows_of(dataset: Any, rank: int = 0, world_size: int = 1) -> Iterator[Pair]:
         not hasattr(dataset, "select_columns")
         or not hasattr(dataset, "with_format")
         or not hasattr(dataset, "__len__")
+        or dataset.format["type"] == "custom"  # `with_transform`: what is stored are not the rows
     ):
         for number, feature in enumerate(dataset):
             if number % world_size == rank:
                 yield from segments(feature)
         return
-    names = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+    names = [name for name in COLUMNS if name in dataset.column_names]
     number = 0
     for table in dataset.select_columns(names).with_format("arrow").iter(1000):
         columns = {name: table.column(name).combine_chunks() for name in names}

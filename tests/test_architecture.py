@@ -258,6 +258,28 @@ def test_importing_the_packages_loads_nothing_heavy(statement: str) -> None:
     assert result.stdout.split() == []
 
 
+@pytest.mark.parametrize(
+    ("package", "homes"), [("formats", "_HOME"), ("trainer", "_HOME"), ("cache_builder", "_MODULES")]
+)
+def test_a_type_checker_sees_the_names_that_are_looked_up_later(package: str, homes: str) -> None:
+    """Else every public name is `Any` to whoever checks their code against ours, which says that it is typed."""
+    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    (later,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == homes
+    )
+    seen = {
+        alias.asname: str(node.module)
+        for block in tree.body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == {name: f"{package}.{module}" for name, module in later.items()}
+
+
 def test_no_pickle_and_no_remote_code_by_default() -> None:
     """A cache or a checkpoint from a stranger must not be able to run code."""
     for package in FLOORS:

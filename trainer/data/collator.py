@@ -47,6 +47,9 @@ class LabelAnnealingCollator:
     Args:
         pad_token_id: fills `input_ids` behind the end; any id serves, padding is never attended or scored.
         packing: items come as lists of rows that share a sequence.
+
+    Raises:
+        ConfigError: rows share a sequence without packing, or some have another temperature or no tail draws.
     """
 
     def __init__(self, pad_token_id: int = 0, *, packing: bool = False) -> None:
@@ -71,7 +74,10 @@ class LabelAnnealingCollator:
         rows: list[np.ndarray] = []
         starts: list[int] = []
         for b, items in enumerate(sequences):
-            assert self.packing or len(items) == 1, "rows share a sequence only when packing"
+            if not self.packing and len(items) != 1:
+                raise ConfigError(
+                    f"a sequence must be one row without packing, got {len(items)}; make the collator with packing=True"
+                )
             start = 0
             for item in items:
                 stop = start + len(item["input_ids"])
