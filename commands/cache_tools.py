@@ -34,10 +34,6 @@ def cache_inspect(
     """Print what a cache holds: identity, sizes, head sizes, covered mass, entropy."""
     from formats.inspect.inspect_cache import inspect_cache
 
-    if plot is not None:
-        from trainer.evaluation.tradeoff_picture import require_plottable
-
-        require_plottable(plot)
     show(inspect_cache(cache, row=row, as_json=as_json, plot=plot, model=model, full=full))
 
 

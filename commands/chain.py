@@ -9,6 +9,7 @@ from commands import completion
 from commands.options import JsonOption, RunSettingsOption
 from commands.terminal import console_progress, named, note, show, show_report
 from formats.errors import ConfigError
+from formats.picture_file import require_plottable
 
 
 def chain_command(
@@ -132,8 +133,6 @@ def chain_command(
     as_json: JsonOption = False,
 ) -> None:
     """Learn tasks one after another and report what each stage forgot; or report it of finished MODEL... alone."""
-    from trainer.evaluation.tradeoff_picture import require_plottable
-
     if plot is not None:
         require_plottable(plot)
     words = place or []

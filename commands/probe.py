@@ -9,6 +9,7 @@ from commands import completion
 from commands.options import EvalDtypeOption, JsonOption, set_option
 from commands.terminal import console_progress, named, note, show, show_json, show_report
 from formats.errors import ConfigError
+from formats.picture_file import require_plottable
 
 probe_app = typer.Typer(
     help="Probe models: noise on their weights, answers to questions, memorised text, learning rates.",
@@ -96,7 +97,6 @@ def noise_command(
     from formats.identity.fingerprint import resolve_model
     from trainer.checks import check_one_of
     from trainer.config import DTYPES
-    from trainer.evaluation.tradeoff_picture import require_plottable
     from trainer.probe.models import resolved
     from trainer.probe.noise import probe_noise
     from trainer.probe.noise_report import NoiseReport

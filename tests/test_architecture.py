@@ -24,6 +24,7 @@ FLOORS = {
             "logprobs",
             "codec",
             "disk",
+            "picture_file",
             "identity",
         ),
         *("cache_row", "validate", "inspect.summary", "cache", "writer", "inspect"),

@@ -1,15 +1,14 @@
 """Noise over models and strengths: the table, what it says, and a picture."""
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.disk.durable import atomic_write_bytes
+from formats.picture_file import new_figure, require_plottable, save_figure
 from trainer.chain.report import aligned, plain
-from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS, require_plottable
+from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS
 from trainer.probe.noise import NoiseCurve
 
 
@@ -94,11 +93,7 @@ class NoiseReport:
             ConfigError: as `require_plottable`.
         """
         path = require_plottable(path)
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(4.6 * len(self.texts) + 1.0, 3.8), layout="constrained")
-        FigureCanvasAgg(figure)  # no display, no global state
+        figure = new_figure(4.6 * len(self.texts) + 1.0, 3.8)
         for axes, text in zip(figure.subplots(1, len(self.texts), squeeze=False)[0], self.texts, strict=True):
             if len(self.curves) > 2:
                 self._over_models(axes, text)
@@ -107,10 +102,7 @@ class NoiseReport:
             axes.set_title(text, loc="left", fontsize=11)
             axes.grid(color="#e3e5e8", linewidth=0.6)
             axes.legend(frameon=False, fontsize=9)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=110)
-        atomic_write_bytes(path, drawn.getvalue())
-        return path
+        return save_figure(figure, path, dpi=110)
 
     def _over_models(self, axes: Any, text: str) -> None:
         labels = list(self.curves)
