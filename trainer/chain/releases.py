@@ -1,6 +1,5 @@
 """The matrix alone, of finished models of any origin in their order: what did each release lose?"""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
@@ -81,12 +80,6 @@ class ReleaseReport:
             "lost": plain(self.lost()),
         }
 
-    def write(self, out: Path) -> Path:
-        """Put matrix.json into a directory."""
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        atomic_write_bytes(out / REPORT_NAME, text.encode() + b"\n")
-        return out / REPORT_NAME
-
 
 def read_releases(
     models: Mapping[str, str],
@@ -132,7 +125,7 @@ def read_releases(
         results = read_model(label, directory, texts, out / "evaluations", limit=limit, progress=progress)
         rows.append(Row(label=label, kind=kind, directory=str(directory), results=results))
     report = ReleaseReport(columns=list(texts), rows=rows, metric=metric)
-    report.write(out)
+    atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report
 
 
@@ -182,5 +175,5 @@ def read_finished(
             )
         )
     report = ChainReport(config=config, columns=list(texts), rows=rows, failed={})
-    report.write(out)
+    atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report

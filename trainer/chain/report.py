@@ -1,16 +1,13 @@
 """What a chain came to: the table of perplexities, what follows from the matrix, and matrix.json."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from formats.disk.durable import atomic_write_bytes
 from trainer.chain.config import ChainConfig
 from trainer.chain.matrix import FORMULAS, Summary
 from trainer.evaluation.evaluate import Result
@@ -151,12 +148,6 @@ class ChainReport:
             "summary": {name: plain(summary.values) for name, summary in self.summaries.items()},
             "failed": dict(self.failed),
         }
-
-    def write(self, out: Path) -> Path:
-        """Put matrix.json into the chain's directory."""
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        atomic_write_bytes(out / REPORT_NAME, text.encode() + b"\n")
-        return out / REPORT_NAME
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from formats.errors import AnnealError, ConfigError
+from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker
@@ -240,10 +240,8 @@ def _run(config: TuneConfig, label: str, kl_coef: float, rate: float, cache: str
     }
     varied = {"label": label, "kl_coef": kl_coef, "learning_rate": rate}
     run = PlacedRun(name=name, settings=settings, varied=varied, direct=not kl_coef)
-    try:
+    with naming(name):
         resolve_training(run.config(Path(config.out)))
-    except AnnealError as error:
-        raise type(error)(f"{name}: {error}") from None
     return run
 
 

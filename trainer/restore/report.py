@@ -1,13 +1,10 @@
 """What restoring came to: a line per tuned model, and restore.json."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from formats.disk.durable import atomic_write_bytes
 from trainer.chain.report import KEPT, aligned, plain
 from trainer.evaluation.evaluate import Result
 from trainer.restore.shares import Shares
@@ -145,12 +142,6 @@ class RestoreReport:
             "text": {"num_rows": self.num_rows, "num_tokens": self.num_tokens},
             "failed": dict(self.failed),
         }
-
-    def write(self, out: Path) -> Path:
-        """Put restore.json into the directory."""
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        atomic_write_bytes(out / REPORT_NAME, text.encode() + b"\n")
-        return out / REPORT_NAME
 
 
 def _plain(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from formats.cache import TeacherCache
-from formats.errors import AnnealError, ConfigError, IdentityMismatchError
+from formats.disk.durable import atomic_write_json
+from formats.errors import AnnealError, ConfigError, IdentityMismatchError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker
@@ -26,7 +27,7 @@ from trainer.config_file import RESOLVED_NAME, load_config
 from trainer.evaluation.evaluate import Result
 from trainer.recipe import resolve_training
 from trainer.restore.config import AUTO_FACTOR, RestoreConfig
-from trainer.restore.report import Restored, RestoreReport
+from trainer.restore.report import REPORT_NAME, Restored, RestoreReport
 from trainer.restore.text import drawn, easiest, write_rows
 from trainer.result.lineage import short_name
 from trainer.sweep.pools import LocalPool, Pool
@@ -114,7 +115,7 @@ def run_restore(
         report = measure(
             config, initial, tuned, settings, planned, controls, twins, runs, rates, limit, progress
         )
-        report.write(out)
+        atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report
 
 
@@ -183,10 +184,8 @@ def plan_run(
         "training": training,
     }
     run = PlacedRun(name=name, settings=settings, varied={}, direct=True)
-    try:
+    with naming(name):
         resolve_training(run.config(Path(config.out)))
-    except AnnealError as error:
-        raise type(error)(f"{name}: {error}") from None
     return run
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError
 from formats.progress import Progress
 from trainer.checkpoint import newest_checkpoint
@@ -163,7 +163,7 @@ class Runs:
             self.progress.advance(1)
 
         if jobs:
-            with stopping(self.pool, self.progress) as caught:
+            with stopping(self.pool) as caught:
                 self.pool.run(jobs, started, ended)
             if caught:
                 finished = sum(map(is_finished, self._counted))
@@ -184,7 +184,7 @@ class Runs:
         self.failed[run.name] = str(outcome["error"])
         record = {**outcome, "settings": digest(decisive(run, self.out))}
         self._place(run.name).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(self._place(run.name), json.dumps(record, indent=1, sort_keys=True).encode())
+        atomic_write_json(self._place(run.name), record)
 
     def _failed(self, run: PlannedRun) -> bool:
         """Whether a run diverged before with these settings: it would again."""
@@ -199,7 +199,7 @@ class Runs:
 
 
 @contextmanager
-def stopping(pool: Pool, progress: Progress) -> Iterator[list[int]]:
+def stopping(pool: Pool) -> Iterator[list[int]]:
     """In this block SIGINT and SIGTERM stop the pool in order, and a second one at once; yields those that came."""
     caught: list[int] = []
 
