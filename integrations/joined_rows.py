@@ -72,8 +72,6 @@ class Found:
 
     num_rows: int = 0
     num_missing: int = 0
-    num_without_loss: int = 0
-    """Rows without a token that carries loss: nothing is learnt from them, so nothing need be known of them."""
     missing: list[Pair] = field(default_factory=list)
     """Some of the missing ones, tokens and mask."""
 
@@ -84,14 +82,11 @@ class JoinedRows:
     Args:
         dataset: the cache's rows, with temperature and objective; None for rows without a teacher.
         on_missing: `refuse`, or `skip_kl`: a row that the cache does not hold carries cross-entropy alone.
-        temperature: where there is no dataset.
     """
 
-    def __init__(
-        self, dataset: CachedDataset | None, on_missing: str = "refuse", temperature: float = 1.0
-    ) -> None:
+    def __init__(self, dataset: CachedDataset | None, on_missing: str = "refuse") -> None:
         self.dataset, self.on_missing = dataset, on_missing
-        self.temperature = temperature if dataset is None else dataset.temperature
+        self.temperature = 1.0 if dataset is None else dataset.temperature
         self.weighting = Choice("none") if dataset is None else dataset.objective.weighting
 
     def items(self, feature: Mapping[str, Any]) -> list[Item]:
@@ -135,10 +130,7 @@ class JoinedRows:
         for ids, labels in rows:
             found.num_rows += 1
             mask = mask_of(ids, labels)
-            if self._index(ids, mask) is not None:
-                continue
-            if not mask.any():
-                found.num_without_loss += 1
+            if self._index(ids, mask) is not None or not mask.any():  # without a target nothing is learnt
                 continue
             found.num_missing += 1
             if len(found.missing) < KEPT_EXAMPLES:

@@ -11,7 +11,7 @@ from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.chain.caches import Build, CacheMaker
+from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
@@ -112,8 +112,7 @@ def read_releases(
         )
     if not texts:
         raise ConfigError("a report on releases needs held-out texts, got none; write --heldout NAME=CACHE")
-    for name, text in texts.items():
-        CacheMaker(out=out, options={}).check(text, f"--heldout {name}")
+    require_caches(texts, "--heldout")
     directories = {
         label: resolve_model(model, what="--initial" if model == initial else "MODEL")
         for label, model in models.items()

@@ -18,7 +18,7 @@ from typing import Any
 from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.chain.caches import Build, CacheMaker
+from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
 from trainer.chain.report import aligned
@@ -201,9 +201,8 @@ def probe_tune(
     }
     maker = CacheMaker(out=out, options=config.build, build=build)
     maker.check(config.text, "--text")
-    for side, texts in (("--source", config.source), ("--target", config.target)):
-        for name, text in texts.items():
-            CacheMaker(out=out, options={}).check(text, f"{side} {name}")
+    require_caches(config.source, "--source")
+    require_caches(config.target, "--target")
     first = next(iter(config.models))
     with_kl = any(config.kl_coefs)
     if with_kl and len(config.models) > 1 and maker.place(first, config.text) == config.text:

@@ -19,7 +19,7 @@ from formats.disk.durable import atomic_write_json
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.chain.caches import Build, CacheMaker
+from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
 from trainer.config import TrainConfig
@@ -86,8 +86,7 @@ def run_restore(
     settings = {label: tuning_run(model) for label, model in tuned.items()}
     maker = CacheMaker(out=out, options=config.build, build=build)
     maker.check(config.text, "--text")
-    for name, text in config.source.items():
-        CacheMaker(out=out, options={}).check(text, f"--source {name}")
+    require_caches(config.source, "--source")
     rates = {label: rate_of(config, label, found) for label, found in settings.items()}
     num_tokens = tokens_of(config, settings)
     place = out / "text" / "rows"
