@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import warm_process
-from typed_here import Run
+from typed_here import Run, one_line
 
 from formats import TeacherCache
 
@@ -28,14 +28,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_llama_dir
     done = warm_process.anneal(*words)
     assert done.returncode == 0, done.stderr
     return path
-
-
-def one_line(err: str) -> str:
-    """The error message, after progress lines; fails unless it is exactly one line without a traceback."""
-    assert "Traceback" not in err
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, err
-    return errors[0]
 
 
 def build(anneal: Run, corpus: Path | str, model: Path, out: Path, *more: str) -> str:
