@@ -233,7 +233,7 @@ def rows_to_check(config: TrainConfig, inputs: Inputs, tail_draws: bool) -> Cach
     if inputs.with_kl:
         return CachedDataset(inputs.with_kl[0], config.temperature, tail_draws=tail_draws)
     built_by = inputs.target.identity.teacher.get("weights")
-    has_teacher = any(shard.num_positions for shard in inputs.target.manifest.shards)
+    has_teacher = inputs.target.manifest.num_positions > 0
     if built_by != inputs.start.weights or not has_teacher:
         return None
     return CachedDataset(inputs.target, config.temperature, tail_draws=tail_draws)

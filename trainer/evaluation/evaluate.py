@@ -219,7 +219,7 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any, *, kl:
 
 def has_teacher(cache: TeacherCache) -> bool:
     """Whether any position of a cache has teacher targets."""
-    return any(shard.num_positions for shard in cache.manifest.shards)
+    return cache.manifest.num_positions > 0
 
 
 def teacher_name(cache: TeacherCache) -> str | None:

@@ -143,7 +143,7 @@ def tokens_of(config: RestoreConfig, settings: Mapping[str, TrainConfig | None])
     if config.tokens is not None:
         return config.tokens
     for path in tuning_texts(config, settings).values():
-        return sum(shard.num_tokens for shard in TeacherCache(path).manifest.shards)
+        return TeacherCache(path).manifest.num_tokens
     raise ConfigError(
         "--tokens auto is one epoch of the tuning text, but no model's record names a cache that is there; give "
         "--tokens, or --memory CACHE"

@@ -236,5 +236,5 @@ def estimated_tokens(run: PlannedRun) -> int:
 
 def _size(path: str) -> tuple[int, int]:
     """(rows, tokens) of a cache."""
-    shards = TeacherCache(path).manifest.shards
-    return sum(shard.num_rows for shard in shards), sum(shard.num_tokens for shard in shards)
+    manifest = TeacherCache(path).manifest
+    return manifest.num_rows, manifest.num_tokens
