@@ -1,12 +1,12 @@
 """Bad input through the real command line: one clear line, exit code 1 or 2, nothing written."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import warm_process
+from corpora import write_jsonl
 from typed_here import Run, one_line
 
 from formats import TeacherCache
@@ -14,10 +14,8 @@ from formats import TeacherCache
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     texts = ["def add(a, b):\n    return a + b\n" * 5, "class Point:\n    x = 0\n" * 8, "import sys\n" * 9]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", [{"text": text} for text in texts])
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 import warm_process
+from corpora import write_jsonl
 
 import cli
 
@@ -33,7 +34,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": text * 3}]}
         for n, text in enumerate(paragraphs)
     ]
-    (path / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    write_jsonl(path / "chat.jsonl", chats)
     return path
 
 

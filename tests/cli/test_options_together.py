@@ -1,6 +1,5 @@
 """What an option says is done or refused by name: options that need another one, the name of what is at fault."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import warm_process
+from corpora import write_jsonl
 from typed_here import Run
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("built")
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text(
-        "".join(json.dumps({"text": f"def add{n}(a, b): return a + b"}) + "\n" for n in range(3))
-    )
+    texts = [{"text": f"def add{n}(a, b): return a + b"} for n in range(3)]
+    corpus = write_jsonl(folder / "corpus.jsonl", texts)
     words = ("--model", tiny_llama_dir, "--out", folder / "cache", "--engine", "transformers")
     done = warm_process.anneal("cache", "build", corpus, *words)
     assert done.returncode == 0, done.stderr
