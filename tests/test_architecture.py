@@ -25,6 +25,7 @@ FLOORS = {
             "codec",
             "disk",
             "picture_file",
+            "ray_cluster",
             "identity",
         ),
         *("cache_row", "validate", "inspect.summary", "cache", "writer", "inspect"),
