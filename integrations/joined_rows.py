@@ -18,7 +18,7 @@ import torch.utils.data
 from formats.cache import TeacherCache
 from formats.disk.token_row import IGNORED, content_key
 from formats.errors import ConfigError
-from trainer.data.dataset import CachedDataset, Item, Unit, no_teacher
+from trainer.data.dataset import CachedDataset, Item, Unit, no_teacher, without_loss
 from trainer.data.label_terms import no_terms
 from trainer.objective import Choice
 
@@ -152,11 +152,7 @@ class JoinedDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, unit: Unit) -> list[Item]:
         items = self.rows.items(self.dataset[unit[0]])
-        if unit.is_filler:
-            items = [
-                item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher() for item in items
-            ]
-        return items
+        return [without_loss(item) for item in items] if unit.is_filler else items
 
 
 def rows_of(dataset: Any, rank: int = 0, world_size: int = 1) -> Iterator[Pair]:

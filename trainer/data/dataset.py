@@ -211,6 +211,11 @@ def no_teacher() -> Item:
     }
 
 
+def without_loss(item: Item) -> Item:
+    """The row as a filler: its tokens, and nothing that is learnt or held."""
+    return item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher()
+
+
 class UnitDataset(torch.utils.data.Dataset[Any]):
     """Several datasets end to end, fetched by `Unit`: what the loader of a mixed, packed run reads.
 
@@ -236,11 +241,7 @@ class UnitDataset(torch.utils.data.Dataset[Any]):
         if isinstance(unit, int):
             unit = Unit((unit,))
         items = [self.row(number) for number in unit]
-        if unit.is_filler:
-            items = [
-                item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher() for item in items
-            ]
-        return items
+        return [without_loss(item) for item in items] if unit.is_filler else items
 
 
 def require_one_tail(datasets: Sequence[CachedDataset]) -> None:
