@@ -20,7 +20,7 @@ from integrations.settings import require_only
 from integrations.teacher import ancestor_of, vocabulary_of
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
-from trainer.data.label_terms import plain, resolved
+from trainer.data.label_terms import bare_objective, resolved
 from trainer.data.sampler import EpochBatches, Source
 from trainer.loop.finite import FiniteWatch, least_of_ranks
 from trainer.loop.kl_budget import KlBudget
@@ -157,7 +157,7 @@ class Annealed(Trainer):
             return made
 
         draws, with_kl = config.tail_draws and config.kl_direction == "forward", config.kl_coef > 0
-        self.objective = resolved(plain(config), cache)
+        self.objective = resolved(bare_objective(config), cache)
         self.kl_coef, self.kl_direction = config.kl_coef, config.kl_direction
         self.train_rows = JoinedRows(
             dataset(cache, "both" if with_kl else "ce", objective=self.objective), on_missing

@@ -94,13 +94,13 @@ def _sequence(
         stage = _stage(config, maker, name, methods[task], before, found, replay, made)
         if shared and all(earlier.name.startswith("stages/") for earlier in found):
             twin = shared[number]
-            if _plain(twin) == _plain(stage):
+            if _settings(twin) == _settings(stage):
                 stage = twin
         found.append(stage)
     return found
 
 
-def _plain(stage: Stage) -> dict[str, Any]:
+def _settings(stage: Stage) -> dict[str, Any]:
     return stage.config(Path("unused")).to_dict() | {"out": ""}
 
 

@@ -15,7 +15,7 @@ from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
-from trainer.chain.report import REPORT_NAME, ChainReport, Row, aligned, cell_text, plain
+from trainer.chain.report import REPORT_NAME, ChainReport, Row, aligned, as_json, cell_text
 from trainer.result.lineage import short_name
 
 
@@ -72,13 +72,14 @@ class ReleaseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys."""
-        return {
+        shown = {
             "columns": list(self.columns),
             "metric": self.metric,
             "rows": [{"label": row.label, "kind": row.kind, "directory": row.directory} for row in self.rows],
-            "R": plain(self.goodness.tolist()),
-            "lost": plain(self.lost()),
+            "R": self.goodness.tolist(),
+            "lost": self.lost(),
         }
+        return as_json(shown)
 
 
 def read_releases(

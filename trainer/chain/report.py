@@ -126,7 +126,7 @@ class ChainReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys, without times, the same when the chain is run again."""
         matrices = {name: self.matrix(kind) for name, kind in (("chain", "stage"), ("direct", "direct"))}
-        return {
+        shown = {
             "tasks": self.tasks,
             "columns": list(self.columns),
             "metric": self.config.metric,
@@ -138,24 +138,29 @@ class ChainReport:
                     "task": row.task,
                     "directory": row.directory,
                     "results": {
-                        column: {key: plain(result.get(key)) for key in KEPT}
+                        column: {key: result.get(key) for key in KEPT}
                         for column, result in row.results.items()
                     },
                 }
                 for row in self.rows
             ],
-            "R": {name: plain(matrix.tolist()) for name, matrix in matrices.items() if matrix is not None},
-            "summary": {name: plain(summary.values) for name, summary in self.summaries.items()},
+            "R": {name: matrix.tolist() for name, matrix in matrices.items() if matrix is not None},
+            "summary": {name: summary.values for name, summary in self.summaries.items()},
             "failed": dict(self.failed),
         }
+        return as_json(shown)
 
 
-def plain(value: Any) -> Any:
-    """JSON has no word for what is not finite, be it in lists or under names."""
+def as_json(report: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no word for what is not finite, be it in lists or under names: None stands there."""
+    return {key: _finite(value) for key, value in report.items()}
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: plain(part) for key, part in value.items()}
+        return as_json(value)
     if isinstance(value, list):
-        return [plain(part) for part in value]
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

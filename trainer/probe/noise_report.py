@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.picture_file import new_figure, require_plottable, save_figure
-from trainer.chain.report import aligned, plain
+from trainer.chain.report import aligned, as_json
 from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS
 from trainer.probe.noise import NoiseCurve
 
@@ -75,16 +75,17 @@ class NoiseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys."""
-        return {
+        shown = {
             "draws": self.draws,
             "models": [
-                {"label": label, "texts": {text: _plain_curve(curve) for text, curve in curves.items()}}
+                {"label": label, "texts": {text: _curve(curve) for text, curve in curves.items()}}
                 for label, curves in self.curves.items()
             ],
             "best": {
                 text: {f"{gamma:g}": label for gamma, label in self.best(text).items()} for text in self.texts
             },
         }
+        return as_json(shown)
 
     def plot(self, path: Path) -> Path:
         """Draw loss against strength, or, of three models and more, perplexity over models (their Fig. 3).
@@ -133,13 +134,13 @@ class NoiseReport:
         axes.set(xlabel="gamma", ylabel="nats that noise costs", xscale="log", yscale="log")
 
 
-def _plain_curve(curve: NoiseCurve) -> dict[str, Any]:
+def _curve(curve: NoiseCurve) -> dict[str, Any]:
     return {
-        "ce": plain(curve.ce),
-        "perplexity": plain(_ppl(curve.ce)),
-        "curvature": plain(curve.curvature),
+        "ce": curve.ce,
+        "perplexity": _ppl(curve.ce),
+        "curvature": curve.curvature,
         "breaks_at": curve.breaks_at,
-        "points": [{key: plain(value) for key, value in asdict(point).items()} for point in curve.points],
+        "points": [asdict(point) for point in curve.points],
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from trainer.chain.report import KEPT, aligned, plain
+from trainer.chain.report import KEPT, aligned, as_json
 from trainer.evaluation.evaluate import Result
 from trainer.restore.shares import Shares
 
@@ -108,32 +108,30 @@ class RestoreReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys, the same when it is run again."""
-        return {
+        shown = {
             "initial": {
                 "label": self.initial_label,
-                "source": _plain(self.initial),
+                "source": _results(self.initial),
                 "memorised": self.memorised_by_initial,
             },
             "models": [
                 {
                     "label": model.label,
                     "directory": model.directory,
-                    "tuned": _plain(model.tuned),
-                    "restored": _plain(model.restored),
-                    "control": _plain(model.control),
+                    "tuned": _results(model.tuned),
+                    "restored": _results(model.restored),
+                    "control": _results(model.control),
                     "memorised": model.memorised,
                     "memorised_after": model.memorised_after,
                     "learning_rate": self.learning_rates[model.label],
                     "shares": {
-                        text: plain(
-                            {
-                                "lost": s.lost,
-                                "gone": s.gone,
-                                "hidden": s.hidden,
-                                "back": s.back,
-                                "verdict": s.verdict(),
-                            }
-                        )
+                        text: {
+                            "lost": s.lost,
+                            "gone": s.gone,
+                            "hidden": s.hidden,
+                            "back": s.back,
+                            "verdict": s.verdict(),
+                        }
                         for text, s in self.shares[model.label].items()
                     },
                 }
@@ -142,10 +140,11 @@ class RestoreReport:
             "text": {"num_rows": self.num_rows, "num_tokens": self.num_tokens},
             "failed": dict(self.failed),
         }
+        return as_json(shown)
 
 
-def _plain(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
-    return {text: {key: plain(result.get(key)) for key in FIELDS} for text, result in results.items()}
+def _results(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+    return {text: {key: result.get(key) for key in FIELDS} for text, result in results.items()}
 
 
 def _two(before: Result, after: Result) -> tuple[str, str]:
