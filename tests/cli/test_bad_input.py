@@ -236,10 +236,11 @@ def test_train_into_something_else(anneal: Run, cache: Path, tiny_llama_dir: Pat
         (("--set", "kl_coeff=2"), "kl_coef"),
         (("--set", "nonsense"), "KEY=VALUE"),
         (("--config", "missing.yaml"), "missing.yaml"),
+        (("--set", "ewc.coef=1", "--set", "ewc.cache=nowhere"), "nowhere"),
     ],
 )
 def test_train_settings(
-    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, str], expected: str
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, ...], expected: str
 ) -> None:
     assert expected in train(anneal, cache, tiny_llama_dir, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
@@ -364,19 +365,3 @@ def test_merge_of_unrelated_models(
         code, printed, err = anneal("merge", tuned, *words)
         assert (code, printed) == (1, "") and str(tuned) in one_line(err)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("--set", "l2.coeff=1"), "l2.coef"),
-        (("--set", "ewc.coef=1"), "ewc.cache is required"),
-        (("--set", "ewc.coef=1", "--set", "ewc.cache=nowhere"), "nowhere"),
-        (("--set", "sfa.beta=0.1", "--set", "lora.r=2"), "sfa needs full fine-tuning"),
-    ],
-)
-def test_train_retention_settings(
-    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: tuple[str, ...], expected: str
-) -> None:
-    assert expected in train(anneal, cache, tiny_llama_dir, tmp_path / "out", *words)
-    assert not (tmp_path / "out").exists()
