@@ -178,11 +178,6 @@ def train(anneal: Run, cache: Path | str, model: Path, out: Path, *more: str) ->
     return one_line(err)
 
 
-def test_train_with_the_wrong_model(anneal: Run, cache: Path, tiny_qwen3_dir: Path, tmp_path: Path) -> None:
-    assert "weights" in train(anneal, cache, tiny_qwen3_dir, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_train_with_another_vocabulary_even_when_allowed(
     anneal: Run, cache: Path, tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
@@ -192,24 +187,6 @@ def test_train_with_another_vocabulary_even_when_allowed(
     error = train(anneal, cache, other, tmp_path / "out", "--allow-different-student")
     assert "vocab" in error and "1003" in error
     assert not (tmp_path / "out").exists()
-
-
-def test_train_from_an_unfinished_or_missing_cache(
-    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    assert "gone" in train(anneal, tmp_path / "gone", tiny_llama_dir, tmp_path / "out")
-    headless = tmp_path / "headless"
-    shutil.copytree(cache, headless)
-    (headless / "manifest.json").unlink()
-    assert "headless" in train(anneal, headless, tiny_llama_dir, tmp_path / "out")
-
-
-def test_train_into_something_else(anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    out = tmp_path / "photos"
-    out.mkdir()
-    (out / "cat.jpg").write_bytes(b"meow")
-    assert "photos" in train(anneal, cache, tiny_llama_dir, out)
-    assert (out / "cat.jpg").read_bytes() == b"meow"
 
 
 @pytest.mark.parametrize(
