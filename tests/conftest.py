@@ -4,7 +4,6 @@ Nothing here may reach a network, and no test may use more than two threads.
 """
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-# `--import-mode=importlib` leaves sys.path alone.  Not this directory itself: tests/cache_builder would
-# hide the package of the same name.
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 
 @pytest.fixture(scope="session")

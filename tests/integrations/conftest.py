@@ -1,12 +1,8 @@
 """The trainer's tests have the caches and runs that these compare with."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "trainer"), str(ROOT)]
 
 
 @pytest.fixture(scope="session")

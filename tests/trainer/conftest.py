@@ -1,14 +1,8 @@
 """Caches for the trainer's tests: a tiny model's own exact logprobs, written with `formats.CacheWriter`."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[2]),
-]  # the root: tests/trainer is no `trainer`
 
 
 @pytest.fixture(scope="session")
