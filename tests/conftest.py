@@ -67,6 +67,15 @@ def tiny_gemma2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir
     return save_tiny_model(tmp_path_factory.mktemp("tiny-gemma2"), "gemma2", tiny_tokenizer_dir)
 
 
+@pytest.fixture(scope="session")
+def pruned_cache(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    """24 rows of the tiny Llama with heads as a build makes them: p >= 1e-3, at most 128 entries, with tail draws."""
+    from caches import write_cache
+
+    path = tmp_path_factory.mktemp("cache") / "pruned"
+    return write_cache(path, tiny_llama_dir, num_rows=24, min_prob=1e-3, max_k=128)
+
+
 @pytest.fixture
 def anneal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs `anneal WORDS...` in this process; gives exit code, stdout, stderr (`typed_here.Run`)."""
