@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.install import how_to_install
 
 
@@ -38,7 +38,7 @@ def connected(address: str | None, runtime_env: dict[str, Any] | None = None) ->
             logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200, whole=True)
         raise ConfigError(f"--ray must name a Ray cluster that can be reached, got: {reason}") from error
     try:
         yield

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.ray_cluster import connected
 from trainer.sweep.pools import Job, Outcome, Process
 
@@ -141,7 +141,7 @@ class RayPool:
         except ray.exceptions.RayError as error:
             if self._stopping:
                 return {"interrupted": "SIGTERM"}
-            line = " ".join(str(error).split())[:200]
+            line = one_line(error, 200, whole=True)
             return {"error": f"the run's process on the Ray cluster ended: {line}", "kind": "Process"}
         return found
 
