@@ -26,6 +26,7 @@ FLOORS = {
             "disk",
             "picture_file",
             "ray_cluster",
+            "table",
             "identity",
         ),
         *("cache_row", "validate", "inspect.summary", "cache", "writer", "inspect"),

@@ -11,11 +11,12 @@ from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
+from formats.table import aligned
 from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
-from trainer.chain.report import REPORT_NAME, ChainReport, Row, aligned, as_json, cell_text
+from trainer.chain.report import REPORT_NAME, ChainReport, Row, as_json, cell_text
 from trainer.result.lineage import short_name
 
 

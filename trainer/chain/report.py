@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from formats.table import aligned
 from trainer.chain.config import ChainConfig
 from trainer.chain.matrix import FORMULAS, Summary
 from trainer.evaluation.evaluate import Result
@@ -169,14 +170,3 @@ def cell_text(result: Result, metric: str) -> str:
     if metric == "accuracy":
         return f"{100 * result['accuracy']:.1f} %"
     return f"{result['perplexity']:.2f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first one to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    )

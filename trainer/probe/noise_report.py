@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from formats.picture_file import new_figure, require_plottable, save_figure
-from trainer.chain.report import aligned, as_json
+from formats.table import aligned
+from trainer.chain.report import as_json
 from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS
 from trainer.probe.noise import NoiseCurve
 

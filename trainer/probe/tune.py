@@ -18,10 +18,10 @@ from typing import Any
 from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
+from formats.table import aligned
 from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
-from trainer.chain.report import aligned
 from trainer.evaluation.weight_distance import weight_distance
 from trainer.recipe import resolve_training
 from trainer.sweep.names import number_text

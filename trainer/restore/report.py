@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from trainer.chain.report import KEPT, aligned, as_json
+from formats.table import aligned
+from trainer.chain.report import KEPT, as_json
 from trainer.evaluation.evaluate import Result
 from trainer.restore.shares import Shares
 
