@@ -164,12 +164,12 @@ def main() -> None:
         fail(f"the file system refused{what}: {error.strerror or error}", error)
 
 
-def fail(message: str, error: BaseException, code: int = 1) -> None:
+def fail(message: str, error: BaseException) -> None:
     """Print one line on stderr and exit; with `--debug`, the traceback instead."""
     if os.environ.get("ANNEAL_DEBUG") == "1":
         raise error
     note("error: " + " ".join(message.split()))
-    sys.exit(code)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -358,17 +358,16 @@ def _complete(
     directory: BuildDirectory, *, was_complete: bool, capture: Capture | None = None
 ) -> BuildReport:
     manifest = Manifest.read(directory.out)
-    shards = manifest.shards
     return BuildReport(
         out=str(directory),
         complete=True,
         was_complete=was_complete,
-        num_shards=len(shards),
-        num_shards_done=len(shards),
+        num_shards=len(manifest.shards),
+        num_shards_done=len(manifest.shards),
         num_rows=manifest.num_rows,
-        num_tokens=sum(shard.num_tokens for shard in shards),
-        num_positions=sum(shard.num_positions for shard in shards),
-        num_bytes=sum(shard.num_bytes for shard in shards),
+        num_tokens=manifest.num_tokens,
+        num_positions=manifest.num_positions,
+        num_bytes=manifest.num_bytes,
         num_rows_captured=capture.num_rows if capture else 0,
         num_tokens_captured=capture.num_tokens if capture else 0,
         seconds=capture.seconds if capture else 0.0,

@@ -7,7 +7,6 @@ times ends the build: the shard itself is then the likely cause.
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +22,8 @@ from cache_builder.source import BuildSource, open_source
 from cache_builder.start import MakeTeacher, start_engine
 from cache_builder.teachers.engine_args import gpus_per_engine
 from formats.errors import AnnealError, ConfigError
-from formats.install import how_to_install
 from formats.progress import Progress
+from formats.ray_cluster import connected
 
 MAX_FAILURES = 3
 
@@ -192,27 +191,10 @@ def build_cache_with_ray(
             "--ray captures a corpus, got --generate, whose rows one engine writes; build without --ray (several "
             "commands with the same --out share the capture)"
         )
-    try:
+    with connected(address, runtime_env):
         import ray
-    except ImportError:
-        raise ConfigError(
-            f"--ray needs the package ray, which is not installed; {how_to_install('ray')}"
-        ) from None
-    source = source or open_source(config)
-    started_here = not ray.is_initialized()
-    if started_here:
-        try:
-            ray.init(
-                address=address,
-                runtime_env=runtime_env,
-                log_to_driver=False,
-                include_dashboard=False if address is None else None,
-                logging_level=logging.ERROR,
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"--ray must name a Ray cluster that can be reached, got: {reason}") from error
-    try:
+
+        source = source or open_source(config)
         size = PoolSize.of_cluster(machines_of(ray.nodes()), config, num_workers)
         actor = ray.remote(num_cpus=size.num_cpus, num_gpus=size.num_gpus)(ShardWorker)
         portable = source.portable()
@@ -233,6 +215,3 @@ def build_cache_with_ray(
         return build_cache(
             config, progress, source=source, make_teacher=make_teacher, make_capture=make_capture
         )
-    finally:
-        if started_here:
-            ray.shutdown()

@@ -1,6 +1,6 @@
 """Commands of `anneal`: typed options in, printed results out. `cli.py` says what each is called.
 
-terminal.py        printing, names, progress: what all commands share
+terminal.py        printing, names: what all commands share
 completion.py      what the shell offers at a press of the tab key
 options.py         options and arguments that several commands have
 parsing.py         what was typed as text, as values

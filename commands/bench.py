@@ -7,7 +7,8 @@ import typer
 from commands import completion
 from commands.options import EngineArgOption, JsonOption
 from commands.parsing import parse_engine_args
-from commands.terminal import console_progress, named, show_report
+from commands.terminal import named, show_report
+from formats.progress import ConsoleProgress
 
 
 def bench_command(
@@ -113,5 +114,5 @@ def bench_command(
         engine_args=parse_engine_args(engine_arg),
         out=out,
     )
-    report = bench_models(named(models, "models", "LABEL=DIR"), settings, console_progress())
+    report = bench_models(named(models, "models", "LABEL=DIR"), settings, ConsoleProgress())
     show_report(report, as_json=as_json)

@@ -25,9 +25,10 @@ from commands.options import (
     TextColumnOption,
 )
 from commands.parsing import parse_engine_args, parse_shards, parse_template_args, require_owner
-from commands.terminal import console_progress, show, show_report
+from commands.terminal import show, show_report
 from formats.capture_settings import CaptureSettings
 from formats.errors import ConfigError
+from formats.progress import ConsoleProgress
 
 
 def cache_build(
@@ -152,7 +153,7 @@ def cache_build(
         overwrite=overwrite,
         shards=parse_shards(shards),
     )
-    progress = console_progress()
+    progress = ConsoleProgress()
     if dry_run:
         show(plan_build(config, progress=progress).text())
     elif ray is not None:
@@ -215,7 +216,5 @@ def cache_estimate(
         head_dtype=head_dtype,
         engine_args=parse_engine_args(engine_arg),
     )
-    report = estimate_cache(
-        config, rows=rows, step_tokens=step_tokens, seed=seed, progress=console_progress()
-    )
+    report = estimate_cache(config, rows=rows, step_tokens=step_tokens, seed=seed, progress=ConsoleProgress())
     show_report(report, as_json=as_json)

@@ -8,8 +8,9 @@ import typer
 from commands import completion
 from commands.options import CacheArgument, EngineArgOption, JsonOption
 from commands.parsing import parse_engine_args, require_owner
-from commands.terminal import console_progress, show, show_report
+from commands.terminal import show, show_report
 from formats.errors import ConfigError
+from formats.progress import ConsoleProgress
 
 
 def cache_inspect(
@@ -34,10 +35,6 @@ def cache_inspect(
     """Print what a cache holds: identity, sizes, head sizes, covered mass, entropy."""
     from formats.inspect.inspect_cache import inspect_cache
 
-    if plot is not None:
-        from trainer.evaluation.tradeoff_picture import require_plottable
-
-        require_plottable(plot)
     show(inspect_cache(cache, row=row, as_json=as_json, plot=plot, model=model, full=full))
 
 
@@ -85,7 +82,7 @@ def cache_verify(
         engine=engine,
         seed=seed or 0,
         engine_args=parse_engine_args(engine_arg),
-        progress=console_progress(),
+        progress=ConsoleProgress(),
     )
     show_report(report, as_json=as_json)
     if not report.ok:
@@ -104,7 +101,7 @@ def cache_merge(
     """Join caches that differ in nothing but their corpus; repeated rows are kept once."""
     from cache_builder import merge_caches
 
-    show(merge_caches(caches, out, progress=console_progress()).text())
+    show(merge_caches(caches, out, progress=ConsoleProgress()).text())
 
 
 def cache_export(
@@ -135,11 +132,11 @@ def cache_export(
     if layout not in ("positions", "topk"):
         raise ConfigError(f"--layout must be positions or topk, got {layout!r}")
     if layout == "topk":
-        show(export_topk(cache, parquet, k=k, limit=limit, progress=console_progress()).text())
+        show(export_topk(cache, parquet, k=k, limit=limit, progress=ConsoleProgress()).text())
         return
     if k is not None:
         raise ConfigError(f"--k belongs to --layout topk, got it with --layout {layout}")
-    show(export_parquet(cache, parquet, limit=limit, progress=console_progress()).text())
+    show(export_parquet(cache, parquet, limit=limit, progress=ConsoleProgress()).text())
 
 
 def cache_convert(
@@ -192,7 +189,7 @@ def cache_convert(
     if compression is not None:
         show(
             convert_distillkit(
-                files, compression, parquet, k=k, limit=limit, progress=console_progress()
+                files, compression, parquet, k=k, limit=limit, progress=ConsoleProgress()
             ).text()
         )
         return
@@ -200,7 +197,7 @@ def cache_convert(
     from formats.identity.fingerprint import resolve_model
 
     loaded = load_tokenizer(resolve_model(str(tokenizer), what="--tokenizer"))
-    show(convert_responses(files, loaded, parquet, k=k, limit=limit, progress=console_progress()).text())
+    show(convert_responses(files, loaded, parquet, k=k, limit=limit, progress=ConsoleProgress()).text())
 
 
 def cache_push(
@@ -226,7 +223,7 @@ def cache_push(
     """
     from cache_builder import push_cache
 
-    progress = console_progress()
+    progress = ConsoleProgress()
     show(
         push_cache(
             cache,
@@ -249,4 +246,4 @@ def cache_pull(
     """Download a cache from the Hugging Face Hub and check all of it."""
     from cache_builder import pull_cache
 
-    show(str(pull_cache(repository, out, revision=revision, progress=console_progress())))
+    show(str(pull_cache(repository, out, revision=revision, progress=ConsoleProgress())))

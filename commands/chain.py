@@ -6,9 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from commands import completion
-from commands.options import JsonOption, RunSettingsOption
-from commands.terminal import console_progress, named, note, show_report
+from commands.options import (
+    EvalLimitOption,
+    JsonOption,
+    PlotOption,
+    RunSettingsOption,
+    build_option,
+    caches_option,
+)
+from commands.terminal import named, note, show_report
 from formats.errors import ConfigError
+from formats.picture_file import require_plottable
+from formats.progress import ConsoleProgress
 
 
 def chain_command(
@@ -32,12 +41,7 @@ def chain_command(
     ] = False,
     heldout: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=CACHE",
-            autocompletion=completion.caches,
-            show_default=False,
-            help="With --models: held-out text; only its tokens are read. May be repeated.",
-        ),
+        caches_option("With --models: held-out text; only its tokens are read. May be repeated."),
     ] = None,
     model: Annotated[
         str | None,
@@ -111,29 +115,18 @@ def chain_command(
     overrides: RunSettingsOption = None,
     build: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            show_default=False,
-            help="A setting of the caches that are built, such as engine=transformers or max_length=512.",
+        build_option(
+            "A setting of the caches that are built, such as engine=transformers or max_length=512."
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each held-out text.")
-    ] = None,
+    limit: EvalLimitOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the runs, and stop.")
     ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", show_default=False, help="Also draw the matrix to a .png, .svg or .pdf file."
-        ),
-    ] = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Learn tasks one after another and report what each stage forgot; or report it of finished MODEL... alone."""
-    from trainer.evaluation.tradeoff_picture import require_plottable
-
     if plot is not None:
         require_plottable(plot)
     words = place or []
@@ -204,7 +197,7 @@ def _releases(
         initial=initial,
         metric=metric or "ce",
         limit=limit,
-        progress=console_progress(),
+        progress=ConsoleProgress(),
     )
 
 
@@ -219,5 +212,5 @@ def _chain(asked: Any, dry_run: bool, limit: int | None, as_json: bool) -> Any:
         show_report(plan_chain(asked, build_in_process), as_json=as_json)
         return None
     if asked.finished:
-        return read_finished(asked, build=build_in_process, limit=limit, progress=console_progress())
-    return run_chain(asked, build=build_in_process, limit=limit, progress=console_progress())
+        return read_finished(asked, build=build_in_process, limit=limit, progress=ConsoleProgress())
+    return run_chain(asked, build=build_in_process, limit=limit, progress=ConsoleProgress())

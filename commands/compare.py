@@ -21,8 +21,9 @@ from commands.options import (
     TargetOption,
     WorkOption,
 )
-from commands.terminal import console_progress, named, note, show_report
+from commands.terminal import named, note, show_report
 from formats.errors import ConfigError
+from formats.progress import ConsoleProgress
 
 
 def compare_command(
@@ -75,7 +76,7 @@ def _compared(
         source=named(source, "--source", "NAME=CACHE"),
         target=named(target, "--target", "NAME=CACHE"),
         initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
-        progress=console_progress(),
+        progress=ConsoleProgress(),
         **options,
     )
 

@@ -6,7 +6,8 @@ import typer
 
 from commands import completion
 from commands.options import EvalDtypeOption, EvalLimitOption, JsonOption, ModelOption
-from commands.terminal import console_progress, named, note, show, show_json
+from commands.terminal import named, note, show, show_json
+from formats.progress import ConsoleProgress
 
 
 def eval_command(
@@ -58,7 +59,7 @@ def eval_command(
         limit=limit,
         kl=not no_kl,
         quantize=quantize,
-        progress=console_progress(),
+        progress=ConsoleProgress(),
     )
     if quantize == "none" and add_to_card(model, caches_by_name, results):
         note(f"added to {model}/README.md, the model's card")

@@ -6,7 +6,8 @@ import typer
 
 from commands import completion
 from commands.parsing import parse_numbers
-from commands.terminal import console_progress, show
+from commands.terminal import show
+from formats.progress import ConsoleProgress
 
 
 def merge_command(
@@ -99,9 +100,9 @@ def merge_command(
         scale=scale,
         density=density,
         trim=trim,
-        weights=parse_numbers(weights, "--weights"),
+        weights=None if weights is None else parse_numbers(weights, "--weights"),
         by=by,
         fisher=fisher or None,
         fisher_rows=fisher_rows,
     )
-    show(merge(config, console_progress()).line())
+    show(merge(config, ConsoleProgress()).line())

@@ -105,7 +105,7 @@ SeedOption = Annotated[
     ),
 ]
 EvalLimitOption = Annotated[
-    int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each cache.")
+    int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each text.")
 ]
 ComparedArgument = Annotated[
     list[str],
@@ -187,9 +187,7 @@ EvalDtypeOption = Annotated[
 ]
 PlotOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", show_default=False, help="Also draw the trade-off to a .png, .svg or .pdf file."
-    ),
+    typer.Option(metavar="FILE", show_default=False, help="Also draw it to a .png, .svg or .pdf file."),
 ]
 PageOption = Annotated[
     Path | None,
@@ -213,6 +211,18 @@ def set_option(help_text: str, metavar: str = "KEY=VALUE") -> Any:
     """`--set`, which every command that trains has."""
     return typer.Option(
         "--set", autocompletion=completion.settings, metavar=metavar, show_default=False, help=help_text
+    )
+
+
+def build_option(help_text: str) -> Any:
+    """`--build`, of every command that builds caches on its way."""
+    return typer.Option(metavar="KEY=VALUE", show_default=False, help=help_text)
+
+
+def caches_option(help_text: str) -> Any:
+    """Caches of held-out text, with names."""
+    return typer.Option(
+        metavar="NAME=CACHE", autocompletion=completion.caches, show_default=False, help=help_text
     )
 
 

@@ -45,14 +45,12 @@ def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str,
     return parsed
 
 
-def parse_numbers(text: str | None, option: str) -> list[float] | None:
+def parse_numbers(text: str, option: str) -> list[float]:
     """`0.75,0.25` as numbers.
 
     Raises:
         ConfigError: a part is not a number.
     """
-    if text is None:
-        return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

@@ -6,9 +6,20 @@ from typing import Annotated
 import typer
 
 from commands import completion
-from commands.options import EvalDtypeOption, JsonOption, set_option
-from commands.terminal import console_progress, named, note, show, show_json, show_report
+from commands.options import (
+    EvalDtypeOption,
+    EvalLimitOption,
+    JsonOption,
+    PlotOption,
+    build_option,
+    caches_option,
+    set_option,
+)
+from commands.parsing import parse_numbers
+from commands.terminal import named, note, show, show_json, show_report
 from formats.errors import ConfigError
+from formats.picture_file import require_plottable
+from formats.progress import ConsoleProgress
 
 probe_app = typer.Typer(
     help="Probe models: noise on their weights, answers to questions, memorised text, learning rates.",
@@ -22,13 +33,6 @@ ModelsArgument = Annotated[
         autocompletion=completion.models,
         help="Models in the order of training: directory, hub name, NAME@REVISION or LABEL=MODEL.",
     ),
-]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each text.")
-]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", show_default=False, help="Also draw it to a .png, .svg or .pdf file."),
 ]
 
 
@@ -57,14 +61,7 @@ def gammas_of(text: str) -> list[float]:
 @probe_app.command("noise")
 def noise_command(
     models: ModelsArgument,
-    source: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=CACHE",
-            autocompletion=completion.caches,
-            help="Held-out text; only its tokens are read. May be repeated.",
-        ),
-    ],
+    source: Annotated[list[str], caches_option("Held-out text; only its tokens are read. May be repeated.")],
     gamma: Annotated[
         str,
         typer.Option(
@@ -87,7 +84,7 @@ def noise_command(
         typer.Option(metavar="REGEX", show_default=False, help="Noise on parameters with such names alone."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
-    limit: LimitOption = None,
+    limit: EvalLimitOption = None,
     dtype: EvalDtypeOption = "float32",
     plot: PlotOption = None,
     as_json: JsonOption = False,
@@ -96,7 +93,6 @@ def noise_command(
     from formats.identity.fingerprint import resolve_model
     from trainer.checks import check_one_of
     from trainer.config import DTYPES
-    from trainer.evaluation.tradeoff_picture import require_plottable
     from trainer.probe.models import resolved
     from trainer.probe.noise import probe_noise
     from trainer.probe.noise_report import NoiseReport
@@ -114,7 +110,7 @@ def noise_command(
         only=only,
         dtype=dtype,
         limit=limit,
-        progress=console_progress(),
+        progress=ConsoleProgress(),
     )
     report = NoiseReport(curves=curves, draws=draws)
     show_report(report, as_json=as_json)
@@ -146,7 +142,7 @@ def answers_command(
 
     check_one_of("--dtype", dtype, DTYPES)
     asked = read_questions(questions)[:limit]
-    found = probe_answers(resolved(models), asked, dtype=dtype, progress=console_progress())
+    found = probe_answers(resolved(models), asked, dtype=dtype, progress=ConsoleProgress())
     if as_json:
         show_json(answers_to_dict(found))
     else:
@@ -173,7 +169,7 @@ def memory_command(
             help="Text of the same kind that they were not trained on: the difference is memory.",
         ),
     ] = None,
-    limit: LimitOption = None,
+    limit: EvalLimitOption = None,
     dtype: EvalDtypeOption = "float32",
     as_json: JsonOption = False,
 ) -> None:
@@ -182,7 +178,7 @@ def memory_command(
     from trainer.probe.models import resolved
 
     found = probe_memory(
-        resolved(models), text, control, limit=limit, dtype=dtype, progress=console_progress()
+        resolved(models), text, control, limit=limit, dtype=dtype, progress=ConsoleProgress()
     )
     if as_json:
         show_json(memory_to_dict(found))
@@ -196,22 +192,8 @@ def tune_command(
     text: Annotated[
         str, typer.Option(metavar="TEXT", help="What is learnt: a corpus; or, without KL, a cache.")
     ],
-    source: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=CACHE",
-            autocompletion=completion.caches,
-            help="Held-out text like that of pretraining. May be repeated.",
-        ),
-    ],
-    target: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=CACHE",
-            autocompletion=completion.caches,
-            help="Held-out text of what is learnt. May be repeated.",
-        ),
-    ],
+    source: Annotated[list[str], caches_option("Held-out text like that of pretraining. May be repeated.")],
+    target: Annotated[list[str], caches_option("Held-out text of what is learnt. May be repeated.")],
     lr: Annotated[
         str, typer.Option("--lr", metavar="A,B,C", help="Learning rates, the same for every model.")
     ],
@@ -224,12 +206,9 @@ def tune_command(
         set_option("An argument of all runs.", "training.KEY=VALUE"),
     ] = None,
     build: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", show_default=False, help="A setting of the caches that are built of TEXT."
-        ),
+        list[str] | None, build_option("A setting of the caches that are built of TEXT.")
     ] = None,
-    limit: LimitOption = None,
+    limit: EvalLimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tune models at the same learning rates and print what each forgets: does more pretraining make it worse?"""
@@ -244,24 +223,12 @@ def tune_command(
         source=named(source, "--source", "NAME=CACHE"),
         target=named(target, "--target", "NAME=CACHE"),
         out=out,
-        learning_rates=numbers_of(lr, "--lr"),
-        kl_coefs=numbers_of(kl_coef, "--kl-coef"),
+        learning_rates=parse_numbers(lr, "--lr"),
+        kl_coefs=parse_numbers(kl_coef, "--kl-coef"),
         training=settings["training"],
         build=settings["build"],
     )
-    report = probe_tune(config, build=build_in_process, limit=limit, progress=console_progress())
+    report = probe_tune(config, build=build_in_process, limit=limit, progress=ConsoleProgress())
     show_report(report, as_json=as_json)
     if report.failed:
         raise typer.Exit(1)
-
-
-def numbers_of(text: str, option: str) -> list[float]:
-    """`A,B,C`.
-
-    Raises:
-        ConfigError: a part is no number.
-    """
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} takes numbers with commas, got {text!r}") from None

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from commands import completion
-from commands.options import JsonOption, set_option
-from commands.terminal import console_progress, named, show_report
+from commands.options import EvalLimitOption, JsonOption, build_option, caches_option, set_option
+from commands.terminal import named, show_report
+from formats.progress import ConsoleProgress
 
 
 def restore_command(
@@ -24,11 +25,7 @@ def restore_command(
     ],
     source: Annotated[
         list[str],
-        typer.Option(
-            metavar="NAME=CACHE",
-            autocompletion=completion.caches,
-            help="Held-out text of what the initial model knew, other than TEXT. May be repeated.",
-        ),
+        caches_option("Held-out text of what the initial model knew, other than TEXT. May be repeated."),
     ],
     out: Annotated[str, typer.Option(help="Directory of the result; the same one continues it.")],
     tokens: Annotated[
@@ -69,16 +66,9 @@ def restore_command(
         ),
     ] = None,
     build: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            show_default=False,
-            help="A setting of the cache that is built of TEXT, as in chain.",
-        ),
+        list[str] | None, build_option("A setting of the cache that is built of TEXT, as in chain.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each source text.")
-    ] = None,
+    limit: EvalLimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train TUNED... shortly on general text, and the initial model beside them: what comes back was only hidden."""
@@ -101,7 +91,7 @@ def restore_command(
         training=settings["training"],
         build=settings["build"],
     )
-    report = run_restore(config, build=build_in_process, limit=limit, progress=console_progress())
+    report = run_restore(config, build=build_in_process, limit=limit, progress=ConsoleProgress())
     show_report(report, as_json=as_json)
     if report.failed:
         raise typer.Exit(1)

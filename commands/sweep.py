@@ -9,7 +9,8 @@ from commands import completion
 from commands.compare import draw
 from commands.options import JsonOption, PageOption, PlotOption, RunSettingsOption
 from commands.parsing import require_owner
-from commands.terminal import console_progress, named, show_report
+from commands.terminal import named, show_report
+from formats.progress import ConsoleProgress
 
 
 def sweep_command(
@@ -196,9 +197,9 @@ def sweep_command(
         from trainer.sweep.on_ray import RayPool
 
         with RayPool(None if ray == "local" else ray, parallel) as cluster:
-            report = run_sweep(asked, pool=cluster, progress=console_progress())
+            report = run_sweep(asked, pool=cluster, progress=ConsoleProgress())
     else:
-        report = run_sweep(asked, pool=LocalPool(parallel or 1), progress=console_progress())
+        report = run_sweep(asked, pool=LocalPool(parallel or 1), progress=ConsoleProgress())
     show_report(report, as_json=as_json)
     if report.comparison is not None:
         draw(report.comparison, plot, page)

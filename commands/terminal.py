@@ -9,7 +9,6 @@ from typing import Any
 
 from formats.errors import ConfigError
 from formats.named_path import split_name
-from formats.progress import ConsoleProgress
 
 
 def escape_unprintable() -> None:
@@ -63,8 +62,3 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
             raise ConfigError(f"{what} must have different names, got {name!r} twice; write {form}")
         found[name] = path
     return found
-
-
-def console_progress() -> ConsoleProgress:
-    """The progress of anything long: a bar on a terminal, plain lines elsewhere."""
-    return ConsoleProgress()

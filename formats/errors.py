@@ -4,6 +4,9 @@ Messages follow one shape: the rule, what was got, what to do. The command line 
 and exits with 1; library users catch `AnnealError` or the precise class.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 DEVELOPMENT_CACHE = (
     "this cache was built by a development version before the first release; build it again "
     "(anneal cache build CORPUS --model MODEL --out CACHE --overwrite)"
@@ -45,6 +48,15 @@ class IdentityMismatchError(AnnealError):
 
 class DivergenceError(AnnealError):
     """A loss, gradient, weight or evaluation is not finite: the run stops, and nothing of it is published."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """In this block an error says what it is about, before its own message; its class stays."""
+    try:
+        yield
+    except AnnealError as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def one_line(error: BaseException, limit: int = 300, *, whole: bool = False) -> str:

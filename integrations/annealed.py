@@ -5,6 +5,7 @@ loss, counts, first check and evaluation.
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from integrations.settings import require_only
 from integrations.teacher import ancestor_of, vocabulary_of
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
-from trainer.data.label_terms import plain, resolved
+from trainer.data.label_terms import bare_objective, resolved
 from trainer.data.sampler import EpochBatches, Source
-from trainer.loop.finite import FiniteWatch
+from trainer.loop.finite import FiniteWatch, least_of_ranks
 from trainer.loop.kl_budget import KlBudget
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.output_head import OutputHead
@@ -165,7 +166,7 @@ class Annealed(Trainer):
             return made
 
         draws, with_kl = config.tail_draws and config.kl_direction == "forward", config.kl_coef > 0
-        self.objective = resolved(plain(config), cache)
+        self.objective = resolved(bare_objective(config), cache)
         self.kl_coef, self.kl_direction = config.kl_coef, config.kl_direction
         self.train_rows = JoinedRows(
             dataset(cache, "both" if with_kl else "ce", objective=self.objective), on_missing
@@ -321,15 +322,8 @@ class Annealed(Trainer):
         if self.accelerator.scaler is None:
             self.finite.see("gradient", grad_norm, self.state.global_step)
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
-
-            def least(values: torch.Tensor) -> torch.Tensor:
-                if self.args.world_size > 1:
-                    values = values.clone()
-                    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MIN)
-                return values
-
             self.finite.require(
-                least,
+                partial(least_of_ranks, world_size=self.args.world_size),
                 lambda: f"; use a lower learning_rate (it was {self.args.learning_rate:g}) or other data",
             )
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)

@@ -18,7 +18,7 @@ import torch.utils.data
 from formats.cache import TeacherCache
 from formats.disk.token_row import IGNORED, content_key
 from formats.errors import ConfigError
-from trainer.data.dataset import CachedDataset, Item, Unit, no_teacher
+from trainer.data.dataset import CachedDataset, Item, Unit, no_teacher, without_loss
 from trainer.data.label_terms import no_terms
 from trainer.objective import Choice
 
@@ -101,8 +101,6 @@ class Found:
 
     num_rows: int = 0
     num_missing: int = 0
-    num_without_loss: int = 0
-    """Rows without a token that carries loss: nothing is learnt from them, so nothing need be known of them."""
     missing: list[Pair] = field(default_factory=list)
     """Some of the missing ones, tokens and mask."""
 
@@ -113,14 +111,11 @@ class JoinedRows:
     Args:
         dataset: the cache's rows, with temperature and objective; None for rows without a teacher.
         on_missing: `refuse`, or `skip_kl`: a row that the cache does not hold carries cross-entropy alone.
-        temperature: where there is no dataset.
     """
 
-    def __init__(
-        self, dataset: CachedDataset | None, on_missing: str = "refuse", temperature: float = 1.0
-    ) -> None:
+    def __init__(self, dataset: CachedDataset | None, on_missing: str = "refuse") -> None:
         self.dataset, self.on_missing = dataset, on_missing
-        self.temperature = temperature if dataset is None else dataset.temperature
+        self.temperature = 1.0 if dataset is None else dataset.temperature
         self.weighting = Choice("none") if dataset is None else dataset.objective.weighting
 
     def items(self, feature: Mapping[str, Any]) -> list[Item]:
@@ -164,10 +159,7 @@ class JoinedRows:
         for ids, labels in rows:
             found.num_rows += 1
             mask = mask_of(ids, labels)
-            if self._index(ids, mask) is not None:
-                continue
-            if not mask.any():
-                found.num_without_loss += 1
+            if self._index(ids, mask) is not None or not mask.any():  # without a target nothing is learnt
                 continue
             found.num_missing += 1
             if len(found.missing) < KEPT_EXAMPLES:
@@ -189,11 +181,7 @@ class JoinedDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, unit: Unit) -> list[Item]:
         items = self.rows.items(self.dataset[unit[0]])
-        if unit.is_filler:
-            items = [
-                item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher() for item in items
-            ]
-        return items
+        return [without_loss(item) for item in items] if unit.is_filler else items
 
 
 def rows_of(dataset: Any, rank: int = 0, world_size: int = 1) -> Iterator[Pair]:

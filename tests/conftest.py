@@ -4,7 +4,6 @@ Nothing here may reach a network, and no test may use more than two threads.
 """
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-# `--import-mode=importlib` leaves sys.path alone.  Not this directory itself: tests/cache_builder would
-# hide the package of the same name.
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +65,15 @@ def tiny_gemma2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir
     from tiny_models import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny-gemma2"), "gemma2", tiny_tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def pruned_cache(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    """24 rows of the tiny Llama with heads as a build makes them: p >= 1e-3, at most 128 entries, with tail draws."""
+    from caches import write_cache
+
+    path = tmp_path_factory.mktemp("cache") / "pruned"
+    return write_cache(path, tiny_llama_dir, num_rows=24, min_prob=1e-3, max_k=128)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from formats.errors import IdentityMismatchError
 from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
-from trainer.data.label_terms import plain, resolved
+from trainer.data.label_terms import bare_objective, resolved
 from trainer.data.mixture import Share
 from trainer.loading import load_model, load_tokenizer, open_cache, require_plain_weights
 from trainer.multimodal import encoders, encoders_note
@@ -204,7 +204,7 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     """
     tail_draws = config.tail_draws and config.kl_direction == "forward"
 
-    objective = resolved(plain(config), inputs.target)
+    objective = resolved(bare_objective(config), inputs.target)
 
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
         loss = "ce" if reads_tokens_only(config, loss) else loss
@@ -233,7 +233,7 @@ def rows_to_check(config: TrainConfig, inputs: Inputs, tail_draws: bool) -> Cach
     if inputs.with_kl:
         return CachedDataset(inputs.with_kl[0], config.temperature, tail_draws=tail_draws)
     built_by = inputs.target.identity.teacher.get("weights")
-    has_teacher = any(shard.num_positions for shard in inputs.target.manifest.shards)
+    has_teacher = inputs.target.manifest.num_positions > 0
     if built_by != inputs.start.weights or not has_teacher:
         return None
     return CachedDataset(inputs.target, config.temperature, tail_draws=tail_draws)

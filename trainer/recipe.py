@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from trainer.config import TrainConfig
 from trainer.config_file import refuse_unknown
 from trainer.preflight import best_model, combinations
@@ -155,5 +155,4 @@ def training_arguments(resolved: Mapping[str, Any], out: Path) -> "TrainingArgum
     try:
         return TrainingArguments(**settled, **arguments)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"training: {reason}") from None
+        raise ConfigError(f"training: {one_line(error)}") from None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 
 STARTS_ABOVE_ZERO = ("cosine_warmup_with_min_lr",)
 """Schedules whose warm-up begins above 0 in transformers already."""
@@ -73,8 +73,9 @@ def check_schedule(make: Callable[[torch.optim.Optimizer, int], Any], args: Any,
         scheduler = make(optimizer, max_steps)
         factors = _factors(scheduler, max_steps)
     except (TypeError, ValueError, ArithmeticError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"training.lr_scheduler_kwargs of {schedule}, got {given}: {reason}") from None
+        raise ConfigError(
+            f"training.lr_scheduler_kwargs of {schedule}, got {given}: {one_line(error)}"
+        ) from None
     _refuse_idle_steps(factors, schedule, max_steps)
 
 

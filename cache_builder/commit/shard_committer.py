@@ -10,7 +10,6 @@ Per shard: write `_build/partial/.../shard-N`, write its note, then `commit_excl
 """
 
 import contextlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_builder import pace
 from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.claims import Claims
 from cache_builder.commit.plan import BuildSettings
@@ -44,7 +44,7 @@ def encoder_threads(num_cores: int | None = None) -> int:
     only when rows wait. 1 is the writing thread itself.
     """
     if num_cores is None:
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_cores = pace.num_cores()
     return max(1, min(MOST_ENCODER_THREADS, num_cores // CORES_PER_ENCODER_THREAD))
 
 

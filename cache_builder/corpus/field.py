@@ -37,10 +37,10 @@ class Field:
 
     key: str
     """How the code asks for `names`."""
-    place: str
-    """`column` of a record, field of a `turn`, of a `content part` or of a `tool call`."""
     names: tuple[str, ...]
     """As data sets spell it."""
+    place: str = COLUMN
+    """`column` of a record, field of a `turn`, of a `content part` or of a `tool call`."""
     verdict: str
     """`honoured`, `refused`, `honoured or refused`, `not needed`."""
     effect: str

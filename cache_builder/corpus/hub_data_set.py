@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cache_builder.corpus.column_values import plain, plain_untyped
 from cache_builder.corpus.readers import Record
-from formats.errors import CorpusError
+from formats.errors import CorpusError, one_line
 
 _NAME = re.compile(
     r"(?P<repository>[\w][\w.-]*(?:/[\w][\w.-]*)?)(?::(?P<config>[\w.+=-]+))?(?:@(?P<revision>[\w./-]+))?"
@@ -111,7 +111,7 @@ def _types(dataset: Any) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """The error on one line, without a closing full stop."""
-    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
+    return one_line(error, whole=True).rstrip(".")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from cache_builder.corpus.field import (
     CHAT,
-    COLUMN,
     CONDITIONAL,
     HONOURED,
     IDS,
@@ -21,7 +20,6 @@ COLUMNS: tuple[Field, ...] = (
     # --- beside input_ids ---------------------------------------------------------------------------------
     Field(
         key="labels",
-        place=COLUMN,
         names=("labels",),
         verdict=HONOURED,
         effect="beside `input_ids`: -100 is no target; anything else must be the token itself, unshifted",
@@ -32,7 +30,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="masks",
-        place=COLUMN,
         names=("loss_mask", "assistant_masks", "assistant_mask", "completion_mask"),
         verdict=HONOURED,
         effect="beside `input_ids`: 0 is no target; of several masks all must say 1; refused without `input_ids`",
@@ -43,7 +40,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="token weights",
-        place=COLUMN,
         names=("loss_weights", "token_weights"),
         verdict=CONDITIONAL,
         effect="beside `input_ids`: zeros and ones are a mask; any other weight is refused",
@@ -54,7 +50,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="attention_mask",
-        place=COLUMN,
         names=("attention_mask",),
         verdict=CONDITIONAL,
         effect="beside `input_ids`: takes padding out at either end; gaps, and targets in the padding, are refused",
@@ -62,7 +57,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="position_ids",
-        place=COLUMN,
         names=("position_ids",),
         verdict=CONDITIONAL,
         effect="beside `input_ids`: 0, 1, 2, ... is accepted; anything else (packed sequences) is refused",
@@ -70,7 +64,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="sequence lengths",
-        place=COLUMN,
         names=("seq_lengths", "sequence_lengths"),
         verdict=CONDITIONAL,
         effect="beside `input_ids`: one length, that of the record, is accepted; packed sequences are refused",
@@ -78,7 +71,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="segment ids",
-        place=COLUMN,
         names=("segment_ids", "sequence_ids", "document_ids", "seq_idx"),
         verdict=CONDITIONAL,
         effect="beside `input_ids`: one value throughout is accepted; packed sequences are refused",
@@ -86,7 +78,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="cumulative lengths",
-        place=COLUMN,
         names=("cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k"),
         verdict=CONDITIONAL,
         effect="beside `input_ids`: 0 and the record's length are accepted; packed sequences are refused",
@@ -94,7 +85,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="token_type_ids",
-        place=COLUMN,
         names=("token_type_ids", "mm_token_type_ids"),
         verdict=CONDITIONAL,
         effect="beside `input_ids`: zeros are accepted; others change the attention and are refused",
@@ -102,7 +92,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="shift_labels",
-        place=COLUMN,
         names=("shift_labels",),
         verdict=REFUSED,
         effect="labels are not shifted here",
@@ -112,7 +101,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="tokenizer's",
-        place=COLUMN,
         names=("special_tokens_mask", "offset_mapping", "length", "num_tokens"),
         verdict=NOT_NEEDED,
         effect="says nothing about what is trained",
@@ -121,7 +109,6 @@ COLUMNS: tuple[Field, ...] = (
     # --- any record -----------------------------------------------------------------------------------------
     Field(
         key="record weight",
-        place=COLUMN,
         names=("sample_weight", "loss_weight", "loss_scale"),
         verdict=REFUSED,
         effect="every record counts once; 1 is accepted",
@@ -132,7 +119,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="weight",
-        place=COLUMN,
         names=("weight",),
         verdict=REFUSED,
         effect="as above, for conversations and pairs; a column like any other beside `text`",
@@ -144,7 +130,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="preference",
-        place=COLUMN,
         names=(
             "chosen",
             "rejected",
@@ -162,7 +147,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="feedback",
-        place=COLUMN,
         names=("kto_tag",),
         verdict=REFUSED,
         effect="feedback on the answer",
@@ -173,7 +157,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="label",
-        place=COLUMN,
         names=("label",),
         verdict=REFUSED,
         effect="true or false (in CSV as text) as feedback on the answer; other values are not read",
@@ -185,7 +168,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="steps",
-        place=COLUMN,
         names=("completions",),
         verdict=REFUSED,
         effect="several completions, or steps with a reward each",
@@ -196,7 +178,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="media",
-        place=COLUMN,
         names=("image", "images", "video", "videos", "audio", "audios", "pixel_values", "input_features"),
         verdict=REFUSED,
         effect="text only",
@@ -206,7 +187,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="objects",
-        place=COLUMN,
         names=("objects",),
         verdict=REFUSED,
         effect="grounding boxes for placeholders in the text",
@@ -217,7 +197,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="teacher",
-        place=COLUMN,
         names=("logprobs", "target_logprobs", "target_token_ids", "teacher_logprobs", "teacher_prompt"),
         verdict=REFUSED,
         effect="predictions of another teacher: the cache takes the initial model's own",
@@ -228,7 +207,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="suffix",
-        place=COLUMN,
         names=("suffix",),
         verdict=REFUSED,
         effect="fill in the middle: write the marked-up string as `prompt` and `completion`",
@@ -240,7 +218,6 @@ COLUMNS: tuple[Field, ...] = (
     # --- conversations --------------------------------------------------------------------------------------
     Field(
         key="system",
-        place=COLUMN,
         names=("system", "system_prompt"),
         verdict=CONDITIONAL,
         effect="becomes the first message; refused if the conversation opens with another one, and beside a "
@@ -252,7 +229,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="history",
-        place=COLUMN,
         names=("history",),
         verdict=CONDITIONAL,
         effect="Alpaca with a chat template: [question, answer] pairs become earlier turns, their answers are "
@@ -264,7 +240,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="tools",
-        place=COLUMN,
         names=("tools", "functions"),
         verdict=CONDITIONAL,
         effect="JSON schemas for the template, as a list or as JSON text; refused where the template shows no "
@@ -276,7 +251,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="template arguments",
-        place=COLUMN,
         names=("chat_template_kwargs",),
         verdict=CONDITIONAL,
         effect="handed to the template for this record; an argument that the template does not read is refused",
@@ -287,7 +261,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="one template argument",
-        place=COLUMN,
         names=("enable_thinking", "preserve_thinking", "reasoning_effort", "documents", "model_identity"),
         verdict=CONDITIONAL,
         effect="as one entry of `chat_template_kwargs`",
@@ -298,7 +271,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="template",
-        place=COLUMN,
         names=("chat_template",),
         verdict=CONDITIONAL,
         effect="accepted if it is the tokenizer's own, else refused: one cache has one template",
@@ -309,7 +281,6 @@ COLUMNS: tuple[Field, ...] = (
     ),
     Field(
         key="request settings",
-        place=COLUMN,
         names=("parallel_tool_calls",),
         verdict=NOT_NEEDED,
         effect="a setting of an API; no template shows it",

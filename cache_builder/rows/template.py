@@ -16,7 +16,7 @@ from typing import Any
 
 from cache_builder.corpus.examples import Conversation
 from cache_builder.corpus.messages import Message
-from formats.errors import ConfigError, CorpusError
+from formats.errors import ConfigError, CorpusError, one_line
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Span = tuple[int, int]
@@ -175,7 +175,7 @@ class ChatTemplate:
         try:
             yield
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error, 200, whole=True)
             if num_messages < len(conversation.messages):
                 part = "message 1" if num_messages == 1 else f"messages 1 to {num_messages}"
                 raise CorpusError(

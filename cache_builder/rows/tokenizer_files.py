@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 
 DEFAULT_MAX_LENGTH = 2048
 # Any one of them makes a directory hold a tokenizer.
@@ -48,7 +48,7 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a broken file surfaces as any of a dozen classes of three libraries
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, whole=True)
         raise ConfigError(f"the tokenizer in {directory} must be loadable, got: {reason}") from error
 
 

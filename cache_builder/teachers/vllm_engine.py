@@ -61,7 +61,7 @@ class RunningEngine:
         return {
             "engine": "vllm",
             "engine_version": _vllm_version(),
-            "torch_version": _torch_version(),
+            "torch_version": importlib.metadata.version("torch"),
             "dtype": self.dtype,
             "head_dtype": str(settings.model_config.head_dtype).removeprefix("torch."),
             **_numeric_settings(settings),
@@ -191,7 +191,3 @@ def _vllm_version() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{name} {importlib.metadata.version(name)}"
     return "unknown"
-
-
-def _torch_version() -> str:
-    return importlib.metadata.version("torch")

@@ -70,7 +70,6 @@ def _is_ours(entry: Any) -> bool:
 def _section(cache: TeacherCache, repo_id: str, base_model: str | None) -> str:
     identity, manifest = cache.identity, cache.manifest
     teacher, corpus = identity.teacher, identity.corpus
-    shards = manifest.shards
     name = teacher.get("name", teacher.get("architecture", "unknown"))
     rows = [
         ("teacher", f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name),
@@ -79,11 +78,11 @@ def _section(cache: TeacherCache, repo_id: str, base_model: str | None) -> str:
         ("engine", f"{teacher.get('engine', 'unknown')} {teacher.get('engine_version', '')}".strip()),
         ("corpus", corpus.get("source", "unknown")),
         ("rows", len(cache)),
-        ("tokens", sum(shard.num_tokens for shard in shards)),
-        ("positions", sum(shard.num_positions for shard in shards)),
+        ("tokens", manifest.num_tokens),
+        ("positions", manifest.num_positions),
         ("min_prob", manifest.min_prob),
         ("max_k", manifest.max_k),
-        ("size", format_bytes(sum(shard.num_bytes for shard in shards))),
+        ("size", format_bytes(manifest.num_bytes)),
         ("identity", identity.digest()),
     ]
     table = "\n".join(f"| {key} | {table_cell(value)} |" for key, value in rows)

@@ -6,9 +6,11 @@ write to a temporary name in the same directory, fsync the file, rename, fsync t
 """
 
 import contextlib
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -54,6 +56,12 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
+    """`atomic_write_bytes` of plain values as JSON for people: a value a line, keys sorted, letters as they are."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=allow_nan)
+    atomic_write_bytes(path, text.encode() + b"\n")
 
 
 def commit_exclusive(temporary: Path, final: Path) -> bool:

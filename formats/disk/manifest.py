@@ -153,6 +153,18 @@ class Manifest:
     def num_rows(self) -> int:
         return sum(shard.num_rows for shard in self.shards)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def num_positions(self) -> int:
+        return sum(shard.num_positions for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
     def to_bytes(self) -> bytes:
         """The sealed JSON text; equal manifests give equal bytes."""
         content = {

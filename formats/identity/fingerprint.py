@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from formats.identity.hash_memo import remembered
 from formats.identity.tensor_hash import hash_span, hash_tensors
 
@@ -64,10 +64,9 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None, *, what
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"{what} must be a model directory or a Hugging Face name, got {name!r}, "
-            f"which is no directory here and could not be fetched: {reason}"
+            f"which is no directory here and could not be fetched: {one_line(error)}"
         ) from None
 
 

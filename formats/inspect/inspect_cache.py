@@ -9,6 +9,7 @@ from formats.errors import ConfigError
 from formats.inspect.row_view import view_row
 from formats.inspect.summary import summarise
 from formats.inspect.text import row_text, summary_text
+from formats.picture_file import require_plottable
 
 
 def inspect_cache(
@@ -39,6 +40,8 @@ def inspect_cache(
         raise ConfigError(
             "--full is for the distributions over all rows, got it with --row; remove one of them"
         )
+    if plot is not None:
+        require_plottable(os.fspath(plot))
     opened = TeacherCache(cache)
     agreed: list[str] = []
     if model is not None:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from formats.cache_row import ReadableCache
-from formats.errors import ConfigError
 from formats.inspect.summary import sampled_rows
-from formats.install import how_to_install
 from formats.logprobs.entropy import entropy
+from formats.picture_file import new_figure, save_figure
 
 INK, BLUE, PALE = "#1f2933", "#2b6cb0", "#c3dafe"
 
@@ -21,16 +20,9 @@ def plot_cache(
     """Write head sizes, covered mass, entropy and bytes by part to `path` (PNG, SVG or PDF by its suffix).
 
     Raises:
-        ConfigError: matplotlib is missing, or the suffix is none it can write.
+        ConfigError: as `save_figure`.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError(
-            f"--plot needs matplotlib, which is not installed; {how_to_install('plot')}"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context
 
     rows = [cache[index].teacher for index in sampled_rows(cache, full).tolist()]
     filled = [teacher for teacher in rows if len(teacher)]
@@ -39,10 +31,11 @@ def plot_cache(
     missed = np.concatenate([np.exp(t.log_tail(1.0).astype(float)) for t in filled]) if filled else none
     nats = np.concatenate([entropy(t) for t in filled]) if filled else none
 
-    with pyplot.rc_context(
+    with rc_context(
         {"font.size": 9, "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 6.4), layout="constrained")
+        figure = new_figure(9.6, 6.4)
+        axes = figure.subplots(2, 2)
         _histogram(axes[0, 0], counts, "entries per head", "head size", logarithmic=True)
         _histogram(
             axes[0, 1],
@@ -59,12 +52,7 @@ def plot_cache(
             fontsize=11,
             color=INK,
         )
-        try:
-            figure.savefig(path, dpi=150)
-        except ValueError as error:
-            raise ConfigError(f"--plot must name a .png, .svg or .pdf file, got {path}: {error}") from None
-        finally:
-            pyplot.close(figure)
+        save_figure(figure, Path(path), dpi=150)
 
 
 def _histogram(axis: Any, values: np.ndarray, title: str, label: str, *, logarithmic: bool) -> None:

@@ -77,8 +77,7 @@ def sampled_rows(cache: ReadableCache, full: bool) -> np.ndarray:
             cache.shard(number)  # holds as many rows as the manifest says: nothing is allocated on its word
     if full or count == 0:
         return np.arange(count)
-    positions = sum(shard.num_positions for shard in cache.manifest.shards)
-    wanted = min(SAMPLE_ROWS, max(1, round(count * SAMPLE_POSITIONS / max(1, positions))))
+    wanted = min(SAMPLE_ROWS, max(1, round(count * SAMPLE_POSITIONS / max(1, cache.manifest.num_positions))))
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from formats.codec.quantise import LOWEST_LABEL
 from formats.progress import counted, format_bytes
+from formats.table import aligned
 
 BAR = 40
 RECORDS = {("corpus", "counts"), ("corpus", "notes")}
@@ -26,13 +27,8 @@ def _short(value: Any) -> str:
     return text[:12] if is_hash else text if len(text) <= 80 else text[:77] + "..."
 
 
-def _table(rows: list[tuple[str, ...]], indent: str = "  ") -> list[str]:
-    """First column left, the rest right aligned."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return [
-        indent + "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths,
-        strict=True))) for row in rows
-    ]  # fmt: skip
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    return aligned(rows, indent="  ").splitlines()
 
 
 def _tail(codec: dict[str, Any]) -> str:

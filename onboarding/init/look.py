@@ -1,9 +1,7 @@
 """What a corpus and a model look like, as far as it decides the settings: lengths, what carries loss, size, memory."""
 
-import json
 import math
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from cache_builder.corpus.corpus import CorpusConfig, open_corpus
 from cache_builder.rows.preview import preview
 from cache_builder.rows.tokenise import tokenise
 from cache_builder.rows.tokenizer_files import load_tokenizer, model_context
-from formats.errors import FormatError
 from formats.identity.fingerprint import resolve_model, weight_files
+from formats.identity.tensor_hash import read_header
 
 SAMPLE = 512
 """Records that are tokenised for a look."""
@@ -61,6 +59,7 @@ def look_at(corpus: str, model: str) -> Look:
     Raises:
         ConfigError: no such model or corpus, or it has no tokenizer.
         CorpusError: the corpus is malformed, or gives no row.
+        FormatError: a weight file has a damaged header.
     """
     directory = resolve_model(model)
     tokenizer = load_tokenizer(directory)
@@ -98,15 +97,7 @@ def _parameters(directory: Path) -> int | None:
     for path in weight_files(directory):
         if path.suffix != ".safetensors":
             return None
-        try:
-            with open(path, "rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
-        except (OSError, struct.error, ValueError):
-            raise FormatError(
-                f"{path} must be a safetensors file, got a damaged header; copy it again"
-            ) from None
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        total += sum(math.prod(entry["shape"]) for entry in read_header(path)[0].values())
     return total
 
 

@@ -1,13 +1,9 @@
 """The digits benchmark: both ends of SFA are known points, and a larger beta keeps more of the old task."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import digits
 

@@ -1,15 +1,10 @@
 """The fidelity benchmark's claims at a scale that a test can afford, on the same functions."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from fidelity import METHODS, measure
 from fidelity_targets import capture, sampled_targets, topk_targets
 

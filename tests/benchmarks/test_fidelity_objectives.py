@@ -1,13 +1,9 @@
 """The benchmark of the other objectives: its definitions are theirs, and its figures say bias and noise apart."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from fidelity_objectives import CASES, measure
 
 from formats.capture_settings import CaptureSettings

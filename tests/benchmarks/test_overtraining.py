@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import overtraining
+import overtraining_ladder as ladder
 import pytest
 import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import overtraining  # noqa: E402
-import overtraining_ladder as ladder  # noqa: E402
 
 SCALE = ladder.Scale(tokens=(512, 1024), vocab_size=280, width=32, layers=1, context=16, batch=2)
 

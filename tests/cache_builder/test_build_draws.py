@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from deterministic_build import SeededTeacher, Stop, contents, make_config, make_source, stop_at
+from tiny_models import write_corpus
 
 from cache_builder import BuildConfig, build_cache, estimate_cache, plan_build
 from cache_builder.teachers.engines import make_teacher
@@ -18,13 +19,23 @@ from formats.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def config(default_config: BuildConfig) -> BuildConfig:
-    return default_config
+def config(tiny_llama_dir: Path, tmp_path_factory) -> BuildConfig:
+    """Small shards, so that there are several; everything that is stored by the defaults."""
+    directory = tmp_path_factory.mktemp("default-build")
+    return BuildConfig(
+        corpus=str(write_corpus(directory / "text.jsonl")),
+        model=str(tiny_llama_dir),
+        out=str(directory / "cache"),
+        engine="transformers",
+        max_length=64,
+        rows_per_shard=4,
+    )
 
 
 @pytest.fixture(scope="module")
-def cache(default_cache: TeacherCache) -> TeacherCache:
-    return default_cache
+def cache(config: BuildConfig) -> TeacherCache:
+    assert build_cache(config).complete
+    return TeacherCache(config.out)
 
 
 def manifest_of(cache: TeacherCache) -> dict:

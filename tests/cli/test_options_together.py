@@ -1,27 +1,12 @@
 """What an option says is done or refused by name: options that need another one, the name of what is at fault."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import warm_process
 from typed_here import Run
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text(
-        "".join(json.dumps({"text": f"def add{n}(a, b): return a + b"}) + "\n" for n in range(3))
-    )
-    words = ("--model", tiny_llama_dir, "--out", folder / "cache", "--engine", "transformers")
-    done = warm_process.anneal("cache", "build", corpus, *words)
-    assert done.returncode == 0, done.stderr
-    return folder / "cache"
 
 
 def refused(anneal: Run, *words: str | Path) -> str:
@@ -107,9 +92,8 @@ def test_a_directory_that_holds_no_model(anneal: Run, cache: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_into_a_place_that_cannot_be(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:
+def test_settings_into_a_place_that_cannot_be(anneal: Run, corpus: Path, tiny_llama_dir: Path) -> None:
     """The name that was typed, not that of a temporary file."""
-    corpus = cache.parent / "corpus.jsonl"
     err = refused(anneal, "init", corpus, "--model", tiny_llama_dir, "--file", corpus / "train.yaml")
     assert err.startswith(
         f"error: --file must name a file that can be written, got {corpus / 'train.yaml'}: "

@@ -3,14 +3,12 @@ code 1 for what cannot work, nothing left behind, and the corrected command runs
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typed_here import Run
-
-import cli
+import warm_process
+from typed_here import Run, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples" / "tiny-base"
@@ -28,22 +26,9 @@ Train = Callable[..., tuple[int, str]]
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built by the command itself."""
     path = tmp_path_factory.mktemp("built") / "cache"
-    words = [
-        "cache",
-        "build",
-        str(ROOT / "examples" / "own-data.jsonl"),
-        "--model",
-        str(BASE),
-        "--out",
-        str(path),
-    ]
-    argv, sys.argv = sys.argv, ["anneal", *words, "--engine", "transformers"]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        assert not stop.code
-    finally:
-        sys.argv = argv
+    words = ("--model", BASE, "--out", path, "--engine", "transformers")
+    done = warm_process.anneal("cache", "build", ROOT / "examples" / "own-data.jsonl", *words)
+    assert done.returncode == 0, done.stderr
     return path
 
 
@@ -57,27 +42,11 @@ def train(cache: Path, tmp_path: Path, anneal: Run) -> Train:
             for key, value in {**QUICK, **training}.items()
             for word in ("--set", f"training.{key}={value}")
         ]
-        given = [
-            "train",
-            str(cache),
-            "--model",
-            str(BASE),
-            "--out",
-            str(tmp_path / "o"),
-            "--set",
-            "step0_rows=2",
-        ]
-        code, _, err = anneal(*given, *sets, *words)
+        given = ("--model", BASE, "--out", tmp_path / "o", "--set", "step0_rows=2")
+        code, _, err = anneal("train", cache, *given, *sets, *words)
         return code, err
 
     return run
-
-
-def one_line(err: str) -> str:
-    assert "Traceback" not in err
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, err
-    return errors[0]
 
 
 def test_a_mistake_leaves_nothing_and_the_corrected_command_runs(train: Train, tmp_path: Path) -> None:

@@ -3,10 +3,10 @@ end it."""
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import board
 import pytest
 import yaml
 
@@ -15,9 +15,6 @@ from trainer.sweep.merges import plan_merges
 from trainer.sweep.plan import plan_runs
 
 REAL = Path(__file__).resolve().parents[2] / "examples" / "real"
-sys.path.insert(0, str(REAL))
-
-import board  # noqa: E402
 
 PROTOCOLS = ("maths", "methods", "abstracts", "maths_cpu", "methods_cpu")
 

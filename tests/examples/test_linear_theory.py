@@ -7,13 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import linear_theory as theory
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import linear_theory as theory  # noqa: E402
 
 THEOREM = json.loads((ROOT / "tests/golden_theory/theorem1.json").read_text())
 LAYERS = json.loads((ROOT / "tests/golden_theory/linear2.json").read_text())

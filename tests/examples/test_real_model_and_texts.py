@@ -6,12 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "real"))
-
 import make_corpora
 import make_model
+import pytest
 import texts
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "real"

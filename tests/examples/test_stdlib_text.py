@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import stdlib_text
+from stdlib_text import Document
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import stdlib_text  # noqa: E402
-from stdlib_text import Document  # noqa: E402
 
 LIGHT_SPLITS = [
     (domain, split)

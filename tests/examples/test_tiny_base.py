@@ -2,19 +2,16 @@
 
 import functools
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from stdlib_text import documents
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY_BASE = EXAMPLES / "tiny-base"
-sys.path.insert(0, str(EXAMPLES))
-
-from stdlib_text import documents  # noqa: E402
 
 
 @functools.cache

@@ -24,3 +24,11 @@ def run_here(
         code = stop.code
     printed = capsys.readouterr()
     return int(code or 0), printed.out, printed.err
+
+
+def one_line(err: str) -> str:
+    """The error message, after progress lines; fails unless it is exactly one line without a traceback."""
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    return errors[0]

@@ -1,6 +1,5 @@
 """TRL's data set types find their rows in a cache; what does not fit is refused by name, before anything is trained."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 if os.environ.get("ANNEAL_INTEGRATIONS") != "trl":
     pytest.importorskip("trl")
 
+from corpora import write_jsonl
 from datasets import Dataset
 from test_trl import config_of, data_set, theirs, trainer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,8 +53,7 @@ def rows_of_corpus(path: Path, tokenizer) -> list:
 def test_a_cache_of_the_corpus_has_the_rows_of_trl(kind, tmp_path, tiny_llama_dir, tokenizer):
     """The corpus itself, and the file of `write_rows`, give the rows that TRL trains on; packed as well."""
     records, changed = TYPES[kind]
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", records)
     expected = rows_of_corpus(corpus, tokenizer)
     assert len(expected) == 6 and all(any(mask) for _, mask in expected)
     for name, packing in (("plain", {}), ("packed", {"packing": True, "max_length": 40})):
@@ -74,7 +73,7 @@ def test_from_a_corpus_to_a_trained_model(tmp_path, tiny_llama_dir, anneal, caps
     """As the page says: one command, two changed lines. Held-out rows are measured against a cache of their own."""
     records, changed = TYPES["messages"]
     for name, part in (("corpus", records), ("held", records[:2])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part))
+        write_jsonl(tmp_path / f"{name}.jsonl", part)
         words = ("--model", tiny_llama_dir, "--out", tmp_path / name, "--engine", "transformers")
         code, _, errors = anneal("cache", "build", tmp_path / f"{name}.jsonl", *words)
         assert code == 0, errors

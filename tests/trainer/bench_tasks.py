@@ -1,7 +1,8 @@
 """Task files and data for the tests of `anneal bench`: forty questions, documents, questions to write on."""
 
-import json
 from pathlib import Path
+
+from corpora import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_BASE = ROOT / "examples" / "tiny-base"
@@ -36,12 +37,6 @@ def questions() -> list[dict]:
         text = f"In the module {MODULES[number % 10]}, a function that {VERBS[number // 10]} something gives"
         records.append({"question": text, "choices": choices, "gold": number % len(choices)})
     return records
-
-
-def write_lines(path: Path, records: list[dict]) -> Path:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 MULTIPLE_CHOICE = """\
@@ -91,6 +86,6 @@ metadata: {version: 1.0}
 def write_forty(directory: Path) -> Path:
     """The task `forty` with its data; returns the directory."""
     directory.mkdir(exist_ok=True)
-    write_lines(directory / "forty.jsonl", questions())
+    write_jsonl(directory / "forty.jsonl", questions())
     (directory / "forty.yaml").write_text(MULTIPLE_CHOICE, encoding="utf-8")
     return directory

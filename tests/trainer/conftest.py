@@ -1,14 +1,8 @@
 """Caches for the trainer's tests: a tiny model's own exact logprobs, written with `formats.CacheWriter`."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[2]),
-]  # the root: tests/trainer is no `trainer`
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +19,3 @@ def llama_eval_cache(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: P
     from caches import write_cache
 
     return write_cache(tmp_path_factory.mktemp("cache") / "held-out", tiny_llama_dir, num_rows=8, seed=77)
-
-
-@pytest.fixture(scope="session")
-def pruned_cache(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
-    """24 rows with heads as a build makes them: p >= 1e-3, at most 128 entries."""
-    from caches import write_cache
-
-    path = tmp_path_factory.mktemp("cache") / "pruned"
-    return write_cache(path, tiny_llama_dir, num_rows=24, min_prob=1e-3, max_k=128)

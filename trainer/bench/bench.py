@@ -26,7 +26,7 @@ from trainer.bench.catalogue import Catalogue, LoadedTask, load_catalogue
 from trainer.bench.harness import bars_of, import_harness, quiet_harness
 from trainer.bench.model_identity import model_identity
 from trainer.bench.report import BenchReport, ModelResults
-from trainer.bench.samples import samples_table, table_bytes
+from trainer.bench.samples import finite, samples_table, table_bytes
 from trainer.bench.settings import BenchSettings
 from trainer.bench.suites import SUITES
 from trainer.bench.truncation import truncated_items
@@ -224,8 +224,8 @@ def _metrics(found: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, d
             continue
         error = found.get(f"{name}_stderr,{filter_name}")
         metrics[key] = {
-            "value": _finite(value),
-            "stderr": _finite(error),
+            "value": finite(value),
+            "stderr": finite(error),
             "higher_is_better": higher.get(name),
         }
     return metrics
@@ -246,12 +246,3 @@ def _require_all(task: LoadedTask, metrics: Mapping[str, Any]) -> None:
                 f"the metrics of a task must suit its kind, got {metric} in {task.name}, of kind "
                 f"{task.task.OUTPUT_TYPE}; leave it out"
             )
-
-
-def _finite(value: Any) -> float | None:
-    """A plain finite number, else None."""
-    import math
-
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return None

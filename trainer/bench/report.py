@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from formats.table import aligned
 from trainer.bench.bench_file import BENCH_NAME, BenchEntry
 
 
@@ -81,15 +82,12 @@ class BenchReport:
         rows = [["task", "metric", "shots", "items", *(model.label for model in self.models)]]
         rows += self._group_lines()
         rows += self._task_lines()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
+            aligned(rows, left=2),
+            "",
+            "+- one standard error, over items; arrows point to better",
+            *self._notes(),
         ]
-        lines += ["", "+- one standard error, over items; arrows point to better", *self._notes()]
         return "\n".join(lines)
 
     def _task_lines(self) -> Iterator[list[str]]:

@@ -159,16 +159,17 @@ def _logprobs(responses: Sequence[Any]) -> list[float]:
 def _numbers(name: str, value: Any) -> list[tuple[str, float | None]]:
     """Columns of one metric: a number, or a sum and what it is divided by; anything else has no column."""
     if isinstance(value, bool | int | float | np.number | np.bool_):
-        return [(name, _finite(float(value)))]
+        return [(name, finite(float(value)))]
     if isinstance(value, tuple | list) and len(value) == 2:
         total, weight = value
         if isinstance(total, float) and isinstance(weight, int | float):
-            return [(name, _finite(total)), (name + WEIGHT, _finite(float(weight)))]
+            return [(name, finite(total)), (name + WEIGHT, finite(float(weight)))]
     return []
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite(value: Any) -> float | None:
+    """A plain finite number, else None."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _text(value: Any) -> str:

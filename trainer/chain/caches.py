@@ -107,6 +107,16 @@ class CacheMaker:
         self.build(text, model, place, self.options)
 
 
+def require_caches(texts: Mapping[str, str], option: str) -> None:
+    """Refuse held-out texts that are no finished caches; nobody builds them.
+
+    Raises:
+        ConfigError: names the first one, by the option that it was typed with.
+    """
+    for name, text in texts.items():
+        CacheMaker(out=Path(), options={}).check(text, f"{option} {name}")
+
+
 def content(text: str) -> str | None:
     """SHA-256 of a corpus that is one file; None for others, which the build itself identifies."""
     path = Path(text)

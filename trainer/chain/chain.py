@@ -5,22 +5,22 @@ stage, each with the cache that it needs; the controls; the matrix. The same com
 and ends with the same matrix.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.errors import AnnealError, ConfigError
+from formats.disk.durable import atomic_write_json
+from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker, is_cache
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import Need, Stage, heldout_needs, mixtures, plan_direct, plan_mixture, plan_stages
 from trainer.chain.readings import read_model
-from trainer.chain.report import ChainReport, Row
+from trainer.chain.report import REPORT_NAME, ChainReport, Row
 from trainer.config_file import config_from_dict
 from trainer.inputs import open_inputs
 from trainer.result.lineage import own_weights, short_name
@@ -112,16 +112,8 @@ def _check_inputs(config: ChainConfig, stage: Stage) -> None:
     typed = config_from_dict(settings)
     paths = [typed.cache, *(cache.path for cache in typed.caches), *(task.cache for task in typed.ewc_tasks)]
     if all(map(is_cache, paths)):
-        with _named(stage):
+        with naming(stage.name):
             open_inputs(typed)
-
-
-@contextlib.contextmanager
-def _named(stage: Stage) -> Iterator[None]:
-    try:
-        yield
-    except AnnealError as error:
-        raise type(error)(f"{stage.name}: {error}") from None
 
 
 def _require_same(stage: Stage, out: Path) -> None:
@@ -133,7 +125,7 @@ def _require_same(stage: Stage, out: Path) -> None:
                 f"{stage.name} must start from {stage.after}, but was trained from other weights than are there now; "
                 f"remove {stage.directory(out)} and the stages after it, or use another --out"
             )
-    with _named(stage):
+    with naming(stage.name):
         require_same(stage, out)
 
 
@@ -182,7 +174,7 @@ def run_chain(
             rows=_rows(config, plan, singles, limit, progress),
             failed=dict(runs.failed),
         )
-        report.write(out)
+        atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report
 
 

@@ -4,16 +4,15 @@ Colours say how many nats worse than the best model of the picture a model is on
 difficulty can be compared; the numbers are those of the table. matplotlib is imported when a picture is drawn.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from formats.disk.durable import atomic_write_bytes
+from formats.picture_file import new_figure, require_plottable, save_figure
 from trainer.chain.report import Row, cell_text
-from trainer.evaluation.tradeoff_picture import COLOURS, GREY, MARKERS, require_plottable
+from trainer.evaluation.tradeoff_picture import COLOURS, GREY, MARKERS
 
 
 def draw_matrix(rows: Sequence[Row], columns: Sequence[str], path: Path, *, metric: str = "ce") -> Path:
@@ -28,14 +27,9 @@ def draw_matrix(rows: Sequence[Row], columns: Sequence[str], path: Path, *, metr
         ConfigError: as `require_plottable`.
     """
     path = require_plottable(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     R = np.stack([row.goodness(columns, metric) for row in rows])
     worse = R.max(axis=0) - R
-    size = (3.4 + 0.95 * len(columns) + 4.2, max(3.2, 1.2 + 0.42 * len(rows)))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)  # no display, no global state
+    figure = new_figure(3.4 + 0.95 * len(columns) + 4.2, max(3.2, 1.2 + 0.42 * len(rows)))
     left, right = figure.subplots(1, 2, width_ratios=[2.0 + 0.95 * len(columns), 4.2])
     top = max(float(np.nanmax(worse[np.isfinite(worse)], initial=0.0)), 1e-12)
     image = left.imshow(worse, cmap="Blues", vmin=0.0, vmax=top, aspect="auto")
@@ -53,10 +47,7 @@ def draw_matrix(rows: Sequence[Row], columns: Sequence[str], path: Path, *, metr
     unit = "share worse than the best" if metric == "accuracy" else "nats worse than the best"
     figure.colorbar(image, ax=left, label=unit)
     _draw_lines(right, [row for row in rows if row.kind in ("initial", "stage", "release")], columns, metric)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=110)
-    atomic_write_bytes(path, drawn.getvalue())
-    return path
+    return save_figure(figure, path, dpi=110)
 
 
 def _draw_lines(axes: Any, rows: Sequence[Row], columns: Sequence[str], metric: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.errors import AnnealError, ConfigError
+from formats.errors import ConfigError, naming
 from trainer.chain.caches import CacheMaker
 from trainer.chain.config import ChainConfig
 from trainer.recipe import resolve_training
@@ -94,13 +94,13 @@ def _sequence(
         stage = _stage(config, maker, name, methods[task], before, found, replay, made)
         if shared and all(earlier.name.startswith("stages/") for earlier in found):
             twin = shared[number]
-            if _plain(twin) == _plain(stage):
+            if _settings(twin) == _settings(stage):
                 stage = twin
         found.append(stage)
     return found
 
 
-def _plain(stage: Stage) -> dict[str, Any]:
+def _settings(stage: Stage) -> dict[str, Any]:
     return stage.config(Path("unused")).to_dict() | {"out": ""}
 
 
@@ -204,11 +204,9 @@ def checked(stage: Stage, out: Path) -> Stage:
     Raises:
         ConfigError: it does not, or the stage would leave adapters alone.
     """
-    try:
+    with naming(stage.name):
         config = stage.config(out)
         resolve_training(config)
-    except AnnealError as error:
-        raise type(error)(f"{stage.name}: {error}") from None
     if config.lora is not None and not config.lora.merge:
         raise ConfigError(
             f"{stage.name}: a stage starts from a whole model, got lora.merge: false; remove it"

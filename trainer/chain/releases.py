@@ -1,7 +1,6 @@
 """The matrix alone, of finished models of any origin in their order: what did each release lose?"""
 
 import itertools
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.chain.caches import Build, CacheMaker
+from formats.table import aligned
+from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
-from trainer.chain.report import REPORT_NAME, ChainReport, Row, aligned, cell_text, plain
+from trainer.chain.report import REPORT_NAME, ChainReport, Row, as_json, cell_text
 from trainer.result.lineage import short_name
 
 
@@ -74,19 +74,14 @@ class ReleaseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys."""
-        return {
+        shown = {
             "columns": list(self.columns),
             "metric": self.metric,
             "rows": [{"label": row.label, "kind": row.kind, "directory": row.directory} for row in self.rows],
-            "R": plain(self.goodness.tolist()),
-            "lost": plain(self.lost()),
+            "R": self.goodness.tolist(),
+            "lost": self.lost(),
         }
-
-    def write(self, out: Path) -> Path:
-        """Put matrix.json into a directory."""
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        atomic_write_bytes(out / REPORT_NAME, text.encode() + b"\n")
-        return out / REPORT_NAME
+        return as_json(shown)
 
 
 def free_label(model: str, taken: Collection[str]) -> str:
@@ -125,8 +120,7 @@ def read_releases(
         )
     if not texts:
         raise ConfigError("a report on releases needs held-out texts, got none; write --heldout NAME=CACHE")
-    for name, text in texts.items():
-        CacheMaker(out=out, options={}).check(text, f"--heldout {name}")
+    require_caches(texts, "--heldout")
     directories = {
         label: resolve_model(model, what="--initial" if model == initial else "MODEL")
         for label, model in models.items()
@@ -138,7 +132,7 @@ def read_releases(
         results = read_model(label, directory, texts, out / "evaluations", limit=limit, progress=progress)
         rows.append(Row(label=label, kind=kind, directory=str(directory), results=results))
     report = ReleaseReport(columns=list(texts), rows=rows, metric=metric)
-    report.write(out)
+    atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report
 
 
@@ -191,5 +185,5 @@ def read_finished(
             )
         )
     report = ChainReport(config=config, columns=list(texts), rows=rows, failed={})
-    report.write(out)
+    atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report

@@ -1,16 +1,14 @@
 """What a chain came to: the table of perplexities, what follows from the matrix, and matrix.json."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from formats.disk.durable import atomic_write_bytes
+from formats.table import aligned
 from trainer.chain.config import ChainConfig
 from trainer.chain.matrix import FORMULAS, Summary
 from trainer.evaluation.evaluate import Result
@@ -129,7 +127,7 @@ class ChainReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys, without times, the same when the chain is run again."""
         matrices = {name: self.matrix(kind) for name, kind in (("chain", "stage"), ("direct", "direct"))}
-        return {
+        shown = {
             "tasks": self.tasks,
             "columns": list(self.columns),
             "metric": self.config.metric,
@@ -141,30 +139,29 @@ class ChainReport:
                     "task": row.task,
                     "directory": row.directory,
                     "results": {
-                        column: {key: plain(result.get(key)) for key in KEPT}
+                        column: {key: result.get(key) for key in KEPT}
                         for column, result in row.results.items()
                     },
                 }
                 for row in self.rows
             ],
-            "R": {name: plain(matrix.tolist()) for name, matrix in matrices.items() if matrix is not None},
-            "summary": {name: plain(summary.values) for name, summary in self.summaries.items()},
+            "R": {name: matrix.tolist() for name, matrix in matrices.items() if matrix is not None},
+            "summary": {name: summary.values for name, summary in self.summaries.items()},
             "failed": dict(self.failed),
         }
-
-    def write(self, out: Path) -> Path:
-        """Put matrix.json into the chain's directory."""
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        atomic_write_bytes(out / REPORT_NAME, text.encode() + b"\n")
-        return out / REPORT_NAME
+        return as_json(shown)
 
 
-def plain(value: Any) -> Any:
-    """JSON has no word for what is not finite, be it in lists or under names."""
+def as_json(report: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no word for what is not finite, be it in lists or under names: None stands there."""
+    return {key: _finite(value) for key, value in report.items()}
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: plain(part) for key, part in value.items()}
+        return as_json(value)
     if isinstance(value, list):
-        return [plain(part) for part in value]
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -173,14 +170,3 @@ def cell_text(result: Result, metric: str) -> str:
     if metric == "accuracy":
         return f"{100 * result['accuracy']:.1f} %"
     return f"{result['perplexity']:.2f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first one to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    )

@@ -100,7 +100,7 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
             raise ConfigError(
                 f"a training cache needs rows, got none in {self.name}; check the corpus it was built from"
             )
-        if loss != "ce" and not sum(shard.num_positions for shard in self.cache.manifest.shards):
+        if loss != "ce" and not self.cache.manifest.num_positions:
             raise ConfigError(
                 f"KL needs teacher positions, got a cache without any: {self.name}; its rows carry no loss, "
                 "rebuild with --positions all or train with --kl-coef 0"
@@ -123,9 +123,9 @@ class CachedDataset(torch.utils.data.Dataset[Any]):
 
     def kl_tokens_per_row(self) -> float:
         """Positions with KL per row, each counted by its weight; from a sample of rows where they must be read."""
-        shards, rows = self.cache.manifest.shards, len(self)
+        rows = len(self)
         if self.of_kl.kl_on in ("captured", "all") and self.of_kl.gate.name == "none":
-            return sum(shard.num_positions for shard in shards) / rows
+            return self.cache.manifest.num_positions / rows
         sample = [self[int(row)] for row in np.linspace(0, rows - 1, min(rows, COUNTED_ROWS))]
         counts = [
             item.get("teacher_weights", np.ones(len(item["teacher_positions"]))).sum() for item in sample
@@ -211,6 +211,11 @@ def no_teacher() -> Item:
     }
 
 
+def without_loss(item: Item) -> Item:
+    """The row as a filler: its tokens, and nothing that is learnt or held."""
+    return item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher()
+
+
 class UnitDataset(torch.utils.data.Dataset[Any]):
     """Several datasets end to end, fetched by `Unit`: what the loader of a mixed, packed run reads.
 
@@ -236,11 +241,7 @@ class UnitDataset(torch.utils.data.Dataset[Any]):
         if isinstance(unit, int):
             unit = Unit((unit,))
         items = [self.row(number) for number in unit]
-        if unit.is_filler:
-            items = [
-                item | {"labels": np.full_like(item["labels"], IGNORED)} | no_teacher() for item in items
-            ]
-        return items
+        return [without_loss(item) for item in items] if unit.is_filler else items
 
 
 def require_one_tail(datasets: Sequence[CachedDataset]) -> None:

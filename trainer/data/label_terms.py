@@ -101,7 +101,7 @@ def resolved(objective: Objective, cache: TeacherCache) -> Objective:
             f"ce_weight {choice.name} needs rows that carry loss for its tau, got none in {cache.path}; write "
             f"{choice.name}:NATS"
         )
-    return replace(plain(objective), ce_weight=f"{choice.name}:{tau:.6g}")
+    return replace(bare_objective(objective), ce_weight=f"{choice.name}:{tau:.6g}")
 
 
 def share_learnt(weighting: Choice, cache: TeacherCache) -> float:
@@ -120,7 +120,7 @@ def _measured(cache: TeacherCache) -> Iterator[CacheRow]:
         yield cache[int(number)]
 
 
-def plain(objective: Objective) -> Objective:
+def bare_objective(objective: Objective) -> Objective:
     """An `Objective` and nothing more, of a configuration that is one."""
     names = Objective.__dataclass_fields__
     return Objective(**{name: getattr(objective, name) for name in names})

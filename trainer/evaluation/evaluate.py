@@ -15,6 +15,7 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
 from formats.progress import Progress
+from formats.table import aligned
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
 from trainer.loading import gives_back_memory, load_model, load_tokenizer, quiet_transformers
@@ -219,7 +220,7 @@ def require_related(cache: TeacherCache, model_dir: Path, tokenizer: Any, *, kl:
 
 def has_teacher(cache: TeacherCache) -> bool:
     """Whether any position of a cache has teacher targets."""
-    return any(shard.num_positions for shard in cache.manifest.shards)
+    return cache.manifest.num_positions > 0
 
 
 def teacher_name(cache: TeacherCache) -> str | None:
@@ -238,12 +239,7 @@ def format_evaluation(results: Mapping[str, Result]) -> str:
     for name, result in results.items():
         cells = [_cell(result.get(key), form) for _, key, form in COLUMNS]
         rows.append((name, *cells, *([str(result.get("kl_to") or "-")] if several else [])))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in range(1, len(row))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def _cell(value: Any, form: str) -> str:

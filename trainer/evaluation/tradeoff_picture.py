@@ -5,14 +5,12 @@ family (such as one method at several strengths) are joined in the given order; 
 front: what no other point beats on both axes. matplotlib is imported when a picture is drawn.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
-from formats.install import how_to_install
+from formats.picture_file import new_figure, require_plottable, save_figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -20,7 +18,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#5f6368"
 WIDE = 2.0
 """Ratio between the largest and the smallest perplexity from which an axis is logarithmic."""
-FORMATS = (".png", ".svg", ".pdf")
 Point = Mapping[str, float]
 
 
@@ -78,13 +75,10 @@ def plot_tradeoff(
     """
     check_points(results, families or {})
     path = require_plottable(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     initial = f"{initial} model" if initial not in results else initial  # either way to call it
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)  # no display, no global state
+    figure = new_figure(*size)
     axes: Any = figure.add_subplot()
     groups = {name: list(labels) for name, labels in (families or {}).items()}
     joined = {label for labels in groups.values() for label in labels}
@@ -143,39 +137,7 @@ def plot_tradeoff(
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=160)
-    try:
-        atomic_write_bytes(path, drawn.getvalue())
-    except OSError as error:
-        raise _unwritable(path, error.strerror or str(error)) from None
-    return path
-
-
-def require_plottable(path: str | Path) -> Path:
-    """Find out before the work whether a plot can be drawn and written to `path`; nothing is written.
-
-    Raises:
-        ConfigError: another ending, no such directory, or matplotlib is missing.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise _unwritable(path, "another ending")
-    if path.is_dir():
-        raise _unwritable(path, "a directory")
-    if not path.parent.is_dir():
-        raise _unwritable(path, f"no directory {path.parent}")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"plots need matplotlib, which is not installed; {how_to_install('plot')}"
-        ) from None
-    return path
-
-
-def _unwritable(path: Path, reason: str) -> ConfigError:
-    return ConfigError(f"the plot must go to a writable .png, .svg or .pdf file, got {path}: {reason}")
+    return save_figure(figure, path, dpi=160)
 
 
 def check_points(results: Mapping[str, Point], families: Mapping[str, Sequence[str]]) -> None:

@@ -94,3 +94,11 @@ def all_finite(parameters: Iterable[torch.Tensor], device: torch.device) -> torc
             local = local.to_local()
         good &= torch.isfinite(local).all().to(device)
     return good
+
+
+def least_of_ranks(values: torch.Tensor, world_size: int) -> torch.Tensor:
+    """The smallest of every number over all processes. Collective."""
+    if world_size > 1:
+        values = values.clone()
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MIN)
+    return values

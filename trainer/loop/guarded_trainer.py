@@ -4,6 +4,7 @@ number is not finite.
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from formats.errors import ConfigError, DivergenceError
 from trainer import checkpoint
-from trainer.loop.finite import FiniteWatch, all_finite
+from trainer.loop.finite import FiniteWatch, all_finite, least_of_ranks
 from trainer.preflight import best_model
 from trainer.preflight.arguments import refuse_unhonoured
 from trainer.schedule import first_step_trains
@@ -99,13 +100,7 @@ class GuardedTrainer(Trainer):
         Raises:
             DivergenceError: names what and where, and what is kept.
         """
-
-        def least(values: torch.Tensor) -> torch.Tensor:
-            if self.args.world_size > 1:
-                values = values.clone()
-                torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MIN)
-            return values
-
+        least = partial(least_of_ranks, world_size=self.args.world_size)
         self.finite.require(least, self._what_now)
         if self.accelerator.scaler is not None:
             self.finite.require_steps(

@@ -7,7 +7,6 @@ first for its fingerprint, and one write.
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
+from formats.disk.durable import atomic_write_json, fsync_directory, fsync_file
 from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
@@ -104,8 +103,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergedModel:
         record["distance"] = distance.distance().to_dict()
         card = merge_card(config, models.identity, tasted)
         (staging / "README.md").write_text(card, encoding="utf-8")
-        text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)
-        atomic_write_bytes(staging / RECORD_NAME, text.encode())
+        atomic_write_json(staging / RECORD_NAME, record, allow_nan=True)
     return MergedModel(
         out=out,
         num_models=len(entered),

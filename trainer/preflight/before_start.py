@@ -98,7 +98,7 @@ def _check_checkpointing(trainer: "LabelAnnealingTrainer") -> None:
 def counts_of(dataset: Any) -> tuple[int, int]:
     """(tokens that carry loss, teacher positions) of a `CachedDataset`; of the former only whether there are any."""
     cache = dataset.cache
-    positions = sum(shard.num_positions for shard in cache.manifest.shards)
+    positions = cache.manifest.num_positions
     if dataset.loss == "kl":
         return 0, positions
     has_labels = (cache.manifest.positions == "loss" and positions) or any(

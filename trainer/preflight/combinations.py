@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from trainer.config import TrainConfig
 
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -342,7 +342,7 @@ def check_compile(resolved: Mapping[str, Any], *, on_gpu: bool) -> None:
         try:
             cpp_builder.get_cpp_compiler()
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"training.torch_compile needs a C++ compiler on a CPU, got none: {reason}; install one, or remove it"
+                f"training.torch_compile needs a C++ compiler on a CPU, got none: {one_line(error)}; "
+                "install one, or remove it"
             ) from None

@@ -25,6 +25,7 @@ import torch
 
 from formats.errors import ConfigError
 from formats.progress import Progress
+from formats.table import aligned
 from trainer.loading import load_model, load_tokenizer, quiet_transformers
 
 NUM_BINS = 10
@@ -226,8 +227,6 @@ TITLES = ("format", "entropy", "entropy of choices", "accuracy", "per token", "c
 
 def answers_text(found: Mapping[str, AnswerMeans]) -> str:
     """For people: a line per model."""
-    from trainer.chain.report import aligned
-
     rows: list[tuple[str, ...]] = [("model", *TITLES)]
     for label, means in found.items():
         shares = (f"{100 * means.accuracy:.1f} %", f"{100 * means.accuracy_per_token:.1f} %")

@@ -13,6 +13,7 @@ from typing import Any
 
 from formats.errors import ConfigError
 from formats.progress import Progress
+from formats.table import aligned
 from trainer.evaluation.evaluate import evaluate
 
 
@@ -77,8 +78,6 @@ def probe_memory(
 
 def memory_text(found: Mapping[str, Memory]) -> str:
     """For people: a line per model."""
-    from trainer.chain.report import aligned
-
     rows: list[tuple[str, ...]] = [("model", "exact memorisation", "not trained on", "memorised")]
     for label, memory in found.items():
         difference = "-"

@@ -1,15 +1,15 @@
 """Noise over models and strengths: the table, what it says, and a picture."""
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.disk.durable import atomic_write_bytes
-from trainer.chain.report import aligned, plain
-from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS, require_plottable
+from formats.picture_file import new_figure, require_plottable, save_figure
+from formats.table import aligned
+from trainer.chain.report import as_json
+from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS
 from trainer.probe.noise import NoiseCurve
 
 
@@ -76,16 +76,17 @@ class NoiseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys."""
-        return {
+        shown = {
             "draws": self.draws,
             "models": [
-                {"label": label, "texts": {text: _plain_curve(curve) for text, curve in curves.items()}}
+                {"label": label, "texts": {text: _curve(curve) for text, curve in curves.items()}}
                 for label, curves in self.curves.items()
             ],
             "best": {
                 text: {f"{gamma:g}": label for gamma, label in self.best(text).items()} for text in self.texts
             },
         }
+        return as_json(shown)
 
     def plot(self, path: Path) -> Path:
         """Draw loss against strength, or, of three models and more, perplexity over models (their Fig. 3).
@@ -94,11 +95,7 @@ class NoiseReport:
             ConfigError: as `require_plottable`.
         """
         path = require_plottable(path)
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(4.6 * len(self.texts) + 1.0, 3.8), layout="constrained")
-        FigureCanvasAgg(figure)  # no display, no global state
+        figure = new_figure(4.6 * len(self.texts) + 1.0, 3.8)
         for axes, text in zip(figure.subplots(1, len(self.texts), squeeze=False)[0], self.texts, strict=True):
             if len(self.curves) > 2:
                 self._over_models(axes, text)
@@ -107,10 +104,7 @@ class NoiseReport:
             axes.set_title(text, loc="left", fontsize=11)
             axes.grid(color="#e3e5e8", linewidth=0.6)
             axes.legend(frameon=False, fontsize=9)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=110)
-        atomic_write_bytes(path, drawn.getvalue())
-        return path
+        return save_figure(figure, path, dpi=110)
 
     def _over_models(self, axes: Any, text: str) -> None:
         labels = list(self.curves)
@@ -141,13 +135,13 @@ class NoiseReport:
         axes.set(xlabel="gamma", ylabel="nats that noise costs", xscale="log", yscale="log")
 
 
-def _plain_curve(curve: NoiseCurve) -> dict[str, Any]:
+def _curve(curve: NoiseCurve) -> dict[str, Any]:
     return {
-        "ce": plain(curve.ce),
-        "perplexity": plain(_ppl(curve.ce)),
-        "curvature": plain(curve.curvature),
+        "ce": curve.ce,
+        "perplexity": _ppl(curve.ce),
+        "curvature": curve.curvature,
         "breaks_at": curve.breaks_at,
-        "points": [{key: plain(value) for key, value in asdict(point).items()} for point in curve.points],
+        "points": [asdict(point) for point in curve.points],
     }
 
 

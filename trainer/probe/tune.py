@@ -15,13 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from formats.errors import AnnealError, ConfigError
+from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.chain.caches import Build, CacheMaker
+from formats.table import aligned
+from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
-from trainer.chain.report import aligned
 from trainer.evaluation.weight_distance import weight_distance
 from trainer.recipe import resolve_training
 from trainer.sweep.names import number_text
@@ -204,9 +204,8 @@ def probe_tune(
     }
     maker = CacheMaker(out=out, options=config.build, build=build)
     maker.check(config.text, "--text")
-    for side, texts in (("--source", config.source), ("--target", config.target)):
-        for name, text in texts.items():
-            CacheMaker(out=out, options={}).check(text, f"{side} {name}")
+    require_caches(config.source, "--source")
+    require_caches(config.target, "--target")
     first = next(iter(config.models))
     with_kl = any(config.kl_coefs)
     if with_kl and len(config.models) > 1 and maker.place(first, config.text) == config.text:
@@ -243,10 +242,8 @@ def _run(config: TuneConfig, label: str, kl_coef: float, rate: float, cache: str
     }
     varied = {"label": label, "kl_coef": kl_coef, "learning_rate": rate}
     run = PlacedRun(name=name, settings=settings, varied=varied, direct=not kl_coef)
-    try:
+    with naming(name):
         resolve_training(run.config(Path(config.out)))
-    except AnnealError as error:
-        raise type(error)(f"{name}: {error}") from None
     return run
 
 

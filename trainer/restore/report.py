@@ -1,14 +1,12 @@
 """What restoring came to: a line per tuned model, and restore.json."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from formats.disk.durable import atomic_write_bytes
-from trainer.chain.report import KEPT, aligned, plain
+from formats.table import aligned
+from trainer.chain.report import KEPT, as_json
 from trainer.evaluation.evaluate import Result
 from trainer.restore.shares import Shares
 
@@ -111,32 +109,30 @@ class RestoreReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under stable keys, the same when it is run again."""
-        return {
+        shown = {
             "initial": {
                 "label": self.initial_label,
-                "source": _plain(self.initial),
+                "source": _results(self.initial),
                 "memorised": self.memorised_by_initial,
             },
             "models": [
                 {
                     "label": model.label,
                     "directory": model.directory,
-                    "tuned": _plain(model.tuned),
-                    "restored": _plain(model.restored),
-                    "control": _plain(model.control),
+                    "tuned": _results(model.tuned),
+                    "restored": _results(model.restored),
+                    "control": _results(model.control),
                     "memorised": model.memorised,
                     "memorised_after": model.memorised_after,
                     "learning_rate": self.learning_rates[model.label],
                     "shares": {
-                        text: plain(
-                            {
-                                "lost": s.lost,
-                                "gone": s.gone,
-                                "hidden": s.hidden,
-                                "back": s.back,
-                                "verdict": s.verdict(),
-                            }
-                        )
+                        text: {
+                            "lost": s.lost,
+                            "gone": s.gone,
+                            "hidden": s.hidden,
+                            "back": s.back,
+                            "verdict": s.verdict(),
+                        }
                         for text, s in self.shares[model.label].items()
                     },
                 }
@@ -145,16 +141,11 @@ class RestoreReport:
             "text": {"num_rows": self.num_rows, "num_tokens": self.num_tokens},
             "failed": dict(self.failed),
         }
-
-    def write(self, out: Path) -> Path:
-        """Put restore.json into the directory."""
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        atomic_write_bytes(out / REPORT_NAME, text.encode() + b"\n")
-        return out / REPORT_NAME
+        return as_json(shown)
 
 
-def _plain(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
-    return {text: {key: plain(result.get(key)) for key in FIELDS} for text, result in results.items()}
+def _results(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+    return {text: {key: result.get(key) for key in FIELDS} for text, result in results.items()}
 
 
 def _two(before: Result, after: Result) -> tuple[str, str]:

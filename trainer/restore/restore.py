@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from formats.cache import TeacherCache
-from formats.errors import AnnealError, ConfigError, IdentityMismatchError
+from formats.disk.durable import atomic_write_json
+from formats.errors import AnnealError, ConfigError, IdentityMismatchError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.chain.caches import Build, CacheMaker
+from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
 from trainer.config import TrainConfig
@@ -26,7 +27,7 @@ from trainer.config_file import RESOLVED_NAME, load_config
 from trainer.evaluation.evaluate import Result
 from trainer.recipe import resolve_training
 from trainer.restore.config import AUTO_FACTOR, RestoreConfig
-from trainer.restore.report import Restored, RestoreReport
+from trainer.restore.report import REPORT_NAME, Restored, RestoreReport
 from trainer.restore.text import drawn, easiest, write_rows
 from trainer.result.lineage import short_name
 from trainer.sweep.pools import LocalPool, Pool
@@ -85,8 +86,7 @@ def run_restore(
     settings = {label: tuning_run(model) for label, model in tuned.items()}
     maker = CacheMaker(out=out, options=config.build, build=build)
     maker.check(config.text, "--text")
-    for name, text in config.source.items():
-        CacheMaker(out=out, options={}).check(text, f"--source {name}")
+    require_caches(config.source, "--source")
     rates = {label: rate_of(config, label, found) for label, found in settings.items()}
     num_tokens = tokens_of(config, settings)
     place = out / "text" / "rows"
@@ -114,7 +114,7 @@ def run_restore(
         report = measure(
             config, initial, tuned, settings, planned, controls, twins, runs, rates, limit, progress
         )
-        report.write(out)
+        atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report
 
 
@@ -143,7 +143,7 @@ def tokens_of(config: RestoreConfig, settings: Mapping[str, TrainConfig | None])
     if config.tokens is not None:
         return config.tokens
     for path in tuning_texts(config, settings).values():
-        return sum(shard.num_tokens for shard in TeacherCache(path).manifest.shards)
+        return TeacherCache(path).manifest.num_tokens
     raise ConfigError(
         "--tokens auto is one epoch of the tuning text, but no model's record names a cache that is there; give "
         "--tokens, or --memory CACHE"
@@ -183,10 +183,8 @@ def plan_run(
         "training": training,
     }
     run = PlacedRun(name=name, settings=settings, varied={}, direct=True)
-    try:
+    with naming(name):
         resolve_training(run.config(Path(config.out)))
-    except AnnealError as error:
-        raise type(error)(f"{name}: {error}") from None
     return run
 
 

@@ -84,14 +84,14 @@ def require_sound_adapters(model: nn.Module, *, merged: bool = True) -> None:
             base = layer.get_base_layer()
         else:
             continue
-        short = plain_name(name)
+        short = name_before_peft(name)
         advice = f"leave {short.rsplit('.', 1)[-1]} out, or set lora.merge: false to save the adapter alone"
         for parameter in base.parameters(recurse=False):
             others = [other for other in owners[id(parameter)] if not other.startswith(f"{name}.")]
             if others and merged:
                 raise ConfigError(
                     f"lora.target_modules: an adapter on {short} cannot be merged, because its weight is also "
-                    f"{plain_name(others[0])}, which would change with it; {advice}"
+                    f"{name_before_peft(others[0])}, which would change with it; {advice}"
                 )
         kind = (type(layer), type(base))
         if kind in tried or not isinstance(layer, BaseTunerLayer):
@@ -138,7 +138,7 @@ def merge_deviation(layer: Any) -> float | None:
     return float((trial(inputs) - adapted).abs().max() / added)
 
 
-def plain_name(name: str) -> str:
+def name_before_peft(name: str) -> str:
     """The name of a module or parameter before peft wrapped it."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".weight", "")
 

@@ -6,7 +6,6 @@ MODEL/README.md     a section between two comments, and `model-index` in the fro
 A text is a cache's whole text; parts of one, and rounded weights, are no property of the model.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes, atomic_write_json
 from formats.errors import FormatError
 from formats.front_matter import CARD_NAME, join_card, split_card, table_cell, with_section
 from trainer.result.lineage import own_weights
@@ -120,8 +119,7 @@ def add_measured(directory: Path, found: Sequence[MeasuredText | None], weights:
     record["measured"] = {"weights": weights, "texts": joined}
     try:
         text = with_measured(card.read_text(encoding="utf-8"), joined, name=directory.resolve().name)
-        record_text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)
-        atomic_write_bytes(directory / RECORD_NAME, record_text.encode())
+        atomic_write_json(directory / RECORD_NAME, record, allow_nan=True)
         atomic_write_bytes(card, text.encode())
     except (OSError, UnicodeDecodeError, FormatError):
         return False

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
+from formats.disk.durable import atomic_write_json, fsync_directory, fsync_file
 from formats.errors import ConfigError
 from trainer.checkpoint import newest_checkpoint, sweep
 from trainer.config_file import RESOLVED_NAME, save_config
@@ -191,8 +191,7 @@ class RunDirectory:
     def write_record(self, **updates: Any) -> None:
         """Update anneal.json atomically."""
         self.record |= updates
-        text = json.dumps(self.record, indent=1, sort_keys=True, ensure_ascii=False)
-        atomic_write_bytes(self.path / RECORD_NAME, text.encode())
+        atomic_write_json(self.path / RECORD_NAME, self.record, allow_nan=True)
 
     @property
     def staging(self) -> Path:

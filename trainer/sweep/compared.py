@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.errors import ConfigError
+from formats.cache import TeacherCache
+from formats.errors import ConfigError, naming
 from formats.progress import Progress
 from trainer.sweep.config import SweepConfig, is_task
 
@@ -29,26 +30,18 @@ def check_yardsticks(config: SweepConfig) -> None:
         for name, word in getattr(config, side).items():
             if is_task(word):
                 continue
-            _require_cache(f"{side}.{name}", word)
+            with naming(f"{side}.{name} must be a cache"):
+                TeacherCache(word)
     for entry in config.merges:
         for word in entry.strengths.get("by", ()):
-            _require_cache(f"merges.{entry.method}.by", word)
+            with naming(f"merges.{entry.method}.by must be a cache"):
+                TeacherCache(word)
     if (settings := bench_settings(config)) is not None:
         from trainer.bench.catalogue import load_catalogue
         from trainer.bench.harness import import_harness
 
         import_harness()
         load_catalogue(settings.requests(), settings.task_dirs, allow_code=settings.allow_code)
-
-
-def _require_cache(name: str, place: str) -> None:
-    from formats.cache import TeacherCache
-    from formats.errors import AnnealError
-
-    try:
-        TeacherCache(place)
-    except AnnealError as error:
-        raise type(error)(f"{name} must be a cache: {error}") from None
 
 
 def bench_settings(config: SweepConfig) -> "BenchSettings | None":
@@ -122,7 +115,7 @@ def best_of(comparison: "Comparison", labels: Collection[str]) -> str | None:
     return max(sorted(gains), key=lambda label: gains[label]) if gains else None
 
 
-def gain_kept(comparison: "Comparison", label: str, direct: str) -> float | None:
+def gain_kept(comparison: "Comparison", label: str) -> float | None:
     """The share of direct fine-tuning's gain on the target that a model keeps.
 
     With one text it is ln(ppl0 / ppl) / ln(ppl0 / ppl_direct). None where direct fine-tuning gains nothing, or a model

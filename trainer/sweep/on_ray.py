@@ -5,7 +5,6 @@ must see the sweep's directory, the caches and the model under the same paths.
 """
 
 import contextlib
-import logging
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from formats.errors import ConfigError
-from formats.install import how_to_install
+from formats.errors import ConfigError, one_line
+from formats.ray_cluster import connected
 from trainer.sweep.pools import Job, Outcome, Process
 
 
@@ -80,7 +79,7 @@ class RayPool:
 
     def __init__(self, address: str | None = None, parallel: int | None = None) -> None:
         self._address, self._parallel = address, parallel
-        self._stopping = self._killing = self._started_here = False
+        self._stopping = self._killing = False
 
     def __enter__(self) -> "RayPool":
         """Connect.
@@ -88,41 +87,19 @@ class RayPool:
         Raises:
             ConfigError: Ray is not installed, cannot be reached, or has no room.
         """
-        try:
+        with contextlib.ExitStack() as opening:
+            opening.enter_context(connected(self._address))
             import ray
-        except ImportError:
-            raise ConfigError(
-                f"--ray needs the package ray, which is not installed; {how_to_install('ray')}"
-            ) from None
-        self._started_here = not ray.is_initialized()
-        if self._started_here:
-            try:
-                ray.init(
-                    address=self._address,
-                    log_to_driver=False,
-                    include_dashboard=False if self._address is None else None,
-                    logging_level=logging.ERROR,
-                )
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise ConfigError(
-                    f"--ray must name a Ray cluster that can be reached, got: {reason}"
-                ) from error
-        try:
+
             machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             self._share = Share.of_cluster(machines, self._parallel)
-        except ConfigError:
-            self.__exit__(None, None, None)
-            raise
+            self._connection = opening.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import ray
-
-        if self._started_here:
-            ray.shutdown()
+        self._connection.close()
 
     @property
     def parallel(self) -> int:
@@ -164,7 +141,7 @@ class RayPool:
         except ray.exceptions.RayError as error:
             if self._stopping:
                 return {"interrupted": "SIGTERM"}
-            line = " ".join(str(error).split())[:200]
+            line = one_line(error, 200, whole=True)
             return {"error": f"the run's process on the Ray cluster ended: {line}", "kind": "Process"}
         return found
 

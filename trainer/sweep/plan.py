@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.errors import AnnealError, ConfigError
+from formats.errors import ConfigError, naming
 from trainer.comparison.records import without_seed
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, config_from_dict
@@ -148,10 +148,8 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
         entry=entry,
         crossed=tuple(sorted((key, json.dumps(value, sort_keys=True)) for key, value in common.items())),
     )
-    try:
+    with naming(f"run {name}"):
         resolve_training(run.config(Path(config.out)))
-    except AnnealError as error:
-        raise type(error)(f"run {name}: {error}") from None
     return run
 
 
@@ -238,5 +236,5 @@ def estimated_tokens(run: PlannedRun) -> int:
 
 def _size(path: str) -> tuple[int, int]:
     """(rows, tokens) of a cache."""
-    shards = TeacherCache(path).manifest.shards
-    return sum(shard.num_rows for shard in shards), sum(shard.num_tokens for shard in shards)
+    manifest = TeacherCache(path).manifest
+    return manifest.num_rows, manifest.num_tokens

@@ -1,12 +1,10 @@
 """What a sweep came to: the table of its models, the one that is recommended, and sweep.json."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.disk.durable import atomic_write_bytes
 from trainer.sweep.merges import PlannedMerge
 from trainer.sweep.plan import PlannedRun
 
@@ -68,10 +66,3 @@ class SweepReport:
             "comparison": self.comparison.to_dict() if self.comparison is not None else None,
             "selection": self.selection.to_dict() if self.selection is not None else None,
         }
-
-    def write(self) -> Path:
-        """Put sweep.json into the sweep's directory."""
-        path = self.out / REPORT_NAME
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        atomic_write_bytes(path, text.encode() + b"\n")
-        return path

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_json
 from formats.errors import AnnealError, ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
@@ -222,7 +222,7 @@ class Runs:
             self.progress.advance(1)
 
         if jobs:
-            with stopping(self.pool, self.progress) as caught:
+            with stopping(self.pool) as caught:
                 self.pool.run(jobs, started, ended)
             if caught:
                 finished = sum(map(is_finished, self._counted))
@@ -243,7 +243,7 @@ class Runs:
         self.failed[run.name] = str(outcome["error"])
         record = {**outcome, "settings": self._digest(run)}
         self._place(run.name).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(self._place(run.name), json.dumps(record, indent=1, sort_keys=True).encode())
+        atomic_write_json(self._place(run.name), record)
 
     def _digest(self, run: PlannedRun) -> str:
         """Eight letters that stand for what a run computes, from its settings and what it reads."""
@@ -266,7 +266,7 @@ class Runs:
 
 
 @contextmanager
-def stopping(pool: Pool, progress: Progress) -> Iterator[list[int]]:
+def stopping(pool: Pool) -> Iterator[list[int]]:
     """In this block SIGINT and SIGTERM stop the pool in order, and a second one at once; yields those that came."""
     caught: list[int] = []
 

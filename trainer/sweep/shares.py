@@ -103,7 +103,7 @@ def measure_in_shares(
         progress.advance(sizes[job.name])
 
     try:
-        with stopping(pool, progress) as caught:
+        with stopping(pool) as caught:
             pool.run(jobs, lambda job: None, ended)
         if caught:
             name = signal.Signals(caught[0]).name

@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.errors import AnnealError, ConfigError
+from formats.disk.durable import atomic_write_json
+from formats.errors import ConfigError, naming
 from formats.progress import Progress
 from trainer.sweep.compared import check_yardsticks, comparison_of, gain_kept, selection_of
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.merges import PlannedMerge, make_merges, plan_merges
 from trainer.sweep.plan import PlannedRun, estimated_tokens, make_run, plan_runs
 from trainer.sweep.pools import LocalPool, Pool
-from trainer.sweep.report import SweepReport
+from trainer.sweep.report import REPORT_NAME, SweepReport
 from trainer.sweep.runs import Runs, is_finished, require_same
 from trainer.sweep.search import search
 from trainer.sweep.shares import measure_in_shares
@@ -97,10 +98,8 @@ def check_inputs(config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
         key = json.dumps({name: settings[name] for name in names}, sort_keys=True)
         if key not in seen:
             seen.add(key)
-            try:
+            with naming(f"run {run.name}"):
                 open_inputs(run.config(Path(config.out)))
-            except AnnealError as error:
-                raise type(error)(f"run {run.name}: {error}") from None
 
 
 def run_sweep(
@@ -154,7 +153,7 @@ def run_sweep(
             selection=selection_of(config, comparison) if comparison is not None else None,
             searches=searches,
         )
-        report.write()
+        atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report
 
 
@@ -221,10 +220,9 @@ def search_one(
             return None
         models = {run.name: run.directory(out) for run in both}
         comparison = comparison_of(config, models, progress, yardsticks=[direct[0].name])
-        if gain_kept(comparison, direct[0].name, direct[0].name) is None:
+        if gain_kept(comparison, direct[0].name) is None:
             raise NoShare("direct fine-tuning gains nothing on the target")
-        pairs = zip(probes, direct, strict=True)
-        shares = [gain_kept(comparison, probe.name, yardstick.name) for probe, yardstick in pairs]
+        shares = [gain_kept(comparison, probe.name) for probe in probes]
         found = [share for share in shares if share is not None]
         return statistics.fmean(found) if len(found) == len(shares) else None
 

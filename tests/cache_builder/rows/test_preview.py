@@ -1,9 +1,9 @@
 """What a user sees of the data before a build."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from corpora import write_jsonl
 from corpus_tokenizers import CHATML, byte_tokenizer, merging_tokenizer
 
 from cache_builder.corpus.corpus import Corpus, CorpusConfig, open_corpus
@@ -12,8 +12,7 @@ from formats.disk.token_row import TokenRow
 
 
 def corpus_of(tmp_path: Path, records: list[dict[str, Any]], **options: Any) -> Corpus:
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path = write_jsonl(tmp_path / "data.jsonl", records)
     return open_corpus(CorpusConfig(source=str(path), **options))
 
 

@@ -1,11 +1,11 @@
 """Rows and masks worked out by hand, through files as a user has them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from corpora import rows_of
 from corpus_tokenizers import CHATML, byte_tokenizer, merging_tokenizer, targets_of, text_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,18 +14,9 @@ import cache_builder.rows.encoding
 import cache_builder.rows.tokenise
 from cache_builder.corpus.corpus import CorpusConfig, open_corpus
 from cache_builder.corpus.readers import Record
-from cache_builder.rows.tokenise import TokenisedRows, batches, split_document, tokenise
+from cache_builder.rows.tokenise import batches, split_document, tokenise
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError, CorpusError
-
-
-def rows_of(
-    tmp_path: Path, records: list[dict[str, Any]], tokenizer: Any, **options: Any
-) -> tuple[list[TokenRow], TokenisedRows]:
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    iterator = tokenise(open_corpus(CorpusConfig(source=str(path), **options)), tokenizer)
-    return list(iterator), iterator
 
 
 def shown(row: TokenRow, tokenizer: Any) -> tuple[str, list[str]]:

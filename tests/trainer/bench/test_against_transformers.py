@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from bench_tasks import DOCUMENTS, TINY_BASE, WRITTEN, questions, write_forty, write_lines
+from bench_tasks import DOCUMENTS, TINY_BASE, WRITTEN, questions, write_forty
+from corpora import write_jsonl
 
 from trainer import BenchSettings, bench_models
 
@@ -99,7 +100,7 @@ def test_whole_documents(tmp_path, model, tokenizer) -> None:
     texts = [
         " ".join(record["question"] for record in questions()[start : start + 3]) for start in (0, 9, 20)
     ]
-    write_lines(folder / "documents.jsonl", [{"text": text} for text in texts])
+    write_jsonl(folder / "documents.jsonl", [{"text": text} for text in texts])
     (folder / "documents.yaml").write_text(DOCUMENTS)
     entry, items = run("documents", folder, tmp_path / "out")
     expected, words = [], []
@@ -131,7 +132,7 @@ def test_written_answers(tmp_path, model, tokenizer) -> None:
     assert all(answer.strip() for answer in answers)
     records = [{"question": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
     records[3]["answer"] = "something else"
-    write_lines(folder / "written.jsonl", records)
+    write_jsonl(folder / "written.jsonl", records)
     (folder / "written.yaml").write_text(WRITTEN)
     entry, items = run("written", folder, tmp_path / "out", apply_chat_template="no")
     assert items["prediction"] == answers

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench_tasks import MULTIPLE_CHOICE, TINY_BASE, questions, write_forty, write_lines
+from bench_tasks import MULTIPLE_CHOICE, TINY_BASE, questions, write_forty
+from corpora import write_jsonl
 from warm_process import anneal
 
 from formats.errors import ConfigError
@@ -166,7 +167,7 @@ def test_models_must_agree_on_a_template(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     folder = write_forty(tmp_path / "tasks")
-    write_lines(folder / "forty.jsonl", questions()[:4])
+    write_jsonl(folder / "forty.jsonl", questions()[:4])
     command = [
         "bench",
         f"tiny={TINY_BASE}",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_tasks import DOCUMENTS, TINY_BASE, questions, write_forty, write_lines
+from bench_tasks import DOCUMENTS, TINY_BASE, questions, write_forty
+from corpora import write_jsonl
 from warm_process import Command
 
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError
@@ -53,7 +54,7 @@ def test_a_second_run_computes_nothing_and_a_change_computes_again(model: Path, 
     task_file = moved / "forty.yaml"
     task_file.write_text(task_file.read_text().replace('"{{question}}"', '"Q: {{question}}"'))
     assert bench_models({"a": model}, settings(moved)).models[0].ran == ("forty",)
-    write_lines(moved / "forty.jsonl", questions()[1:])
+    write_jsonl(moved / "forty.jsonl", questions()[1:])
     assert bench_models({"a": model}, settings(moved)).models[0].ran == ("forty",)
     results = json.loads((model / "bench.json").read_text())["results"]
     assert len(results) == 4 and len({json.dumps(r["settings"], sort_keys=True) for r in results}) == 4
@@ -68,7 +69,7 @@ def test_a_second_run_computes_nothing_and_a_change_computes_again(model: Path, 
 def test_a_killed_run_goes_on_with_the_next_task(model: Path, tmp_path: Path) -> None:
     folder = write_forty(tmp_path / "tasks")
     text = " ".join(record["question"] for record in questions())
-    write_lines(folder / "documents.jsonl", [{"text": text}] * 2000)
+    write_jsonl(folder / "documents.jsonl", [{"text": text}] * 2000)
     (folder / "documents.yaml").write_text(DOCUMENTS)
     options = ["--apply-chat-template", "no", "--tasks", "forty,documents"]
     process = Command("bench", model, "--task-dir", folder, *options)
@@ -78,7 +79,7 @@ def test_a_killed_run_goes_on_with_the_next_task(model: Path, tmp_path: Path) ->
     ended = process.communicate()
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert [e["task"] for e in json.loads((model / "bench.json").read_text())["results"]] == ["forty"]
-    write_lines(folder / "documents.jsonl", [{"text": text}])
+    write_jsonl(folder / "documents.jsonl", [{"text": text}])
     report = bench_models({"a": model}, settings(folder, "forty", "documents", limit=None))
     assert report.models[0].ran == ("documents",)
     assert list(report.models[0].entries) == ["forty", "documents"]
@@ -190,7 +191,7 @@ def test_adapters_alone_are_measured_and_tied_to_their_model(
 
 def test_groups_and_tags(tmp_path: Path) -> None:
     folder = write_forty(tmp_path / "tasks")
-    write_lines(folder / "ten.jsonl", questions()[:10])
+    write_jsonl(folder / "ten.jsonl", questions()[:10])
     text = (folder / "forty.yaml").read_text()
     (folder / "forty.yaml").write_text(text + "tag: all_of_them\n")
     (folder / "ten.yaml").write_text(text.replace("forty", "ten") + "tag: all_of_them\n")
@@ -216,7 +217,7 @@ def test_prompts_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     folder = write_forty(tmp_path / "tasks")
     records = questions()[:3]
     records[1]["question"] = "word " * 700
-    write_lines(folder / "forty.jsonl", records)
+    write_jsonl(folder / "forty.jsonl", records)
     report = bench_models({"a": TINY_BASE}, settings(folder, limit=None, out=str(tmp_path / "out")))
     assert report.models[0].entries["forty"].num_truncated == 1
     assert "a: 1 of 3 items of forty were longer than the model's context" in report.text()

@@ -1,14 +1,10 @@
 """Texts of tasks and quick settings for chains of tiny runs in this process."""
 
+from dataclasses import replace
+
 import pytest
 from caches import write_cache
-from pool_here import InThisProcess
 from runs import QUICK
-
-
-@pytest.fixture(scope="session")
-def pool_here():
-    return InThisProcess
 
 
 @pytest.fixture(scope="session")
@@ -28,16 +24,11 @@ def ask_chain(tiny_llama_dir, task_caches):
     """A chain of two-step runs, by options; `methods` gives tasks methods of their own."""
     from trainer.chain.config import chain_from_options
 
-    training = [word for word in QUICK if word.startswith("training.")]
-    others = [word for word in QUICK if not word.startswith("training.")]
-
     def asked(out, *tasks: str, methods: dict | None = None, overrides=(), **options):
-        from dataclasses import replace
-
         words = [f"{name}={train},{heldout}" for name in tasks for train, heldout in [task_caches[name]]]
         config = chain_from_options(
             None, tasks=words, out=str(out), model=str(tiny_llama_dir),
-            overrides=[*training, *others, *overrides], **options,
+            overrides=[*QUICK, *overrides], **options,
         )  # fmt: skip
         own = {name: replace(task, method=(methods or {}).get(name)) for name, task in config.tasks.items()}
         return replace(config, tasks=own)

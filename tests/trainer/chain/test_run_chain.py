@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from pool_here import InThisProcess
 from recorded_progress import RecordedProgress
 from runs import same_weights, settings
 from safetensors.numpy import load_file
@@ -22,16 +23,16 @@ SFA_ONE = {"two": {"sfa": {"beta": 0.5, "period": 1}}, "three": {"sfa": {"beta":
 
 
 @pytest.fixture(scope="module")
-def averaged(ask_chain, pool_here, tmp_path_factory):
+def averaged(ask_chain, tmp_path_factory):
     """Plain, then SFA with one average at the end, then SFA that goes back all the way; and the control."""
     out = tmp_path_factory.mktemp("chain") / "averaged"
     config = ask_chain(out, "one", "two", "three", methods=SFA_ONE, compare=["direct"])
-    pool = pool_here()
+    pool = InThisProcess()
     return out, run_chain(config, pool=pool), pool
 
 
 @pytest.fixture(scope="module")
-def annealed(ask_chain, pool_here, llama_eval_cache, tmp_path_factory):
+def annealed(ask_chain, llama_eval_cache, tmp_path_factory):
     """Label annealing to the initial model with replay, and both single controls."""
     out = tmp_path_factory.mktemp("chain") / "annealed"
     options = {
@@ -41,7 +42,7 @@ def annealed(ask_chain, pool_here, llama_eval_cache, tmp_path_factory):
         "general": [f"rest={llama_eval_cache}"],
     }
     config = ask_chain(out, "one", "two", compare=["multitask", "never-seen"], **options)
-    return out, run_chain(config, pool=pool_here()), config
+    return out, run_chain(config, pool=InThisProcess()), config
 
 
 def weights(directory) -> dict[str, np.ndarray]:
@@ -81,11 +82,11 @@ def test_beta_1_gives_the_stage_before_bit_for_bit(averaged, tiny_llama_dir) -> 
     assert not same_weights(out / "stages/3-three", tiny_llama_dir)
 
 
-def test_beta_0_is_the_direct_chain_bit_for_bit(ask_chain, pool_here, tmp_path) -> None:
+def test_beta_0_is_the_direct_chain_bit_for_bit(ask_chain, tmp_path) -> None:
     config = ask_chain(
         tmp_path / "out", "one", "two", method=["sfa.beta=0", "sfa.period=0.5"], compare=["direct"]
     )
-    pool = pool_here()
+    pool = InThisProcess()
     run_chain(config, pool=pool)
     assert len(pool.names) == 4
     for stage in ("1-one", "2-two"):
@@ -166,22 +167,22 @@ def test_the_text_has_every_model_and_formula(annealed) -> None:
         assert word in text
 
 
-def test_a_finished_chain_is_not_run_again(annealed, pool_here) -> None:
+def test_a_finished_chain_is_not_run_again(annealed) -> None:
     out, _, config = annealed
     before = (out / "matrix.json").read_bytes()
-    pool = pool_here()
+    pool = InThisProcess()
     run_chain(config, pool=pool)
     assert pool.names == [] and (out / "matrix.json").read_bytes() == before
 
 
-def test_a_stopped_chain_goes_on(annealed, ask_chain, pool_here, tmp_path) -> None:
+def test_a_stopped_chain_goes_on(annealed, ask_chain, tmp_path) -> None:
     """The stages are those of the chain that was never stopped, and all its runs are counted as one."""
     out, _, config = annealed
     other = replace(config, out=str(tmp_path / "out"), compare=["multitask"])
     with pytest.raises(KeyboardInterrupt):
-        run_chain(other, pool=pool_here(stop_after=1))
+        run_chain(other, pool=InThisProcess(stop_after=1))
     assert not (tmp_path / "out/matrix.json").exists()
-    pool, seen = pool_here(), RecordedProgress()
+    pool, seen = InThisProcess(), RecordedProgress()
     run_chain(other, pool=pool, progress=seen)
     assert pool.names == ["stages/2-two", "controls/multitask"]
     assert same_weights(tmp_path / "out/stages/2-two", out / "stages/2-two")
@@ -209,11 +210,11 @@ def test_a_stage_of_other_weights_is_refused(annealed, tmp_path) -> None:
         plan_chain(replace(config, out=str(tmp_path / "out")))
 
 
-def test_a_run_that_fails_ends_the_chain_and_is_reported(ask_chain, pool_here, tmp_path) -> None:
+def test_a_run_that_fails_ends_the_chain_and_is_reported(ask_chain, tmp_path) -> None:
     methods = {"two": {"training": {}, "sfa": {"beta": 0.5}}}
     methods["two"].pop("training")
     config = ask_chain(tmp_path / "out", "one", "two", overrides=["training.learning_rate=1e30"])
-    pool = pool_here()
+    pool = InThisProcess()
     report = run_chain(config, pool=pool)
     assert pool.names == ["stages/1-one"] and "finite" in report.failed["stages/1-one"]
     assert "failed: stages/1-one" in report.text() and report.summaries == {}

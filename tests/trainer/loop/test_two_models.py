@@ -1,18 +1,14 @@
 """The control of the board, `examples/real/two_models.py`, against the same run from a cache."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+import two_models
 from runs import settings
 from safetensors.torch import load_file
 
 from trainer import train
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples" / "real"))
-
-import two_models
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

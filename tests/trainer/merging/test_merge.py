@@ -18,15 +18,6 @@ from trainer.merging.methods import ties_of
 from trainer.merging.settings import setting_text
 
 
-@pytest.fixture(scope="module")
-def models(tiny_llama_dir, tmp_path_factory) -> dict[str, Path]:
-    """The initial model and two that were moved away from it."""
-    folder = tmp_path_factory.mktemp("models")
-    return {"initial": tiny_llama_dir} | {
-        name: copy_model(tiny_llama_dir, folder / name, noise(seed)) for name, seed in (("a", 1), ("b", 2))
-    }
-
-
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     found = {}
     for file in sorted(path.glob("*.safetensors")):

@@ -18,15 +18,6 @@ from trainer.merging.trim import WholeModelTrim
 from trainer.merging.weights import open_safetensors, tied_names
 
 
-@pytest.fixture(scope="module")
-def models(tiny_llama_dir, tmp_path_factory) -> dict[str, Path]:
-    """The initial model and two that were moved away from it."""
-    folder = tmp_path_factory.mktemp("models")
-    return {"initial": tiny_llama_dir} | {
-        name: copy_model(tiny_llama_dir, folder / name, noise(seed)) for name, seed in (("a", 1), ("b", 2))
-    }
-
-
 def merged(models: dict, out: Path, method: str, *, progress: Progress | None = None, **options) -> Path:
     tuned = options.pop("tuned", None) or [models["a"], models["b"]]
     config = MergeConfig(

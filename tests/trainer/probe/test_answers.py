@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from corpora import write_jsonl
 from runs import copy_model
 
 from formats.errors import ConfigError
@@ -136,8 +137,7 @@ def test_missing_and_empty_files(tmp_path) -> None:
 
 
 def test_the_command(anneal, tiny_llama_dir, tmp_path) -> None:
-    file = tmp_path / "q.jsonl"
-    file.write_text("".join(json.dumps(vars(q) | {"choices": list(q.choices)}) + "\n" for q in QUESTIONS))
+    file = write_jsonl(tmp_path / "q.jsonl", [vars(q) | {"choices": list(q.choices)} for q in QUESTIONS])
     code, out, err = anneal("probe", "answers", f"m={tiny_llama_dir}", "--questions", file)
     assert code == 0 and "class ppl" in out and "3 questions" in out, err
     code, out, err = anneal(

@@ -3,7 +3,6 @@ less of its loss on old text comes back. The same experiment by another program 
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,6 @@ def cache_of(folder: Path, name: str, domain: str, split: str, num_rows: int) ->
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("tiny-base")
-    sys.path.insert(0, str(ROOT / "examples"))
     found = {
         "code": cache_of(folder, "code", "code", "target-train", 48),
         "prose": cache_of(folder, "prose", "prose", "source-train", 96),

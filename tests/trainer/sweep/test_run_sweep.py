@@ -18,6 +18,7 @@ from formats.errors import AnnealError, ConfigError
 from trainer import train
 from trainer.comparison.compare import compare
 from trainer.sweep.config import sweep_from_options
+from trainer.sweep.pools import ENDED
 from trainer.sweep.runs import SweepStopped
 from trainer.sweep.sweep import plan_sweep, run_sweep
 
