@@ -221,7 +221,8 @@ class Annealed(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep what a row is read from, which the model's `forward` may not take."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLUMNS]))
+        columns = [*(self._signature_columns or ()), *COLUMNS]
+        self._signature_columns = list(dict.fromkeys(columns))  # type: ignore[assignment]
 
     def require_rows(self, dataset: Any, rows: JoinedRows, name: str) -> None:
         """See that the cache holds every row, each process a part of them, before anything is trained. Collective.
