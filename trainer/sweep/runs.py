@@ -211,9 +211,11 @@ class Runs:
         def ended(job: Job, outcome: Outcome) -> None:
             if "interrupted" in outcome:
                 self.failed[job.name] = f"stopped by {outcome['interrupted']}; the same command continues it"
-            elif caught and outcome.get("kind") == ENDED:  # before it could save, or by a second signal
+                return  # not done, and not counted
+            if caught and outcome.get("kind") == ENDED:  # before it could save, or by a second signal
                 self.failed[job.name] = "stopped; the same command starts it again"
-            elif "error" in outcome:
+                return
+            if "error" in outcome:
                 self._fail(known[job.name], outcome)
                 self.progress.note(f"run {job.name} failed: {outcome['error']}")
             else:
