@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 from corpora import write_jsonl
+from pool_here import InThisProcess
 from runs import QUICK, copy_model, noise, same_weights
 from warm_process import Command
 from warm_process import anneal as anneal_process
@@ -120,9 +121,7 @@ def test_a_dry_run_says_what_would_be_done(anneal, tiny_llama_dir, task_caches, 
     assert not (tmp_path / "out").exists()
 
 
-def test_each_stage_builds_the_cache_that_the_next_one_is_held_by(
-    pool_here, tiny_llama_dir, task_caches, tmp_path
-):
+def test_each_stage_builds_the_cache_that_the_next_one_is_held_by(tiny_llama_dir, task_caches, tmp_path):
     """anchor previous: KL of stage 2 is to stage 1, whose model captured the corpus; a second call builds nothing."""
     from cache_builder import BuildConfig, build_cache
     from trainer.chain.chain import plan_chain, run_chain
@@ -147,7 +146,7 @@ def test_each_stage_builds_the_cache_that_the_next_one_is_held_by(
     config = chain_from_options(
         None, tasks=words, model=str(tiny_llama_dir), out=str(tmp_path / "out"), **options
     )
-    report = run_chain(config, build=build, pool=pool_here())
+    report = run_chain(config, build=build, pool=InThisProcess())
     assert not report.failed
     caches = tmp_path / "out/caches"
     assert calls == [(str(corpora[0]), str(caches / "a")), (str(corpora[1]), str(caches / "b-by-1-a"))]
@@ -155,7 +154,7 @@ def test_each_stage_builds_the_cache_that_the_next_one_is_held_by(
     first = json.loads((tmp_path / "out/stages/1-a/anneal.json").read_text())
     assert record["kl_to"]["weights"] == record["lineage"][-1]["weights"] != first["lineage"][-1]["weights"]
     assert record["step0"]["kl"] < 1e-3, "the model of stage 1 is the teacher of stage 2"
-    pool = pool_here()
+    pool = InThisProcess()
     run_chain(config, build=build, pool=pool)
     assert len(calls) == 2 and pool.names == []
     controls = plan_chain(replace(config, compare=["direct", "multitask"]), build).direct
