@@ -23,7 +23,7 @@ from cache_builder.start import MakeTeacher, start_engine
 from cache_builder.teachers.engine_args import gpus_per_engine
 from formats.errors import AnnealError, ConfigError
 from formats.progress import Progress
-from formats.ray_cluster import connected
+from formats.ray_cluster import connected, machines_of
 
 MAX_FAILURES = 3
 
@@ -68,11 +68,6 @@ class PoolSize:
                 f"{found or 'none'}"
             )
         return cls(num_workers=min(num_workers or room, room), num_gpus=num_gpus)
-
-
-def machines_of(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
-    """The resources of each machine that is there, of what `ray.nodes` returns."""
-    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 class ShardWorker:

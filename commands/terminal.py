@@ -2,12 +2,11 @@
 
 import io
 import json
-import math
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from formats.errors import ConfigError
+from formats.finite_json import finite_json
 from formats.named_path import split_name
 
 
@@ -29,15 +28,7 @@ def note(text: str) -> None:
 
 def show_json(value: Any) -> None:
     """Print a result as JSON with sorted keys; what is not finite, as of a model that has diverged, is null."""
-    show(json.dumps(_finite(value), indent=2, sort_keys=True, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    show(json.dumps(finite_json(value), indent=2, sort_keys=True, allow_nan=False))
 
 
 def show_report(report: Any, *, as_json: bool) -> None:

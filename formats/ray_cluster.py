@@ -1,7 +1,7 @@
 """The connection to a Ray cluster, for whatever `--ray` spreads over one."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,3 +44,8 @@ def connected(address: str | None, runtime_env: dict[str, Any] | None = None) ->
         yield
     finally:
         ray.shutdown()
+
+
+def machines_of(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
+    """The resources of each machine that is there, of what `ray.nodes` returns."""
+    return [node["Resources"] for node in nodes if node["Alive"]]

@@ -3,7 +3,6 @@ loss, counts, first check and evaluation.
 """
 
 import sys
-import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from trainer.data.sampler import EpochBatches, Source
 from trainer.loop.finite import FiniteWatch, least_of_ranks
 from trainer.loop.kl_budget import KlBudget
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
+from trainer.loop.log_window import evaluating
 from trainer.loop.output_head import OutputHead
 from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
@@ -95,7 +95,7 @@ class Annealed(Trainer):
     """
 
     loss_is_scaled_for_ga = True
-    _evaluating = False
+    is_evaluating = False
     pack_length: int | None = None
     objective: Objective
 
@@ -293,15 +293,9 @@ class Annealed(Trainer):
     # --- the log ----------------------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in the base class, which calls this once more for each of several data sets; no time of training."""
-        if self._evaluating:
+        """As in the base class; no time of training."""
+        with evaluating(self):
             return super().evaluate(*args, **kwargs)
-        start, self._evaluating = time.perf_counter(), True
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            self._evaluating = False
-            self.pause(time.perf_counter() - start)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the interval to the Trainer's own line."""

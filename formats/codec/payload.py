@@ -13,11 +13,11 @@ P: positions, E: kept entries, K: tail nodes, S: tail draws, U: labels that are 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import zstandard
 
-from formats.codec.config import CodecConfig
 from formats.codec.encoder import Encoder
 from formats.codec.layout import MAX_BODY_BYTES, MAX_ROW_POSITIONS, SECTIONS, from_planes
 from formats.codec.quantise import dequantise_draws, dequantise_labels, dequantise_tails
@@ -32,17 +32,9 @@ class Codec(Encoder):
     """Encoder and decoder of one configuration, vocabulary and rank table; arguments as for `Encoder`. Any number of
     threads may encode with it, one may decode."""
 
-    def __init__(
-        self,
-        config: CodecConfig,
-        vocab_size: int,
-        max_k: int,
-        ranked_ids: np.ndarray | None = None,
-        *,
-        stored: bool = False,
-    ) -> None:
-        super().__init__(config, vocab_size, max_k, ranked_ids, stored=stored)
-        self._decompressor = zstandard.ZstdDecompressor()
+    @cached_property
+    def _decompressor(self) -> zstandard.ZstdDecompressor:
+        return zstandard.ZstdDecompressor()
 
     def decode(self, payload: bytes | memoryview, label_ids: np.ndarray) -> TopKLogprobs:
         """Inverse of `encode`; entries come in rank order.

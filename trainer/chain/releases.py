@@ -10,6 +10,7 @@ import numpy as np
 
 from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError
+from formats.finite_json import finite_json
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from formats.table import aligned
@@ -17,7 +18,7 @@ from trainer.chain.caches import Build, CacheMaker, require_caches
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
-from trainer.chain.report import REPORT_NAME, ChainReport, Row, as_json, cell_text
+from trainer.chain.report import REPORT_NAME, ChainReport, Row, cell_text
 from trainer.result.lineage import short_name
 
 
@@ -81,7 +82,7 @@ class ReleaseReport:
             "R": self.goodness.tolist(),
             "lost": self.lost(),
         }
-        return as_json(shown)
+        return finite_json(shown)
 
 
 def free_label(model: str, taken: Collection[str]) -> str:

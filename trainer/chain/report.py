@@ -1,6 +1,5 @@
 """What a chain came to: the table of perplexities, what follows from the matrix, and matrix.json."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from formats.finite_json import finite_json
 from formats.table import aligned
 from trainer.chain.config import ChainConfig
 from trainer.chain.matrix import FORMULAS, Summary
@@ -149,20 +149,7 @@ class ChainReport:
             "summary": {name: summary.values for name, summary in self.summaries.items()},
             "failed": dict(self.failed),
         }
-        return as_json(shown)
-
-
-def as_json(report: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no word for what is not finite, be it in lists or under names: None stands there."""
-    return {key: _finite(value) for key, value in report.items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return as_json(value)
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return finite_json(shown)
 
 
 def cell_text(result: Result, metric: str) -> str:

@@ -206,10 +206,8 @@ def without_diverged(
     direct: str | None, lines: Sequence[ComparedModel], metrics: tuple[Metric, ...], notes: list[str]
 ) -> tuple[str | None, list[str]]:
     """The line of direct fine-tuning that was found, and the notes; none where it has diverged."""
-    diverged = [
-        line.label for line in lines if line.label == direct and not finite(line.point(metrics), metrics)
-    ]
-    if not diverged:
+    found = next((line for line in lines if line.label == direct), None)
+    if found is None or finite(found.point(metrics), metrics):
         return direct, notes
     return None, [
         f"shares need direct fine-tuning to relate to, but {direct} has diverged; name another one with --direct LABEL"

@@ -31,7 +31,7 @@ from trainer.data.packing import best_fit
 from trainer.data.sampler import EpochBatches, Source, sources_of
 from trainer.loop.guarded_trainer import GuardedTrainer
 from trainer.loop.kl_budget import KlBudget
-from trainer.loop.log_window import LogWindow
+from trainer.loop.log_window import LogWindow, evaluating
 from trainer.loop.measure import Measurement, measure
 from trainer.loop.output_head import OutputHead
 from trainer.loop.signals import StopRequest
@@ -68,7 +68,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
     """
 
     loss_is_scaled_for_ga = True
-    _evaluating = False
+    is_evaluating = False
 
     def __init__(
         self,
@@ -326,15 +326,9 @@ class LabelAnnealingTrainer(GuardedTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=num_samples)  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in the base class, which calls this once more for each of several datasets; no time of training."""
-        if self._evaluating:
+        """As in the base class; no time of training."""
+        with evaluating(self):
             return super().evaluate(*args, **kwargs)
-        start, self._evaluating = time.perf_counter(), True
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            self._evaluating = False
-            self.pause(time.perf_counter() - start)
 
     # --- logs and checkpoints ---------------------------------------------------------------------------
     def pause(self, seconds: float) -> None:

@@ -3,7 +3,9 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -56,6 +58,25 @@ class LogWindow:
         logs |= {"tokens_per_second": int(self._num_tokens) / seconds, "memory_gib": memory_gib(self.device)}
         self.__init__(self.device)  # type: ignore[misc]
         return logs
+
+
+@contextmanager
+def evaluating(trainer: Any) -> Iterator[None]:
+    """In this block a trainer's time is no time of training; a block within it is part of it. The base class evaluates
+    several data sets by calling itself once for each.
+
+    Args:
+        trainer: with `is_evaluating`, and `pause`.
+    """
+    if trainer.is_evaluating:
+        yield
+        return
+    start, trainer.is_evaluating = time.perf_counter(), True
+    try:
+        yield
+    finally:
+        trainer.is_evaluating = False
+        trainer.pause(time.perf_counter() - start)
 
 
 def memory_gib(device: torch.device) -> float:

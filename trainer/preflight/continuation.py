@@ -7,7 +7,7 @@ another version of transformers changed is a difference.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from formats.cache import TeacherCache
@@ -30,6 +30,7 @@ SAVING = ("save_strategy", "save_steps", "load_best_model_at_end")
 COUNTED = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 """Arguments that decide by what they come to: rows per step, and steps."""
 SPLIT = "rows per step"
+WEIGHTS = "weights of the model"
 
 
 def run_facts(
@@ -54,7 +55,7 @@ def run_facts(
         "steps per epoch": per_epoch,
         "precision": args.mixed_precision,
         "data seed": args.seed if args.data_seed is None else args.data_seed,
-        "weights of the model": weights,
+        WEIGHTS: weights,
     }
     facts |= _methods(config.to_dict())
     covered = {"bf16", "fp16", "data_seed"}
@@ -67,8 +68,7 @@ def run_facts(
         names = (*JUDGING, "metric_for_best_model", *(SAVING if args.load_best_model_at_end else ()))
         facts |= {f"training.{name}": getattr(args, name) for name in names}
     for group in judged:
-        for number, cache in enumerate(caches.get(group, ())):
-            facts[f"the {group} cache{f' {number + 1}' if number else ''}"] = contents_of(cache)
+        facts |= cache_contents(group, caches.get(group, ()))
     return json.loads(json.dumps(facts, default=_plain))
 
 
@@ -106,6 +106,14 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return getattr(value, "value", None) or str(value)
+
+
+def cache_contents(group: str, caches: Iterable[TeacherCache]) -> dict[str, str]:
+    """Name -> contents of the caches that a run reads as its `training`, `mixed` or `evaluation` ones."""
+    return {
+        f"the {group} cache{f' {number + 1}' if number else ''}": contents_of(cache)
+        for number, cache in enumerate(caches)
+    }
 
 
 def contents_of(cache: TeacherCache) -> str:

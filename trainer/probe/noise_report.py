@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from formats.finite_json import finite_json
 from formats.picture_file import new_figure, require_plottable, save_figure
 from formats.table import aligned
-from trainer.chain.report import as_json
 from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS
 from trainer.probe.noise import NoiseCurve
 
@@ -86,7 +86,7 @@ class NoiseReport:
                 text: {f"{gamma:g}": label for gamma, label in self.best(text).items()} for text in self.texts
             },
         }
-        return as_json(shown)
+        return finite_json(shown)
 
     def plot(self, path: Path) -> Path:
         """Draw loss against strength, or, of three models and more, perplexity over models (their Fig. 3).

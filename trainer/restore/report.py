@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from formats.finite_json import finite_json
 from formats.table import aligned
-from trainer.chain.report import KEPT, as_json
+from trainer.chain.report import KEPT
 from trainer.evaluation.evaluate import Result
 from trainer.restore.shares import Shares
 
@@ -141,7 +142,7 @@ class RestoreReport:
             "text": {"num_rows": self.num_rows, "num_tokens": self.num_tokens},
             "failed": dict(self.failed),
         }
-        return as_json(shown)
+        return finite_json(shown)
 
 
 def _results(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from formats.errors import ConfigError, one_line
-from formats.ray_cluster import connected
-from trainer.sweep.pools import Job, Outcome, Process
+from formats.ray_cluster import connected, machines_of
+from trainer.sweep.pools import ENDED, Job, Outcome, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,7 @@ class RayPool:
             opening.enter_context(connected(self._address))
             import ray
 
-            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            self._share = Share.of_cluster(machines, self._parallel)
+            self._share = Share.of_cluster(machines_of(ray.nodes()), self._parallel)
             self._connection = opening.pop_all()
         return self
 
@@ -142,7 +141,7 @@ class RayPool:
             if self._stopping:
                 return {"interrupted": "SIGTERM"}
             line = one_line(error, 200, whole=True)
-            return {"error": f"the run's process on the Ray cluster ended: {line}", "kind": "Process"}
+            return {"error": f"the run's process on the Ray cluster ended: {line}", "kind": ENDED}
         return found
 
     def stop(self) -> None:

@@ -22,7 +22,7 @@ from formats.progress import Progress
 from trainer.checkpoint import newest_checkpoint
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
-from trainer.preflight.continuation import comparable, contents_of, ewc_contents
+from trainer.preflight.continuation import WEIGHTS, cache_contents, comparable, ewc_contents
 from trainer.recipe import device_defaults, resolve_training
 from trainer.result.lineage import own_weights
 from trainer.result.run_directory import read_record
@@ -63,20 +63,14 @@ def of_the_machine(typed: Mapping[str, Any]) -> set[str]:
     return {f"training.{name}" for name in names if typed.get(name) is None}
 
 
-WEIGHTS = "weights of the model"
-"""As `run_facts` calls them."""
-
-
 def read_by(config: TrainConfig) -> dict[str, str]:
     """What a run reads, by what is in it: caches, and the weights of models that are there.
 
     Raises:
         FormatError: a cache is missing or broken.
     """
-    found = {}
-    for group, paths in (("training", [config.cache]), ("mixed", [cache.path for cache in config.caches])):
-        for number, path in enumerate(paths):
-            found[f"the {group} cache{f' {number + 1}' if number else ''}"] = contents_of(TeacherCache(path))
+    found = cache_contents("training", [TeacherCache(config.cache)])
+    found |= cache_contents("mixed", [TeacherCache(cache.path) for cache in config.caches])
     tasks = config.ewc_tasks
     found |= ewc_contents(
         [TeacherCache(task.cache) for task in tasks],
@@ -95,9 +89,8 @@ def weights_at(model: str, revision: str | None = None) -> str | None:
         return None
 
 
-def was_read_by(directory: Path) -> dict[str, Any]:
-    """The same of the run that a directory holds, as far as its record says it."""
-    record = read_record(directory)
+def was_read_by(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a finished run, as far as its record says it."""
     found = {**(record.get("run") or {}), **(record.get("ewc") or {})}
     if WEIGHTS in found and found[WEIGHTS] is None:  # the cache's identity says it
         found[WEIGHTS] = ((record.get("identity") or {}).get("teacher") or {}).get("weights")
@@ -120,8 +113,9 @@ def require_same(run: PlannedRun, out: Path) -> None:
         load_config(directory / RESOLVED_NAME).to_dict()
     )  # younger settings take their default
     before = {key: value for key, value in before.items() if key not in ignored}
-    facts = was_read_by(directory)
-    if read_record(directory).get("ewc"):  # then its models are known by their weights, wherever they are
+    record = read_record(directory)
+    facts = was_read_by(record)
+    if record.get("ewc"):  # then its models are known by their weights, wherever they are
         now, before = without_ewc_models(now), without_ewc_models(before)
     for key, contents in read_by(config).items():
         # What an earlier version did not record cannot be compared; caches it did.
@@ -138,13 +132,16 @@ def require_same(run: PlannedRun, out: Path) -> None:
 
 def without_ewc_models(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without where the models of `ewc` are."""
+
+    def without_model(task: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in task.items() if key != "model"}
+
     ewc = settings.get("ewc")
-    tasks = (
-        [{k: v for k, v in task.items() if k != "model"} for task in ewc] if isinstance(ewc, list) else ewc
-    )
-    if isinstance(ewc, Mapping):
-        tasks = {key: value for key, value in ewc.items() if key != "model"}
-    return {**settings, "ewc": tasks}
+    if isinstance(ewc, list):
+        ewc = [without_model(task) for task in ewc]
+    elif ewc is not None:
+        ewc = without_model(ewc)
+    return {**settings, "ewc": ewc}
 
 
 class Runs:
