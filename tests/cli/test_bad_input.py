@@ -161,6 +161,14 @@ def train(anneal: Run, cache: Path | str, model: Path, out: Path, *more: str) ->
     return one_line(err)
 
 
+def test_train_into_something_else(anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "photos"
+    out.mkdir()
+    (out / "cat.jpg").write_bytes(b"meow")
+    assert "photos" in train(anneal, cache, tiny_llama_dir, out)
+    assert (out / "cat.jpg").read_bytes() == b"meow"
+
+
 def test_train_with_another_vocabulary_even_when_allowed(
     anneal: Run, cache: Path, tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
