@@ -4,7 +4,8 @@
 # make integrations   the tests of integrations/ against TRL and Axolotl, Axolotl in an environment of its own
 # make lint   ruff and mypy
 # make real   a real chat model (SmolLM2-135M-Instruct) on real tasks, by every method, into real-out/: hours on two
-#             cores, minutes on a GPU; 6 GB of disk, 4 GiB of memory; goes on where it was stopped (docs/results.md)
+#             cores, half an hour on a GPU; 6 GB of disk (60 on a GPU), 4 GiB of memory; goes on where it was stopped
+#             (docs/results.md)
 # make docs   build the documentation site into site/, in an environment of its own (.venv-docs)
 # make clean  remove the environments, the site and the demo's output
 #

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import enum
 import json
 import os
 import types
@@ -319,6 +320,9 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     kinds = _plain_types(hint)
     if text.lower() in ("none", "null") and type(None) in kinds:
         return None
+    for kind in kinds:
+        if issubclass(kind, enum.Enum):
+            return _member(name, text, kind)
     if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -337,6 +341,15 @@ def _convert(name: str, text: str, hint: Any) -> Any:
         return value
     expected = "/".join(sorted(kind.__name__ for kind in kinds & {bool, int, float})) or "JSON"
     raise ConfigError(f"engine argument {name} must be {expected}, got {text!r}")
+
+
+def _member(name: str, text: str, kind: type[enum.Enum]) -> enum.Enum:
+    """A choice of vLLM's by its name, as in its own `--attention-backend FLASH_ATTN`, or by its value."""
+    for member in kind:
+        if text.lower() in (member.name.lower(), str(member.value).lower()):
+            return member
+    known = ", ".join(member.name for member in kind)
+    raise ConfigError(f"engine argument {name} must be one of {known}, got {text!r}")
 
 
 def _plain_types(hint: Any) -> set[type]:

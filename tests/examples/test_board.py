@@ -16,7 +16,7 @@ from trainer.sweep.plan import plan_runs
 
 REAL = Path(__file__).resolve().parents[2] / "examples" / "real"
 
-PROTOCOLS = ("maths", "methods", "abstracts", "maths_cpu", "methods_cpu", "abstracts_cpu")
+PROTOCOLS = (*board.PROTOCOLS, "maths_cpu", "methods_cpu", "abstracts_cpu")
 
 
 def protocol(name: str) -> SweepConfig:
@@ -51,7 +51,7 @@ def test_every_cache_of_a_protocol_is_built_by_the_board(name: str) -> None:
 def test_every_merge_of_a_protocol_has_its_runs(name: str) -> None:
     config = protocol(name)
     runs = plan_runs(config)
-    assert len(plan_merges(config, runs)) >= len(config.merges) > 0
+    assert runs and len(plan_merges(config, runs)) >= len(config.merges)
 
 
 def test_runs_that_are_scored_or_repeated_are_in_a_protocol() -> None:
@@ -83,10 +83,9 @@ def test_a_scale_decides_steps_and_the_dtype_of_evaluation(protocol, scale, dtyp
         board.Board(tmp_path, scale).sweep(protocol)
     asked = sweep_from_options(str(tmp_path / f"{protocol}.yaml"), out=str(tmp_path / "out"))
     assert asked.eval_dtype == dtype
-    assert (
-        yaml.safe_load((tmp_path / f"{protocol}.yaml").read_text())["base"]["training"]["max_steps"]
-        == (board.TRAINING[scale]["max_steps"])
-    )
+    training = yaml.safe_load((tmp_path / f"{protocol}.yaml").read_text())["base"]["training"]
+    steps = -1 if protocol == "epochs" else board.TRAINING[scale]["max_steps"]
+    assert training["max_steps"] == steps and ("num_train_epochs" in training) == (protocol == "epochs")
     assert len(commands) == 1
 
 

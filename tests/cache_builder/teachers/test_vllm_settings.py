@@ -63,12 +63,27 @@ def test_strings_take_the_declared_type(given, expected):
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("mamba_backend", "triton", "TRITON"),
+        ("attention-backend", "TRITON_ATTN", "TRITON_ATTN"),
+        ("optimization_level", "1", "O1"),
+    ],
+)
+def test_one_of_several_is_named(name, given, expected):
+    (chosen,) = typed_engine_args({name: given}).values()
+    assert chosen.name == expected
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"tensor_paralel_size": "2"}, "got 'tensor_paralel_size'; did you mean tensor_parallel_size?"),
         ({"qqq": "2"}, "engine arguments must be vLLM's EngineArgs, got 'qqq'"),
         ({"tensor_parallel_size": "two"}, "tensor_parallel_size must be int, got 'two'"),
         ({"enforce_eager": "maybe"}, "enforce_eager must be bool, got 'maybe'"),
+        ({"mamba_backend": "cuda"}, "mamba_backend must be one of TRITON, FLASHINFER, CPU, got 'cuda'"),
         ({"max_model_len": "100"}, "max_model_len is set by anneal, got '100'; use --max-length"),
         ({"dtype": "half"}, "use --dtype"),
         ({"scheduler-cls": "my.Own"}, "scheduler_cls is set by anneal, got 'my.Own'; leave it out"),
