@@ -17,8 +17,10 @@ What the entries of a position leave of the mass is its tail, one number. The fi
 the server's word, of a teacher whom nobody has identified. Its KL before the first step proves it, or refuses it.
 """
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +138,7 @@ class _Reading:
         left = self._limit
         for path in self._files:
             try:
+                self._ids.lost_spaces = self._ids.may_lose_spaces and not _shows_spaces(path)
                 with open(path, encoding="utf-8") as lines:
                     for number, line in enumerate(lines, 1):
                         if left == 0:
@@ -339,3 +342,26 @@ def _positions(logprobs: Mapping[str, Any], where: str) -> tuple[list[Entry], li
 def _is_partial(chosen: list[Entry], number: int) -> bool:
     """Whether that token ends within a character, as vLLM shows it: without text and bytes."""
     return number >= 0 and not chosen[number][0] and not chosen[number][1]
+
+
+def _shows_spaces(path: Path) -> bool:
+    """Whether a token of the file is named with the space before its word."""
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            with contextlib.suppress(
+                TypeError, KeyError, AttributeError, ValueError
+            ):  # named when it is read
+                record = json.loads(line)
+                for choice in _body(record.get("response", record))["choices"]:
+                    if any(re.match(r" [^ ]", text) for text in _texts(choice["logprobs"])):
+                        return True
+    return False
+
+
+def _texts(logprobs: Mapping[str, Any]) -> Iterator[str]:
+    """The names of tokens."""
+    for entry in logprobs.get("content") or logprobs.get("refusal") or ():
+        yield from (one["token"] for one in (entry, *(entry.get("top_logprobs") or ())))
+    yield from logprobs.get("tokens") or ()
+    for top in logprobs.get("top_logprobs") or ():
+        yield from top or ()

@@ -3,6 +3,8 @@
 Text is not always enough: a token that is part of a character has none, and two ids may have one text. Such an entry
 has no id here; its mass belongs to the tail then. Some servers' bytes are those of the text and say no more than it;
 and the token that completes a character has, with vLLM, the text of the whole character, as another token may have.
+Tokenizers in the manner of Llama 2 decode a single token without the space before it, and so do servers that do not put
+it back: there `the` may be either of two tokens.
 """
 
 import json
@@ -52,6 +54,11 @@ class TokenIds:
             else:
                 content = piece.replace("\u2581", " ").encode()
             self._ids.setdefault(content, []).append(number)
+        words = [number for piece, number in vocabulary.items() if re.fullmatch("\u2581[a-z]+", piece)]
+        self.may_lose_spaces = bool(words) and not tokenizer.decode(words[:1]).startswith(" ")
+        """Whether the tokenizer decodes the token of a word without the space before it."""
+        self.lost_spaces = False
+        """Whether the server named tokens so."""
 
     def of(
         self, text: str, content: Iterable[int] | None = None, *, within_character: bool = False
@@ -68,12 +75,13 @@ class TokenIds:
             return number if number < self.size else None
         key, said = text.encode("utf-8", "replace"), bytes(content or ())
         if said and said != key:
-            key = said
+            ids = self._ids.get(said, [])
         elif text.startswith("bytes:"):
-            key = b"".join(
-                bytes([int(part[2:], 16)]) if _ESCAPED.fullmatch(part) else part.encode()
-                for part in re.split(r"(\\x[0-9a-fA-F]{2})", text.removeprefix("bytes:"))
+            parts = re.split(r"(\\x[0-9a-fA-F]{2})", text.removeprefix("bytes:"))
+            escaped = (
+                bytes([int(part[2:], 16)]) if _ESCAPED.fullmatch(part) else part.encode() for part in parts
             )
+            ids = self._ids.get(b"".join(escaped), [])
         elif (
             not text
             or UNKNOWN_TEXT in text
@@ -81,7 +89,8 @@ class TokenIds:
             or (within_character and not text.isascii())
         ):
             return None
-        ids = self._ids.get(key, [])
+        else:
+            ids = [*self._ids.get(key, []), *(self._ids.get(b" " + key, []) if self.lost_spaces else [])]
         return ids[0] if len(ids) == 1 else None
 
 

@@ -206,6 +206,33 @@ def test_what_completes_a_character_is_not_the_character(tmp_path, tokenizer):
     assert "got ''" in refusal(tmp_path, tokenizer, {"prompt": "b", "response": {"choices": [choice]}})
 
 
+def test_words_whose_space_was_lost(tmp_path):
+    """Llama 2's tokenizer decodes both tokens as `the`; vLLM 0.32 puts spaces back for some tokenizers."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", "\u2581the", "the", "\u2581a", "er", "\u2581"]
+    tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    llama = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    tops = [entry("er", -0.5), entry("the", -2.0), entry("a", -2.5)]
+    content = [entry("er", -0.5) | {"top_logprobs": tops}]
+    choice = {"index": 0, "logprobs": {"content": content}}
+    record = {"prompt": [0], "response": {"choices": [choice]}}
+    (row,) = converted(tmp_path, llama, record)
+    assert row["teacher_ids"][0][:2] == [4, 3], "`the` is one of two, `a` is one only"
+    spaced = completions_choice([" a"])
+    rows = converted(tmp_path, llama, record, {"prompt": [0], "response": {"choices": [spaced]}})
+    assert rows[0]["teacher_ids"][0][:2] == [4, 2] and rows[1]["input_ids"] == [0, 3]
+    tops[1] = entry("the", -2.0, list(b" the"))
+    (row,) = converted(tmp_path, llama, record)
+    assert row["teacher_ids"][0][:2] == [4, 1]
+    content[0] |= {"token": "the", "bytes": None}
+    assert "got 'the', which is none of them or several" in refusal(tmp_path, llama, record)
+
+
 def test_a_template_that_tells_the_time_tells_that_of_the_response(tmp_path):
     tokenizer = merging_tokenizer([], "{{ strftime_now('%Y-%m-%d') }}" + CHATML)
     record = {"messages": [{"role": "user", "content": "a"}], "response": {"choices": [chat_choice(["d"])]}}
