@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache_builder.tools.distillkit import Compression
 from cache_builder.tools.parquet_file import NewParquetFile
@@ -164,6 +165,11 @@ class _Reading:
                 f"{where} must have a distribution for every token, or for all but the last, got {len(logprobs)} and "
                 f"{num_rows} for {length} tokens"
             )
+        if tokens.min() < 0 or tokens.max() >= self._settings.d:
+            raise FormatError(
+                f"{where} must have input_ids below d = {self._settings.d}, got "
+                f"{int(tokens.min() if tokens.min() < 0 else tokens.max())}; another configuration?"
+            )
         segments = _column(line, "attention_mask", length, np.ones(length, np.int64), where)
         labels = _column(line, "labels", length, tokens, where)
         if ((labels != IGNORED) & (labels != tokens)).any():
@@ -219,7 +225,7 @@ def _open(path: Path):  # type: ignore[no-untyped-def]  # pyarrow has no types
 
 def _numbers(value: pa.Scalar, where: str) -> np.ndarray:
     """int64 [L] of a list of whole numbers."""
-    values = value.values
+    values = getattr(value, "values", None)
     if values is None or values.null_count or not pa.types.is_integer(values.type) or not len(values):
         raise FormatError(
             f"{where} must have lists of whole numbers, got {value.type} that is empty or has nulls"
@@ -241,17 +247,23 @@ def _column(
 
 
 def _bytes(value: pa.Scalar, width: int, name: str, where: str) -> np.ndarray:
-    """uint8 [P, width] of a list of lists."""
-    lists = value.values
-    lengths = np.diff(lists.offsets.to_numpy()) if lists is not None else np.zeros(0, np.int64)
-    if lists is None or lists.null_count or (lengths != width).any():
+    """uint8 [P, width] of a list of lists, or of byte strings."""
+    lists = getattr(value, "values", None)
+    if lists is not None and (pa.types.is_binary(lists.type) or pa.types.is_large_binary(lists.type)):
+        flat = np.frombuffer(b"".join(lists.drop_null().to_pylist()), np.uint8)
+        lengths = pc.binary_length(lists).fill_null(0).to_numpy()
+    elif lists is not None and pa.types.is_nested(lists.type) and hasattr(lists, "flatten"):
+        flat = lists.flatten().to_numpy(zero_copy_only=False)
+        lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
+    else:
+        raise FormatError(f"{where} must have lists of bytes in {name}, got {value.type}")
+    if (lengths != width).any():
         raise FormatError(
             f"{where} must have {width} bytes a position in {name}, as the configuration says, got "
-            f"{int(lengths[lengths != width][0]) if len(lengths) else 'nothing'}; another configuration?"
+            f"{int(lengths[lengths != width][0])}; another configuration?"
         )
-    flat = lists.flatten().to_numpy(zero_copy_only=False)
     if flat.dtype != np.uint8:
-        if len(flat) and not 0 <= flat.min() <= flat.max() <= 255:
+        if len(flat) and not (np.issubdtype(flat.dtype, np.integer) and 0 <= flat.min() <= flat.max() <= 255):
             raise FormatError(f"{where} must have bytes in {name}, got {flat.dtype}")
         flat = flat.astype(np.uint8)
     return flat.reshape(-1, width)

@@ -57,8 +57,8 @@ class MergeReport:
         """A line or two."""
         return (
             f"{self.out}: {counted(self.num_rows, 'row')} from {self.num_caches} caches, "
-            f"{self.num_duplicates} duplicates left out, {format_bytes(self.num_bytes)} "
-            f"({self.num_copied} shards copied, {self.num_rewritten} rewritten)"
+            f"{counted(self.num_duplicates, 'duplicate')} left out, {format_bytes(self.num_bytes)} "
+            f"({counted(self.num_copied, 'shard')} copied, {self.num_rewritten} rewritten)"
         )
 
 

@@ -1,7 +1,10 @@
 """The tokens of an API's response as ids: servers name a token by its text, by its bytes, or by `token_id:N`.
 
 Text is not always enough: a token that is part of a character has none, and two ids may have one text. Such an entry
-has no id here; its mass belongs to the tail then.
+has no id here; its mass belongs to the tail then. Some servers' bytes are those of the text and say no more than it;
+and the token that completes a character has, with vLLM, the text of the whole character, as another token may have.
+Tokenizers in the manner of Llama 2 decode a single token without the space before it, and so do servers that do not put
+it back: there `the` may be either of two tokens.
 """
 
 import json
@@ -32,13 +35,14 @@ class TokenIds:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.size = len(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        self.size = max(len(tokenizer), 1 + max(vocabulary.values(), default=0))  # ids may have gaps
         added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         byte_level = "ByteLevel" in _kinds(backend.get("decoder"))
         table = byte_of_character()
         self._ids: dict[bytes, list[int]] = {}
-        for piece, number in tokenizer.get_vocab().items():
+        for piece, number in vocabulary.items():
             if piece in added:
                 content = piece.encode()
             elif byte_level:
@@ -50,29 +54,43 @@ class TokenIds:
             else:
                 content = piece.replace("\u2581", " ").encode()
             self._ids.setdefault(content, []).append(number)
+        words = [number for piece, number in vocabulary.items() if re.fullmatch("\u2581[a-z]+", piece)]
+        self.may_lose_spaces = bool(words) and not tokenizer.decode(words[:1]).startswith(" ")
+        """Whether the tokenizer decodes the token of a word without the space before it."""
+        self.lost_spaces = False
+        """Whether the server named tokens so."""
 
-    def of(self, text: str, content: Iterable[int] | None = None) -> int | None:
+    def of(
+        self, text: str, content: Iterable[int] | None = None, *, within_character: bool = False
+    ) -> int | None:
         """The id of a token; None where its text fits none, or several.
 
         Args:
             text: as the server names it.
             content: its bytes, where the server says them.
+            within_character: the token before it ends within a character.
         """
         if found := _BY_ID.fullmatch(text):
             number = int(found[1])
             return number if number < self.size else None
-        if content is not None:
-            key = bytes(content) or text.encode()
+        key, said = text.encode("utf-8", "replace"), bytes(content or ())
+        if said and said != key:
+            ids = self._ids.get(said, [])
         elif text.startswith("bytes:"):
-            key = b"".join(
-                bytes([int(part[2:], 16)]) if _ESCAPED.fullmatch(part) else part.encode()
-                for part in re.split(r"(\\x[0-9a-fA-F]{2})", text.removeprefix("bytes:"))
+            parts = re.split(r"(\\x[0-9a-fA-F]{2})", text.removeprefix("bytes:"))
+            escaped = (
+                bytes([int(part[2:], 16)]) if _ESCAPED.fullmatch(part) else part.encode() for part in parts
             )
-        elif UNKNOWN_TEXT in text:
+            ids = self._ids.get(b"".join(escaped), [])
+        elif (
+            not text
+            or UNKNOWN_TEXT in text
+            or key.decode() != text
+            or (within_character and not text.isascii())
+        ):
             return None
         else:
-            key = text.encode()
-        ids = self._ids.get(key, [])
+            ids = [*self._ids.get(key, []), *(self._ids.get(b" " + key, []) if self.lost_spaces else [])]
         return ids[0] if len(ids) == 1 else None
 
 

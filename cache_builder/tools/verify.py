@@ -1,9 +1,9 @@
 """`anneal cache verify`: is every byte the one that was written, and are the numbers those of the model?
 
-Bytes: every checksum and every row of every shard.  Numbers: random rows are computed again by the *other*
-engine (a cache built by vLLM is checked by transformers, and the reverse), so that no bug of one engine can
-vouch for itself. What the two differ by is printed beside what they may differ by: the codec's own error,
-measured by storing and reading the recomputed rows, plus the noise of two engines in the cache's dtype.
+Bytes: every checksum of every file, and every row of a shard whose checksum is right. Numbers: random rows are
+computed again by the *other* engine (a cache built by vLLM is checked by transformers, and the reverse), so that no bug
+of one engine can vouch for itself. What the two differ by is printed beside what they may differ by: the codec's own
+error, measured by storing and reading the recomputed rows, plus the noise of two engines in the cache's dtype.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,13 @@ from cache_builder.teachers.protocol import TeacherConfig
 from cache_builder.tools.deviation import compare
 from cache_builder.tools.round_trip import stored_and_read
 from formats.cache import CacheRow, TeacherCache
-from formats.errors import ConfigError, FormatError
+from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.identity.teacher_identity import require_same_teacher
 from formats.logprobs.tail_draws import POWER
 from formats.logprobs.topk import TopKLogprobs
 from formats.progress import Progress, counted
+from formats.validate import problems
 
 OTHER_ENGINE = {"vllm": "transformers", "transformers": "vllm"}
 ENGINE_NOISE = {"float32": 5e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -36,6 +37,8 @@ draws, and by this share of it. Which tokens are drawn is no matter: two engines
 draws in fp32 and 0.4 to 0.1 in bf16, whose noise moves tokens along the line that the points pick from."""
 ROW_FACTOR = 5.0
 """A single row may deviate by this many times the allowance for the mean."""
+MOST_SHOWN = 20
+"""Problems in the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class VerifyReport:
     num_shards: int
     """Shards whose checksums were compared."""
     problems: tuple[str, ...] = ()
-    """What is wrong; empty if nothing is."""
+    """What is wrong, of every file its first problem; empty if nothing is."""
     compared: tuple[str, ...] = ()
     """Parts of the identity that were compared with the model."""
     built_by: str = ""
@@ -102,7 +105,9 @@ class VerifyReport:
                 f"entries in one head only: {self.num_only_one}, "
                 f"the largest with p = {self.largest_only_one:.2g}",
             ]
-        lines += [f"WRONG: {problem}" for problem in self.problems]
+        lines += [f"WRONG: {problem}" for problem in self.problems[:MOST_SHOWN]]
+        if len(self.problems) > MOST_SHOWN:
+            lines.append(f"WRONG: {len(self.problems) - MOST_SHOWN} more like these; --json has all")
         lines.append("the cache is sound" if self.ok else "the cache must not be used")
         return "\n".join(lines)
 
@@ -142,10 +147,8 @@ def verify_cache(
         "built_by": f"{teacher.get('engine', 'unknown')} {teacher.get('engine_version', '')}".strip(),
     }
     progress.note(f"checking {counted(base['num_shards'], 'shard')}")
-    try:
-        opened.validate(full=True)
-    except FormatError as error:
-        return VerifyReport(**base, problems=(str(error),))
+    if damaged := tuple(str(problem) for problem in problems(opened, full=True)):
+        return VerifyReport(**base, problems=damaged)
     if model is None:
         return VerifyReport(**base)
     model_dir = resolve_model(model, teacher.get("revision"))
@@ -224,9 +227,9 @@ def _judge(
         "engine_noise": noise,
         "allowed_mean": allowed,
     }
-    problems = []
+    wrong = []
     if not figures["label_mean"] <= figures["label_allowed"]:
-        problems.append(
+        wrong.append(
             f"logprobs of the next tokens must deviate by at most {figures['label_allowed']:.6f} nats on "
             f"average, got {figures['label_mean']:.6f}; labels and rows do not belong together"
         )
@@ -235,31 +238,31 @@ def _judge(
         figures["draw_allowed"] = _mean(floor.draws) + noise
         figures["draw_share"] = len(found.draws) / max(found.num_draws, 1)
         if not figures["draw_mean"] <= figures["draw_allowed"]:
-            problems.append(
+            wrong.append(
                 f"logprobs of tail draws must deviate by at most {figures['draw_allowed']:.6f} nats on "
                 f"average, got {figures['draw_mean']:.6f}; draws and logprobs do not belong together"
             )
         number, expected = _numbers_of_draws(stored, again)
         figures["draw_number"], figures["draw_expected"] = number, expected
         if abs(number - expected) > DRAW_DEVIATIONS * expected**0.5 + DRAW_SHARE * expected + 1:
-            problems.append(
+            wrong.append(
                 f"tail draws must be about as many as their rate says, {expected:.0f}, got {number:.0f}; "
                 "estimates from them are biased"
             )
     if not figures["logprob_mean"] <= allowed:
-        problems.append(
+        wrong.append(
             f"logprobs must deviate by at most {allowed:.6f} nats on average, "
             f"got {figures['logprob_mean']:.6f}; this is another model, or the rows are shifted"
         )
     if not figures["worst_row"] <= ROW_FACTOR * allowed:
         worst = int(np.argmax(per_row))
-        problems.append(
+        wrong.append(
             f"every row must deviate by at most {ROW_FACTOR * allowed:.6f} nats on average, got "
             f"{figures['worst_row']:.6f} in the row with content key {stored[worst].key.hex()}"
         )
     return VerifyReport(
         **base,
-        problems=tuple(problems),
+        problems=tuple(wrong),
         checked_by=checked_by,
         num_recomputed=len(stored),
         figures=figures,

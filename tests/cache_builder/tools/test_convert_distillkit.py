@@ -267,6 +267,48 @@ def test_files_that_cannot_be_read(tmp_path: Path, settings: Path) -> None:
         convert_distillkit([tmp_path / "a.parquet"], settings, tmp_path / "x.parquet", k=25)
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.uint8()), pa.list_(pa.int64()), pa.large_list(pa.uint8()), pa.binary(), "fixed"]
+)
+def test_bytes_in_whatever_column_holds_them(tmp_path: Path, settings: Path, kind) -> None:
+    """`datasets` and other writers change the types of columns, and write row groups of a few lines."""
+    lines = [line_of(6, 5, seed) for seed in range(3)]
+    convert_distillkit([write(tmp_path / "a.parquet", lines)], settings, tmp_path / "x.parquet")
+    columns = {"input_ids": pa.array([line["input_ids"] for line in lines], pa.list_(pa.int32()))}
+    for name in ("compressed_logprobs", "bytepacked_indices"):
+        inner = pa.list_(pa.uint8(), len(lines[0][name][0])) if kind == "fixed" else kind
+        values = [[bytes(one) if kind == pa.binary() else one for one in line[name]] for line in lines]
+        columns[name] = pa.array(values, pa.list_(inner))
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet", row_group_size=2)
+    convert_distillkit([tmp_path / "b.parquet"], settings, tmp_path / "y.parquet")
+    assert pq.read_table(tmp_path / "y.parquet").equals(pq.read_table(tmp_path / "x.parquet"))
+
+
+def test_columns_of_other_kinds(tmp_path: Path, settings: Path) -> None:
+    good = line_of(6, 5, 0)
+    width = len(good["compressed_logprobs"][0])
+    for name, value, message in (
+        ("input_ids", 7, "lists of whole numbers"),
+        ("input_ids", "7", "lists of whole numbers"),
+        ("input_ids", None, "lists of whole numbers"),
+        ("input_ids", [1, 2, 3, 4, 5, 300], "input_ids below d = 300, got 300"),
+        ("input_ids", [1, -100, 3, 4, 5, 6], "input_ids below d = 300, got -100"),
+        ("compressed_logprobs", "no", "lists of bytes in compressed_logprobs"),
+        ("compressed_logprobs", [1, 2], "lists of bytes in compressed_logprobs"),
+        ("compressed_logprobs", None, "lists of bytes in compressed_logprobs"),
+        ("compressed_logprobs", [[0.5] * width] * 5, "must have bytes in compressed_logprobs"),
+        ("compressed_logprobs", [[256] * width] * 5, "must have bytes in compressed_logprobs"),
+        ("compressed_logprobs", [None, *good["compressed_logprobs"][1:]], "bytes a position"),
+    ):
+        line = good | {name: value}
+        pq.write_table(
+            pa.table({key: pa.array([item]) for key, item in line.items()}), tmp_path / "a.parquet"
+        )
+        with pytest.raises(FormatError, match=message) as refused:
+            convert_distillkit([tmp_path / "a.parquet"], settings, tmp_path / "x.parquet")
+        assert "\n" not in str(refused.value)
+
+
 def test_the_command(tmp_path: Path, settings: Path, anneal) -> None:
     file = write(tmp_path / "a.parquet", [line_of(5, 5, 0)])
     words = [

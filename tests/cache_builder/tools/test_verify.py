@@ -111,6 +111,22 @@ def test_a_damaged_byte_is_found(cache: Path, tmp_path: Path, place: float) -> N
     assert not report.ok and "shard-00001.arrow" in report.text() and "must not be used" in report.text()
 
 
+def test_every_damaged_file_is_named(cache: Path, tmp_path: Path, anneal) -> None:
+    """Not the first alone: what is to be copied again is known after one pass."""
+    shutil.copytree(cache, tmp_path / "c")
+    (tmp_path / "c" / "shard-00000.arrow").unlink()
+    for name in ("shard-00002.arrow", "tokenizer.json"):
+        (tmp_path / "c" / name).write_bytes((tmp_path / "c" / name).read_bytes().replace(b"a", b"b"))
+    report = verify_cache(tmp_path / "c")
+    assert len(report.problems) == 3
+    for name in ("shard-00000.arrow", "shard-00002.arrow", "tokenizer.json"):
+        assert sum(name in problem for problem in report.problems) == 1
+    code, out, _ = anneal("cache", "verify", tmp_path / "c")
+    assert code == 1 and out.count("WRONG: ") == 3 and "shard-00001" not in out
+    many = replace(report, problems=("bad",) * 25)
+    assert many.text().count("WRONG: bad") == 20 and "5 more like these" in many.text()
+
+
 def test_a_cache_without_draws_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
     build_in(tmp_path, tiny_llama_dir, num_records=3, draw_rate=0)
     assert verify_cache(tmp_path / "cache", tiny_llama_dir, rows=2, engine="transformers").ok
