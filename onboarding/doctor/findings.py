@@ -203,7 +203,8 @@ def _transformers(facts: Facts) -> Iterator[Finding]:
 
 
 def _machine(facts: Facts) -> Iterator[Finding]:
-    found = f"{facts.cores} cores, {facts.memory_gib} GiB; {facts.cache_gib} GiB free where models are kept"
+    cores = f"{facts.cores} core{'s' if facts.cores != 1 else ''}"
+    found = f"{cores}, {facts.memory_gib} GiB; {facts.cache_gib} GiB free where models are kept"
     if facts.cache_gib < ROOMY_GIB:
         yield Finding(verdict=NOTE, subject="machine", found=f"{found}; set HF_HOME to a larger disk")
     else:
