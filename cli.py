@@ -146,6 +146,10 @@ def root(
         os.environ["ANNEAL_DEBUG"] = "1"
 
 
+IMPORT_FAILED = "Could not import module"
+"""What transformers says of a class of its own where another package, torchvision for one, does not import."""
+
+
 def main() -> None:
     """Entry point of the console script: runs the app, turns known errors into one line."""
     quiet_imports()
@@ -156,6 +160,8 @@ def main() -> None:
         fail(str(error), error)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
+        if not missing and IMPORT_FAILED in str(error):
+            fail(str(error), error)
         if not missing or missing in (*PACKAGES, "cli"):
             raise
         fail(f"this command needs the package {missing}, which is not installed; {how_to_install()}", error)
@@ -168,6 +174,9 @@ def fail(message: str, error: BaseException) -> None:
     """Print one line on stderr and exit; with `--debug`, the traceback instead."""
     if os.environ.get("ANNEAL_DEBUG") == "1":
         raise error
+    if IMPORT_FAILED in message:
+        message = message.split(" Are this object's")[0]
+        message += " anneal doctor says which package is broken, and what mends it"
     note("error: " + " ".join(message.split()))
     sys.exit(1)
 

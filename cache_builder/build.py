@@ -310,7 +310,7 @@ def _make_plan(
     progress.finish()
     step("planned")
     progress.note(
-        f"planned {counted(plan.num_rows, 'row')}, {plan.num_tokens} tokens, {plan.num_positions} positions "
+        f"planned {counted(plan.num_rows, 'row')}, {plan.num_tokens:,} tokens, {plan.num_positions:,} positions "
         f"in {counted(len(plan.shards), 'shard')}"
     )
     if plan.notes:

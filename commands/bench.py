@@ -15,7 +15,7 @@ def bench_command(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...",
+            metavar="MODEL",
             autocompletion=completion.models,
             help="Models to measure; LABEL=DIR gives one a label of its own.",
         ),
@@ -96,7 +96,10 @@ def bench_command(
     engine_arg: EngineArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score MODEL... on tasks through lm-evaluation-harness; results stay with the model as bench.json."""
+    """Score models on tasks through lm-evaluation-harness.
+
+    Results stay with each model as bench.json.
+    """
     from trainer import BenchSettings, bench_models
 
     settings = BenchSettings(

@@ -113,7 +113,10 @@ def cache_build(
         int | None, typer.Option(min=1, show_default=False, help="Engines in the Ray pool.")
     ] = None,
 ) -> None:
-    """Run the initial model over CORPUS once and store its compressed top-k logprobs."""
+    """Run the initial model over CORPUS once and store its logprobs.
+
+    The same command continues a build that was stopped or killed.
+    """
     from cache_builder import BuildConfig, GenerationConfig, build_cache, plan_build
 
     generation = None
@@ -192,9 +195,10 @@ def cache_estimate(
     engine_arg: EngineArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Capture a sample of CORPUS and print what a cache would cost and how exact its gradients would be.
+    """Capture a sample of CORPUS and print what a cache would cost.
 
-    For several pairs of --min-prob and --tail-draws, and the cheapest whose gradient is within one degree.
+    And how exact its gradients would be, for several pairs of --min-prob and --tail-draws, and the cheapest whose
+    gradient is within one degree.
     """
     from cache_builder import BuildConfig, estimate_cache
 

@@ -32,7 +32,10 @@ def cache_inspect(
         bool, typer.Option("--full", help="Read every row for the distributions instead of a sample.")
     ] = False,
 ) -> None:
-    """Print what a cache holds: identity, sizes, head sizes, covered mass, entropy."""
+    """Print what a cache holds, and with --row one row of it.
+
+    Identity, sizes, head sizes, covered mass, entropy.
+    """
     from formats.inspect.inspect_cache import inspect_cache
 
     show(inspect_cache(cache, row=row, as_json=as_json, plot=plot, model=model, full=full))
@@ -67,7 +70,10 @@ def cache_verify(
     engine_arg: EngineArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every checksum of a cache and, with --model, its numbers against the other engine."""
+    """Check every checksum of a cache.
+
+    With --model, also compute rows of it again with the other engine and compare.
+    """
     from cache_builder import verify_cache
 
     require_owner(
@@ -93,12 +99,15 @@ def cache_merge(
     caches: Annotated[
         list[str],
         typer.Argument(
-            metavar="CACHE...", autocompletion=completion.caches, help="Caches of one teacher and settings."
+            metavar="CACHE", autocompletion=completion.caches, help="Caches of one teacher and settings."
         ),
     ],
     out: Annotated[str, typer.Option(help="Directory of the joined cache; new or empty.")],
 ) -> None:
-    """Join caches that differ in nothing but their corpus; repeated rows are kept once."""
+    """Join caches that differ in nothing but their corpus.
+
+    Repeated rows are kept once.
+    """
     from cache_builder import merge_caches
 
     show(merge_caches(caches, out, progress=ConsoleProgress()).text())
@@ -143,7 +152,7 @@ def cache_convert(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...",
+            metavar="FILE",
             help="Parquet files of DistillKit, compressed; or JSON lines of responses of an OpenAI-style API.",
         ),
     ],
@@ -174,10 +183,10 @@ def cache_convert(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Read only N lines.")] = None,
 ) -> None:
-    """Write teacher logprobs of others in the layout of `export --layout topk`.
+    """Write teacher logprobs of others to one Parquet file.
 
-    They are DistillKit's (--compression), or the logprobs of an API's responses (--tokenizer). Both are known at T = 1
-    only, and nobody recorded whose they are: the file says so.
+    In the layout of `export --layout topk`. They are DistillKit's (--compression), or the logprobs of an API's
+    responses (--tokenizer). Both are known at T = 1 only, and nobody recorded whose they are: the file says so.
     """
     from cache_builder import convert_distillkit, convert_responses
 
@@ -217,7 +226,7 @@ def cache_push(
         ),
     ] = None,
 ) -> None:
-    """Check a cache and upload it to the Hugging Face Hub as a data set.
+    """Check a cache and upload it to the Hugging Face Hub.
 
     The card opens the shards in the Hub's viewer; what others wrote in it stays.
     """
@@ -243,7 +252,7 @@ def cache_pull(
     out: Annotated[str, typer.Argument(metavar="DIRECTORY", help="Where to put the cache; new or empty.")],
     revision: Annotated[str | None, typer.Option(show_default=False, help="Branch, tag or commit.")] = None,
 ) -> None:
-    """Download a cache from the Hugging Face Hub and check all of it."""
+    """Download a cache from the Hugging Face Hub and check it."""
     from cache_builder import pull_cache
 
     show(str(pull_cache(repository, out, revision=revision, progress=ConsoleProgress())))

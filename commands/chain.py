@@ -24,7 +24,7 @@ def chain_command(
     place: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CHAIN.yaml | MODEL...]",
+            metavar="CHAIN.yaml|MODEL",
             show_default=False,
             help="A YAML file with the whole chain; or, with --models, finished models, the oldest first.",
         ),
@@ -126,7 +126,10 @@ def chain_command(
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Learn tasks one after another and report what each stage forgot; or report it of finished MODEL... alone."""
+    """Learn tasks one after another and report what each stage forgot.
+
+    With --models the report alone, of finished models.
+    """
     if plot is not None:
         require_plottable(plot)
     words = place or []

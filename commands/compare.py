@@ -41,7 +41,7 @@ def compare_command(
     dtype: EvalDtypeOption = "float32",
     limit: EvalLimitOption = None,
 ) -> None:
-    """Print what MODEL... learnt and what they kept, on texts and on tasks: a line per model.
+    """Print what models learnt and kept, on texts and on tasks.
 
     A word of --source and --target is a cache (perplexity and KL are evaluated, once) or a task of each model's
     bench.json. docs/compare.md says how to read the columns.
@@ -117,9 +117,9 @@ def select_command(
     dtype: EvalDtypeOption = "float32",
     limit: EvalLimitOption = None,
 ) -> None:
-    """Print which of MODEL... to take, by each rule: what it keeps of direct fine-tuning's gain, and what it loses.
+    """Print which of several models to take, by each rule.
 
-    docs/select.md has the rules.
+    And what it keeps of direct fine-tuning's gain, and what it loses. docs/select.md has the rules.
     """
     from trainer import select
     from trainer.selection.rules import Rule

@@ -14,7 +14,7 @@ def eval_command(
     caches: Annotated[
         list[str],
         typer.Argument(
-            metavar="CACHE...",
+            metavar="CACHE",
             autocompletion=completion.caches,
             help="Caches of evaluation texts; NAME=CACHE gives one a name of its own.",
         ),
@@ -45,7 +45,10 @@ def eval_command(
     dtype: EvalDtypeOption = "float32",
     limit: EvalLimitOption = None,
 ) -> None:
-    """Print perplexity, accuracy, calibration and KL to the model that built them on the texts of CACHE..."""
+    """Print perplexity, accuracy and KL of a model on cached texts.
+
+    KL is to the model that built the caches.
+    """
     from trainer import evaluate
     from trainer.evaluation.evaluate import add_to_card, format_evaluation, name_caches
     from trainer.evaluation.weight_distance import weight_distance

@@ -14,7 +14,7 @@ def merge_command(
     tuned: Annotated[
         list[str],
         typer.Argument(
-            metavar="TUNED...",
+            metavar="TUNED",
             autocompletion=completion.models,
             help="Models fine-tuned from the initial one; wise-ft takes one.",
         ),
@@ -88,7 +88,10 @@ def merge_command(
         typer.Option(show_default=False, help="fisher: rows of each text that are read.  [default: 256]"),
     ] = None,
 ) -> None:
-    """Merge tuned models with the initial one: WiSE-FT, task arithmetic, TIES, a soup or Fisher merging."""
+    """Merge tuned models with the initial one.
+
+    By WiSE-FT, task arithmetic, TIES, a soup or Fisher merging.
+    """
     from trainer import MergeConfig, merge
 
     config = MergeConfig(

@@ -25,7 +25,7 @@ CorpusArgument = Annotated[
 OptionalCorpusArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[CORPUS]",
+        metavar="CORPUS",
         show_default=False,
         help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a "
         "Hugging Face data set name; none with --generate.",
@@ -110,7 +110,7 @@ EvalLimitOption = Annotated[
 ComparedArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL...",
+        metavar="MODEL",
         autocompletion=completion.models,
         help="Models to compare; LABEL=DIR gives one a label of its own.",
     ),

@@ -22,14 +22,14 @@ from formats.picture_file import require_plottable
 from formats.progress import ConsoleProgress
 
 probe_app = typer.Typer(
-    help="Probe models: noise on their weights, answers to questions, memorised text, learning rates.",
+    help="Probe models: noise, questions, memory, learning rates.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 ModelsArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL...",
+        metavar="MODEL",
         autocompletion=completion.models,
         help="Models in the order of training: directory, hub name, NAME@REVISION or LABEL=MODEL.",
     ),
@@ -89,7 +89,10 @@ def noise_command(
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what Gaussian noise on the weights costs: how fragile a model is, and whether it became more so."""
+    """Print what Gaussian noise on the weights costs.
+
+    It tells how fragile a model is, and whether it became more so.
+    """
     from formats.identity.fingerprint import resolve_model
     from trainer.checks import check_one_of
     from trainer.config import DTYPES
@@ -134,7 +137,10 @@ def answers_command(
     dtype: EvalDtypeOption = "float32",
     as_json: JsonOption = False,
 ) -> None:
-    """Print how models answer questions with choices: in the right form, rightly, and how sure of it."""
+    """Print how models answer questions with choices.
+
+    In the right form, rightly, and how sure of it.
+    """
     from trainer.checks import check_one_of
     from trainer.config import DTYPES
     from trainer.probe.answers import answers_text, answers_to_dict, probe_answers, read_questions
@@ -173,7 +179,10 @@ def memory_command(
     dtype: EvalDtypeOption = "float32",
     as_json: JsonOption = False,
 ) -> None:
-    """Print of how many tokens of its training text a model knows what follows, beside text that it has not seen."""
+    """Print how much of its training text a model knows by heart.
+
+    Of how many tokens it knows what follows, beside text that it has not seen.
+    """
     from trainer.probe.memory import memory_text, memory_to_dict, probe_memory
     from trainer.probe.models import resolved
 
@@ -211,7 +220,10 @@ def tune_command(
     limit: EvalLimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tune models at the same learning rates and print what each forgets: does more pretraining make it worse?"""
+    """Tune models at the same learning rates; print what each forgets.
+
+    Does more pretraining make it worse?
+    """
     from commands.cache_process import build_in_process, typed_settings
     from trainer.probe.models import named_models
     from trainer.probe.tune import TuneConfig, probe_tune

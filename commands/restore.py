@@ -15,7 +15,7 @@ def restore_command(
     tuned: Annotated[
         list[str],
         typer.Argument(
-            metavar="TUNED...",
+            metavar="TUNED",
             help="Tuned models, or checkpoints of a run; LABEL=DIR gives one a label of its own.",
         ),
     ],
@@ -71,7 +71,10 @@ def restore_command(
     limit: EvalLimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train TUNED... shortly on general text, and the initial model beside them: what comes back was only hidden."""
+    """Train tuned models shortly on general text: what comes back?
+
+    The initial model is trained beside them. What comes back was only hidden.
+    """
     from commands.cache_process import build_in_process, typed_settings
     from trainer.restore.config import RestoreConfig
     from trainer.restore.restore import run_restore

@@ -161,7 +161,10 @@ def sweep_command(
     page: PageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train every combination of settings from one cache, merge, and compare; the same command continues."""
+    """Train every combination of settings, merge, and compare.
+
+    All from one cache; the same command continues.
+    """
     from trainer.comparison.page import require_writable
     from trainer.sweep.config import sweep_from_options
     from trainer.sweep.pools import LocalPool

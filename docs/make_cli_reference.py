@@ -19,15 +19,21 @@ Results go to stdout, progress and messages to stderr. Bad input is one line on 
 """
 
 
+def spelt(argument: typer.core.TyperArgument) -> str:
+    """As a usage line has it: brackets around what may be left out, dots behind what may be repeated."""
+    name = str(argument.metavar) if argument.required else f"[{argument.metavar}]"
+    return name if argument.nargs == 1 else f"{name}..."
+
+
 def describe(name: str, command: typer.core.TyperCommand) -> str:
     """One section: purpose, arguments, options with defaults."""
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
-    usage = " ".join(str(parameter.metavar) for parameter in arguments)
+    usage = " ".join(map(spelt, arguments))
     lines = [f"## anneal {name}", "", (command.help or "").strip(), "", "```"]
     lines += [f"anneal {name} {usage} [OPTIONS]".replace("  ", " "), "```", ""]
     for parameter in arguments:
-        lines.append(f"- `{parameter.metavar}` {parameter.help}")
+        lines.append(f"- `{spelt(parameter)}` {parameter.help}")
     for parameter in options:
         word = parameter.opts[0]
         if not getattr(parameter, "is_flag", False):

@@ -11,9 +11,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; 
 
 
 def doctor(as_json: Json = False) -> None:
-    """Look at versions, devices and engine; say what is wrong and the one command that mends it.
+    """Look at versions, devices and engine; say what is wrong.
 
-    Exit code 1 if something is wrong. Nothing is changed, and no network is used.
+    And the one command that mends it. Exit code 1 if something is wrong. Nothing is changed, and no network is used.
     """
     from onboarding.doctor.facts import collect
     from onboarding.doctor.findings import judge
@@ -36,9 +36,9 @@ def init(
     cache: Annotated[str, typer.Option(metavar="DIR", help="Where the cache will be.")] = "cache",
     out: Annotated[str, typer.Option(metavar="DIR", help="Where the tuned model will be.")] = "tuned",
 ) -> None:
-    """Look at a corpus and a model, and write a commented settings file for both.
+    """Look at a corpus and a model, and write settings for both.
 
-    Its first lines are the two commands that use it. No weights are loaded.
+    A commented file, whose first lines are the two commands that use it. No weights are loaded.
     """
     from onboarding.init.look import look_at
     from onboarding.init.settings_file import write

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from formats.install import how_to_install
+from formats.progress import counted
 from onboarding.doctor.facts import ENGINES, VISION, Facts
 
 GOOD, NOTE, WRONG = "ok", "note", "wrong"
@@ -203,7 +204,7 @@ def _transformers(facts: Facts) -> Iterator[Finding]:
 
 
 def _machine(facts: Facts) -> Iterator[Finding]:
-    found = f"{facts.cores} cores, {facts.memory_gib} GiB; {facts.cache_gib} GiB free where models are kept"
+    found = f"{counted(facts.cores, 'core')}, {facts.memory_gib} GiB; {facts.cache_gib} GiB free where models are kept"
     if facts.cache_gib < ROOMY_GIB:
         yield Finding(verdict=NOTE, subject="machine", found=f"{found}; set HF_HOME to a larger disk")
     else:

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
+from formats.progress import counted
 from onboarding.init.look import Look
 from trainer.config import TrainConfig
 from trainer.recipe import DEFAULTS
@@ -67,11 +69,12 @@ def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
     """The file."""
     defaults = TrainConfig(cache="-", model="-", out="-")
     build = f"anneal cache build {_word(look.corpus)} --model {_word(look.model)} --out {_word(cache)}"
+    engine = "" if find_spec("vllm") else " --engine transformers"
     sample = "the whole corpus" if look.whole else f"the first {look.num_records} records"
     lines = [
         f"# Settings for {look.corpus} and {look.model}, after a look at both; every line may be changed.",
         "#",
-        f"#   {build} --max-length {plan.max_length}",
+        f"#   {build} --max-length {plan.max_length}{engine}",
         f"#   anneal train --config {_word(path)}",
         "#",
         f"# Seen in {sample}: rows of {look.quantile(0.5)} tokens (half are shorter), "
@@ -94,13 +97,15 @@ def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
             "  alpha: 32",
         ]
     rows = plan.batch * plan.accumulation
+    step = counted(rows, "pack" if plan.packing else "row")
+    smaller = "  # halve it, and double the next, where memory runs out" if plan.batch > 1 else ""
     rate = float(DEFAULTS["learning_rate"]) * (10 if plan.lora else 1)
     lines += [
         "training:",
         f"  learning_rate: {rate:g}  # adapters take some 10 times that of all weights; higher learns and forgets more",
         f"  num_train_epochs: {DEFAULTS['num_train_epochs']}",
-        f"  per_device_train_batch_size: {plan.batch}  # halve it, and double the next, where memory runs out",
-        f"  gradient_accumulation_steps: {plan.accumulation}  # {rows} {'packs' if plan.packing else 'rows'} a step",
+        f"  per_device_train_batch_size: {plan.batch}{smaller}",
+        f"  gradient_accumulation_steps: {plan.accumulation}  # {step} a step",
     ]
     if look.whole:
         steps = -(-len(look.lengths) // rows) * int(DEFAULTS["num_train_epochs"])

@@ -1,6 +1,8 @@
 """The main path typed as a user types it: build, inspect, train, eval; the docs know every option."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +167,34 @@ def test_every_command_and_option_says_what_it_is() -> None:
             assert leaf.help, f"{name} {child}"
             for parameter in leaf.params:
                 assert parameter.param_type_name != "option" or parameter.help, f"{child} {parameter.name}"
+
+
+def helped(*words: str) -> str:
+    """`--help` on a terminal of 80 columns."""
+    result = subprocess.run(
+        [sys.executable, "-m", "cli", *words, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["cache"], ["probe"]])
+def test_the_list_of_commands_says_what_each_does(words: list[str]) -> None:
+    """No summary is cut, as "Print what MODEL..." was at any width."""
+    listed = helped(*words).split("Commands:\n")[1].strip().splitlines()
+    assert len(listed) >= 4
+    assert [line for line in listed if line.endswith("...") or not line.endswith((".", "?"))] == []
+
+
+@pytest.mark.parametrize("words", [["cache", "build"], ["compare"], ["chain"]])
+def test_usage_has_brackets_once(words: list[str]) -> None:
+    """`[[CORPUS]]` and `{MODEL...}...` come of metavars with brackets or dots of their own."""
+    usage = helped(*words).splitlines()[0]
+    assert not re.search(r"\[\[|\.\.\.[]}]", usage), usage
 
 
 def test_the_reference_is_current() -> None:

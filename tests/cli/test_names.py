@@ -81,6 +81,28 @@ def test_a_dependency_that_is_missing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "cache", "--model", "examples/tiny-base", "--out", "out"],
+        ["init", "examples/own-data.jsonl", "--model", "examples/tiny-base", "--file", "out"],
+    ],
+)
+def test_a_vision_package_built_for_another_torch(words: list[str], tmp_path: Path) -> None:
+    """transformers then says that its own classes lack something; the line names the command that knows more."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('torchvision::nms is missing')\n"
+    )
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    result = start(ROOT, *words, first=tmp_path)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "Could not import module" in result.stderr and "anneal doctor says which" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_how_to_install() -> None:
     assert how_to_install() == "pip install label-annealing"
     assert how_to_install("vllm") == "pip install 'label-annealing[vllm]'"

@@ -104,3 +104,18 @@ def test_what_is_chosen(look, expected, tmp_path):
     )
     with pytest.raises(ConfigError, match="must name a new file"):
         write(look, path, cache="c", out="o")
+
+
+def test_without_vllm_the_commands_build_with_transformers(monkeypatch):
+    """As after README's first installation; with vLLM its name is not needed."""
+    words = {"cache": "c", "out": "o", "path": "train.yaml"}
+    for found, wanted in ((None, True), (object(), False)):
+        monkeypatch.setattr("onboarding.init.settings_file.find_spec", lambda name, found=found: found)
+        assert ("--max-length 1216 --engine transformers" in text_of(LOOK, plan_for(LOOK), **words)) is wanted
+
+
+def test_one_row_a_step():
+    """`1 rows`, and a batch of one that was to be halved."""
+    look = replace(LOOK, whole=True, lengths=np.array([3]))
+    text = text_of(look, plan_for(look), cache="c", out="o", path="train.yaml")
+    assert "# 1 row a step" in text and "halve it" not in text

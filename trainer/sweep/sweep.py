@@ -15,7 +15,7 @@ from pathlib import Path
 
 from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError, naming
-from formats.progress import Progress
+from formats.progress import Progress, counted
 from trainer.sweep.compared import check_yardsticks, comparison_of, gain_kept, selection_of
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.merges import PlannedMerge, make_merges, plan_merges
@@ -46,7 +46,7 @@ class SweepPlan:
             for run in self.runs
         ]
         finished = sum(is_finished(run.directory(out)) for run in self.runs)
-        counts = f"{len(self.runs)} runs, {finished} of them finished; {len(self.merges)} merges"
+        counts = f"{counted(len(self.runs), 'run')}, {finished} of them finished; {counted(len(self.merges), 'merge')}"
         if self.config.search:
             counts += f"; a search of at most {self.config.search_runs} values of kl_coef beside them"
         return "\n".join([*lines, "", counts, f"about {sum(tokens.values()):,} tokens to train on"])

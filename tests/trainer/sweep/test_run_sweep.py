@@ -191,7 +191,7 @@ def test_shares_are_of_direct_fine_tuning_with_whatever_all_runs_have(ask, tmp_p
 
 def test_the_dry_run_counts_and_touches_nothing(ask, tmp_path, llama_cache):
     text = plan_sweep(ask(tmp_path / "out", **OPTIONS)).text()
-    assert "3 runs, 0 of them finished; 1 merges" in text and "l2.coef=0.1" in text
+    assert "3 runs, 0 of them finished; 1 merge\n" in text and "l2.coef=0.1" in text
     plain = json.loads(json.dumps(plan_sweep(ask(tmp_path / "out", **OPTIONS)).to_dict()))
     assert [run["name"] for run in plain["runs"]] == ["direct", "kl_coef=1", "l2.coef=0.1"]
     assert plain["merges"] == ["direct+wise-ft,alpha=0.5"] and not plain["runs"][0]["finished"]
