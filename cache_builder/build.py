@@ -75,17 +75,19 @@ def build_cache(
     directory = BuildDirectory(config.directory)
     progress = progress or Progress()
     with interruptible():
+        was_finished = directory.state() is State.FINISHED
         try:
             return _build(config, directory, progress, source, make_teacher, make_sampler, make_capture, step)
         except BuildInterrupted as signal:
             signal.message = f"interrupted: {directory.how_far()}"
             raise
         except OSError as error:
-            if directory.state() is State.FINISHED:  # another worker cleared up under our hands
+            finished = directory.state() is State.FINISHED
+            if finished and not was_finished:  # another worker cleared up under our hands
                 return _complete(directory, was_complete=False)
+            left = "the cache that was there is there still" if finished else directory.how_far()
             raise BuildError(
-                f"writing to {error.filename or directory} failed: {error.strerror or error}; "
-                f"{directory.how_far()}"
+                f"writing to {error.filename or directory} failed: {error.strerror or error}; {left}"
             ) from error
         finally:
             progress.finish()

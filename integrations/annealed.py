@@ -3,7 +3,7 @@ loss, counts, first check and evaluation.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from trainer.loop.output_head import OutputHead
 from trainer.loop.step0 import HeadCheck, Step0Check, Step0Report
 from trainer.loss.chunks import logits_type
 from trainer.objective import Objective
+from trainer.preflight import best_model
 from trainer.preflight.arguments import refuse_argument, require_one_device
 from trainer.preflight.liger import settle_liger
 
@@ -97,9 +98,11 @@ class Annealed(Trainer):
     loss_is_scaled_for_ga = True
     is_evaluating = False
     pack_length: int | None = None
+    waiting: Sequence[Any] = ()
     objective: Objective
 
     compute_loss = _OURS.compute_loss
+    get_batch_samples = _OURS.get_batch_samples
     _get_num_items_in_batch = _OURS._get_num_items_in_batch
     _loader = _OURS._loader
     loader_of_rows = _OURS.loader_of_rows
@@ -187,6 +190,7 @@ class Annealed(Trainer):
         if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
             # accelerate would let one process read a stream, and cut its batches for the others.
             self.accelerator.dataloader_config.dispatch_batches = False
+            self._refuse_ends_of_epochs()
         if self.train_dataset is not None:
             self.require_rows(self.train_dataset, self.train_rows, "train")
         held: Any = self.eval_dataset
@@ -211,6 +215,17 @@ class Annealed(Trainer):
                 self.add_callback(callback)
         if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # transformers < 5.19 asks this instead
             self.compute_loss_func = self.compute_loss
+
+    def _refuse_ends_of_epochs(self) -> None:
+        """accelerate gives each process shards of its own of a stream that has enough of them."""
+        args, shards = self.args, getattr(self.train_dataset, "n_shards", 0)
+        if 1 < args.world_size <= shards:
+            for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+                if best_model.word(getattr(args, name)) == "epoch":
+                    raise ConfigError(
+                        f"{name} must be steps or no for a stream of {shards} shards, which processes end at different "
+                        f"steps, got epoch"
+                    )
 
     def _on_step0(self, report: Step0Report) -> None:
         self.step0 = report

@@ -20,12 +20,17 @@ ROWS_PER_GROUP = 4096
 def write_rows(dataset: Any, path: str | Path) -> tuple[int, int]:
     """Write every row, packed ones one by one, once; the file appears when it is complete.
 
+    Of several processes (`torchrun`) the first one writes, and the others count.
+
     Returns:
         (rows, tokens of the longest one).
 
     Raises:
         ConfigError: the file is there already, or no row carries loss.
     """
+    if int(os.environ.get("RANK", "0")):
+        sizes = [len(ids) for group in _groups(dataset) for ids, _ in group]
+        return len(sizes), max(sizes, default=0)
     target = Path(path).expanduser()
     if target.exists():
         raise ConfigError(f"{target} must be a new file, got one that is there; remove it or choose another")

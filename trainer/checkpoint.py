@@ -9,17 +9,43 @@ newest marked one.
     out/checkpoint-40/            complete: complete.json names every file
 """
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from formats.disk.durable import atomic_write_bytes, fsync_directory, fsync_file
+from formats.errors import one_line
+from formats.progress import format_bytes
 
 MARKER = "complete.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _LEFTOVER = re.compile(r"^\.checkpoint-\d+\.staging$")
+
+
+@contextlib.contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """In this block a file that cannot be written to the directory `place` is an `OSError`, and says where: safetensors
+    and torch have errors of their own for it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(place)
+        raise
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        said = one_line(error) if isinstance(error, SafetensorError) else "a file was not written whole"
+        free = format_bytes(shutil.disk_usage(place).free)
+        raise OSError(errno.EIO, f"{said}, {free} are free", str(place)) from None
 
 
 def staging_directory(run_dir: Path, step: int) -> Path:

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from formats.errors import AnnealError
+from trainer.checkpoint import writing_to
 from trainer.config import TrainConfig
 from trainer.evaluation.weight_distance import weight_distance
 from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of
@@ -145,7 +146,8 @@ def _train(
         reporters.tell(figures_of(report.evaluation, report.new_text))
     reporters.close()
     if report.interrupted_by is None:
-        publish(trainer, directory, config, inputs, student.layout, rows, resolved, report)
+        with writing_to(directory.path):
+            publish(trainer, directory, config, inputs, student.layout, rows, resolved, report)
     report.seconds = time.perf_counter() - started
     return report
 

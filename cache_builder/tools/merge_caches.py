@@ -86,7 +86,7 @@ def merge_caches(
         return _merge(opened, BuildDirectory(Path(out).expanduser()), progress)
     except OSError as error:
         raise AnnealError(
-            f"a merge must be able to write, got {error.strerror or error} in {error.filename or out}; "
+            f"a merge must be able to write {out}, got {error.strerror or error} at {error.filename or out}; "
             "free some space and run the same command again"
         ) from error
     finally:

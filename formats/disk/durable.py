@@ -6,9 +6,11 @@ write to a temporary name in the same directory, fsync the file, rename, fsync t
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,9 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # of a write: nothing says where
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -62,6 +66,27 @@ def atomic_write_json(path: Path, value: Any, *, allow_nan: bool = False) -> Non
     """`atomic_write_bytes` of plain values as JSON for people: a value a line, keys sorted, letters as they are."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=allow_nan)
     atomic_write_bytes(path, text.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """In this block no other one of this directory or file is under way, of whatever process: what is read in it and
+    written again loses nothing. A file system without locks lets all of them in.
+
+    Raises:
+        OSError: there is no such directory or file.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                continue  # the one that was waited for has replaced the file
+            yield
+            return
+        finally:
+            os.close(descriptor)
 
 
 def commit_exclusive(temporary: Path, final: Path) -> bool:

@@ -167,6 +167,16 @@ def test_overwrite_discards_the_cache_and_spares_the_rest(tmp_path: Path, finish
     assert kept.pop("notes of mine.txt") and kept == contents(tmp_path / "fresh")
 
 
+def test_a_cache_that_cannot_be_discarded_is_not_taken_for_the_new_one(tmp_path: Path) -> None:
+    """As on a read-only disk, where the old cache was reported as built."""
+    build(tmp_path / "c")
+    (tmp_path / "c" / "_build").write_text("")  # a file, where the discard begins with a directory
+    before = contents(tmp_path / "c")
+    with pytest.raises(BuildError, match="failed: File exists; the cache that was there is there still"):
+        build(tmp_path / "c", source=make_source(30, seed=5), overwrite=True)
+    assert contents(tmp_path / "c") == before
+
+
 def test_an_interrupted_discard_is_completed_by_any_command(tmp_path: Path, monkeypatch) -> None:
     from cache_builder.commit import build_directory
 

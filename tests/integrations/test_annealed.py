@@ -1,12 +1,15 @@
 """A `transformers.Trainer` of one's own with our loss, as docs/adapters.md says: what its data sets may look like."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import annealed_worker
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from processes import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from formats.cache import TeacherCache
@@ -182,3 +185,62 @@ def test_the_processes_of_a_stream_read_batches_of_their_own(tmp_path, tiny_llam
         for given in (rows.to_iterable_dataset(), rows)
     )
     assert streamed.accelerator.dispatch_batches is False and known.accelerator.dispatch_batches is None
+
+
+def test_two_processes_stream_what_one_does(tmp_path, tiny_llama_dir, pruned_cache):
+    """24 rows: three steps a pass, of 4 x 2 rows on one process and 2 x 2 on each of two."""
+    for name, num_ranks, changed in (("one", 1, {"per_device_train_batch_size": 4}), ("two", 2, {})):
+        given = {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 5,
+            **changed,
+        }
+        words = (str(tiny_llama_dir), str(pruned_cache), str(tmp_path / name), 1, given)
+        run_ranks(tmp_path / "logs" / name, num_ranks, annealed_worker.run, *words)
+    one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two"))
+    assert len(one) == 10 and two == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_shards_of_a_stream_may_end_at_different_steps(tmp_path, tiny_llama_dir, pruned_cache):
+    """Of three shards one process reads two: the other one goes on with its next pass."""
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 7}
+    words = (str(tiny_llama_dir), str(pruned_cache), str(tmp_path / "out"), 3, given)
+    run_ranks(tmp_path / "logs", 2, annealed_worker.run, *words)
+    assert len(json.loads((tmp_path / "out" / "losses.json").read_text())) == 14
+
+
+def test_the_end_of_a_stream_that_is_no_whole_step_waits_for_the_next_pass(
+    tmp_path, tiny_llama_dir, pruned_cache
+):
+    """Five batches in steps of two: the fifth one's gradient was added to a step of two others."""
+    rows = Dataset.from_dict({name: cells[:15] for name, cells in rows_in(pruned_cache).items()})
+    given = {"gradient_accumulation_steps": 2, "optim": "sgd", "train_sampling_strategy": "sequential"}
+    streamed = trainer_of(
+        tiny_llama_dir, tmp_path, pruned_cache, rows.to_iterable_dataset(), max_steps=5, **given
+    )
+    twice = Dataset.from_dict({name: [*cells, *cells] for name, cells in rows.to_dict().items()})
+    known = trainer_of(tiny_llama_dir, tmp_path, pruned_cache, twice, max_steps=5, **given)
+    assert losses(streamed) == pytest.approx(losses(known), rel=1e-5, abs=1e-6)
+    short = trainer_of(
+        tiny_llama_dir,
+        tmp_path,
+        pruned_cache,
+        rows.to_iterable_dataset(),
+        **given | {"gradient_accumulation_steps": 6},
+    )
+    with pytest.raises(
+        ConfigError, match="a stream must have the 6 batches of a step for every process, got 5"
+    ):
+        short.train()
+
+
+def test_of_two_processes_one_writes_the_rows(tmp_path, pruned_cache):
+    """The second one met the first one's file, and failed, or wrote it once more."""
+    import pyarrow.parquet as pq
+
+    words = (str(pruned_cache), str(tmp_path))
+    ranks = run_ranks(tmp_path / "logs", 2, annealed_worker.write, *words)
+    assert ranks[0].text("stdout") == ranks[1].text("stdout") != ""
+    assert pq.read_table(tmp_path / "rows.parquet").num_rows == 24
+    assert not list(tmp_path.glob(".rows*"))

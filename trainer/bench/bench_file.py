@@ -4,7 +4,8 @@ MODEL/bench.json            all results, one entry per task and settings
 MODEL/bench/*.parquet       the items of each entry
 
 Results of other weights are never mixed in: when the model has changed, the old file is set aside under a name of
-its own, with its items, and taken back when the old weights are.
+its own, with its items, and taken back when the old weights are. Several processes may add to one model: `bench` is
+locked while one reads and writes.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes, one_at_a_time, temporary_name
 from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from formats.identity.fingerprint import sha256_json
 from trainer.bench.samples import Samples, read_samples
@@ -55,6 +56,11 @@ def entry_key(task: str, settings: Mapping[str, Any]) -> str:
     return sha256_json([task, dict(settings)])
 
 
+def aside_name(model: Mapping[str, str]) -> str:
+    """Where the results of a model are while its directory holds other weights."""
+    return f"bench-{sha256_json(dict(model))[:12]}.json"
+
+
 @dataclass
 class BenchFile:
     """The results in one directory. Use `open_for` to add to them and `load_bench` to read them."""
@@ -75,38 +81,42 @@ class BenchFile:
             ConfigError: the directory cannot be written.
             FormatError: bench.json is not ours.
         """
-        path = directory / BENCH_NAME
-        aside: Path | None = None
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f".{BENCH_NAME}.probe"
+            (directory / SAMPLES_DIRECTORY).mkdir(parents=True, exist_ok=True)
+            probe = temporary_name(directory / BENCH_NAME)
             probe.write_bytes(b"")
             probe.unlink()
-            if path.is_file():
-                found = cls.read(directory)
-                if found.model == dict(model):
-                    return found, None
-                aside = directory / f"bench-{sha256_json(found.model)[:12]}.json"
-                path.replace(aside)
-            kept = directory / f"bench-{sha256_json(dict(model))[:12]}.json"
-            if kept.is_file():
-                kept.replace(path)
-                return cls.read(directory), aside
+            with one_at_a_time(directory / SAMPLES_DIRECTORY):
+                return cls._opened(directory, dict(model))
         except OSError as error:
             raise ConfigError(
                 f"results are written into the model's directory, got {directory}: {error.strerror}; "
                 "name another one with --out"
             ) from None
-        return cls(directory, dict(model), {}), aside
 
     @classmethod
-    def read(cls, directory: Path) -> "BenchFile":
-        """Read bench.json, of whatever weights.
+    def _opened(cls, directory: Path, model: dict[str, str]) -> tuple["BenchFile", Path | None]:
+        path, aside = directory / BENCH_NAME, None
+        if path.is_file():
+            found = cls.read(directory)
+            if found.model == model:
+                return found, None
+            aside = directory / aside_name(found.model)
+            path.replace(aside)
+        kept = directory / aside_name(model)
+        if kept.is_file():
+            kept.replace(path)
+            return cls.read(directory), aside
+        return cls(directory, model, {}), aside
+
+    @classmethod
+    def read(cls, directory: Path, name: str = BENCH_NAME) -> "BenchFile":
+        """Read bench.json, of whatever weights, or results that were set aside under another name.
 
         Raises:
             FormatError: missing, or not ours.
         """
-        path = directory / BENCH_NAME
+        path = directory / name
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
@@ -133,22 +143,27 @@ class BenchFile:
         )
 
     def add(self, entry: BenchEntry, samples: bytes) -> None:
-        """Write the items, then the results with the new entry; a kill in between leaves the old results."""
+        """Write the items, then the results with the new entry; a kill in between leaves the old results.
+
+        Where another process has set these weights' results aside meanwhile, they go there.
+        """
         target = self.directory / entry.samples
         target.parent.mkdir(exist_ok=True)
-        atomic_write_bytes(target, samples)
-        if (self.directory / BENCH_NAME).is_file():  # another process may have added to it meanwhile
-            now = BenchFile.read(self.directory)
-            if now.model == self.model:
-                self.entries = {**now.entries, **self.entries}
-        self.entries[entry.key] = entry
-        content = {
-            "format": FORMAT,
-            "model": self.model,
-            "results": [asdict(entry) for entry in self.entries.values()],
-        }
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        atomic_write_bytes(self.directory / BENCH_NAME, text.encode())
+        with one_at_a_time(target.parent):
+            atomic_write_bytes(target, samples)
+            name = BENCH_NAME
+            if (self.directory / name).is_file() and BenchFile.read(self.directory).model != self.model:
+                name = aside_name(self.model)
+            if (self.directory / name).is_file():  # another process may have added to it
+                self.entries = {**BenchFile.read(self.directory, name).entries, **self.entries}
+            self.entries[entry.key] = entry
+            content = {
+                "format": FORMAT,
+                "model": self.model,
+                "results": [asdict(entry) for entry in self.entries.values()],
+            }
+            text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+            atomic_write_bytes(self.directory / name, text.encode())
 
     def complete(self, key: str) -> BenchEntry | None:
         """The entry of a key, if its items are still there, whole."""

@@ -3,8 +3,10 @@ number is not finite.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ class GuardedTrainer(Trainer):
     Raises:
         ConfigError: an argument that cannot be honoured, or no metric of that name to choose checkpoints by.
     """
+
+    waiting: Sequence[Any] = ()
+    """Batches of a stream that are no whole step yet."""
 
     def __init__(
         self, *, args: TrainingArguments, eval_dataset: Any = None, callbacks: Any = (), **kwargs: Any
@@ -48,6 +53,31 @@ class GuardedTrainer(Trainer):
                 data = data.pin_memory()
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        """As the base class, but only whole steps, and none behind the last one.
+
+        The base class trains one more where a run continues from the checkpoint of its last step. Of a stream whose end
+        is no whole step it adds the gradients to those of the next pass's first step, on top; here the batches wait for
+        that step. Processes whose parts of a stream end at different steps go on by themselves, as nothing is counted
+        for a step that is not taken.
+
+        Raises:
+            ConfigError: a pass over a stream has no whole step.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        batches = [*self.waiting, *islice(epoch_iterator, max(num_batches - len(self.waiting), 0))]
+        if len(batches) < num_batches:
+            if len(batches) > len(self.waiting) and not self.state.global_step:
+                raise ConfigError(
+                    f"a stream must have the {num_batches} batches of a step for every process, got {len(batches)}; "
+                    "use fewer gradient_accumulation_steps, or a smaller batch"
+                )
+            self.waiting = batches
+            return [], None
+        self.waiting = batches[num_batches:]
+        return batches[:num_batches], self._get_num_items_in_batch(batches[:num_batches], device)
 
     # --- the plan ---------------------------------------------------------------------------------------
 

@@ -364,6 +364,17 @@ class LabelAnnealingTrainer(GuardedTrainer):
         final = checkpoint.final_directory(run_dir, step)
         if checkpoint.is_complete(final):
             return
+        try:
+            with checkpoint.writing_to(staging):
+                self._write_checkpoint(run_dir, staging, final)
+        except OSError:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)  # of no use, and the disk may be full
+            raise
+        self.accelerator.wait_for_everyone()
+        self.pause(time.perf_counter() - begin)
+
+    def _write_checkpoint(self, run_dir: Path, staging: Path, final: Path) -> None:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -384,8 +395,6 @@ class LabelAnnealingTrainer(GuardedTrainer):
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoint.commit_checkpoint(staging, final, step)
+            checkpoint.commit_checkpoint(staging, final, self.state.global_step)
             best_path = self.state.best_model_checkpoint
             checkpoint.rotate(run_dir, self.args.save_total_limit, Path(best_path) if best_path else None)
-        self.accelerator.wait_for_everyone()
-        self.pause(time.perf_counter() - begin)

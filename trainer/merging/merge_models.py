@@ -22,6 +22,7 @@ from formats.disk.durable import atomic_write_json, fsync_directory, fsync_file
 from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
+from trainer.checkpoint import writing_to
 from trainer.loading import quiet_transformers
 from trainer.merging.fisher import FisherOfModels
 from trainer.merging.methods import Merge, merge_of, moved, require_peft, weighted_mean
@@ -223,7 +224,8 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         for entry in staging.iterdir():  # of a merge that was killed
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        yield staging
+        with writing_to(staging):
+            yield staging
         for file in staging.iterdir():
             fsync_file(file)
         fsync_directory(staging)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes, atomic_write_json
+from formats.disk.durable import atomic_write_bytes, atomic_write_json, one_at_a_time
 from formats.errors import FormatError
 from formats.front_matter import CARD_NAME, join_card, split_card, table_cell, with_section
 from trainer.result.lineage import own_weights
@@ -108,21 +108,32 @@ def add_measured(directory: Path, found: Sequence[MeasuredText | None], weights:
         weights: the fingerprint of the model's weights, where it is known; by default read from its files.
     """
     texts = [entry for entry in found if entry is not None]
-    record = read_record(directory)
     card = directory / CARD_NAME
-    if not texts or not card.is_file() or not (record.get("status") == "complete" or "merge" in record):
+    if not texts or not card.is_file() or not _is_ours(read_record(directory)):
         return False
     weights = weights or own_weights(directory)
+    try:
+        with one_at_a_time(card):  # evaluations of one model on several texts may end together
+            return _add(directory, card, texts, weights)
+    except (OSError, UnicodeDecodeError, FormatError):
+        return False
+
+
+def _is_ours(record: Mapping[str, Any]) -> bool:
+    return record.get("status") == "complete" or "merge" in record
+
+
+def _add(directory: Path, card: Path, texts: Sequence[MeasuredText], weights: str | None) -> bool:
+    record = read_record(directory)
+    if not _is_ours(record):
+        return False
     known = record.get("measured") or {}
     earlier = known.get("texts", []) if known.get("weights") == weights else []
     joined = _joined(earlier, texts)
     record["measured"] = {"weights": weights, "texts": joined}
-    try:
-        text = with_measured(card.read_text(encoding="utf-8"), joined, name=directory.resolve().name)
-        atomic_write_json(directory / RECORD_NAME, record, allow_nan=True)
-        atomic_write_bytes(card, text.encode())
-    except (OSError, UnicodeDecodeError, FormatError):
-        return False
+    text = with_measured(card.read_text(encoding="utf-8"), joined, name=directory.resolve().name)
+    atomic_write_json(directory / RECORD_NAME, record, allow_nan=True)
+    atomic_write_bytes(card, text.encode())
     return True
 
 

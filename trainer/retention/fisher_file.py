@@ -9,7 +9,6 @@
 It goes when the run is finished, unless `ewc.keep_fisher` asks for it.
 """
 
-import errno
 import json
 import shutil
 from collections.abc import Collection, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from formats.errors import ConfigError
-from trainer.checkpoint import commit_checkpoint, is_complete
+from trainer.checkpoint import commit_checkpoint, is_complete, writing_to
 
 DIRECTORY = "ewc-fisher"
 WEIGHTS = "fisher.safetensors"
@@ -51,15 +50,12 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file.
 
     Raises:
-        OSError: the disk is full or read-only. safetensors has an error of its own for it.
+        OSError: the disk is full or read-only.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with writing_to(path.parent):
         save_file(dict(tensors), path)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def load_fisher(run_dir: Path, key: Mapping[str, Any], task: int = 0) -> dict[str, torch.Tensor] | None:

@@ -1,9 +1,11 @@
 """What happens to results: they belong to weights and settings, are not computed twice, and are never mixed."""
 
+import hashlib
 import json
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from warm_process import Command
 
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError
 from trainer import BenchSettings, bench_models, load_bench, paired
+from trainer.bench.bench_file import BenchEntry, BenchFile
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,37 @@ def test_a_killed_run_goes_on_with_the_next_task(model: Path, tmp_path: Path) ->
     report = bench_models({"a": model}, settings(folder, "forty", "documents", limit=None))
     assert report.models[0].ran == ("documents",)
     assert list(report.models[0].entries) == ["forty", "documents"]
+
+
+def test_two_processes_lose_no_result_of_each_other(tmp_path: Path) -> None:
+    """Each adds thirty results to one model while the other does; and those of weights that were replaced meanwhile
+    go to where these weights' results were set aside.
+    """
+    old, new = {"weights": "a", "config": "c"}, {"weights": "b", "config": "c"}
+
+    def add(model: dict, *tasks: str) -> None:
+        results, _ = BenchFile.open_for(tmp_path, model)
+        for task in tasks:
+            add_to(results, task)
+
+    def add_to(results: BenchFile, task: str) -> None:
+        data = task.encode()
+        entry = BenchEntry(
+            task, {}, {}, "", 1, 0, results.samples_of(task, {}), hashlib.sha256(data).hexdigest()
+        )
+        results.add(entry, data)
+
+    with ThreadPoolExecutor(2) as both:
+        names = [[f"{side}{number}" for number in range(30)] for side in "xy"]
+        list(both.map(lambda tasks: add(old, *tasks), names))
+    late, _ = BenchFile.open_for(tmp_path, old)
+    assert {entry.task for entry in late.entries.values()} == {*names[0], *names[1]}
+    assert all(late.complete(key) for key in late.entries)
+    add(new, "other")
+    add_to(late, "late")
+    assert [entry.task for entry in BenchFile.read(tmp_path).entries.values()] == ["other"]
+    back, _ = BenchFile.open_for(tmp_path, old)
+    assert {entry.task for entry in back.entries.values()} == {*names[0], *names[1], "late"}
 
 
 def test_results_of_other_weights_are_refused_and_set_aside(model: Path, tasks: Path) -> None:

@@ -7,12 +7,14 @@ again.
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import resume_worker
 from runs import begin, finish, same_weights
 
 from trainer import checkpoint
@@ -97,6 +99,38 @@ def test_a_killed_run_continues_bit_for_bit(tiny_llama_dir, pruned_cache, uninte
     assert numbers(entries) == numbers(expected)
     assert same_weights(out, whole)
     assert not list(out.glob(".*")) and not list(out.glob("checkpoint-*"))
+
+
+def test_a_run_killed_behind_its_last_step_takes_no_more(tiny_llama_dir, pruned_cache, tmp_path):
+    """Four steps of an epoch and a third: transformers took a fifth when the result alone was missing."""
+    given = ("training.max_steps=4",)
+    expected, _ = finish(tiny_llama_dir, pruned_cache, tmp_path / "whole", *given)
+    first = begin(tiny_llama_dir, pruned_cache, tmp_path / "run", *given, KILL_AT="publish:4")
+    assert first.wait() == -signal.SIGKILL, first.text("stderr")[-2000:]
+    entries, done = finish(tiny_llama_dir, pruned_cache, tmp_path / "run", *given)
+    assert "continuing from checkpoint-4" in done.text("stderr")
+    assert numbers(entries) == numbers(expected) and len(entries) == 4
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5])
+def test_a_checkpoint_without_room_is_said_in_a_line(tiny_llama_dir, pruned_cache, tmp_path, share):
+    """The weights do not fit, or the optimiser's state: errors of safetensors and of torch, and what was written stays.
+    The last checkpoint is good, and the run continues from it.
+    """
+    words = (str(tiny_llama_dir), str(pruned_cache), str(tmp_path / "run"), ["training.max_steps=3"])
+    room = int(share * (tiny_llama_dir / "model.safetensors").stat().st_size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-2\.staging") as error:
+            resume_worker.run(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "free" in error.value.strerror and "\n" not in error.value.strerror
+    assert not (tmp_path / "run").exists()
+    resume_worker.run(*words)
+    assert (tmp_path / "run" / "config.json").exists()
 
 
 def test_sigterm_saves_stops_and_continues(tiny_llama_dir, pruned_cache, uninterrupted, tmp_path):

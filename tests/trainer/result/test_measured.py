@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from runs import settings
 
 from trainer import compare, evaluate, train
 from trainer.evaluation.evaluate import add_to_card
-from trainer.result.measured import BEGIN
+from trainer.result.measured import BEGIN, MeasuredText, add_measured
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,23 @@ def test_an_evaluation_is_told_and_a_part_of_one_is_not(anneal, run, texts):
     status, _, err = anneal("eval", f"known={texts['known']}", "--model", run)
     assert status == 0 and f"added to {run}/README.md, the model's card" in err
     assert "known" in rows_of((run / "README.md").read_text())
+
+
+def test_evaluations_that_end_together_are_all_told(run):
+    """Two commands that evaluate one model each read the record and wrote it again without the other's text."""
+    weights = json.loads((run / "anneal.json").read_text())["measured"]["weights"]
+
+    def add(side: str) -> None:
+        for number in range(20):
+            name = f"{side}{number}"
+            text = MeasuredText(name=name, cache=name, perplexity=2.0, num_tokens=1)
+            assert add_measured(run, [text], weights)
+
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(add, "xy"))
+    told = {entry["name"] for entry in json.loads((run / "anneal.json").read_text())["measured"]["texts"]}
+    assert told == {"held-out", *(f"{side}{number}" for side in "xy" for number in range(20))}
+    assert told == rows_of((run / "README.md").read_text()).keys() - {"---"}
 
 
 def test_tokens_alone_do_not_take_the_place_of_a_kl(run, texts):
