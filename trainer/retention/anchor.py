@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from formats.errors import ConfigError
@@ -115,6 +116,10 @@ class Anchor:
         Raises:
             ConfigError: the parameters are not those of the initial model, as under FSDP 1.
         """
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # A forward pass leaves the output head gathered, and its parameters are not the optimiser's then.
+                module.reshard()
         parameters = trained_parameters(model)
         known = self._placed or self._whole
         if parameters.keys() != known.keys() or (

@@ -74,8 +74,7 @@ def test_the_kept_fisher_is_read_and_belongs_to_its_cache(
     assert "ewc: Fisher" not in done.text("stderr")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_stop_and_continue_with_every_method(
     fsdp, tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path
 ):
