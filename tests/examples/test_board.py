@@ -16,7 +16,7 @@ from trainer.sweep.plan import plan_runs
 
 REAL = Path(__file__).resolve().parents[2] / "examples" / "real"
 
-PROTOCOLS = (*board.PROTOCOLS, "maths_cpu", "methods_cpu", "abstracts_cpu")
+PROTOCOLS = (*board.PROTOCOLS, "maths_cpu", "methods_cpu", "methods_low_rate_cpu", "abstracts_cpu")
 
 
 def protocol(name: str) -> SweepConfig:
