@@ -344,7 +344,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
 
 
 def _member(name: str, text: str, kind: type[enum.Enum]) -> enum.Enum:
-    """A choice of vLLM's by its name, as in its own `--attention-backend FLASH_ATTN`, or by its value."""
+    """A choice of vLLM's by its name, as its own command line takes it, or by its value."""
     for member in kind:
         if text.lower() in (member.name.lower(), str(member.value).lower()):
             return member
