@@ -236,7 +236,8 @@ class _Reading:
         num_new = len(chosen) - len(prompt) if echoed else len(chosen)
         said = choice.get("token_ids")
         if said is not None:
-            new = self._prompts.checked(said[:num_new] if echoed and num_new == 0 else said, where)
+            # With max_tokens 0 vLLM writes one token all the same, and gives no logprob of it.
+            new = [] if echoed and num_new == 0 else self._prompts.checked(said, where)
         else:
             new = [
                 self._id(chosen, number, where)

@@ -160,9 +160,10 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """After a failure without a checkpoint the directory is as it was, but for the logs of reporters."""
-        if self.owner and kind is not None:
+        failed = self.owner and kind is not None
+        if failed and newest_checkpoint(self.path) is not None:
             shutil.rmtree(self.staging, ignore_errors=True)  # of no use, and the disk may be full
-        if self.owner and kind is not None and newest_checkpoint(self.path) is None:
+        elif failed:
             self._take_away()
             with contextlib.suppress(OSError):
                 if any(entry.name != RECORD_NAME for entry in self.path.iterdir()):
