@@ -42,7 +42,7 @@ from cache_builder.teachers.vllm_settings import child_environment, platform_arg
 from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"vocab_size": 4003, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
     "60m": {"vocab_size": 32000, "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 9},
     "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
@@ -260,7 +260,8 @@ class Bench:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, self.args.dtype)
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
+        model = model.to(device).eval()
 
         @torch.inference_mode()
         def run() -> None:

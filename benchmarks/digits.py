@@ -77,6 +77,7 @@ def fisher(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
             logprobs[label].backward(retain_graph=True)
             weight = float(logprobs[label].detach().exp()) / len(pixels[:200])
             for name, p in model.named_parameters():
+                assert p.grad is not None  # every weight is in every output's graph
                 found[name] += weight * p.grad.square()
     model.zero_grad()
     return found

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +160,8 @@ def pretrain(folder: Path, num_tokens: int, scale: Scale, *, stop_after: int | N
         return out
     tokens, tokenizer = prepare(folder, scale)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(scale.recipe, tokenizer).to(device)
+    model: Any = build_model(scale.recipe, tokenizer)
+    model = model.to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(

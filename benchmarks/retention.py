@@ -43,6 +43,8 @@ CORPORA = {
 QUICK_BYTES = 12_000
 QUICK_STEPS = 3
 SCHEMA = 1
+ENTRIES: tuple[Run | Merged, ...] = (*RUNS, *MERGES)
+"""In the order of the table."""
 OFF_THE_CHART = 0.06
 """Rise of the source perplexity from which a model is in the table only."""
 
@@ -191,7 +193,7 @@ def line_of(label: str, results: Mapping[str, Any], mark: str = "") -> str:
 
 def table(results: Mapping[str, Any]) -> str:
     """All models in the order of retention_methods.py, those on the Pareto front marked."""
-    order = [entry.label for entry in (*RUNS, *MERGES) if entry.label in results]
+    order = [entry.label for entry in ENTRIES if entry.label in results]
     front = pareto_front({label: point for label, point in points(results).items() if label in order})
     lines = ["| method | strength | source ppl | target ppl | KL to initial (source) | step time | front |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -219,7 +221,7 @@ def points(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """The picture of the table, without models that lost more than `OFF_THE_CHART`: others would be a dot."""
     families: dict[str, list[str]] = {}
-    for entry in (*RUNS, *MERGES):
+    for entry in ENTRIES:
         if entry.label not in results or "seed 1" in entry.strength:
             continue
         if change(results, entry.label, "source") > OFF_THE_CHART:

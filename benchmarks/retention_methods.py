@@ -7,6 +7,7 @@ and the stronger one at twice that rate too: what holds a model back may be spen
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 RECIPE: Mapping[str, Any] = {
@@ -80,16 +81,11 @@ def _three(
     family: str, weak: tuple[str, dict[str, Any]], strong: tuple[str, dict[str, Any]], kl_coef: float = 0.0
 ) -> list[Run]:
     """A method at two strengths, and the stronger one at twice the learning rate as well."""
-    common = {"family": family, "kl_coef": kl_coef}
+    common = partial(Run, family=family, kl_coef=kl_coef)
     return [
-        Run(**common, strength=weak[0], settings=weak[1]),
-        Run(**common, strength=strong[0], settings=strong[1]),
-        Run(
-            **common,
-            strength=f"{strong[0]}, lr 1e-3",
-            settings=strong[1],
-            training={"learning_rate": 1e-3},
-        ),
+        common(strength=weak[0], settings=weak[1]),
+        common(strength=strong[0], settings=strong[1]),
+        common(strength=f"{strong[0]}, lr 1e-3", settings=strong[1], training={"learning_rate": 1e-3}),
     ]
 
 

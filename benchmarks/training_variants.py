@@ -72,7 +72,8 @@ def make_model(sizes: argparse.Namespace) -> Any:
     )
     dtype = torch.bfloat16 if sizes.dtype == "bf16" else torch.float32
     with torch.device(sizes.device):  # a billion random numbers take a CPU half a minute
-        model = LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config)
+        model = model.to(dtype)
     if not sizes.lora:
         return model
     from trainer.config import LoraSettings
@@ -101,7 +102,7 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
     class Online(Trainer):
         """CE + KL of full distributions, both models' logits as tensors: the paper's own procedure."""
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             labels = inputs["labels"][:, 1:].reshape(-1)
             ids = inputs["input_ids"]
             student = model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
@@ -120,7 +121,7 @@ def run_training(sizes: argparse.Namespace, callbacks: Sequence[Any] = ()) -> di
     ]
     peak = PeakMemory(sizes.device)
     model = make_model(sizes)
-    frozen = copy.deepcopy(model).eval().requires_grad_(False) if sizes.variant == "online" else None
+    frozen: Any = copy.deepcopy(model).eval().requires_grad_(False) if sizes.variant == "online" else None
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             output_dir=out,

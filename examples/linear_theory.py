@@ -105,7 +105,7 @@ def gradient(problem: Problem, method: str, lam: float, theta_D: Array) -> Array
 def learning_rate(problem: Problem, lam: float) -> float:
     """Just below the theorem's bound min(1 / s^2, 1 / (lam + s^2), 1 / (lam s^2 + s^2)), s the largest one."""
     squared = np.linalg.norm(problem.target_MD, 2) ** 2
-    return 0.99 * min(1 / squared, 1 / (lam + squared), 1 / (lam * squared + squared))
+    return 0.99 * float(min(1 / squared, 1 / (lam + squared), 1 / (lam * squared + squared)))
 
 
 def descend(problem: Problem, method: str, lam: float = 0.0, most: int = 20_000) -> tuple[Array, int]:
@@ -180,9 +180,11 @@ def frontier(problem: Problem, shares: tuple[float, ...] = (0.5, 0.1, 0.01)) -> 
     for share in shares:
         ends = {}
         for method in ("L2", "label annealing"):
-            lam = strength_for(
-                share, lambda value, m=method: problem.target_loss(solution(problem, m, value)), initial
-            )
+
+            def loss_of(lam: float, method: str = method) -> float:
+                return problem.target_loss(solution(problem, method, lam))
+
+            lam = strength_for(share, loss_of, initial)
             ends[method] = solution(problem, method, lam)
         for kind, covariance in kinds.items():
             found[kind][share] = {name: moved(theta, problem, covariance) for name, theta in ends.items()}

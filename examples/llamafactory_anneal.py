@@ -9,6 +9,7 @@ its packed rows do not say where one ends.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import llamafactory.train.sft.workflow as sft
 import yaml
@@ -22,7 +23,7 @@ from trainer import TrainConfig
 class AnnealedTrainer(Annealed, sft.CustomSeq2SeqTrainer):
     """Theirs, with the loss in place as soon as it is made."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if "write_rows" in settings:
             num_rows, longest = write_rows(self.train_dataset, settings["write_rows"])

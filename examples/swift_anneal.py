@@ -9,6 +9,7 @@ write its rows first, whose cache `anneal cache build` then builds. Not with pac
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import transformers
 import yaml
@@ -25,7 +26,7 @@ class AnnealedTrainer(Annealed, Seq2SeqTrainer):
 
     _prepare_inputs = transformers.Trainer._prepare_inputs
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         given = yaml.safe_load(Path(os.environ["ANNEAL"]).read_text(encoding="utf-8"))
         if "write_rows" in given:

@@ -61,7 +61,7 @@ def run(report: Report, place: Place) -> None:
             pack_length=300 if place.tiny else 1024,
         )
         if on_gpu:
-            kernel = {"loss_kernel": "triton"}
+            kernel: dict[str, Any] = {"loss_kernel": "triton"}
             train(report, folder, "fp32, triton", caches, training, on_gpu, near=plain, same=True, **kernel)
             train(
                 report,

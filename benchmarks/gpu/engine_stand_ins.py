@@ -62,7 +62,7 @@ class PoolingMetadata:
 
 def install() -> None:
     """Let `import vllm...` of these three names find the stand-ins, in this process."""
-    contents = {
+    contents: dict[str, dict[str, object]] = {
         "vllm.model_executor.layers.pooler.abstract": {"Pooler": Pooler},
         "vllm.tasks": {"PoolingTask": str},
         "vllm.v1.pool.metadata": {"PoolingMetadata": PoolingMetadata},

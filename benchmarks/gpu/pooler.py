@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def run(report: Report, place: Place) -> None:
         head = OutputHead(sizes, place.device)
         pooler = vllm_pooler.TeacherPooler(head, CaptureSettings(), sizes.vocab)
         if place.device.type == "cuda":
-            most = peak_bytes(lambda rehearse=pooler._rehearse: rehearse(place.device), place.device)
+            most = peak_bytes(partial(pooler._rehearse, place.device), place.device)
             report.info(f"{name}: memory of the hardest rows", most / 2**30, "GiB")
         for lengths in ([tokens // 8] * 8, [tokens // short] * short):
             what = f"{name}, {len(lengths)} x {lengths[0]}"

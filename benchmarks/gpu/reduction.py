@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -226,29 +227,29 @@ def times(report: Report, place: Place, vocab: int) -> None:
         scale = 8192 / rows
         found = {
             "output head": device_milliseconds(product, device),
-            "one reading": device_milliseconds(lambda x=logits_NV: x.amax(-1), device),
+            "one reading": device_milliseconds(partial(logits_NV.amax, -1), device),
             "block statistics": device_milliseconds(
-                lambda x=logits_NV: block_sums.block_statistics(x, TAIL_BETAS), device
+                partial(block_sums.block_statistics, logits_NV, TAIL_BETAS), device
             ),
             "totals of the blocks": device_milliseconds(
-                lambda b=blocks, t=top_N: block_sums.totals(b, TAIL_BETAS, t), device
+                partial(block_sums.totals, blocks, TAIL_BETAS, top_N), device
             ),
-            "without draws": milliseconds(lambda c=undrawn: reduced(c), device),
-            "all": milliseconds(lambda c=case: reduced(c), device),
-            "pack": milliseconds(lambda r=whole: wire.pack(r), device),
+            "without draws": milliseconds(partial(reduced, undrawn), device),
+            "all": milliseconds(partial(reduced, case), device),
+            "pack": milliseconds(partial(wire.pack, whole), device),
         }
         with compiling("0"):
-            found["all, eager"] = milliseconds(lambda c=case: reduced(c), device, repeats=3)
+            found["all, eager"] = milliseconds(partial(reduced, case), device, repeats=3)
         for name, each in found.items():
             report.info(f"{rows} rows: {name}", each * scale, "ms per 8,192 rows")
         report.info(f"{rows} rows: entries and draws", _per_position(whole, rows), "per position")
         report.check(
             f"{rows} rows: all / output head", found["all"] / found["output head"], at_most=_most(place, 1.0)
         )
-        extra = peak_bytes(lambda c=case: reduced(c), device) / logits_NV.nbytes
+        extra = peak_bytes(partial(reduced, case), device) / logits_NV.nbytes
         report.info(f"{rows} rows: memory beside the logits", extra, "of the logits")
         chunks = math.ceil(rows / reduce.rows_per_chunk(vocab, reduce.chunk_bytes(device)))
-        waits = synchronisations(lambda c=case: reduced(c), device) / chunks
+        waits = synchronisations(partial(reduced, case), device) / chunks
         if device.type == "cuda":
             report.check(f"{rows} rows: waits per chunk", waits, at_most=MOST_SYNCHRONISATIONS)
     profile(report, place, case)

@@ -75,7 +75,7 @@ def load(path: Path) -> tuple[Any, Any]:
             delattr(config, name)
     config.dtype = torch.bfloat16
     config.architectures = ["LlamaForCausalLM"]
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(quantised.state_dict(), strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ModelMissingError(

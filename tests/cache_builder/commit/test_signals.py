@@ -3,9 +3,11 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
+from cache_builder.commit import signals
 from cache_builder.commit.signals import BuildInterrupted, interruptible, shielded
 
 
@@ -61,3 +63,44 @@ def test_other_threads_shield_nothing() -> None:
     finally:
         leave.set()
         thread.join()
+
+
+def test_what_swallows_a_signal_gets_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare `except:` of some library that an engine imports: the build waited for its engine ten minutes."""
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.05)
+    swallowed = []
+    with pytest.raises(BuildInterrupted) as error, interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as found:
+            swallowed.append(found)
+        threading.Event().wait(60)
+        pytest.fail("the signal must be raised again")
+    assert len(swallowed) == 1 and error.value.exit_code == 143
+
+
+def test_what_tidies_up_after_a_signal_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.02)
+    seen: list[int] = []
+    real = signal.pthread_kill
+
+    def counted(thread: int, number: int) -> None:
+        real(thread, number)
+        seen.append(number)
+
+    monkeypatch.setattr(signal, "pthread_kill", counted)
+    tidied = []
+    with pytest.raises(BuildInterrupted), interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            try:
+                raise ValueError("on the way out")
+            except ValueError:
+                while len(seen) < 3:
+                    time.sleep(0.001)
+            tidied.append("all")
+    assert tidied == ["all"]
+    with interruptible():
+        pass  # and nothing of it is left
+    assert signal.getsignal(signal.SIGURG) == signal.SIG_DFL
