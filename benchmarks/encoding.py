@@ -6,9 +6,8 @@ away (see small_model.py). The reference is the gradient of KL(p_T || q_T) with 
 logits over the full vocabulary, beta * (q - p); an encoding's error is the norm of the difference to it
 over the norm of it, both over all tokens. Tail draws are noise to that measure, which they take away from
 the mean of many tokens; so the error of the *step*, of the gradient added up over all tokens, is given too.
-Our rows are encoded and decoded by the product's codec; the
-rivals are plain references of their
-*layouts*, with their values left exact, so their own quantisation costs them nothing here.
+Our rows are encoded and decoded by the product's codec; the rivals are plain references of their *layouts*,
+with their values left exact, so their own quantisation costs them nothing here.
 
     python benchmarks/encoding.py [--model DIR] [--rows 8] [--steps 200] [--json FILE]
 """

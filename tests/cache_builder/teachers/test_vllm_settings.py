@@ -150,6 +150,16 @@ def test_a_cpu_engine_keeps_a_small_cache(monkeypatch):
 
 
 @pytest.mark.vllm
+def test_attention_that_a_cpu_would_ignore_is_refused():
+    flash = typed_engine_args({"attention_backend": "FLASH_ATTN"})
+    with pytest.raises(ConfigError, match="runs on a CPU, got FLASH_ATTN"):
+        platform_arguments(on_cpu=True, pooling=True, user=dict(flash))
+    assert "attention_backend" not in platform_arguments(on_cpu=False, pooling=True, user=dict(flash))
+    own = typed_engine_args({"attention_backend": "CPU_ATTN"})
+    assert platform_arguments(on_cpu=True, pooling=True, user=own)["enforce_eager"] is True
+
+
+@pytest.mark.vllm
 def test_vllm_takes_our_words_for_no_graphs(tiny_llama_dir):
     from vllm import EngineArgs
     from vllm.config import CUDAGraphMode
