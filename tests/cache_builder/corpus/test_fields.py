@@ -305,7 +305,9 @@ def test_parts_of_another_type_are_refused_even_with_text(tmp_path: Path, kind: 
     )
 
 
-@pytest.mark.parametrize("role", ["human", "gpt", "model", "bot", "tool_call", "Chatbot", "Assistant", "USER"])
+@pytest.mark.parametrize(
+    "role", ["human", "gpt", "model", "bot", "tool_call", "Chatbot", "Assistant", "USER"]
+)
 def test_an_assistant_by_another_name_is_refused(tmp_path: Path, role: str) -> None:
     assert f"got {role!r} in message 2 of data.jsonl, line 2" in refusal(
         tmp_path, CHAT, with_field(1, role=role)
@@ -315,7 +317,9 @@ def test_an_assistant_by_another_name_is_refused(tmp_path: Path, role: str) -> N
 @pytest.mark.parametrize("name", names("call parameters"))
 def test_arguments_of_a_call_by_another_name_are_refused(tmp_path: Path, name: str) -> None:
     """A template that asks whether there are `arguments` would write the call without them."""
-    template = TOOLS.replace("f.arguments | tojson", "(f.arguments | tojson if f.arguments is defined else '')")
+    template = TOOLS.replace(
+        "f.arguments | tojson", "(f.arguments | tojson if f.arguments is defined else '')"
+    )
     for wrap in (lambda call: {"type": "function", "function": call}, lambda call: call):
         bad = with_field(1, tool_calls=[wrap({"name": "f", name: {"x": 1}})])
         assert refusal(tmp_path, CHAT, bad, template) == (

@@ -102,6 +102,11 @@ def test_a_mask_by_an_unknown_name_is_refused(column: Any, name: str) -> None:
 
 
 def test_other_lists_beside_input_ids_are_no_masks() -> None:
-    others = {"source": [0, 1], "words": ["a", "b", "c"], "scores": [3, 4, 5], "special_tokens_mask": [1, 0, 0]}
+    others = {
+        "source": [0, 1],
+        "words": ["a", "b", "c"],
+        "scores": [3, 4, 5],
+        "special_tokens_mask": [1, 0, 0],
+    }
     assert recognise({"input_ids": [5, 6, 7], **others}).splits
     assert recognise({"text": "x", "flags": [0, 1, 1]}).name == "text"
