@@ -34,9 +34,10 @@ SPEAKERS = {
 }
 """ShareGPT's `from` as a role."""
 NO_ROLES = frozenset(
-    {"human", "prompter", "gpt", "chatgpt", "chatbot", "model", "bot", "ai", "function_call", "tool_call"}
+    {"human", "prompter", "gpt", "chatgpt", "chatbot", "model", "bot", "ai"}
+    | {"function_call", "tool_call", "tool_response"}
 )
-"""What other formats call the user and the assistant: as a `role` it would be no one's turn."""
+"""What other formats call the user, the assistant and a tool: as a `role` it would be no one's turn."""
 USUAL_ROLES = frozenset({"user", "assistant", "system", "tool", "developer"})
 """Written in another way (`Assistant`), it would be no one's turn either."""
 

@@ -128,8 +128,8 @@ def rate_of(config: RestoreConfig, label: str, found: TrainConfig | None) -> flo
         return config.learning_rate
     if found is None:
         raise ConfigError(
-            f"without --lr the rate is {AUTO_FACTOR:g} times that of tuning, but {label} has no {RESOLVED_NAME} that says "
-            "it; give --lr"
+            f"without --lr the rate is {AUTO_FACTOR:g} times that of tuning, but {label} has no {RESOLVED_NAME} that "
+            "says it; give --lr"
         )
     return AUTO_FACTOR * float(resolve_training(found)["learning_rate"])
 

@@ -306,7 +306,7 @@ def test_parts_of_another_type_are_refused_even_with_text(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize(
-    "role", ["human", "gpt", "model", "bot", "tool_call", "Chatbot", "Assistant", "USER"]
+    "role", ["human", "gpt", "model", "bot", "tool_call", "tool_response", "Chatbot", "Assistant", "USER"]
 )
 def test_an_assistant_by_another_name_is_refused(tmp_path: Path, role: str) -> None:
     assert f"got {role!r} in message 2 of data.jsonl, line 2" in refusal(
