@@ -209,8 +209,8 @@ class _Reading:
         record = record if isinstance(record, dict) else {}
         try:
             response = response_of(record, where)
-            if (error := failure_of(record, response)) is not None:
-                raise self._failed(error, where, path)
+            if failure := failure_of(record, response):
+                raise self._failed(failure, where, path)
             return self._rows(record, response, place)
         except AnnealError:
             raise
