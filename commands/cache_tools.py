@@ -182,6 +182,13 @@ def cache_convert(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Read only N lines.")] = None,
+    skip_refused: Annotated[
+        bool,
+        typer.Option(
+            "--skip-refused",
+            help="Leave out responses that would be refused, as of requests that failed, and say how many and why.",
+        ),
+    ] = False,
 ) -> None:
     """Write teacher logprobs of others to one Parquet file.
 
@@ -196,6 +203,8 @@ def cache_convert(
             + ("neither" if tokenizer is None else "both")
         )
     if compression is not None:
+        if skip_refused:
+            raise ConfigError("--skip-refused is for responses of an API, got --compression; leave it out")
         show(
             convert_distillkit(
                 files, compression, parquet, k=k, limit=limit, progress=ConsoleProgress()
@@ -206,7 +215,17 @@ def cache_convert(
     from formats.identity.fingerprint import resolve_model
 
     loaded = load_tokenizer(resolve_model(str(tokenizer), what="--tokenizer"))
-    show(convert_responses(files, loaded, parquet, k=k, limit=limit, progress=ConsoleProgress()).text())
+    show(
+        convert_responses(
+            files,
+            loaded,
+            parquet,
+            k=k,
+            limit=limit,
+            skip_refused=skip_refused,
+            progress=ConsoleProgress(),
+        ).text()
+    )
 
 
 def cache_push(

@@ -229,7 +229,7 @@ def _alpaca_turns(record: Record) -> list[Message]:
                 )
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     instruction, given, output = _question(record)
-    question = f"{instruction}\n\n{given}" if given else instruction
+    question = "\n\n".join(part for part in (instruction, given) if part)
     return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
 
 

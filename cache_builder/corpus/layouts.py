@@ -6,6 +6,7 @@ and a derived `text` column is a chat data set. `--text-column` overrules. Optio
 would ask for something else (`fields.py`).
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 from cache_builder.corpus.field import CHAT, IDS, PAIR, TEXT
 from cache_builder.corpus.fields import names, refuse_unknown_layout
 from cache_builder.corpus.ready_tokens import MASKS, READ_COLUMNS
+from formats.disk.token_row import IGNORED
 from formats.errors import CorpusError
 
 ALL_TOKENS = "every token but the first"
@@ -138,7 +140,8 @@ def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layo
     """The layout of a corpus whose first record is `values`.
 
     Raises:
-        CorpusError: no layout fits, or `text_column` is not a column; the message lists the columns.
+        CorpusError: no layout fits, or `text_column` is not a column (the message lists the columns); or a column
+            beside `input_ids` can only be a mask, but has no name of one.
     """
     found = ", ".join(values) or "none"
     if text_column is not None:
@@ -149,9 +152,40 @@ def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layo
         return _text(text_column, is_chosen=True)
     for layout, condition in LAYOUTS:
         if all(column in values for column in layout.required) and condition(values):
+            if layout.kind == IDS:
+                _refuse_unknown_masks(values, layout)
             return layout
     refuse_unknown_layout(values)
     raise CorpusError(
         f"the corpus must have the columns of a known layout ({RECOGNISED}), got columns: {found}; "
         "rename them, or pass --text-column NAME"
     )
+
+
+def _refuse_unknown_masks(values: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse a column that chooses among the tokens, by a name that nobody here knows: all would be trained."""
+    ids = _parsed_list(values["input_ids"])
+    known = {*layout.required, *layout.optional, *names("tokenizer's", "shift_labels")}
+    for name, value in values.items():
+        column = _parsed_list(value)
+        if name in known or len(column) != len(ids) or len(ids) < 2:
+            continue
+        is_mask = all(value in (0, 1) for value in column)
+        is_label = IGNORED in column and all(
+            label in (IGNORED, token) for label, token in zip(column, ids, strict=True)
+        )
+        if is_mask or is_label:
+            raise CorpusError(
+                f"beside input_ids targets are chosen by {', '.join(MASKS)}, got a column {name} that looks like one; "
+                f"rename it to {'loss_mask' if is_mask else 'labels'}, or drop the column"
+            )
+
+
+def _parsed_list(value: Any) -> list[Any]:
+    """A list, or the JSON text of one, as CSV files hold it; anything else is empty."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    return value if isinstance(value, list) else []

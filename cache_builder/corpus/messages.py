@@ -34,9 +34,12 @@ SPEAKERS = {
 }
 """ShareGPT's `from` as a role."""
 NO_ROLES = frozenset(
-    {"human", "prompter", "gpt", "chatgpt", "model", "bot", "ai", "function_call", "tool_call"}
+    {"human", "prompter", "gpt", "chatgpt", "chatbot", "model", "bot", "ai"}
+    | {"function_call", "tool_call", "tool_response"}
 )
-"""What other formats call the user and the assistant: as a `role` it would be no one's turn."""
+"""What other formats call the user, the assistant and a tool: as a `role` it would be no one's turn."""
+USUAL_ROLES = frozenset({"user", "assistant", "system", "tool", "developer"})
+"""Written in another way (`Assistant`), it would be no one's turn either."""
 
 
 class Turns(list[Message]):
@@ -90,7 +93,8 @@ def _message(message: Message, where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise CorpusError(f"role must be a string such as user or assistant, got {kind_of(role)} in {where}")
-    if role in NO_ROLES:
+    usual = role.strip().lower()
+    if usual in NO_ROLES or (usual in USUAL_ROLES and usual != role):
         raise CorpusError(
             f"role must be user, assistant, system, tool or another one of the template's, got {role!r} in {where}; "
             "rename it"

@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cache_builder.corpus.field import is_given
+from cache_builder.corpus.field import CALL, is_given
+from cache_builder.corpus.fields import refuse_fields
 from cache_builder.corpus.json_text import parse_json
 from cache_builder.corpus.readers import Record
 from cache_builder.corpus.values import kind_of, sequence_of
@@ -104,6 +105,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         )
     call = json_value(call, "a tool call", where)
     function = call.get("function", call)
+    refuse_fields(function, CALL, where)
     if "arguments" in function:
         arguments = function["arguments"]
         arguments = {} if arguments == "" else _parsed(arguments, "arguments of a tool call", where)

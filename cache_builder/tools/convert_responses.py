@@ -7,20 +7,17 @@ A line of JSON holds a response and what was asked:
     {"request": {...}, "response": {...}}
     {..., "prompt_token_ids": [...]}
 
-The last is the response alone, if it says what was asked. Two forms of response: chat, `choices[].logprobs.content[]`
-with `token`, `bytes`, `logprob`, `top_logprobs`; and completions, `choices[].logprobs` with `tokens`,
-`token_logprobs`, `top_logprobs`, with `echo` or without. vLLM's `prompt_token_ids` and `token_ids` are taken where they
-are. A part of an answer (a stream's chunk, an answer without its reasoning) is refused: its tokens would stand behind
-another text than the server's.
+The last is the response alone, if it says what was asked. Chat and completions, with `echo` or without; the shapes are
+in response_logprobs.py. Ids are taken where a server says them: vLLM's `prompt_token_ids` and `token_ids`, Fireworks'
+`token_id`, llama.cpp's `id`. A part of an answer (a stream's chunk, an answer without its reasoning) is refused: its
+tokens would stand behind another text than the server's.
 
 What the entries of a position leave of the mass is its tail, one number. The file is marked as what it is: at T = 1 by
 the server's word, of a teacher whom nobody has identified. Its KL before the first step proves it, or refuses it.
 """
 
-import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +27,17 @@ import numpy as np
 
 from cache_builder.corpus.readers import Record
 from cache_builder.tools.parquet_file import NewParquetFile
+from cache_builder.tools.response_logprobs import (
+    UNKNOWN,
+    Entry,
+    body_of,
+    count_failed,
+    failure_of,
+    is_partial,
+    positions_of,
+    response_of,
+    shows_spaces,
+)
 from cache_builder.tools.response_prompts import ASK_FOR_IDS, ResponsePrompts
 from cache_builder.tools.response_tokens import TokenIds
 from cache_builder.tools.topk_table import (
@@ -43,17 +51,12 @@ from cache_builder.tools.topk_table import (
     schema_of,
 )
 from formats.disk.token_row import IGNORED
-from formats.errors import AnnealError, FormatError, one_line
+from formats.errors import AnnealError, CorpusError, FormatError, one_line
 from formats.progress import Progress
 
 USUAL_K = 20
 """The most that these APIs give."""
 MOST_K = 1000
-UNKNOWN = -9000.0
-"""A logprob below it is not one: -9999 says that the token is not among the top."""
-
-Entry = tuple[str, "list[int] | None", float]
-"""A token's text, its bytes where they are said, its logprob."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +69,23 @@ class ResponsesReport:
     """Entries whose text is that of no token, or of several: in the tail."""
     models: list[str]
     """The models that the responses name."""
+    left_out: Mapping[str, tuple[int, str]]
+    """Lines that were refused and left out: why -> (how many, the first)."""
 
     def text(self) -> str:
-        """Four lines: the result, how to read it, and what is not known."""
+        """Four lines: the result, how to read it, and what is not known; one more for what was left out."""
+        skipped = f"{_left_out(self.left_out)}\n" if self.left_out else ""
         return (
-            f"{self.table.text()}\n"
+            f"{self.table.text()}\n{skipped}"
             f"{self.num_unnamed} entries had a text of no token, or of several: they are in the tail\n"
             f"teacher: {', '.join(self.models) or 'not named'}, by the server's word; T = 1 and identity unverified: "
             "the KL of its own teacher must be nearly zero before the first step"
         )
+
+
+def _left_out(reasons: Mapping[str, tuple[int, str]]) -> str:
+    counts = [f"{why}: {number} (first {where})" for why, (number, where) in reasons.items()]
+    return f"lines left out: {sum(number for number, _ in reasons.values())}; {'; '.join(counts)}"
 
 
 def convert_responses(
@@ -84,6 +95,7 @@ def convert_responses(
     *,
     k: int | None = None,
     limit: int | None = None,
+    skip_refused: bool = False,
     progress: Progress | None = None,
 ) -> ResponsesReport:
     """Write the choices of every response, in order, to one Parquet file that appears when it is complete.
@@ -92,17 +104,20 @@ def convert_responses(
         tokenizer: of the teacher, loaded by transformers.
         k: entries of every position; the others join the tail.
         limit: read only so many lines.
+        skip_refused: leave out the lines that would be refused, and report how many and why.
 
     Raises:
         ConfigError: `out` exists or cannot be written; `k` out of range.
         FormatError: a line is no such response, names a token that the tokenizer does not have, or has a prompt of
-            another length than the server counted.
+            another length than the server counted; with `skip_refused`, every line.
     """
     progress = progress or Progress()
     file = NewParquetFile(out)
     check_choice(k, limit, most=MOST_K, what="entries of a position")
     k = k or USUAL_K
-    reading = _Reading([Path(name).expanduser() for name in files], tokenizer, k, limit, progress)
+    reading = _Reading(
+        [Path(name).expanduser() for name in files], tokenizer, k, limit, skip_refused, progress
+    )
     tables = TopKTables(reading.rows(), k)
     try:
         progress.start("convert", None, unit="line")
@@ -117,6 +132,7 @@ def convert_responses(
         table=tables.report(str(file.path), num_bytes),
         num_unnamed=reading.num_unnamed,
         models=sorted(reading.models),
+        left_out=reading.left_out,
     )
 
 
@@ -124,39 +140,78 @@ class _Reading:
     """The files' lines as rows."""
 
     def __init__(
-        self, files: list[Path], tokenizer: Any, k: int, limit: int | None, progress: Progress
+        self,
+        files: list[Path],
+        tokenizer: Any,
+        k: int,
+        limit: int | None,
+        skip_refused: bool,
+        progress: Progress,
     ) -> None:
-        self._files, self._k, self._limit = files, k, limit
+        self._files, self._k, self._limit, self._skip_refused = files, k, limit, skip_refused
         self._progress = progress
         self._ids = TokenIds(tokenizer)
         self._prompts = ResponsePrompts(tokenizer, self._ids.size)
         self.num_unnamed = 0
         self.models: set[str] = set()
+        self.left_out: dict[str, tuple[int, str]] = {}
 
     def rows(self) -> Iterator[TopKRow]:
-        """Every choice of every line."""
+        """Every choice of every line.
+
+        Raises:
+            FormatError: a line is refused, or all are left out.
+        """
+        count = 0
+        for row in self._rows_of_files():
+            count += 1
+            yield row
+        if self.left_out and not count:
+            raise FormatError(
+                f"a line must hold a response with logprobs, got none; {_left_out(self.left_out)}"
+            )
+
+    def _rows_of_files(self) -> Iterator[TopKRow]:
         left = self._limit
         for path in self._files:
             try:
-                self._ids.lost_spaces = self._ids.may_lose_spaces and not _shows_spaces(path)
+                self._ids.lost_spaces = self._ids.may_lose_spaces and not shows_spaces(path)
                 with open(path, encoding="utf-8") as lines:
                     for number, line in enumerate(lines, 1):
                         if left == 0:
                             return
                         if line.strip():
                             left = None if left is None else left - 1
-                            yield from self._choices(line, Record({}, path.name, number, "line"))
+                            yield from self._choices(line, Record({}, path.name, number, "line"), path)
             except (OSError, UnicodeDecodeError) as error:
                 raise FormatError(f"{path} must be a file of JSON lines, got {one_line(error)}") from None
 
-    def _choices(self, line: str, place: Record) -> Iterator[TopKRow]:
+    def _choices(self, line: str, place: Record, path: Path) -> Sequence[TopKRow]:
+        """The rows of a line; none if it is refused and left out."""
+        unnamed = self.num_unnamed
+        try:
+            return self._checked(line, place, path)
+        except (FormatError, CorpusError) as error:
+            if not self._skip_refused:
+                raise
+            why = str(error).replace(place.where, "").partition(", got ")[0].strip()
+            number, first = self.left_out.get(why, (0, place.where))
+            self.left_out[why] = number + 1, first
+            self.num_unnamed = unnamed
+            return ()
+
+    def _checked(self, line: str, place: Record, path: Path) -> Sequence[TopKRow]:
         where = place.where
         try:
             record = json.loads(line)
         except ValueError as error:
             raise FormatError(f"{where} must be JSON, got {one_line(error)}") from None
+        record = record if isinstance(record, dict) else {}
         try:
-            yield from self._rows(record if isinstance(record, dict) else {}, place)
+            response = response_of(record, where)
+            if failure := failure_of(record, response):
+                raise self._failed(failure, where, path)
+            return self._rows(record, response, place)
         except AnnealError:
             raise
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
@@ -164,18 +219,22 @@ class _Reading:
                 f"{where} must be a chat or completions response, got {one_line(error)}"
             ) from None
 
-    def _rows(self, record: Mapping[str, Any], place: Record) -> Sequence[TopKRow]:
+    def _failed(self, error: Any, where: str, path: Path) -> FormatError:
+        """Says how many others there are: nobody wants to meet them one after another."""
+        number, of = (1, 1) if self._skip_refused else count_failed(path)
+        return FormatError(
+            f"{where} must hold a response with choices, got the error {json.dumps(error, ensure_ascii=False):.200}; "
+            f"{number} of {of} lines hold a request that failed: ask for them again, or leave them out with "
+            "--skip-refused"
+        )
+
+    def _rows(
+        self, record: Mapping[str, Any], response: Mapping[str, Any], place: Record
+    ) -> Sequence[TopKRow]:
         where = place.where
-        response = _body(record.get("response", record))
         choices = response.get("choices")
         if not isinstance(choices, list) or not choices:
-            error = response.get("error") or record.get("error")
-            got = (
-                f"the error {json.dumps(error, ensure_ascii=False):.200}; leave the line out"
-                if error
-                else "none"
-            )
-            raise FormatError(f"{where} must hold a response with choices, got {got}")
+            raise FormatError(f"{where} must hold a response with choices, got none")
         for choice in choices:
             if "delta" in choice or choice.get("finish_reason", "") is None:
                 raise FormatError(
@@ -183,7 +242,7 @@ class _Reading:
                 )
             if not isinstance(choice.get("logprobs"), dict):
                 raise FormatError(f"{where} must have logprobs, got none; ask for logprobs and top_logprobs")
-        asked = _body(record.get("request") or {}) or record
+        asked = body_of(record.get("request") or {}) or record
         prompts = self._prompts.of(asked, response, place)
         rows = [self._row(choice, prompt, where) for choice, prompt in zip(choices, prompts, strict=True)]
         written = (response.get("usage") or {}).get("completion_tokens") or 0
@@ -199,7 +258,7 @@ class _Reading:
         return rows
 
     def _row(self, choice: Mapping[str, Any], prompt: list[int], where: str) -> TopKRow:
-        chosen, tops = _positions(choice["logprobs"], where)
+        chosen, tops = positions_of(choice["logprobs"], where)
         echoed = bool(tops) and tops[0] is None
         ids = self._token_ids(choice, chosen, prompt, echoed=echoed, where=where)
         before = len(ids) - len(chosen)
@@ -219,7 +278,7 @@ class _Reading:
                 top,
                 chosen[number],
                 ids[at + 1],
-                within_character=_is_partial(chosen, number - 1),
+                within_character=is_partial(chosen, number - 1),
                 where=where,
             )
             entries[at], mask[at] = named[0][0], True
@@ -250,23 +309,50 @@ class _Reading:
             )
         if echoed:
             for number, token in enumerate(prompt):
-                named = self._ids.of(*chosen[number][:2], within_character=_is_partial(chosen, number - 1))
+                entry = chosen[number]
+                named = self._number(entry, within_character=is_partial(chosen, number - 1))
                 if named not in (None, token):
                     raise FormatError(
-                        f"{where} must echo its prompt, got {chosen[number][0]!r} for its token {number}; another "
-                        "tokenizer?"
+                        f"{where} must echo its prompt, got {entry.text!r} for its token {number}; another tokenizer?"
                     )
         return [*prompt, *new]
 
     def _id(self, chosen: list[Entry], number: int, where: str) -> int:
-        text, content, _ = chosen[number]
-        token = self._ids.of(text, content, within_character=_is_partial(chosen, number - 1))
+        entry = chosen[number]
+        token = self._number(entry, within_character=is_partial(chosen, number - 1))
+        if token is not None and entry.number is not None:
+            self._check_id(entry, where)
         if token is None:
             raise FormatError(
-                f"{where} must name tokens of the tokenizer, got {text!r}, which is none of them or several; "
+                f"{where} must name tokens of the tokenizer, got {entry.text!r}, which is none of them or several; "
                 f"{ASK_FOR_IDS}, or give the teacher's own tokenizer"
             )
         return token
+
+    def _number(self, entry: Entry, *, within_character: bool) -> int | None:
+        """The id of an entry, as it is said or named; None where it is no token's, or its text fits several."""
+        if entry.number is not None:
+            return entry.number if 0 <= entry.number < self._ids.size else None
+        return self._ids.of(entry.text, entry.content, within_character=within_character)
+
+    def _check_id(self, entry: Entry, where: str) -> None:
+        """An id alone would fit any tokenizer: it must be that of the text beside it."""
+        assert entry.number is not None
+        own, said = (
+            self._ids.content(entry.number),
+            bytes(entry.content or entry.text.encode("utf-8", "replace")),
+        )
+        if entry.content and len(own) < len(said) and not own.isascii() and said.endswith(own):
+            # llama.cpp gives the token that ends a character the bytes of all of its tokens, and leaves out the others
+            raise FormatError(
+                f"{where} must have logprobs of the whole answer, got a character of several tokens, {entry.text!r}, "
+                "with its last one alone; leave the line out"
+            )
+        if own.isascii() and said.isascii() and own.strip() and said.strip() and own.strip() != said.strip():
+            raise FormatError(
+                f"{where} must name tokens of the tokenizer, got {entry.text!r} for the id {entry.number}, which is "
+                f"{own.decode()!r}; give the teacher's own tokenizer"
+            )
 
     def _named(
         self, top: Sequence[Entry], chosen: Entry, token: int, *, within_character: bool, where: str
@@ -278,13 +364,13 @@ class _Reading:
         """
         found: dict[int, float] = {}
         for entry in (*top, chosen):
-            text, content, logprob = entry
+            text, logprob = entry.text, entry.logprob
             if not isinstance(logprob, int | float) or math.isnan(logprob) or logprob > 1e-3:
                 raise FormatError(f"{where} must have logprobs of at most 0, got {logprob!r} for {text!r}")
             if logprob < UNKNOWN:
                 continue
-            is_chosen = (text, logprob) == (chosen[0], chosen[2])
-            number = token if is_chosen else self._ids.of(text, content, within_character=within_character)
+            is_chosen = entry.number is None and (text, logprob) == (chosen.text, chosen.logprob)
+            number = token if is_chosen else self._number(entry, within_character=within_character)
             if number is None:
                 self.num_unnamed += 1
                 continue
@@ -298,71 +384,3 @@ class _Reading:
         return [(number, max(logprob - scale, PADDING_LOGPROB)) for number, logprob in named], max(
             rest, PADDING_LOGPROB
         )
-
-
-def _body(value: Any) -> Mapping[str, Any]:
-    """A request or response, as it is or as a batch file wraps it."""
-    if not isinstance(value, dict):
-        return {}
-    return value["body"] if isinstance(value.get("body"), dict) else value
-
-
-def _positions(logprobs: Mapping[str, Any], where: str) -> tuple[list[Entry], list[list[Entry] | None]]:
-    """(every token of the choice, the entries of the position that predicts it; None for a token that nothing does)."""
-    if logprobs.get("reasoning_content"):
-        raise FormatError(
-            f"{where} must have one list of logprobs, got reasoning_content beside content: which tokens stand between "
-            "them is not said"
-        )
-    content = logprobs.get("content")
-    if content is None:
-        content = logprobs.get("refusal")  # OpenAI's name of an answer that refuses
-    if content is not None:
-        chosen = [(entry["token"], entry.get("bytes"), entry["logprob"]) for entry in content]
-        tops: list[list[Entry] | None] = [
-            [(top["token"], top.get("bytes"), top["logprob"]) for top in entry.get("top_logprobs") or ()]
-            for entry in content
-        ]
-    else:
-        tokens, values = logprobs["tokens"], logprobs["token_logprobs"]
-        chosen = [
-            (text, None, UNKNOWN * 2 if value is None else value)
-            for text, value in zip(tokens, values, strict=True)
-        ]
-        tops = [
-            None if top is None else [(text, None, value) for text, value in top.items()]
-            for top in logprobs["top_logprobs"] or ()
-        ]
-    if not chosen:
-        raise FormatError(f"{where} must have an answer of at least a token, got none; leave the line out")
-    if len(tops) != len(chosen) or all(not top for top in tops):
-        raise FormatError(f"{where} must have top_logprobs for every token, got none; ask for them")
-    return chosen, tops
-
-
-def _is_partial(chosen: list[Entry], number: int) -> bool:
-    """Whether that token ends within a character, as vLLM shows it: without text and bytes."""
-    return number >= 0 and not chosen[number][0] and not chosen[number][1]
-
-
-def _shows_spaces(path: Path) -> bool:
-    """Whether a token of the file is named with the space before its word."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(
-                TypeError, KeyError, AttributeError, ValueError
-            ):  # named when it is read
-                record = json.loads(line)
-                for choice in _body(record.get("response", record))["choices"]:
-                    if any(re.match(r" [^ ]", text) for text in _texts(choice["logprobs"])):
-                        return True
-    return False
-
-
-def _texts(logprobs: Mapping[str, Any]) -> Iterator[str]:
-    """The names of tokens."""
-    for entry in logprobs.get("content") or logprobs.get("refusal") or ():
-        yield from (one["token"] for one in (entry, *(entry.get("top_logprobs") or ())))
-    yield from logprobs.get("tokens") or ()
-    for top in logprobs.get("top_logprobs") or ():
-        yield from top or ()

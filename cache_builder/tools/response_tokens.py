@@ -54,6 +54,7 @@ class TokenIds:
             else:
                 content = piece.replace("\u2581", " ").encode()
             self._ids.setdefault(content, []).append(number)
+        self._contents = {number: content for content, numbers in self._ids.items() for number in numbers}
         words = [number for piece, number in vocabulary.items() if re.fullmatch("\u2581[a-z]+", piece)]
         self.may_lose_spaces = bool(words) and not tokenizer.decode(words[:1]).startswith(" ")
         """Whether the tokenizer decodes the token of a word without the space before it."""
@@ -92,6 +93,10 @@ class TokenIds:
         else:
             ids = [*self._ids.get(key, []), *(self._ids.get(b" " + key, []) if self.lost_spaces else [])]
         return ids[0] if len(ids) == 1 else None
+
+    def content(self, number: int) -> bytes:
+        """The bytes of a token; none where the vocabulary does not say them."""
+        return self._contents.get(number, b"")
 
 
 def _kinds(decoder: Any) -> set[str]:

@@ -14,4 +14,4 @@ def test_every_documented_setting_exists_and_every_setting_is_documented():
     documented = set(
         re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
     )
-    assert documented == {entry.name for entry in fields(TrainConfig)} - {"cache", "model", "out", "revision"}
+    assert documented == {entry.name for entry in fields(TrainConfig)} - {"cache", "model", "out"}

@@ -54,7 +54,7 @@ def check_objective(config: TrainConfig) -> None:
         ConfigError: names the setting and what it needs.
     """
     defaults = {entry.name: entry.default for entry in fields(config)}
-    losses = [config.loss, *(cache.loss for cache in config.caches if cache.weight)]
+    losses = [config.loss, *(cache.loss for cache in config.caches if cache.used)]
     if config.loss == "ce" and config.kl_coef and set(losses) == {"ce"}:
         raise ConfigError(
             "loss: ce leaves the KL to the mixed caches, got none with loss kl or both; add one to caches, or set "

@@ -128,8 +128,8 @@ def rate_of(config: RestoreConfig, label: str, found: TrainConfig | None) -> flo
         return config.learning_rate
     if found is None:
         raise ConfigError(
-            f"--lr auto is {AUTO_FACTOR:g} times the rate of tuning, but {label} has no {RESOLVED_NAME} that says it; "
-            "give --lr"
+            f"without --lr the rate is {AUTO_FACTOR:g} times that of tuning, but {label} has no {RESOLVED_NAME} that "
+            "says it; give --lr"
         )
     return AUTO_FACTOR * float(resolve_training(found)["learning_rate"])
 
@@ -145,7 +145,7 @@ def tokens_of(config: RestoreConfig, settings: Mapping[str, TrainConfig | None])
     for path in tuning_texts(config, settings).values():
         return TeacherCache(path).manifest.num_tokens
     raise ConfigError(
-        "--tokens auto is one epoch of the tuning text, but no model's record names a cache that is there; give "
+        "without --tokens it is one epoch of the tuning text, but no model's record names a cache that is there; give "
         "--tokens, or --memory CACHE"
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from corpora import ANSWER, USER, rows_of
-from corpus_tokenizers import CHATML, byte_tokenizer, targets_of, text_of
+from corpus_tokenizers import CHATML, TOOLS, byte_tokenizer, targets_of, text_of
 
 from cache_builder.corpus.field import CALL, COLUMN, NOT_NEEDED, PART, TURN
 from cache_builder.corpus.fields import FIELDS, names
@@ -305,11 +305,29 @@ def test_parts_of_another_type_are_refused_even_with_text(tmp_path: Path, kind: 
     )
 
 
-@pytest.mark.parametrize("role", ["human", "gpt", "model", "bot", "tool_call"])
+@pytest.mark.parametrize(
+    "role", ["human", "gpt", "model", "bot", "tool_call", "tool_response", "Chatbot", "Assistant", "USER"]
+)
 def test_an_assistant_by_another_name_is_refused(tmp_path: Path, role: str) -> None:
     assert f"got {role!r} in message 2 of data.jsonl, line 2" in refusal(
         tmp_path, CHAT, with_field(1, role=role)
     )
+
+
+@pytest.mark.parametrize("name", names("call parameters"))
+def test_arguments_of_a_call_by_another_name_are_refused(tmp_path: Path, name: str) -> None:
+    """A template that asks whether there are `arguments` would write the call without them."""
+    template = TOOLS.replace(
+        "f.arguments | tojson", "(f.arguments | tojson if f.arguments is defined else '')"
+    )
+    for wrap in (lambda call: {"type": "function", "function": call}, lambda call: call):
+        bad = with_field(1, tool_calls=[wrap({"name": "f", name: {"x": 1}})])
+        assert refusal(tmp_path, CHAT, bad, template) == (
+            f"the arguments of a tool call stand in arguments, got {name} in message 2 of data.jsonl, line 2; "
+            "rename the field"
+        )
+    good = with_field(1, tool_calls=[{"name": "f", "arguments": {"x": 1}, name: None}])
+    assert '"x": 1' in rendered(tmp_path, good, template)[1][0]
 
 
 def test_fields_that_the_template_does_not_read_are_counted_by_name(tmp_path: Path) -> None:

@@ -83,3 +83,30 @@ def test_a_missing_text_column_lists_the_columns() -> None:
     with pytest.raises(CorpusError) as caught:
         recognise({"text": "x", "id": 1}, text_column="body")
     assert str(caught.value) == "text_column must be a column of the corpus, got body; columns: text, id"
+
+
+@pytest.mark.parametrize(
+    ("column", "name"),
+    [([0, 0, 1], "loss_mask"), ("[false, true, true]", "loss_mask"), ([-100, -100, 7], "labels")],
+)
+def test_a_mask_by_an_unknown_name_is_refused(column: Any, name: str) -> None:
+    """All tokens would be trained otherwise."""
+    for beside in ({}, {"labels": [-100, 6, 7]}):
+        with pytest.raises(CorpusError) as caught:
+            recognise({"input_ids": [5, 6, 7], **beside, "response_mask": column})
+        assert str(caught.value) == (
+            "beside input_ids targets are chosen by labels, loss_mask, assistant_masks, assistant_mask, "
+            "completion_mask, loss_weights, token_weights, got a column response_mask that looks like one; "
+            f"rename it to {name}, or drop the column"
+        )
+
+
+def test_other_lists_beside_input_ids_are_no_masks() -> None:
+    others = {
+        "source": [0, 1],
+        "words": ["a", "b", "c"],
+        "scores": [3, 4, 5],
+        "special_tokens_mask": [1, 0, 0],
+    }
+    assert recognise({"input_ids": [5, 6, 7], **others}).splits
+    assert recognise({"text": "x", "flags": [0, 1, 1]}).name == "text"

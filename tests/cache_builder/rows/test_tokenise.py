@@ -225,6 +225,7 @@ def test_alpaca_becomes_a_conversation_where_there_is_a_template(tmp_path: Path)
         {"instruction": "Add", "input": "1 2", "output": "3"},
         {"instruction": "Greet", "input": "", "output": "Hi"},
         {"instruction": "Greet", "output": "Hi", "system": "Be kind."},
+        {"instruction": "", "input": "1 2", "output": "3"},
     ]
     rows, _ = rows_of(tmp_path, records, tokenizer)
     assert [shown(row, tokenizer) for row in rows] == [
@@ -235,6 +236,7 @@ def test_alpaca_becomes_a_conversation_where_there_is_a_template(tmp_path: Path)
             "<|im_start|>assistant\nHi<|im_end|>\n",
             ["Hi<|im_end|>"],
         ),
+        ("<|im_start|>user\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n", ["3<|im_end|>"]),
     ]
 
 

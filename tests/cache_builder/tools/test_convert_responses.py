@@ -291,6 +291,16 @@ def test_the_command(tmp_path, model, contents, tiny_tokenizer, tiny_llama_dir, 
         and "1 row of" in out
         and "teacher: tiny, by the server's word" in out
     )
+    path.write_text(path.read_text() + json.dumps({"error": "expired"}) + "\n")
+    words = ["cache", "convert", path, "--tokenizer", tiny_llama_dir, "--parquet", tmp_path / "c.parquet"]
+    code, _, err = anneal(*words)
+    assert code == 1 and "1 of 2 lines hold a request that failed" in err and err.count("\n") == 1
+    code, out, _ = anneal(*words, "--skip-refused")
+    assert code == 0 and "1 row of" in out and "lines left out: 1;" in out
+    code, _, err = anneal(
+        "cache", "convert", path, "--compression", "y", "--skip-refused", "--parquet", tmp_path / "b.parquet"
+    )
+    assert code == 1 and "--skip-refused is for responses" in err
     for words in ([], ["--tokenizer", "x", "--compression", "y"]):
         code, _, err = anneal("cache", "convert", path, *words, "--parquet", tmp_path / "b.parquet")
         assert code == 1 and "convert takes --compression" in err and err.count("\n") == 1

@@ -299,3 +299,100 @@ def test_malformed_values_are_refused_in_a_line(tmp_path, tokenizer):
     assert "must be a chat or completions response" in refusal(
         tmp_path, tokenizer, turns | {"response": {"choices": [wild]}}
     )
+
+
+def with_ids(tokenizer, name: str, tokens: list[int], *, others: list[int]) -> list[dict]:
+    """Entries that say ids in a field of this name, and beside them texts that are none's."""
+
+    def said(token: int, logprob: float) -> dict:
+        content = list(tokenizer.decode([token]).encode("utf-8", "replace"))
+        return {name: token, "token": tokenizer.decode([token]), "bytes": content, "logprob": logprob}
+
+    return [
+        said(token, -0.5) | {"top_logprobs": [said(token, -0.5), *(said(other, -2.0) for other in others)]}
+        for token in tokens
+    ]
+
+
+@pytest.mark.parametrize("name", ["id", "token_id"])
+def test_ids_beside_texts_are_taken(tmp_path, tokenizer, name):
+    """llama.cpp's `id`, Fireworks' `token_id`: half a character has no text of its own, and no other name."""
+    first, second = (tokenizer.convert_tokens_to_ids(piece) for piece in ("Ã", "©"))
+    (letter,) = ids_of(tokenizer, "a")
+    content = with_ids(tokenizer, name, [first, letter], others=[second, len(tokenizer) + 7])
+    response = {"choices": [{"index": 0, "finish_reason": "stop", "logprobs": {"content": content}}]}
+    record = {"prompt": "b", "response": response}
+    (row,) = converted(tmp_path, tokenizer, record)
+    assert row["input_ids"] == [*ids_of(tokenizer, "b"), first, letter]
+    assert [ids[:2] for ids in row["teacher_ids"][:2]] == [[first, second], [letter, second]]
+    rest = 1 - math.exp(-0.5) - math.exp(-2.0)  # an id beyond the tokenizer's is in the tail
+    assert math.exp(row["teacher_tail"][0]) == pytest.approx(rest)
+    content[1][name] = ids_of(tokenizer, "d")[0]
+    assert "got 'a' for the id" in refusal(tmp_path, tokenizer, record), "another tokenizer's ids"
+    content[1][name] = len(tokenizer)
+    assert "must name tokens of the tokenizer, got 'a'" in refusal(tmp_path, tokenizer, record)
+
+
+def test_fireworks_completions_have_a_list_of_ids(tmp_path, tokenizer):
+    first = tokenizer.convert_tokens_to_ids("Ã")
+    choice = completions_choice([PARTIAL])
+    choice["logprobs"] |= {"token_ids": [first], "top_logprobs": [{PARTIAL: -0.5, "d": -2.0}]}
+    (row,) = converted(tmp_path, tokenizer, {"prompt": "b", "response": {"choices": [choice]}})
+    assert row["input_ids"][-1] == first and row["teacher_ids"][0][:2] == [first, *ids_of(tokenizer, "d")]
+
+
+def test_llama_cpp_completions(tmp_path, tokenizer):
+    """Its own /completion has neither `choices` nor `usage`; OpenAI's routes have both, with the same entries."""
+    prompt, answer = ids_of(tokenizer, "ab"), ids_of(tokenizer, "de")
+    entries = with_ids(tokenizer, "id", answer, others=[])
+    counts = {"tokens_evaluated": 2, "tokens_predicted": 2, "stop": True, "truncated": False}
+    own = {"content": "de", "completion_probabilities": entries, "model": "m", "prompt": "ab", **counts}
+    routed = {"choices": [{"index": 0, "logprobs": {"content": entries}}], "usage": usage(2, 2)}
+    rows = converted(
+        tmp_path, tokenizer, {"prompt": "ab", "response": own}, own, {"prompt": "ab", "response": routed}
+    )
+    assert [row["input_ids"] for row in rows] == [prompt + answer] * 3 and rows[0] == rows[1] == rows[2]
+    sampled = [
+        {"id": entry["id"], "token": entry["token"], "prob": 1.0, "top_probs": []} for entry in entries
+    ]
+    # The token that ends a character has the bytes of the whole one; what began it has no entry.
+    half = [entries[0], entries[1] | {"id": tokenizer.convert_tokens_to_ids("©"), "bytes": [0xC3, 0xA9]}]
+    for changes, message in (
+        ({"stop": False}, "a part of a stream"),
+        ({"truncated": True}, "must have the whole prompt"),
+        ({"tokens_evaluated": 3}, "where it counted 3"),
+        ({"tokens_predicted": 9}, "got 2 of 9 tokens"),
+        ({"completion_probabilities": sampled}, "ask without post_sampling_probs"),
+        ({"completion_probabilities": half}, "a character of several tokens"),
+        ({"completion_probabilities": []}, "an answer of at least a token"),
+    ):
+        assert message in refusal(tmp_path, tokenizer, own | changes), message
+
+
+def test_a_few_failed_requests_among_many(tmp_path, tokenizer):
+    """Without the option it says how many there are; with it, what was left out, why, and where it began."""
+    good = {"prompt": "a", "response": {"choices": [completions_choice([by_id(60)])]}}
+    failed = {"custom_id": "7", "response": {"status_code": 429, "body": {"error": {"message": "slow down"}}}}
+    counted = {**good, "response": {**good["response"], "usage": usage(9, 1)}}
+    records = [good, failed, good, counted, {"response": None, "error": "expired"}, good]
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + "{torn", encoding="utf-8")
+    out = tmp_path / "out.parquet"
+    with pytest.raises(AnnealError) as refused:
+        convert_responses([path], tokenizer, out)
+    assert str(refused.value) == (
+        'responses.jsonl, line 2 must hold a response with choices, got the error {"message": "slow down"}; '
+        "2 of 7 lines hold a request that failed: ask for them again, or leave them out with --skip-refused"
+    )
+    assert not out.exists()
+    report = convert_responses([path], tokenizer, out, skip_refused=True)
+    assert report.table.num_rows == pq.read_table(out).num_rows == 3
+    assert report.text().splitlines()[2] == (
+        "lines left out: 4; must hold a response with choices: 2 (first responses.jsonl, line 2); must have the "
+        "prompt that the server saw: 1 (first responses.jsonl, line 4); must be JSON: 1 (first responses.jsonl, line 7)"
+    )
+    with pytest.raises(
+        AnnealError, match=r"got none; lines left out: 1; must hold a response with choices: 1"
+    ):
+        converted(tmp_path, tokenizer, failed, skip_refused=True)
+    assert not out.exists()

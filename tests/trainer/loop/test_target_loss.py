@@ -59,3 +59,14 @@ def test_a_learnt_target_without_its_teacher_is_checked_on_the_mixed_text(
 def test_settings_that_contradict_it_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         check_objective(settings("a", "m", "o", *overrides))
+
+
+@pytest.mark.parametrize("much", ["share: 0.1", "weight: 0.1"])
+def test_a_cache_by_its_share_is_one_as_by_its_weight(much):
+    """What a cache is for counts for the other settings, however it is said how much of it there is."""
+    for overrides in (
+        ["loss=ce", f"caches=[{{path: a, loss: kl, {much}}}]"],
+        ["loss=ce", "kl_gate=unsure", f"caches=[{{path: a, {much}}}]"],
+        ["loss=kl", "ce_weight=dft", f"caches=[{{path: a, loss: ce, {much}}}]"],
+    ):
+        check_objective(settings("a", "m", "o", *overrides))

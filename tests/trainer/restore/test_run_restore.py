@@ -133,7 +133,7 @@ def test_what_is_missing_is_named(places, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match=r"stranger has no anneal\.yaml .* give --lr"):
         run_restore(asked(places, out, {"stranger": str(stranger)}, learning_rate=None))
-    with pytest.raises(ConfigError, match="--tokens auto is one epoch of the tuning text"):
+    with pytest.raises(ConfigError, match="without --tokens it is one epoch of the tuning text"):
         run_restore(asked(places, out, {"stranger": str(stranger)}, tokens=None))
     with pytest.raises(ConfigError, match=r"--text must be a cache, got \./nothing"):
         run_restore(asked({**places, "text": "./nothing"}, out, {"stranger": str(stranger)}))
