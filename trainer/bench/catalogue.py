@@ -258,8 +258,8 @@ def _prepared(name: str, task: Any, request: TaskRequest, *, allow_code: bool) -
 def _most_shots(task: Any) -> int:
     """The documents that examples are drawn from, less the asked one where it is among them."""
     examples = getattr(task, "fewshot_cfg", None)
-    shared = examples is not None and examples.split is not None
-    asked = int(shared and examples.split == task.get_config("test_split"))
+    split = None if examples is None else examples.split
+    asked = int(split is not None and split == task.get_config("test_split"))
     return max(len(list(task.fewshot_docs() or [])) - asked, 0)
 
 
