@@ -113,7 +113,7 @@ def _build(
         progress.note(f"discarded {state.value} in {directory}")
         state = State.EMPTY
     if state is State.FINISHED:
-        _require_same_cache(directory, settings)
+        require_same_cache(directory, settings)
         directory.remove_working()
         return _complete(directory, was_complete=True)
     existed = directory.out.exists()
@@ -331,7 +331,7 @@ def _selected(config: BuildConfig, plan: Plan) -> list[int]:
     return list(range(first, min(last, len(plan.shards))))
 
 
-def _require_same_cache(directory: BuildDirectory, settings: BuildSettings) -> None:
+def require_same_cache(directory: BuildDirectory, settings: BuildSettings) -> None:
     """A finished cache is only left alone when it is the one that this command would build."""
     manifest = Manifest.read(directory.out)
     stored = TeacherIdentity.from_dict(manifest.identity).to_dict()

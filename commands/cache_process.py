@@ -69,6 +69,22 @@ def typed_settings(
     return settings
 
 
+def look_at_corpus(corpus: str, options: Mapping[str, Any]) -> None:
+    """Open a corpus as a build of it would.
+
+    Args:
+        corpus: file, directory, glob or name of a data set.
+        options: of the build.
+
+    Raises:
+        AnnealError: there is none, no layout fits, or the options are none for it.
+    """
+    from cache_builder.corpus.corpus import CorpusConfig, open_corpus
+
+    asked = {name: options[name] for name in ("text_column", "split", "limit", "seed") if name in options}
+    open_corpus(CorpusConfig(source=corpus, **asked))
+
+
 def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, Any]) -> None:
     """Build a cache as `anneal cache build` does; the same call continues a stopped build.
 

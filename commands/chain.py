@@ -205,15 +205,16 @@ def _releases(
 
 
 def _chain(asked: Any, dry_run: bool, limit: int | None, as_json: bool) -> Any:
-    from commands.cache_process import build_in_process, check_options
+    from commands.cache_process import build_in_process, check_options, look_at_corpus
     from trainer.chain.chain import plan_chain, run_chain
     from trainer.chain.releases import read_finished
 
     if asked.build:
         check_options(asked.build)
     if dry_run:
-        show_report(plan_chain(asked, build_in_process), as_json=as_json)
+        show_report(plan_chain(asked, build_in_process, look_at_corpus), as_json=as_json)
         return None
+    handed: dict[str, Any] = {"build": build_in_process, "look": look_at_corpus}
     if asked.finished:
-        return read_finished(asked, build=build_in_process, limit=limit, progress=ConsoleProgress())
-    return run_chain(asked, build=build_in_process, limit=limit, progress=ConsoleProgress())
+        return read_finished(asked, **handed, limit=limit, progress=ConsoleProgress())
+    return run_chain(asked, **handed, limit=limit, progress=ConsoleProgress())

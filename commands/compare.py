@@ -122,9 +122,10 @@ def select_command(
     And what it keeps of direct fine-tuning's gain, and what it loses. docs/select.md has the rules.
     """
     from trainer import select
-    from trainer.selection.rules import Rule
+    from trainer.selection.rules import Rule, check_min_gain
 
     Rule.parse(rule)
+    check_min_gain(min_gain)
     if initial is None:
         raise ConfigError("a selection needs the initial model, got none; name it with --initial MODEL")
     comparison = _compared(

@@ -224,7 +224,7 @@ def tune_command(
 
     Does more pretraining make it worse?
     """
-    from commands.cache_process import build_in_process, typed_settings
+    from commands.cache_process import build_in_process, look_at_corpus, typed_settings
     from trainer.probe.models import named_models
     from trainer.probe.tune import TuneConfig, probe_tune
 
@@ -240,7 +240,9 @@ def tune_command(
         training=settings["training"],
         build=settings["build"],
     )
-    report = probe_tune(config, build=build_in_process, limit=limit, progress=ConsoleProgress())
+    report = probe_tune(
+        config, build=build_in_process, look=look_at_corpus, limit=limit, progress=ConsoleProgress()
+    )
     show_report(report, as_json=as_json)
     if report.failed:
         raise typer.Exit(1)

@@ -75,7 +75,7 @@ def restore_command(
 
     The initial model is trained beside them. What comes back was only hidden.
     """
-    from commands.cache_process import build_in_process, typed_settings
+    from commands.cache_process import build_in_process, look_at_corpus, typed_settings
     from trainer.restore.config import RestoreConfig
     from trainer.restore.restore import run_restore
 
@@ -94,7 +94,9 @@ def restore_command(
         training=settings["training"],
         build=settings["build"],
     )
-    report = run_restore(config, build=build_in_process, limit=limit, progress=ConsoleProgress())
+    report = run_restore(
+        config, build=build_in_process, look=look_at_corpus, limit=limit, progress=ConsoleProgress()
+    )
     show_report(report, as_json=as_json)
     if report.failed:
         raise typer.Exit(1)

@@ -212,6 +212,18 @@ class BuildDirectory:
         recorded.require_same(settings, self.out, "an unfinished build")
         return settings
 
+    def require_same(self, settings: BuildSettings, *, any_size: bool = False) -> None:
+        """As `settle_settings`, of an unfinished build alone; writes nothing.
+
+        Raises:
+            ConfigError: a build with other settings is here; names them.
+        """
+        with contextlib.suppress(FileNotFoundError):  # nothing is settled yet
+            recorded = BuildSettings.from_bytes((self.working / SETTINGS_NAME).read_bytes())
+            if any_size:
+                settings = replace(settings, tokens_per_shard=recorded.tokens_per_shard)
+            recorded.require_same(settings, self.out, "an unfinished build")
+
     def recorded_identity(self) -> TeacherIdentity | None:
         """The identity of the cache or of the unfinished build that is here; None if there is neither, or it is
         damaged.

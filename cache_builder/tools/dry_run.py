@@ -1,5 +1,6 @@
 """`anneal cache build --dry-run`: the whole corpus through the tokenizer, and nothing else."""
 
+from cache_builder.build import require_same_cache
 from cache_builder.commit.build_directory import BuildDirectory, State
 from cache_builder.commit.plan import require_work
 from cache_builder.commit.staging import cut
@@ -19,9 +20,15 @@ def plan_build(
         ConfigError, CorpusError: as `build_cache`.
     """
     progress = progress or Progress()
-    state = BuildDirectory(config.directory).state()
+    directory = BuildDirectory(config.directory)
+    state = directory.state()
     source = source or open_source(config)
     settings = source.settings
+    stays = not (config.overwrite or directory.is_discarding())
+    if state is State.FINISHED and stays:
+        require_same_cache(directory, settings)
+    elif state is State.UNFINISHED and stays:
+        directory.require_same(settings, any_size=config.tokens_per_shard is None)
     if source.recipe is not None:
         return _of_recipe(config, source, source.recipe, state)
     rows = source.open_rows()

@@ -61,7 +61,7 @@ class MappedFile:
         try:
             # NONBLOCK: opening a named pipe must not hang. NOFOLLOW: no link may lead out of the directory.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as error:
             reason = "a symbolic link" if path.is_symlink() else error.strerror
@@ -102,7 +102,9 @@ class LocalStore:
         try:
             return MappedFile(self._path / name)
         except NotADirectoryError:
-            raise FormatError(f"a cache must be a directory, got {self.root}") from None
+            raise FormatError(
+                f"a cache must be a directory, got the file {self.root}; anneal cache build makes one of a corpus"
+            ) from None
 
     def read(self, name: str, limit: int) -> bytes:
         source = self.open(name)

@@ -376,6 +376,20 @@ def test_a_dry_run_counts_exactly_and_writes_nothing(tmp_path: Path) -> None:
         plan_build(make_config(tmp_path / "c"), source=make_source(0))
 
 
+@pytest.mark.parametrize(("shards", "what"), [(None, "a finished cache"), ((0, 2), "an unfinished build")])
+def test_a_dry_run_refuses_a_directory_of_other_settings(
+    tmp_path: Path, shards: tuple[int, int] | None, what: str
+) -> None:
+    out, other = tmp_path / "c", make_source(60, seed=1)
+    build(out, shards=shards)
+    before = contents(out)
+    with pytest.raises(ConfigError, match=f"holds {what} with other settings"):
+        plan_build(make_config(out), source=other)
+    assert plan_build(make_config(out, overwrite=True), source=other).num_rows == 60
+    assert plan_build(make_config(out), source=make_source(60)).num_rows == 60
+    assert contents(out) == before
+
+
 def test_progress_hears_every_row_once(tmp_path: Path) -> None:
     class Counter(Progress):
         def __init__(self) -> None:

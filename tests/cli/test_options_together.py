@@ -64,6 +64,50 @@ def test_a_model_that_is_not_there_is_called_what_it_was_typed_as(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+@pytest.mark.parametrize(
+    ("task", "what"),
+    [("a=TEXT,nowhere.jsonl", "tasks.a.heldout"), ("a=nowhere.jsonl,TEXT", "tasks.a.train")],
+)
+def test_a_chain_looks_at_every_text_before_the_first_stage(
+    anneal: Run, corpus: Path, tiny_llama_dir: Path, tmp_path: Path, task: str, what: str, dry: str
+) -> None:
+    words = ["chain", "--task", f"first={corpus},{corpus}", "--task", task.replace("TEXT", str(corpus))]
+    typed = [*words, "--model", str(tiny_llama_dir), "--out", str(tmp_path / "out"), *dry.split()]
+    err = refused(anneal, *typed)
+    assert f"error: {what}: the corpus must be an existing file" in err and "got nowhere.jsonl" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "restore MODEL --initial MODEL --source s=CACHE --lr 1e-4 --tokens 9",
+        "probe tune MODEL --source s=CACHE --target t=CACHE --lr 1e-4",
+    ],
+)
+def test_a_text_that_is_not_there_leaves_nothing_behind(
+    anneal: Run, cache: Path, tiny_llama_dir: Path, tmp_path: Path, words: str
+) -> None:
+    typed = words.replace("CACHE", str(cache)).replace("MODEL", str(tiny_llama_dir)).split()
+    err = refused(anneal, *typed, "--text", "nowhere.jsonl", "--out", tmp_path / "out")
+    assert "error: --text: the corpus must be an existing file" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words", ["chain --task a=CACHE,CACHE", "sweep CACHE --source s=CACHE --target t=CACHE"]
+)
+def test_a_dry_run_wants_a_place_for_its_runs_and_a_model(
+    anneal: Run, cache: Path, corpus: Path, tiny_llama_dir: Path, words: str
+) -> None:
+    typed = [*words.replace("CACHE", str(cache)).split(), "--dry-run"]
+    err = refused(anneal, *typed, "--model", tiny_llama_dir, "--out", corpus)
+    assert f"--out must be a directory that can be written, got {corpus}: Not a directory" in err
+    err = refused(anneal, *typed, "--model", cache, "--out", corpus.parent / "out")
+    assert f"--model must be a model directory, got no config.json in {cache}" in err
+
+
 @pytest.mark.parametrize("name", ["x.gif", "nowhere/x.png"])
 def test_a_picture_of_a_cache_is_refused_before_the_work(
     anneal: Run, cache: Path, tmp_path: Path, name: str

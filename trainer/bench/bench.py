@@ -19,7 +19,7 @@ from typing import Any
 
 from formats.errors import AnnealError, ConfigError, one_line
 from formats.identity.fingerprint import resolve_model
-from formats.progress import Progress, format_seconds
+from formats.progress import Progress, counted, format_seconds
 from trainer.bench.backends import Backend, choose_backend, choose_template, running_model
 from trainer.bench.bench_file import BenchEntry, BenchFile, entry_key
 from trainer.bench.catalogue import Catalogue, LoadedTask, load_catalogue
@@ -177,7 +177,9 @@ class _Run:
             about=self._about(time.monotonic() - began),
         )
         self.results.add(entry, data)
-        self.progress.note(f"{what}: {num_items} items in {format_seconds(time.monotonic() - began)}")
+        self.progress.note(
+            f"{what}: {counted(num_items, 'item')} in {format_seconds(time.monotonic() - began)}"
+        )
 
     def _seed(self, task: LoadedTask) -> None:
         import numpy as np

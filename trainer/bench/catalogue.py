@@ -233,6 +233,8 @@ def _prepared(name: str, task: Any, request: TaskRequest, *, allow_code: bool) -
             f"task {name} has no split for its examples, got {shots} shots, which could be the question itself; "
             "name one in its file as fewshot_split, or leave the shots out"
         )
+    if shots and shots > (most := _most_shots(task)):
+        raise ConfigError(f"task {name} has examples for at most {most} shots, got {shots}; ask for fewer")
     task.set_config("num_fewshot", shots)
     num_items = len(task.eval_docs)
     if not num_items:
@@ -251,6 +253,14 @@ def _prepared(name: str, task: Any, request: TaskRequest, *, allow_code: bool) -
             "data_hash": data_hash(task, with_examples=shots > 0),
         },
     )
+
+
+def _most_shots(task: Any) -> int:
+    """The documents that examples are drawn from, less the asked one where it is among them."""
+    examples = getattr(task, "fewshot_cfg", None)
+    split = None if examples is None else examples.split
+    asked = int(split is not None and split == task.get_config("test_split"))
+    return max(len(list(task.fewshot_docs() or [])) - asked, 0)
 
 
 def _examples_hold_the_answer(task: Any) -> bool:

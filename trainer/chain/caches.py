@@ -4,7 +4,7 @@ caches/NAME            built by the initial model
 caches/NAME-by-STAGE   built by the model of a stage
 caches/*.json          of what a cache was built: a finished one is not built again, and another text is refused
 
-This package never captures anything itself. `Build` is handed in by who calls it.
+This package never captures anything itself. `Build` and `Look` are handed in by who calls it.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from typing import Any
 
 from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_bytes
-from formats.errors import AnnealError, ConfigError
+from formats.disk.unfinished_build import build_progress
+from formats.errors import AnnealError, ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from trainer.result.lineage import own_weights
 
@@ -25,6 +26,12 @@ Build = Callable[[str, str, str, Mapping[str, Any]], None]
 
 Raises:
     AnnealError: it could not be built.
+"""
+Look = Callable[[str, Mapping[str, Any]], None]
+"""(corpus, options) -> nothing, where a build of it can begin; no more of it is read than its first record.
+
+Raises:
+    AnnealError: there is no such corpus, or it is none.
 """
 
 
@@ -47,11 +54,13 @@ class CacheMaker:
         out: the chain's directory.
         options: of the build.
         build: None where nothing may be built.
+        look: opens a corpus before anything runs; None leaves that to the build.
     """
 
     out: Path
     options: Mapping[str, Any]
     build: Build | None = None
+    look: Look | None = None
 
     def place(self, name: str, text: str, by: str = "") -> str:
         """Where the cache of a text is, or will be; `by` names the stage whose model builds it."""
@@ -59,21 +68,28 @@ class CacheMaker:
             return text
         return str(self.out / "caches" / (f"{name}-by-{by}" if by else name))
 
-    def check(self, text: str, what: str) -> None:
+    def check(self, text: str, what: str, place: str | None = None) -> None:
         """Refuse a text that is neither a cache nor something to build one from.
 
+        Args:
+            what: the text's name, for messages.
+            place: where its cache will be; the corpus of one that is there is not looked at again.
+
         Raises:
-            ConfigError: there is nothing, or nobody who could build.
+            AnnealError: there is nothing, nothing to build from, or nobody who could build.
         """
         if is_cache(text):
             return
-        place = Path(text)
-        if place.is_dir() and (place / "manifest.json").exists():
+        path = Path(text)
+        if path.is_dir() and (path / "manifest.json").exists():
             TeacherCache(text)  # says what is wrong with it
         if self.build is None:
             raise ConfigError(f"{what} must be a cache, got {text}; build one with anneal cache build")
-        if text.startswith(("/", ".")) and not place.exists():
+        if text.startswith(("/", ".")) and not path.exists():
             raise ConfigError(f"{what} must be a cache or a corpus, got {text}, which does not exist")
+        if self.look is not None and not (place is not None and is_cache(place)):
+            with naming(what):
+                self.look(text, self.options)
 
     def make(self, text: str, model: str, place: str) -> None:
         """See that the cache is there.
@@ -88,7 +104,7 @@ class CacheMaker:
         now = {"text": text, "content": content(text), "weights": weights, "options": dict(self.options)}
         note = Path(f"{place}.json")
         try:
-            before = json.loads(note.read_text(encoding="utf-8"))
+            before = json.loads(note.read_text(encoding="utf-8")) if _is_begun(place) else None
         except (OSError, ValueError):
             before = None
         # A file is known by what is in it, wherever it is and however that is written.
@@ -96,8 +112,8 @@ class CacheMaker:
         differs = None if before is None else next((k for k in compared if before.get(k) != now[k]), None)
         if before is not None and differs is not None:
             raise ConfigError(
-                f"a chain keeps its texts, but in {place} {differs} was {before.get(differs)!r} and is "
-                f"{now[differs]!r}; use another --out, or remove that cache and the stages after it"
+                f"--out keeps its texts, but in {place} {differs} was {before.get(differs)!r} and is "
+                f"{now[differs]!r}; use another --out, or remove that cache and what was trained from it"
             )
         if is_cache(place):
             return
@@ -105,6 +121,12 @@ class CacheMaker:
         note.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(note, json.dumps(now, indent=1, sort_keys=True).encode())
         self.build(text, model, place, self.options)
+
+
+def _is_begun(place: str) -> bool:
+    """Whether a build has planned its rows there: before that nothing is of any text, and a mended one may follow."""
+    _, planned = build_progress(place) or (0, 0)
+    return planned > 0 or is_cache(place)
 
 
 def require_caches(texts: Mapping[str, str], option: str) -> None:

@@ -16,18 +16,19 @@ from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.chain.caches import Build, CacheMaker, is_cache
+from trainer.chain.caches import Build, CacheMaker, Look, is_cache
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import Need, Stage, heldout_needs, mixtures, plan_direct, plan_mixture, plan_stages
 from trainer.chain.readings import read_model
 from trainer.chain.report import REPORT_NAME, ChainReport, Row
 from trainer.config_file import config_from_dict
 from trainer.inputs import open_inputs
+from trainer.loading import require_plain_weights
 from trainer.result.lineage import own_weights, short_name
 from trainer.result.run_directory import read_record
 from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.runs import Runs, is_finished, require_same
-from trainer.sweep.sweep import held
+from trainer.sweep.sweep import held, require_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,12 @@ class ChainPlan:
         }
 
 
-def plan_chain(config: ChainConfig, build: Build | None = None) -> ChainPlan:
+def plan_chain(config: ChainConfig, build: Build | None = None, look: Look | None = None) -> ChainPlan:
     """Check everything that can be checked before a run.
+
+    Args:
+        build: builds the caches of corpora; without it every text must be a cache.
+        look: opens every corpus whose cache is not there yet.
 
     Raises:
         AnnealError: as `train` would; the message names the stage.
@@ -86,7 +91,9 @@ def plan_chain(config: ChainConfig, build: Build | None = None) -> ChainPlan:
         raise ConfigError(
             "tasks with finished models have nothing to run; use anneal chain without --dry-run"
         )
-    maker = CacheMaker(out=Path(config.out), options=config.build, build=build)
+    require_directory(Path(config.out))
+    require_plain_weights(resolve_model(str(config.model)), "--model")
+    maker = CacheMaker(out=Path(config.out), options=config.build, build=build, look=look)
     stages = plan_stages(config, maker)
     direct = plan_direct(config, maker, stages) if "direct" in config.compare else []
     plan = ChainPlan(
@@ -133,6 +140,7 @@ def run_chain(
     config: ChainConfig,
     *,
     build: Build | None = None,
+    look: Look | None = None,
     pool: Pool | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -141,7 +149,7 @@ def run_chain(
 
     Args:
         config: what to run.
-        build: builds the caches of corpora; without it every text must be a cache.
+        build, look: as `plan_chain`.
         pool: what trains; one run after another on this machine by default.
         limit: only the first rows of each held-out text.
         progress: a phase over the runs and one per evaluation; silent by default.
@@ -152,7 +160,7 @@ def run_chain(
         SweepStopped: SIGINT or SIGTERM ended it.
     """
     progress = progress or Progress()
-    plan = plan_chain(config, build)
+    plan = plan_chain(config, build, look)
     out = Path(config.out)
     with held(out, "chain"):
         for need in plan.heldout.values():

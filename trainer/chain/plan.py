@@ -159,11 +159,11 @@ def train_need(config: ChainConfig, maker: CacheMaker, task: str, builder: Stage
         ConfigError: it would have to be built by a stage, and there is a finished one instead of a corpus.
     """
     text, what = str(config.tasks[task].train), f"tasks.{task}.train"
-    maker.check(text, what)
-    if builder is None:
-        return Need(place=maker.place(task, text), text=text, model=str(config.model), what=what)
-    by = builder.name.rsplit("/", 1)[-1]
+    by = "" if builder is None else builder.name.rsplit("/", 1)[-1]
     place = maker.place(task, text, by)
+    maker.check(text, what, place)
+    if builder is None:
+        return Need(place=place, text=text, model=str(config.model), what=what)
     if place == text:
         raise ConfigError(
             f"KL to the previous stage needs a cache that this stage builds, so {what} must be a corpus, got the "
@@ -179,10 +179,9 @@ def heldout_needs(config: ChainConfig, maker: CacheMaker) -> dict[str, Need]:
     texts |= {name: (text, f"general.{name}") for name, text in config.general.items()}
     found = {}
     for name, (text, what) in texts.items():
-        maker.check(text, what)
-        found[name] = Need(
-            place=maker.place(f"{name}-heldout", text), text=text, model=str(config.model), what=what
-        )
+        place = maker.place(f"{name}-heldout", text)
+        maker.check(text, what, place)
+        found[name] = Need(place=place, text=text, model=str(config.model), what=what)
     return found
 
 

@@ -14,7 +14,7 @@ from formats.finite_json import finite_json
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from formats.table import aligned
-from trainer.chain.caches import Build, CacheMaker, require_caches
+from trainer.chain.caches import Build, CacheMaker, Look, require_caches
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
@@ -141,6 +141,7 @@ def read_finished(
     config: ChainConfig,
     *,
     build: Build | None = None,
+    look: Look | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> ChainReport:
@@ -153,7 +154,7 @@ def read_finished(
     if config.model is None:
         raise ConfigError("a chain of finished models needs the initial one too; add model (--model)")
     out = Path(config.out)
-    needs = heldout_needs(config, maker := CacheMaker(out=out, options=config.build, build=build))
+    needs = heldout_needs(config, maker := CacheMaker(out=out, options=config.build, build=build, look=look))
     stages = {
         f"{number}-{task}": (str(entry.model), "stage", task)
         for number, (task, entry) in enumerate(config.tasks.items(), 1)

@@ -19,7 +19,7 @@ from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
 from formats.table import aligned
-from trainer.chain.caches import Build, CacheMaker, require_caches
+from trainer.chain.caches import Build, CacheMaker, Look, require_caches
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
 from trainer.evaluation.weight_distance import weight_distance
@@ -187,6 +187,7 @@ def probe_tune(
     config: TuneConfig,
     *,
     build: Build | None = None,
+    look: Look | None = None,
     pool: Pool | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -202,11 +203,11 @@ def probe_tune(
         label: resolve_model(model, revision, what="MODEL")
         for label, (model, revision) in config.models.items()
     }
-    maker = CacheMaker(out=out, options=config.build, build=build)
-    maker.check(config.text, "--text")
+    maker = CacheMaker(out=out, options=config.build, build=build, look=look)
+    first = next(iter(config.models))
+    maker.check(config.text, "--text", maker.place(first, config.text))
     require_caches(config.source, "--source")
     require_caches(config.target, "--target")
-    first = next(iter(config.models))
     with_kl = any(config.kl_coefs)
     if with_kl and len(config.models) > 1 and maker.place(first, config.text) == config.text:
         raise ConfigError(

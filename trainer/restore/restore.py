@@ -19,7 +19,7 @@ from formats.disk.durable import atomic_write_json
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress
-from trainer.chain.caches import Build, CacheMaker, require_caches
+from trainer.chain.caches import Build, CacheMaker, Look, require_caches
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
 from trainer.config import TrainConfig
@@ -63,6 +63,7 @@ def run_restore(
     config: RestoreConfig,
     *,
     build: Build | None = None,
+    look: Look | None = None,
     pool: Pool | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -72,6 +73,7 @@ def run_restore(
     Args:
         config: what to restore.
         build: builds the cache of a corpus; without it the text must be a cache.
+        look: opens that corpus before anything runs.
         pool: what trains; one run after another on this machine by default.
         limit: only the first rows of each source text.
         progress: silent by default.
@@ -84,8 +86,9 @@ def run_restore(
     initial = resolve_model(config.initial, what="--initial")
     tuned = {label: resolve_model(model, what="TUNED") for label, model in config.tuned.items()}
     settings = {label: tuning_run(model) for label, model in tuned.items()}
-    maker = CacheMaker(out=out, options=config.build, build=build)
-    maker.check(config.text, "--text")
+    maker = CacheMaker(out=out, options=config.build, build=build, look=look)
+    text = maker.place("text", config.text)
+    maker.check(config.text, "--text", text)
     require_caches(config.source, "--source")
     rates = {label: rate_of(config, label, found) for label, found in settings.items()}
     num_tokens = tokens_of(config, settings)
@@ -100,7 +103,6 @@ def run_restore(
     }
     twins = shared_controls(controls, out)
     with held(out, "restoring"):
-        text = maker.place("text", config.text)
         maker.make(config.text, config.initial, text)
         rows = choose(config, initial, text, num_tokens, progress)
         write_rows(

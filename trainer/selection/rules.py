@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from formats.errors import ConfigError
+from trainer.checks import check_at_least
 from trainer.comparison.metric import Metric
 from trainer.comparison.standing import Point, Standing, beats
 
@@ -49,11 +50,12 @@ class Rule:
             value = math.nan
         if kind == KEEP_GAIN and 0 < value <= 1:
             return cls(KEEP_GAIN, value)
-        if kind == BUDGET and 0 <= value < math.inf:
+        # Without the sign 2 would be 200 %.
+        if kind == BUDGET and number.endswith("%") and 0 <= value < math.inf:
             return cls(BUDGET, value)
         raise ConfigError(
             f"--rule must be paper, keep-gain:SHARE (0 to 1) or budget:PERCENT%, got {text!r}; for example "
-            f"{DEFAULT_RULE}"
+            f"{DEFAULT_RULE} or budget:2%"
         )
 
     def text(self) -> str:
@@ -81,6 +83,16 @@ class Pick:
     passed: tuple[str, ...]
     """Labels that the rule admits, the pick first."""
     why_none: str = ""
+
+
+def check_min_gain(min_gain: float | None) -> None:
+    """Refuse a least improvement that a loss would pass.
+
+    Raises:
+        ConfigError: it is below 0, or no number.
+    """
+    if min_gain is not None:
+        check_at_least("--min-gain", min_gain, 0, "0 takes any improvement")
 
 
 def choose(

@@ -11,7 +11,16 @@ from trainer.comparison.layout import Table, no_share_note, percent
 from trainer.comparison.metric import Metric
 from trainer.comparison.standing import Point, Standing, standings
 from trainer.comparison.table import table_text
-from trainer.selection.rules import ALL_RULES, DEFAULT_RULE, KEEP_GAIN, Pick, Rule, choose, noise_of_a_seed
+from trainer.selection.rules import (
+    ALL_RULES,
+    DEFAULT_RULE,
+    KEEP_GAIN,
+    Pick,
+    Rule,
+    check_min_gain,
+    choose,
+    noise_of_a_seed,
+)
 
 FORMAT = 1
 
@@ -172,8 +181,9 @@ def select_points(
     """The same over points of any origin.
 
     Raises:
-        ConfigError: see `standings` and `choose`.
+        ConfigError: `min_gain` is below 0; see `standings` and `choose` too.
     """
+    check_min_gain(min_gain)
     found, without_share = standings(points, metrics, initial=initial, direct=direct)
     rules = [rule if rule.kind == other.kind else other for other in map(Rule.parse, ALL_RULES)]
     picks = {}

@@ -75,6 +75,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     Raises:
         AnnealError: as `train`, `merge` and `compare` would; the message names the run.
     """
+    require_directory(Path(config.out))
     runs = plan_runs(config)
     check_yardsticks(config)
     check_inputs(config, runs)
@@ -155,6 +156,16 @@ def run_sweep(
         )
         atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report
+
+
+def require_directory(out: Path) -> None:
+    """Refuse a place for runs that is something else; nothing is written.
+
+    Raises:
+        ConfigError: it is a file, or below one.
+    """
+    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        raise ConfigError(f"--out must be a directory that can be written, got {out}: Not a directory")
 
 
 @contextlib.contextmanager

@@ -19,6 +19,13 @@ def test_an_unknown_scheme(address: str):
         TeacherCache(address)
 
 
+def test_a_file_where_a_cache_should_be(tmp_path: Path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("{}")
+    with pytest.raises(AnnealError, match=rf"a cache must be a directory, got the file {corpus}; "):
+        TeacherCache(corpus)
+
+
 def test_a_scheme_whose_package_is_missing(monkeypatch):
     from fsspec.registry import known_implementations
 

@@ -102,6 +102,7 @@ def test_a_metric_that_does_not_suit_the_kind_of_the_task_is_not_left_out_in_sil
 
 def test_shots_that_a_task_does_not_allow(tmp_path: Path) -> None:
     folder = write_forty(tmp_path / "tasks")
+    refused(folder, tmp_path / "out", "examples for at most 39 shots, got 40; ask for fewer", "forty:40")
     edit(folder, "fewshot_split: test\n", "")
     refused(folder, tmp_path / "out", "no split for its examples, got 2 shots", "forty:2")
     edit(folder, "test_split: test\nfewshot_split: test\n", "validation_split: test\nfewshot_split: test\n")

@@ -160,7 +160,7 @@ def test_each_stage_builds_the_cache_that_the_next_one_is_held_by(tiny_llama_dir
     controls = plan_chain(replace(config, compare=["direct", "multitask"]), build).direct
     assert [run.settings["cache"] for run in controls] == [str(caches / "a"), str(caches / "b-by-1-a")]
     corpora[0].write_text(corpora[1].read_text())
-    with pytest.raises(Exception, match=r"a chain keeps its texts, but in .*caches/a content was"):
+    with pytest.raises(Exception, match=r"--out keeps its texts, but in .*caches/a content was"):
         run_chain(config, build=build, pool=pool)
 
 
@@ -231,6 +231,22 @@ def test_a_text_that_moved_is_the_same_text(tiny_llama_dir, task_caches, tmp_pat
     moved.write_text(json.dumps({"text": "two"}))
     with pytest.raises(ConfigError, match="content was"):
         maker.make(str(moved), str(tiny_llama_dir), str(place))
+
+
+def test_a_text_of_which_nothing_was_built_may_be_mended(tiny_llama_dir, task_caches, tmp_path):
+    corpus, place = write_jsonl(tmp_path / "a.jsonl", [{"txet": "one"}]), tmp_path / "out/caches/a"
+
+    def build(corpus, model, out, options):
+        if "txet" in Path(corpus).read_text():
+            raise ConfigError("no known layout")
+        shutil.copytree(task_caches["one"][0], out)
+
+    maker = CacheMaker(out=tmp_path / "out", options={}, build=build)
+    with pytest.raises(ConfigError, match="no known layout"):
+        maker.make(str(corpus), str(tiny_llama_dir), str(place))
+    write_jsonl(corpus, [{"text": "one"}])
+    maker.make(str(corpus), str(tiny_llama_dir), str(place))
+    assert maker.place("a", str(corpus)) == str(place) and place.is_dir()
 
 
 def test_an_initial_model_that_is_called_like_a_stage_has_a_row(

@@ -216,7 +216,8 @@ def test_without_direct_fine_tuning():
 
 
 @pytest.mark.parametrize(
-    "text", ["best", "keep-gain", "keep-gain:0", "keep-gain:1.5", "budget:-1%", "paper:1", "budget:x"]
+    "text",
+    ["best", "keep-gain", "keep-gain:0", "keep-gain:1.5", "budget:-1%", "budget:2", "paper:1", "budget:x"],
 )
 def test_other_rules_are_refused(text):
     with pytest.raises(ConfigError, match="--rule must be paper"):
@@ -227,3 +228,17 @@ def test_rules_read_back():
     for text in ("paper", "keep-gain:0.9", "budget:2%", "budget:0.5%"):
         assert Rule.parse(text).text() == text
     assert Rule.parse("keep-gain:90%") == Rule.parse("keep-gain:0.9")
+
+
+@pytest.mark.parametrize("min_gain", [-0.01, float("nan")])
+def test_a_least_improvement_below_zero_is_refused(min_gain):
+    points = retention_points("tiny-base", "kl-0")
+    with pytest.raises(ConfigError, match="--min-gain must be"):
+        select_points(
+            points,
+            text_metrics(),
+            initial="tiny-base",
+            direct="kl-0",
+            rule=Rule.parse("paper"),
+            min_gain=min_gain,
+        )
