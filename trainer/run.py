@@ -32,8 +32,8 @@ from trainer.loss.chunks import logits_type
 from trainer.notes import notes
 from trainer.outcome import evaluate_rows, figures_of, measure_new_text
 from trainer.preflight.before_start import check_before_start
-from trainer.preflight.disk import require_disk
 from trainer.preflight.continuation import ewc_contents, run_facts
+from trainer.preflight.disk import require_disk
 from trainer.preflight.frozen import frozen_record
 from trainer.preflight.liger import settle_liger
 from trainer.quantization import as_stored

@@ -266,7 +266,7 @@ def test_a_file_more_in_a_folder_is_another_text(what, maker_of, tmp_path):
     assert maker_of(text) == []
     write_jsonl(tmp_path / "folder/two.jsonl", [{"text": "two and two"}])
     for _ in range(2):  # a refusal is no answer for the next time
-        with pytest.raises(AnnealError, match="finished cache with other settings .*corpus contents"):
+        with pytest.raises(AnnealError, match=r"finished cache with other settings .*corpus contents"):
             maker_of(text)
 
 
@@ -287,7 +287,7 @@ def test_a_note_that_is_gone_vouches_for_nothing(note, maker_of, tmp_path):
     assert maker_of(corpus) == [str(corpus)] and place.read_text() == whole and maker_of(corpus) == []
     damage()
     write_jsonl(corpus, [{"text": "two and two"}])
-    with pytest.raises(AnnealError, match="finished cache with other settings .*corpus contents"):
+    with pytest.raises(AnnealError, match=r"finished cache with other settings .*corpus contents"):
         maker_of(corpus)
 
 
