@@ -62,8 +62,11 @@ from commands.terminal import escape_unprintable, note, show  # noqa: E402
 from commands.train import train_command  # noqa: E402
 from formats.errors import AnnealError  # noqa: E402
 from formats.install import how_to_install  # noqa: E402
+from formats.interruption import raise_on_sigterm  # noqa: E402
 from formats.quiet import quiet_imports  # noqa: E402
 from onboarding import commands as onboarding  # noqa: E402
+
+UNFINISHED = "interrupted: nothing is left half-written; the same command goes on, or starts again"
 
 
 class InterruptibleGroup(TyperGroup):
@@ -74,7 +77,7 @@ class InterruptibleGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            note(str(error) or "interrupted")
+            note(str(error) or UNFINISHED)
             sys.exit(getattr(error, "exit_code", 130))
 
 
@@ -154,6 +157,7 @@ def main() -> None:
     """Entry point of the console script: runs the app, turns known errors into one line."""
     quiet_imports()
     escape_unprintable()
+    raise_on_sigterm()
     try:
         app()
     except AnnealError as error:

@@ -8,6 +8,7 @@ that started it was stopped or is gone.
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import AnnealError, ConfigError
+from formats.interruption import Interrupted
 from formats.quiet import quiet_imports
 
 HOME = Path(__file__).resolve().parents[1]
@@ -90,7 +92,7 @@ def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, An
 
     Raises:
         AnnealError: it could not be built; the first line says why.
-        KeyboardInterrupt: a signal ended it.
+        Interrupted: a signal ended it.
     """
     print(f"cache {out}: {corpus} by {model}", file=sys.stderr, flush=True)
     path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
@@ -104,15 +106,15 @@ def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, An
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
     assert process.stdin is not None and process.stdout is not None
-    stopped = False
+    stopped: KeyboardInterrupt | None = None
     try:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(settings) + "\n")
             process.stdin.flush()
         try:
             lines = process.stdout.read().splitlines()
-        except KeyboardInterrupt:
-            stopped = True
+        except KeyboardInterrupt as error:
+            stopped = error
             process.stdin.close()
             lines = process.stdout.read().splitlines()
     except KeyboardInterrupt:  # the second one
@@ -124,8 +126,10 @@ def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, An
         process.stdout.close()
         code = process.wait()
     found = json.loads(lines[-1]) if lines else {"error": f"the process of the build ended with {code}"}
-    if stopped or "interrupted" in found:
-        raise KeyboardInterrupt(f"stopped while the cache {out} was built; the same command continues")
+    if stopped is not None or "interrupted" in found:
+        # The process alone gets no other signal than this.
+        number = signal.SIGTERM if stopped is None else getattr(stopped, "exit_code", 130) - 128
+        raise Interrupted(number, f"stopped while the cache {out} was built; the same command continues")
     if "error" in found:
         raise AnnealError(f"cache {out} of {corpus}: {found['error']}")
 

@@ -53,7 +53,7 @@ FLOORS = {
         *("preflight.values", "preflight.arguments"),
         *("config", "config_file", "schedule", "preflight", "recipe", "data", "loss"),
         *("loop.signals", "loop.output_head", "loop.measure", "running", "retention", "loop"),
-        *("preflight.continuation", "preflight.memory", "preflight.before_start", "result"),
+        *("preflight.continuation", "preflight.memory", "preflight.disk", "preflight.before_start", "result"),
         *(
             "merging.settings",
             "merging.weights",

@@ -33,6 +33,7 @@ from trainer.notes import notes
 from trainer.outcome import evaluate_rows, figures_of, measure_new_text
 from trainer.preflight.before_start import check_before_start
 from trainer.preflight.continuation import ewc_contents, run_facts
+from trainer.preflight.disk import require_disk
 from trainer.preflight.frozen import frozen_record
 from trainer.preflight.liger import settle_liger
 from trainer.quantization import as_stored
@@ -117,9 +118,8 @@ def _train(
     """`train`, which closes what is entered into `opened_run`."""
     started = time.perf_counter()
     resolved, inputs, rows, student, retention = prepare(config)
-    saves = str(resolved["save_strategy"]) not in ("no", "SaveStrategy.NO")
     out = Path(config.out)
-    dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout, checkpoints=saves)
+    result_bytes = dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout)
     args = training_arguments(resolved, out)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.process_index == 0:
@@ -133,6 +133,7 @@ def _train(
     settle_liger(args, student.model)
     trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention, trainer_class)
     check_before_start(trainer)
+    require_disk(trainer, out, result_bytes)
     directory.require_same_run(run_facts(trainer, config, *facts_of(config, inputs)))
     check_before_first_step(trainer, config, inputs, rows, directory)
     how_far = partial(measure_new_text, trainer, config, inputs, student.vocab_size)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from formats.interruption import Interrupted
+
 REPEAT_SECONDS = 2.0
 """How long after a signal it is raised again, if nothing is being unwound."""
 
@@ -17,25 +19,8 @@ _depth = 0
 _waiting: int | None = None
 
 
-class BuildInterrupted(KeyboardInterrupt):
-    """A signal ended the build; everything committed stays, and the same command resumes.
-
-    A `KeyboardInterrupt`, so that no `except Exception` on the way swallows it. `str()` is a line for the
-    user.
-    """
-
-    def __init__(self, signum: int, message: str = "") -> None:
-        super().__init__(message)
-        self.signum = signum
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-    @property
-    def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM: what a shell expects."""
-        return 128 + self.signum
+class BuildInterrupted(Interrupted):
+    """A signal ended the build; everything committed stays, and the same command resumes."""
 
 
 @contextmanager

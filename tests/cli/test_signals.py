@@ -35,3 +35,49 @@ def test_a_stopped_build_is_one_line_and_goes_on(
         r"interrupted: \d+ of \d+ shards are on the disk; run the same command again to go on", last
     )
     assert "Traceback" not in message and not (tmp_path / "cache" / "manifest.json").exists()
+
+
+SENT_AT_A_FILE = """
+import os, signal, sys
+import cli
+name, sent = sys.argv.pop(1), []
+def opened(event, arguments):
+    if event == "open" and name in str(arguments[0]) and not sent:
+        sent.append(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.addaudithook(opened)
+cli.main()
+"""
+"""`anneal`, which a SIGTERM meets when it opens the first file whose path holds a name."""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".x.parquet.", ["cache", "export", "{cache}", "--parquet", "{out}/x.parquet"]),
+        (
+            ".m.merge.staging/README.md",
+            ["merge", "{model}", "--initial", "{model}", "--method", "wise-ft", "--out", "{out}/m"],
+        ),
+        (
+            ".json.",
+            [
+                *("compare", "{model}", "--source", "{cache}", "--target", "again={cache}"),
+                "--work",
+                "{out}/w",
+            ],
+        ),
+    ],
+    ids=["export", "merge", "compare"],
+)
+def test_sigterm_leaves_nothing_half_written(
+    name: str, words: list[str], cache: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    known = {"cache": cache, "model": tiny_llama_dir, "out": tmp_path}
+    command = [sys.executable, "-c", SENT_AT_A_FILE, name, *(word.format(**known) for word in words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("interrupted: nothing is left half-written")
+    assert "Traceback" not in done.stderr
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
+    assert left == []

@@ -7,6 +7,7 @@ caches/*.json          of what a cache was built: a finished one is not built ag
 This package never captures anything itself. `Build` and `Look` are handed in by who calls it.
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -18,14 +19,15 @@ from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_bytes
 from formats.disk.unfinished_build import build_progress
 from formats.errors import AnnealError, ConfigError, naming
-from formats.identity.fingerprint import resolve_model
+from formats.identity.fingerprint import resolve_model, sha256_json
 from trainer.result.lineage import own_weights
 
 Build = Callable[[str, str, str, Mapping[str, Any]], None]
-"""(corpus, model, out, options) -> a finished cache in `out`, continued where an earlier call was stopped.
+"""(corpus, model, out, options) -> a finished cache in `out`, continued where an earlier call was stopped; one that is
+finished is only compared.
 
 Raises:
-    AnnealError: it could not be built.
+    AnnealError: it could not be built, or another one is there.
 """
 Look = Callable[[str, Mapping[str, Any]], None]
 """(corpus, options) -> nothing, where a build of it can begin; no more of it is read than its first record.
@@ -107,20 +109,28 @@ class CacheMaker:
             before = json.loads(note.read_text(encoding="utf-8")) if _is_begun(place) else None
         except (OSError, ValueError):
             before = None
-        # A file is known by what is in it, wherever it is and however that is written.
-        compared = [key for key in now if key != "text" or now["content"] is None]
+        before = before if isinstance(before, dict) else None
+        # A file is known by what is in it, wherever it is and however that is written. Of a directory only some files
+        # are read: the build says whether those are the same, and so it does where the note is gone.
+        left_out = {"text": now["content"] is not None, "content": not Path(text).is_file()}
+        compared = [key for key in now if not left_out.get(key)]
         differs = None if before is None else next((k for k in compared if before.get(k) != now[k]), None)
         if before is not None and differs is not None:
             raise ConfigError(
                 f"--out keeps its texts, but in {place} {differs} was {before.get(differs)!r} and is "
                 f"{now[differs]!r}; use another --out, or remove that cache and what was trained from it"
             )
-        if is_cache(place):
+        finished = is_cache(place)
+        if finished and before is not None and before.get("content") == now["content"]:
             return
         assert self.build is not None
         note.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(note, json.dumps(now, indent=1, sort_keys=True).encode())
+        noted = json.dumps(now, indent=1, sort_keys=True).encode()
+        if not finished:  # so that one that is killed is known
+            atomic_write_bytes(note, noted)
         self.build(text, model, place, self.options)
+        if finished:
+            atomic_write_bytes(note, noted)
 
 
 def _is_begun(place: str) -> bool:
@@ -140,9 +150,21 @@ def require_caches(texts: Mapping[str, str], option: str) -> None:
 
 
 def content(text: str) -> str | None:
-    """SHA-256 of a corpus that is one file; None for others, which the build itself identifies."""
+    """SHA-256 of a corpus that is one file, or of all files of a directory or glob with their names, hidden ones left
+    out; None for a data set's name.
+    """
     path = Path(text)
-    if not path.is_file():
-        return None
+    if path.is_file():
+        return _digest(path)
+    if path.is_dir():
+        names = sorted(found.relative_to(path).as_posix() for found in path.rglob("*") if found.is_file())
+        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+        files = {name: path / name for name in names}
+    else:
+        files = {name: Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()}
+    return sha256_json({name: _digest(file) for name, file in files.items()}) if files else None
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,6 +20,7 @@ from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
 from trainer.chain.report import REPORT_NAME, ChainReport, Row, cell_text
 from trainer.result.lineage import short_name
+from trainer.sweep.sweep import held
 
 
 @dataclass(kw_only=True)
@@ -122,18 +123,23 @@ def read_releases(
     if not texts:
         raise ConfigError("a report on releases needs held-out texts, got none; write --heldout NAME=CACHE")
     require_caches(texts, "--heldout")
+    if (out / "stages").exists():
+        raise ConfigError(
+            f"a report on releases takes a directory of its own, got {out}, the matrix of whose chain it would "
+            "overwrite; choose another --out"
+        )
     directories = {
         label: resolve_model(model, what="--initial" if model == initial else "MODEL")
         for label, model in models.items()
     }
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, (label, directory) in enumerate(directories.items()):
-        kind = "initial" if number == 0 and initial is not None else "release"
-        results = read_model(label, directory, texts, out / "evaluations", limit=limit, progress=progress)
-        rows.append(Row(label=label, kind=kind, directory=str(directory), results=results))
-    report = ReleaseReport(columns=list(texts), rows=rows, metric=metric)
-    atomic_write_json(out / REPORT_NAME, report.to_dict())
+    with held(out, "report"):
+        rows = []
+        for number, (label, directory) in enumerate(directories.items()):
+            kind = "initial" if number == 0 and initial is not None else "release"
+            results = read_model(label, directory, texts, out / "evaluations", limit=limit, progress=progress)
+            rows.append(Row(label=label, kind=kind, directory=str(directory), results=results))
+        report = ReleaseReport(columns=list(texts), rows=rows, metric=metric)
+        atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report
 
 
@@ -167,25 +173,25 @@ def read_finished(
         label: resolve_model(model, what=f"tasks.{task}.model" if task else "--model")
         for label, (model, _, task) in models.items()
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for need in needs.values():
-        maker.make(need.text, need.model, need.place)
-    texts = {name: need.place for name, need in needs.items()}
-    rows = []
-    for number, (label, (_, kind, learnt)) in enumerate(models.items()):
-        results = read_model(
-            label, directories[label], texts, out / "evaluations", limit=limit, progress=progress
-        )
-        rows.append(
-            Row(
-                label=label,
-                kind=kind,
-                directory=str(directories[label]),
-                results=results,
-                stage=number,
-                task=learnt,
+    with held(out, "chain"):
+        for need in needs.values():
+            maker.make(need.text, need.model, need.place)
+        texts = {name: need.place for name, need in needs.items()}
+        rows = []
+        for number, (label, (_, kind, learnt)) in enumerate(models.items()):
+            results = read_model(
+                label, directories[label], texts, out / "evaluations", limit=limit, progress=progress
             )
-        )
-    report = ChainReport(config=config, columns=list(texts), rows=rows, failed={})
-    atomic_write_json(out / REPORT_NAME, report.to_dict())
+            rows.append(
+                Row(
+                    label=label,
+                    kind=kind,
+                    directory=str(directories[label]),
+                    results=results,
+                    stage=number,
+                    task=learnt,
+                )
+            )
+        report = ChainReport(config=config, columns=list(texts), rows=rows, failed={})
+        atomic_write_json(out / REPORT_NAME, report.to_dict())
     return report

@@ -11,6 +11,7 @@ dropped at the next write.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes, one_at_a_time
 from formats.identity.fingerprint import sha256_json
 from trainer.evaluation.evaluate import Result
 
@@ -107,12 +108,14 @@ class EvaluationFile:
         """
         if any(isinstance(value, float) and not math.isfinite(value) for value in result.values()):
             return True
-        entries = [entry for entry in self._entries() if entry["settings"] != dict(key)]
-        entries.append({"settings": dict(key), "result": dict(result)})
-        content = {"format": FORMAT, "model": self.model, "evaluations": entries}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_bytes(self.path, json.dumps(content, indent=1).encode())
+            os.close(os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o666))  # an empty one knows nothing
+            with one_at_a_time(self.path):  # comparisons of one model may end together
+                entries = [entry for entry in self._entries() if entry["settings"] != dict(key)]
+                entries.append({"settings": dict(key), "result": dict(result)})
+                content = {"format": FORMAT, "model": self.model, "evaluations": entries}
+                atomic_write_bytes(self.path, json.dumps(content, indent=1).encode())
         except OSError:
             return False
         return True

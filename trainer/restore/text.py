@@ -14,7 +14,7 @@ import numpy as np
 
 from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_bytes
-from formats.errors import ConfigError
+from formats.errors import AnnealError, ConfigError
 from formats.writer import CacheWriter
 
 NOTE = "text.json"
@@ -48,7 +48,7 @@ def up_to(order: np.ndarray, lengths_N: np.ndarray, num_tokens: int) -> list[int
 
 
 def write_rows(cache: TeacherCache, rows: list[int], place: Path, note: Mapping[str, Any]) -> None:
-    """A cache of some rows of another one, in their order there; nothing is done where it is there already.
+    """A cache of some rows of another one, in their order there; nothing is done where it is there already, whole.
 
     Raises:
         ConfigError: there are no rows, or the place holds another choice.
@@ -58,13 +58,14 @@ def write_rows(cache: TeacherCache, rows: list[int], place: Path, note: Mapping[
     now = {**note, "rows": sorted(rows), "cache": cache.digest}
     text = json.dumps(now, sort_keys=True)
     path = place.with_name(NOTE)
-    if path.exists():
-        if path.read_text(encoding="utf-8").strip() != text:
-            raise ConfigError(
-                f"a restoring keeps its text, but {path} says that another one was chosen; use another --out"
-            )
+    before = _chosen(path)
+    if before is not None and before != now:
+        raise ConfigError(
+            f"a restoring keeps its text, but {path} says that another one was chosen; use another --out"
+        )
+    if before is not None and _is_whole(place):
         return
-    shutil.rmtree(place, ignore_errors=True)  # of a call that was killed
+    shutil.rmtree(place, ignore_errors=True)  # of a call that was killed, or damaged
     manifest = cache.manifest
     with CacheWriter(
         place,
@@ -82,3 +83,20 @@ def write_rows(cache: TeacherCache, rows: list[int], place: Path, note: Mapping[
             found = cache[row]
             writer.append(found.tokens, found.teacher)
     atomic_write_bytes(path, text.encode() + b"\n")
+
+
+def _chosen(path: Path) -> dict[str, Any] | None:
+    """What a call before this one chose; None where nobody says it any more."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        TeacherCache(place).validate()
+    except (AnnealError, OSError):
+        return False
+    return True

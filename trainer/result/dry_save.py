@@ -11,8 +11,8 @@ from typing import Any
 
 from formats.errors import ConfigError, one_line
 from formats.identity.fingerprint import TokenizerFingerprint
-from formats.progress import format_bytes
 from trainer.loading import load_tokenizer
+from trainer.preflight.disk import require_space
 from trainer.result.saving import ResultLayout, copy_companions, write_config
 
 
@@ -22,9 +22,7 @@ def dry_save(
     model_dir: Path,
     out: Path,
     layout: ResultLayout | None,
-    *,
-    checkpoints: bool,
-) -> None:
+) -> int:
     """Save a run's checkpoint and result in all but their weights, and remove them.
 
     A generation config that transformers refuses to write (`do_sample: false` beside a temperature) is
@@ -37,7 +35,9 @@ def dry_save(
         model_dir: the initial model.
         out: the run's directory, which need not exist yet.
         layout: of the result's weights; None when the adapter alone is saved.
-        checkpoints: whether the run saves any.
+
+    Returns:
+        The bytes of the result's weights.
 
     Raises:
         ConfigError: what cannot be saved, and why.
@@ -66,9 +66,8 @@ def dry_save(
             ) from None
         _require_same_tokenizer(tokenizer, result, model_dir)
     result_bytes = adapter_bytes + (layout.num_bytes if layout is not None else 0)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    # The result is staged while the last checkpoint is still there.
-    require_space(out, result_bytes + (trained if checkpoints else 0))
+    require_space(out, result_bytes, "the weights of the result", "free some, or choose another directory")
+    return result_bytes
 
 
 def _require_generation_config(model: Any, folder: Path) -> None:
@@ -97,20 +96,3 @@ def _require_same_tokenizer(tokenizer: Any, result: Path, model_dir: Path) -> No
                 f"the result must read text as the initial model does, got another {part.replace('_', ' ')} "
                 f"from the tokenizer files of {model_dir}; save the tokenizer again with save_pretrained"
             )
-
-
-def require_space(out: Path, num_bytes: int) -> None:
-    """Refuse a run whose result has no room.
-
-    Raises:
-        ConfigError: the disk of `out` has fewer bytes left.
-    """
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < num_bytes:
-        raise ConfigError(
-            f"--out must have room for the result, which takes {format_bytes(num_bytes)} with its last "
-            f"checkpoint, got {format_bytes(free)} free at {place}; free some, or choose another directory"
-        )

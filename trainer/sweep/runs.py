@@ -18,6 +18,7 @@ from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_json
 from formats.errors import AnnealError, ConfigError
 from formats.identity.fingerprint import resolve_model
+from formats.interruption import Interrupted
 from formats.progress import Progress
 from trainer.checkpoint import newest_checkpoint
 from trainer.config import TrainConfig
@@ -34,15 +35,8 @@ FOR_GOOD = "DivergenceError"
 """The failure that the same settings give again; others are tried again."""
 
 
-class SweepStopped(KeyboardInterrupt):
-    """A signal ended the sweep; finished runs stay, those under way have a checkpoint, the same command continues.
-
-    A `KeyboardInterrupt`, so that no `except Exception` on the way swallows it.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
+class SweepStopped(Interrupted):
+    """A signal ended the sweep; finished runs stay, those under way have a checkpoint, the same command continues."""
 
 
 def is_finished(directory: Path) -> bool:

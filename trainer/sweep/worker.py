@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import AnnealError
+from formats.interruption import raise_on_sigterm
 from formats.quiet import quiet_imports
 
 LOCKED_SECONDS = 600.0
@@ -94,7 +95,11 @@ def main() -> None:
     quiet_imports()
     order = json.loads(read_line())
     stop_when_stdin_ends()
-    found = WORKS[order["work"]](order["settings"])
+    raise_on_sigterm()  # before a run has its first step, and after its last one
+    try:
+        found = WORKS[order["work"]](order["settings"])
+    except KeyboardInterrupt:
+        found = {"interrupted": "SIGTERM"}
     print(json.dumps(found), file=outcome, flush=True)
     if "error" in found:
         print(f"error: {found['error']}", file=sys.stderr, flush=True)

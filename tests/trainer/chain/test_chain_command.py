@@ -18,11 +18,12 @@ from runs import QUICK, copy_model, noise, same_weights
 from warm_process import Command
 from warm_process import anneal as anneal_process
 
-from formats.errors import ConfigError
+from formats.errors import AnnealError, ConfigError
 from trainer import evaluate
 from trainer.chain.caches import CacheMaker
 from trainer.chain.config import ChainConfig, Task
 from trainer.chain.releases import read_finished
+from trainer.sweep.sweep import held
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -247,6 +248,75 @@ def test_a_text_of_which_nothing_was_built_may_be_mended(tiny_llama_dir, task_ca
     write_jsonl(corpus, [{"text": "one"}])
     maker.make(str(corpus), str(tiny_llama_dir), str(place))
     assert maker.place("a", str(corpus)) == str(place) and place.is_dir()
+
+
+@pytest.fixture
+def maker_of(tiny_llama_dir, tmp_path):
+    """Makes `caches/a` of a text by the real build; the texts that went through it are noted."""
+    from cache_builder import BuildConfig, build_cache
+
+    built = []
+
+    def build(corpus, model, out, options):
+        built.append(corpus)
+        build_cache(BuildConfig(corpus=corpus, model=model, out=out, **options))
+
+    maker = CacheMaker(out=tmp_path / "out", options={"engine": "transformers"}, build=build)
+
+    def make(text) -> list[str]:
+        built.clear()
+        maker.make(str(text), str(tiny_llama_dir), str(tmp_path / "out/caches/a"))
+        return list(built)
+
+    return make
+
+
+@pytest.mark.parametrize("what", ["folder", "folder/*.jsonl"])
+def test_a_file_more_in_a_folder_is_another_text(what, maker_of, tmp_path):
+    text = tmp_path / what
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder/one.jsonl", [{"text": "one and one"}])
+    assert maker_of(text) == [str(text)] and maker_of(text) == []
+    (tmp_path / "folder/README.md").write_text("What this is.")
+    assert maker_of(text) == ([str(text)] if what == "folder" else []), "looked at: it is no text"
+    assert maker_of(text) == []
+    write_jsonl(tmp_path / "folder/two.jsonl", [{"text": "two and two"}])
+    for _ in range(2):  # a refusal is no answer for the next time
+        with pytest.raises(AnnealError, match=r"finished cache with other settings .*corpus contents"):
+            maker_of(text)
+
+
+@pytest.mark.parametrize("note", ["", "[]", None])
+def test_a_note_that_is_gone_vouches_for_nothing(note, maker_of, tmp_path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"text": "one and one"}])
+    assert maker_of(corpus) == [str(corpus)]
+    place = tmp_path / "out/caches/a.json"
+    whole = place.read_text()
+
+    def damage() -> None:
+        if note is None:
+            place.unlink()
+        else:
+            place.write_text(note)
+
+    damage()
+    assert maker_of(corpus) == [str(corpus)] and place.read_text() == whole and maker_of(corpus) == []
+    damage()
+    write_jsonl(corpus, [{"text": "two and two"}])
+    with pytest.raises(AnnealError, match=r"finished cache with other settings .*corpus contents"):
+        maker_of(corpus)
+
+
+def test_releases_do_not_take_the_matrix_of_a_chain(anneal, releases, task_caches, tmp_path):
+    (tmp_path / "out/stages").mkdir(parents=True)
+    (tmp_path / "out/matrix.json").write_text("the chain's")
+    words = ["chain", "--models", *releases, "--heldout", f"one={task_caches['one'][1]}"]
+    code, _, err = anneal(*words, "--out", tmp_path / "out")
+    assert code == 1 and "takes a directory of its own" in err and err.count("\n") == 1
+    assert (tmp_path / "out/matrix.json").read_text() == "the chain's"
+    with held(tmp_path / "other", "report"):
+        code, _, err = anneal(*words, "--out", tmp_path / "other")
+    assert code == 1 and "--out must belong to one report" in err
 
 
 def test_an_initial_model_that_is_called_like_a_stage_has_a_row(

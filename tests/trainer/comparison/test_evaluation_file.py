@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from caches import write_cache
@@ -69,3 +70,17 @@ def test_a_folder_of_its_own_tells_models_of_one_label_apart(tmp_path, cache):
     assert [path.name.startswith("kl_1_x-") for path in (tmp_path / "work").iterdir()] == [True]
     (tmp_path / "file").write_text("")
     assert not EvaluationFile(tmp_path, MODEL, "a", tmp_path / "file").add(key(cache), RESULT)
+
+
+def test_what_two_comparisons_of_one_model_find_is_both_remembered(tmp_path, cache):
+    """Each reads what is known and writes it again with its own result."""
+
+    def compare(first: int) -> None:
+        file = EvaluationFile(tmp_path, MODEL, "a")
+        for number in range(first, first + 8):
+            assert file.add({**key(cache), "limit": number}, RESULT)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(compare, range(0, 32, 8)))
+    content = json.loads((tmp_path / EVALUATIONS_NAME).read_text())
+    assert sorted(entry["settings"]["limit"] for entry in content["evaluations"]) == list(range(32))

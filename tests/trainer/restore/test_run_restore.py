@@ -14,6 +14,7 @@ from formats.errors import ConfigError
 from trainer import evaluate, train
 from trainer.restore.config import RestoreConfig
 from trainer.restore.restore import run_restore
+from trainer.restore.text import write_rows
 
 TRAINING = {
     "per_device_train_batch_size": 4,
@@ -147,3 +148,27 @@ def test_a_model_that_was_tuned_again_is_not_measured_by_its_old_run(places, tmp
     shutil.copy(places["base"] / "model.safetensors", tuned / "model.safetensors")
     with pytest.raises(ConfigError, match=r"in .*restored/again weights of the model was"):
         run_restore(config, pool=InThisProcess())
+
+
+def lose_note(place) -> None:
+    place.with_name("text.json").write_text("{")
+
+
+def cut_shard(place) -> None:
+    shard = next(place.glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize("damage", [lose_note, cut_shard, shutil.rmtree], ids=lambda done: done.__name__)
+def test_rows_that_are_damaged_are_written_again(damage, places, tmp_path):
+    """They follow from the text, so the same rows with the same digest: runs on them go on."""
+    cache, place = TeacherCache(places["text"]), tmp_path / "text/rows"
+    write_rows(cache, [3, 1], place, {"seed": 0})
+    digest = TeacherCache(place).digest
+    damage(place)
+    write_rows(cache, [3, 1], place, {"seed": 0})
+    again = TeacherCache(place)
+    again.validate(full=True)
+    assert again.digest == digest and len(again) == 2
+    with pytest.raises(ConfigError, match="another one was chosen"):
+        write_rows(cache, [3, 2], place, {"seed": 0})

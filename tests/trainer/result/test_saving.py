@@ -294,7 +294,9 @@ def test_a_disk_without_room(base, tmp_path, monkeypatch):
     size = (model_dir / "model.safetensors").stat().st_size
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(dry_save.shutil, "disk_usage", lambda path: usage._replace(free=size // 2))
-    refused(settings(cache, model_dir, tmp_path / "deep" / "run"), "must have room for the result", "free at")
+    refused(
+        settings(cache, model_dir, tmp_path / "deep" / "run"), "room for the weights of the result", "free at"
+    )
     assert not (tmp_path / "deep").exists()
 
 
