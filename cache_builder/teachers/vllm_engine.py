@@ -15,12 +15,12 @@ from cache_builder.teachers.engine_log import EngineLog
 from cache_builder.teachers.fast_dtype import resolve_dtype
 from cache_builder.teachers.model_config import attention_softcap, checkpoint_dtype, read_model_config
 from cache_builder.teachers.protocol import TeacherConfig, TeacherError
+from cache_builder.teachers.vllm_import import import_vllm
 from cache_builder.teachers.vllm_settings import (
     advised,
     child_environment,
     engine_arguments,
     engine_line,
-    import_vllm,
     quiet_environment,
     refuse_ignored_softcap,
     sampler_arguments,
