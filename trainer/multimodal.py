@@ -7,12 +7,18 @@ text model and the output head is not trained and gets no adapters.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from formats.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
 PLACES = ("model.language_model.", "language_model.")
 """Where transformers keeps the text model of a multimodal one."""
+PLANES = ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl", "ernie4_5_vl_moe")
+"""Types of models that take positions in time, height and width, and look for packed rows (transformers 5.19) in a
+fourth plane alone, before these; their successors make four planes of one by themselves."""
 
 
 def auto_class(model_dir: Path) -> Any:
@@ -53,6 +59,13 @@ def require_text_model(model: Any) -> None:
             "--model must be a causal language model, alone or as the language_model of a multimodal one, got "
             f"{type(model).__name__}; use the checkpoint of its text model"
         )
+
+
+def packed_positions(model_type: str, position_ids_BL: "torch.Tensor") -> "torch.Tensor":
+    """Positions of packed rows as this type of model takes them: [B, L], or [4, B, L] with `PLANES`, all alike."""
+    if model_type not in PLANES:
+        return position_ids_BL
+    return position_ids_BL.expand(4, *position_ids_BL.shape)
 
 
 def encoders(model: Any) -> dict[str, list[Any]]:

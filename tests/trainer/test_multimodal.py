@@ -16,7 +16,7 @@ from cache_builder import TeacherConfig
 from cache_builder.teachers.transformers_teacher import TransformersTeacher
 from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
-from formats.errors import ConfigError
+from formats.errors import ConfigError, IdentityMismatchError
 from trainer import evaluate, train
 from trainer.loading import load_model
 from trainer.multimodal import encoders
@@ -132,5 +132,9 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path):
 def test_packed_rows_do_not_see_each_other(wrapper, tmp_path):
     """The check before the first step packs as training does: a row that saw its neighbour would have a KL there."""
     model, cache = wrapper
-    report = train(settings(cache, model, tmp_path / "run", "packing=true", "training.max_steps=1"))
-    assert report.step0["kl"] < 1e-5
+    config = settings(cache, model, tmp_path / "run", "packing=true", "training.max_steps=1")
+    if "qwen3_5" in model.name:  # its layers with a state need kernels for that, which no CPU has
+        with pytest.raises(IdentityMismatchError, match="cannot pack"):
+            train(config)
+        return
+    assert train(config).step0["kl"] < 1e-5

@@ -28,6 +28,7 @@ from trainer.data.teacher_batch import TeacherBatch
 from trainer.loading import unwrapped
 from trainer.loss.label_annealing_loss import LabelAnnealingOutput, label_annealing_loss
 from trainer.loss.token_weights import LabelTerms
+from trainer.multimodal import packed_positions
 from trainer.objective import Objective
 
 SCALES = (("logit_scale", False), ("logits_scaling", True), ("lm_head_multiplier", False))
@@ -196,6 +197,9 @@ class OutputHead:
             ConfigError: the model does not call its output head.
         """
         inputs, labels_N, teacher = split_batch(batch)
+        if "position_ids" in inputs:
+            config: Any = self.model.config
+            inputs["position_ids"] = packed_positions(config.model_type, inputs["position_ids"])
         request = HeadRequest(
             labels_N, teacher, kl_coef, kl_direction, num_ce, num_kl, measure_tokens, objective
         )
