@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.disk.durable import atomic_write_bytes
+from formats.disk.output_file import misplaced
 from formats.errors import ConfigError
 from formats.install import how_to_install
 
@@ -17,15 +18,13 @@ def require_plottable(path: str | Path) -> Path:
     """Find out before the work whether a plot can be drawn and written to `path`; nothing is written.
 
     Raises:
-        ConfigError: another ending, no such directory, or matplotlib is missing.
+        ConfigError: another ending, no place for it (`misplaced`), or matplotlib is missing.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise _unwritable(path, "another ending")
-    if path.is_dir():
-        raise _unwritable(path, "a directory")
-    if not path.parent.is_dir():
-        raise _unwritable(path, f"no directory {path.parent}")
+    if reason := misplaced(path):
+        raise _unwritable(path, reason)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from formats.disk.output_file import misplaced
 from formats.disk.token_row import IGNORED
 from formats.errors import ConfigError
 from integrations.joined_rows import mask_of, rows_of
@@ -26,7 +27,7 @@ def write_rows(dataset: Any, path: str | Path) -> tuple[int, int]:
         (rows, tokens of the longest one).
 
     Raises:
-        ConfigError: the file is there already, or no row carries loss.
+        ConfigError: the file is there already, has no place (`misplaced`), or no row carries loss.
     """
     if int(os.environ.get("RANK", "0")):
         sizes = [len(ids) for group in _groups(dataset) for ids, _ in group]
@@ -34,8 +35,9 @@ def write_rows(dataset: Any, path: str | Path) -> tuple[int, int]:
     target = Path(path).expanduser()
     if target.exists():
         raise ConfigError(f"{target} must be a new file, got one that is there; remove it or choose another")
+    if reason := misplaced(target):
+        raise ConfigError(f"rows must go to a file that can be written, got {target}: {reason}")
     staging = target.with_name(f".{target.name}.{os.getpid()}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     num_rows = longest = 0
     try:
         with pq.ParquetWriter(staging, SCHEMA) as writer:

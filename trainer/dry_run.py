@@ -43,8 +43,8 @@ class TrainingPlan:
         sequences, tokens = self.micro_batch
         lines = [
             *self.notes,
-            f"{self.num_steps:,} steps, {self.steps_per_epoch:,} to an epoch, of {self.micro_batches} x "
-            f"{sequences} sequences of up to {tokens:,} tokens",
+            f"{self.num_steps:,} step{'s' * (self.num_steps != 1)}, {self.steps_per_epoch:,} to an epoch, of "
+            f"{self.micro_batches} x {sequences} sequences of up to {tokens:,} tokens",
             f"a step holds, GiB on each process: {self.memory}",
             f"at most {self.memory.peak / GIB:.2f} at a time, of {self.capacity / GIB:.2f} ({self.device})",
         ]

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from formats.errors import AnnealError
+from formats.progress import counted
 from trainer.checkpoint import writing_to
 from trainer.config import TrainConfig
 from trainer.evaluation.weight_distance import weight_distance
@@ -87,7 +88,7 @@ class TrainReport:
                 "checkpoint saved; "
                 "the same command continues"
             )
-        return f"{self.num_steps} steps in {self.seconds:.0f} s; model in {self.out}"
+        return f"{counted(self.num_steps, 'step')} in {self.seconds:.0f} s; model in {self.out}"
 
 
 def train(

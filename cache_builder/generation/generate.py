@@ -18,7 +18,7 @@ from cache_builder.generation.recipe import Recipe
 from cache_builder.rows.preview import render_row
 from cache_builder.teachers.protocol import Sampler, TeacherError
 from formats.disk.token_row import TokenRow
-from formats.progress import Progress, format_seconds
+from formats.progress import Progress, counted, format_seconds
 
 
 class GeneratedRows(Iterator[TokenRow]):
@@ -124,7 +124,7 @@ class GeneratedRows(Iterator[TokenRow]):
                 self._step(f"generated {first}")
             seconds = time.monotonic() - began
             self._progress.note(
-                f"wrote {num_left} rows, {num_tokens} new tokens in {format_seconds(seconds)} "
+                f"wrote {counted(num_left, 'row')}, {counted(num_tokens, 'new token')} in {format_seconds(seconds)} "
                 f"({num_tokens / max(seconds, 1e-9):,.0f} tokens/s)"
             )
         finally:

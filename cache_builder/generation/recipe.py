@@ -102,8 +102,8 @@ class Recipe:
             what = f"{count} of {prompts.source} ({prompts.kind}), in turn"
         ends = " or ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in self.stop_tokens)
         return [
-            f"corpus: {config.num_rows} rows that the model writes itself, temperature {config.temperature:g}, seed "
-            f"{config.seed}",
+            f"corpus: {counted(config.num_rows, 'row')} that the model writes itself, temperature "
+            f"{config.temperature:g}, seed {config.seed}",
             f"prompts: {what}; loss on every new token",
             f"rows end with {f'{ends}, or' if ends else 'nothing but'} {self.max_length} tokens",
             *prompts.notes(),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from formats.disk.durable import commit_exclusive, temporary_name
+from formats.disk.output_file import misplaced
 from formats.errors import ConfigError, one_line
 
 
@@ -14,7 +15,7 @@ class NewParquetFile:
     """The name is checked first, so that nothing is computed for a file that cannot be.
 
     Raises:
-        ConfigError: `out` exists, has another suffix, or is an address.
+        ConfigError: `out` exists, has another suffix, is an address, or has no place (`misplaced`).
     """
 
     def __init__(self, out: str | Path) -> None:
@@ -26,6 +27,8 @@ class NewParquetFile:
             first.endswith(":") and not Path(first).exists()
         ):  # s3://bucket/x.parquet, of which Path makes s3:/bucket/...
             raise self._refusal("which is an address; write it here and copy it there")
+        if reason := misplaced(self.path):
+            raise self._refusal(reason)
 
     def _refusal(self, reason: str) -> ConfigError:
         return ConfigError(f"--parquet must name a new .parquet file, got {self.path}, {reason}")
@@ -42,7 +45,6 @@ class NewParquetFile:
 
         temporary = temporary_name(self.path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             # Opened here: given a name, pyarrow takes one such as `run:1/x` for an address.
             with (
                 open(temporary, "xb") as file,

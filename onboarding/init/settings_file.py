@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from formats.disk.durable import atomic_write_bytes
+from formats.disk.output_file import misplaced
 from formats.errors import ConfigError
 from formats.progress import counted
 from onboarding.init.look import Look
@@ -158,10 +159,11 @@ def write(look: Look, path: Path, *, cache: str, out: str) -> Plan:
         raise ConfigError(
             f"--file must name a new file, got {path}, which exists; remove it or choose another"
         )
+    if reason := misplaced(path):
+        raise ConfigError(f"--file must name a file that can be written, got {path}: {reason}")
     plan = plan_for(look)
     text = text_of(look, plan, cache=cache, out=out, path=str(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(path, text.encode())
     except OSError as error:
         raise ConfigError(

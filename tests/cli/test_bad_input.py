@@ -214,6 +214,8 @@ def test_eval_names_must_differ(anneal: Run, cache: Path, tiny_llama_dir: Path) 
         (("a=MODEL", "--initial", "OTHER"), "model weights"),
         (("MODEL", "--plot", "picture.gif"), ".png, .svg or .pdf"),
         (("MODEL", "--plot", "nowhere/picture.png"), "no directory nowhere"),
+        (("MODEL", "--plot", "CACHE/picture.png"), "is a cache, which holds its own files alone"),
+        (("MODEL", "--html", "CACHE/page.html"), "is a cache, which holds its own files alone"),
         (("MODEL", "--dtype", "int4"), "float32, bfloat16, float16"),
         (("MODEL", "--source", "./gone"), "gone"),
         (("MODEL", "--source", "gone"), "got no bench.json in"),

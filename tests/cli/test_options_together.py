@@ -142,6 +142,13 @@ def test_settings_into_a_place_that_cannot_be(anneal: Run, corpus: Path, tiny_ll
     assert err.startswith(
         f"error: --file must name a file that can be written, got {corpus / 'train.yaml'}: "
     )
+    gone = corpus.parent / "gone"
+    err = refused(anneal, "init", corpus, "--model", tiny_llama_dir, "--file", gone / "train.yaml")
+    assert (
+        err
+        == f"error: --file must name a file that can be written, got {gone / 'train.yaml'}: no directory {gone}\n"
+    )
+    assert not gone.exists()
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"\\xef"), ("utf-8", "ï".encode())])

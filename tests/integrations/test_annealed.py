@@ -84,6 +84,9 @@ def test_padding_is_neither_learnt_nor_written(side, tmp_path, tiny_llama_dir):
     assert losses(trainer_of(tiny_llama_dir, tmp_path, cache, given)) == pytest.approx(
         expected, rel=1e-5, abs=1e-6
     )
+    for gone, reason in ((tmp_path / "gone", "no directory"), (cache, "is a cache")):
+        with pytest.raises(ConfigError, match=reason):
+            write_rows(given, gone / "rows.parquet")
     write_rows(given, tmp_path / "rows.parquet")
     written = pq.read_table(tmp_path / "rows.parquet").to_pydict()
     assert written["input_ids"] == rows["input_ids"]

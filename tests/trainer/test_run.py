@@ -36,7 +36,8 @@ def test_the_report_tells_what_happened(trained):
     assert abs(steps[0]["kl"]) < 1e-6 < steps[1]["kl"]
     found = report.evaluation["held-out"]
     assert found["perplexity"] == pytest.approx(np.exp(found["ce"])) and found["kl"] > 1e-6
-    assert str(out) in report.line()
+    assert report.line().startswith("2 steps in ") and str(out) in report.line()
+    assert dataclasses.replace(report, num_steps=1).line().startswith("1 step in ")
 
 
 def test_the_directory_holds_a_model_its_settings_and_a_card(trained, tiny_llama_dir, pruned_cache):

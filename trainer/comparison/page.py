@@ -9,6 +9,7 @@ import itertools
 from pathlib import Path
 
 from formats.disk.durable import atomic_write_bytes
+from formats.disk.output_file import misplaced
 from formats.errors import ConfigError
 from trainer.comparison.layout import Table, flips_table, main_table, notes_of
 from trainer.comparison.lines import Lines
@@ -70,17 +71,11 @@ def require_page(path: str | Path) -> Path:
     """Find out before the work whether a page can be written to `path`; nothing is written.
 
     Raises:
-        ConfigError: another ending, a directory, or no such directory.
+        ConfigError: another ending, or no place for it (`misplaced`).
     """
     path = Path(path)
-    reason = None
-    if path.suffix.lower() not in (".html", ".htm"):
-        reason = "another ending"
-    elif path.is_dir():
-        reason = "a directory"
-    elif not path.parent.is_dir():
-        reason = f"no directory {path.parent}"
-    if reason:
+    ours = path.suffix.lower() in (".html", ".htm")
+    if reason := misplaced(path) if ours else "another ending":
         raise ConfigError(f"the page must go to a writable .html file, got {path}: {reason}")
     return path
 

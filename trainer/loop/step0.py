@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from formats.errors import AnnealError, IdentityMismatchError
+from formats.progress import counted
 from trainer.data.dataset import CachedDataset
 from trainer.data.sampler import sample_rows
 from trainer.running import RunningTrainer
@@ -60,7 +61,7 @@ class Step0Report:
             verdict = "not what the cache's teacher says, which was allowed"
         return (
             f"step 0: KL({teacher} || model) = {self.kl:.2e} nats over {self.num_positions:,} positions of "
-            f"{self.num_rows} rows{limit}: {verdict}"
+            f"{counted(self.num_rows, 'row')}{limit}: {verdict}"
         )
 
     def to_dict(self) -> dict[str, Any]:

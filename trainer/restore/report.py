@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from formats.finite_json import finite_json
+from formats.progress import counted
 from formats.table import aligned
 from trainer.chain.report import KEPT
 from trainer.evaluation.evaluate import Result
@@ -70,7 +71,7 @@ class RestoreReport:
             first = next(iter(self.initial))
             before, after = self.initial[first]["perplexity"], self.models[0].control[first]["perplexity"]
             parts.append(
-                f"restored by {self.num_rows} rows, {self.num_tokens:,} tokens; the same text takes "
+                f"restored by {counted(self.num_rows, 'row')}, {self.num_tokens:,} tokens; the same text takes "
                 f"{self.initial_label} from perplexity {before:.2f} to {after:.2f} on {first} (the control)"
             )
         parts.append(

@@ -83,6 +83,18 @@ def test_bad_outputs_leave_nothing(cache: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["there.parquet"]
 
 
+def test_a_file_has_a_folder_that_is_no_cache(cache: Path, tmp_path: Path) -> None:
+    """A folder that is missing is a slip of the pen, and another file in a cache stops its --overwrite."""
+    before = sorted(path.name for path in cache.iterdir())
+    for out, reason in (
+        (tmp_path / "gone" / "x.parquet", "no directory"),
+        (cache / "x.parquet", "is a cache"),
+    ):
+        with pytest.raises(ConfigError, match=f"--parquet must name.*{reason}"):
+            export_parquet(cache, out)
+    assert list(tmp_path.iterdir()) == [] and sorted(path.name for path in cache.iterdir()) == before
+
+
 def test_an_interrupted_export_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch) -> None:
     def stop(group):
         raise KeyboardInterrupt
@@ -110,6 +122,7 @@ def test_a_row_group_holds_so_many_entries(cache: Path, tmp_path: Path, monkeypa
 def test_names_that_could_be_addresses(cache: Path, tmp_path: Path, monkeypatch, name: str) -> None:
     """pyarrow takes `run:1/x` for an address of the scheme `run`, and no name that is not UTF-8."""
     monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
     assert export_parquet(cache, name, limit=1).num_rows == 1
     assert os.listdir(Path(name).parent) == [Path(name).name]
     with open(name, "rb") as file:
