@@ -14,8 +14,15 @@ from collections.abc import Iterator
 
 TAIL_BYTES = 1 << 20
 ERROR_LINE = re.compile(r"\b([A-Z]\w*(?:Error|Exception|Interrupt)): +(\S.*)")
-CONSEQUENCES = ("initialization failed", "EngineDeadError", "died unexpectedly", "See root cause")
+CONSEQUENCES = (
+    "initialization failed",
+    "EngineDeadError",
+    "died unexpectedly",
+    "See root cause",
+    ": cancelled",
+)
 """Parts of errors that only report another one."""
+NO_WORD = "one of its processes ended without a word, as when the system kills it because memory runs out"
 
 
 class EngineLog:
@@ -59,6 +66,8 @@ class EngineLog:
 
     def explain(self, otherwise: str) -> str:
         """The cause, or `otherwise` where the log names none, and where to see more if it is hidden."""
+        if any(part in otherwise for part in CONSEQUENCES):  # of something that left no line
+            otherwise = NO_WORD
         return (self.cause() or otherwise) + (
             "; --debug shows its whole log" if self._file is not None else ""
         )

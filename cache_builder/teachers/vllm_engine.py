@@ -6,8 +6,11 @@ is of one kind for as long as it lives.
 
 import contextlib
 import importlib.metadata
+import signal
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,7 @@ class HeldEngine:
         self._engine: Any = None
         running = start_engine(config, pooling=pooling)
         self._engine, self._log = running.engine, running.log
+        wake_when_killed(running.engine)
         self.vocab_size = running.vocab_size
         self._description = running.describe()
         self._num_requests = 0
@@ -92,9 +96,27 @@ class HeldEngine:
         try:
             return list(self._engine.step())
         except Exception as error:
-            self.close()
-            cause = self._log.explain(f"{type(error).__name__}: {engine_line(error)}")
-            raise TeacherError(f"the vLLM engine must keep running, got {cause}") from error
+            raise self._failed(error) from error
+
+    def _add(self, *request: Any) -> None:
+        """Hand a request to the engine; one that has failed meanwhile is closed.
+
+        Raises:
+            TeacherError: as `_step`.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            self._engine.add_request(*request)
+        except EngineDeadError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> TeacherError:
+        """Close the engine; what its processes said."""
+        killed = killed_by(self._engine)
+        self.close()
+        cause = killed or self._log.explain(f"{type(error).__name__}: {engine_line(error)}")
+        return TeacherError(f"the vLLM engine must keep running, got {cause}")
 
     def _abort(self, requests: Iterable[str]) -> None:
         """Take back requests that nobody waits for, of an engine that may be closed."""
@@ -150,6 +172,39 @@ def shut_down(engine: Any) -> None:
     """Stop the engine's processes."""
     with contextlib.suppress(Exception):
         engine.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
+
+
+def processes_of(engine: Any) -> list[Any]:
+    """The engine's own processes (`multiprocessing.Process`); none where Ray or this process runs it."""
+    manager = getattr(getattr(engine.engine_core, "resources", None), "engine_manager", None)
+    return list(getattr(manager, "processes", ()))
+
+
+def wake_when_killed(engine: Any) -> None:
+    """Have `step` raise when a process of the engine is gone without a word, as one that is killed.
+
+    vLLM 0.32 notices that and closes its sockets, but tells nobody who waits for an output: that would wait for ever.
+    """
+    client, processes = engine.engine_core, processes_of(engine)
+    outputs = getattr(client, "outputs_queue", None)
+    if outputs is None or not processes:
+        return
+
+    def watch() -> None:
+        connection.wait([process.sentinel for process in processes])
+        outputs.put_nowait(RuntimeError("a process of the engine has ended"))  # read by nobody after `close`
+
+    threading.Thread(target=watch, name="anneal-engine-watch", daemon=True).start()
+
+
+def killed_by(engine: Any) -> str:
+    """Which signal ended a process of the engine, in a line for the user; empty if none did."""
+    for process in processes_of(engine):
+        code = process.exitcode
+        if code is not None and code < 0:
+            line = f"its process was ended by {signal.Signals(-code).name}"
+            return line + (", as the system does where memory runs out" if -code == signal.SIGKILL else "")
+    return ""
 
 
 def _started(vllm: Any, arguments: dict[str, Any], config: TeacherConfig, log: EngineLog) -> Any:

@@ -8,6 +8,7 @@ vLLM's engine process outlives a parent that was killed outright, and keeps its 
 `VLLMTeacher` started, `register` also starts a thread that ends the engine when its parent is gone.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -65,10 +66,11 @@ def _generates_text(class_name: str) -> bool:
 
 
 def end_with_parent() -> None:
-    """Watch the process that owns this engine, if it is our parent, and end when it does."""
-    parent = os.getppid()
-    if os.environ.get(PARENT_VARIABLE) != str(parent):
+    """Watch the process that owns this engine, if it started us, and end when it does, or has ended already."""
+    starter = multiprocessing.parent_process()  # says who started us also when that one is gone
+    if starter is None or os.environ.get(PARENT_VARIABLE) != str(starter.pid):
         return
+    parent = starter.pid
 
     def watch() -> None:
         while os.getppid() == parent:

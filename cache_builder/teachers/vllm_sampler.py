@@ -58,6 +58,6 @@ class VLLMSampler(HeldEngine):
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self._engine.add_request(name, tokens_input(request.prompt.tolist()), params)
+            self._add(name, tokens_input(request.prompt.tolist()), params)
             running[name] = number
         self._engine.wake_up(tags=["scheduling"])

@@ -123,7 +123,7 @@ class VLLMTeacher(HeldEngine):
             self._num_requests += 1
             request = str(self._num_requests)
             running[request] = member
-            self._engine.add_request(
+            self._add(
                 request,
                 tokens_input(member.row.input_ids.tolist()),
                 PoolingParams(task=TASK, extra_kwargs=asked, skip_reading_prefix_cache=True),

@@ -47,3 +47,15 @@ def test_the_cause_is_the_last_error_that_is_not_a_consequence():
         os.write(1, b"RuntimeError: Engine core initialization failed. See root cause above.\n\xff\n")
     assert log.cause() == "ValueError: head_dim must be even"
     assert EngineLog(shown=False).cause() == ""
+
+
+def test_a_process_that_left_no_line_is_no_root_cause_above():
+    log = EngineLog(shown=False)
+    with log.inherited():
+        os.write(2, b"ERROR 11-27 [multiproc.py:1] Worker proc VllmWorker-0 died unexpectedly\n")
+        os.write(2, b"ERROR 11-27 [core.py:1] RuntimeError: cancelled\n")
+    for said in ("RuntimeError: cancelled", "Engine core initialization failed. See root cause above."):
+        assert log.explain(said).startswith(
+            "one of its processes ended without a word, as when the system kills"
+        )
+    assert log.explain("ValueError: odd").startswith("ValueError: odd; --debug")
