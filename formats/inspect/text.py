@@ -90,7 +90,7 @@ def summary_text(summary: dict[str, Any]) -> str:
     settings = s["settings"]
     lines = [
         f"teacher cache {s['path']} (format {s['format_version']})",
-        f"  {s['num_rows']:,} rows, {s['num_tokens']:,} tokens, "
+        f"  {s['num_rows']:,} row{'s' * (s['num_rows'] != 1)}, {s['num_tokens']:,} tokens, "
         f"{s['num_positions']:,} positions with a teacher, "
         f"{counted(s['num_shards'], 'shard')}, {format_bytes(s['num_bytes'])}",
         f"  vocabulary {settings['vocab_size']:,}; heads: p >= {settings['min_prob']:g}, "

@@ -36,8 +36,8 @@ class Shares:
 
     @property
     def back(self) -> float | None:
-        """The share of the loss that comes back; None where nothing was lost."""
-        return self.hidden / self.lost if self.lost > 0 else None
+        """The share of the loss that comes back; None where nothing to speak of was lost (noise)."""
+        return self.hidden / self.lost if self.lost >= LITTLE else None
 
     @classmethod
     def of(cls, *, initial: float, tuned: float, control: float, restored: float) -> "Shares":
@@ -48,7 +48,7 @@ class Shares:
         """One sentence for people, of shares in nats."""
         if not math.isfinite(self.lost) or not math.isfinite(self.gone):
             return "no number: the model has diverged on this text"
-        if self.back is None or self.lost < LITTLE:
+        if self.back is None:
             return "nothing to speak of was lost"
         if self.back >= 0.5:
             return "mostly hidden: a little old text brings it back"

@@ -119,7 +119,7 @@ def require_same(run: PlannedRun, out: Path) -> None:
         was, is_now = before.get(key), now.get(key)
         if json.dumps(was, default=str) != json.dumps(is_now, default=str) and was != is_now:
             raise ConfigError(
-                f"a run of a sweep keeps its settings, but in {directory} {key} was {was!r} and is {is_now!r}; use the "
+                f"a run keeps its settings, but in {directory} {key} was {was!r} and is {is_now!r}; use the "
                 "same settings or another --out"
             )
 

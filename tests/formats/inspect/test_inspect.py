@@ -257,7 +257,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path: Path):
         writer.add_file("tokenizer.json", b'{"version": "9.0"}')
         row = TokenRow(np.arange(2), np.arange(2) > 0)
         writer.append(row, capture(np.zeros((1, 5)), label_ids=row.label_ids("all")))
-    assert "1 rows, 2 tokens" in inspect_cache(tmp_path / "c")
+    assert "1 row, 2 tokens" in inspect_cache(tmp_path / "c")
     with pytest.raises(
         FormatError, match=r"tokenizer\.json of .* must be one that .* got: Unknown tokenizer"
     ):

@@ -131,7 +131,7 @@ def test_accumulation_carries_gradients_through_the_forward_pass():
 def test_a_plan_says_steps_and_memory_and_writes_nothing(tmp_path, tiny_llama_dir, llama_cache):
     plan = plan_training(settings(llama_cache, tiny_llama_dir, tmp_path / "run", *BATCH))
     assert plan.num_steps == 1 and plan.micro_batches == 1 and plan.memory.activations > 0
-    assert "1 steps" in plan.text() and "at most" in plan.text() and "(cpu)" in plan.text()
+    assert "1 step, 6 to an epoch" in plan.text() and "at most" in plan.text() and "(cpu)" in plan.text()
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -108,6 +109,9 @@ def test_the_report_and_its_file(done):
         assert word in report.text()
     before, pool = (out / "restore.json").read_bytes(), InThisProcess()
     run_restore(config, pool=pool)
+    assert pool.names == [] and (out / "restore.json").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"^a run keeps its settings.*learning_rate was .* and is 0\.125;"):
+        run_restore(replace(config, learning_rate=0.125), pool=pool)
     assert pool.names == [] and (out / "restore.json").read_bytes() == before
 
 
