@@ -84,7 +84,7 @@ def test_bad_outputs_leave_nothing(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_has_a_folder_that_is_no_cache(cache: Path, tmp_path: Path) -> None:
-    """A folder that is missing is a slip of the pen, and another file in a cache stops its --overwrite."""
+    """A folder that is missing is a slip of the pen; a cache holds its own files alone."""
     before = sorted(path.name for path in cache.iterdir())
     for out, reason in (
         (tmp_path / "gone" / "x.parquet", "no directory"),
