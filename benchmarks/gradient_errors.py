@@ -161,33 +161,62 @@ def limited_pull(scale_S: np.ndarray, ratio_S: np.ndarray) -> np.ndarray:
     return scale_S * (np.minimum(ratio_S, np.maximum(LARGEST_SHARE / scale_S, LARGEST_RATIO)) - 1)
 
 
-def along(row: Row, topk: TopKLogprobs) -> np.ndarray:
-    """[K]: the loss's gradient of one row along each direction (docs/method.md; trainer/loss/kl.py)."""
-    beta, temperature = row.beta, 1 / row.beta
-    log_z_P = topk.log_partition(temperature).astype(np.float64)
-    at_E = ragged.segment_of(topk.offsets)
-    p_E = np.exp(beta * topk.logprobs.astype(np.float64) - log_z_P[at_E])
-    q_E = row.q_PV[at_E, topk.token_ids]
-    tail_q_P = np.maximum(1 - ragged.segment_sum(q_E, topk.offsets), 1e-12)
-    tail_p_P = np.exp(topk.log_tail(temperature) - log_z_P)
-    coefficient_P = beta * (1 - tail_p_P / tail_q_P)
-    found = []
-    draws = topk.draws
-    if draws.rate:
-        at_S = ragged.segment_of(draws.offsets)
-        p_S = np.exp(beta * draws.logprobs.astype(np.float64) - log_z_P[at_S])
-        ratio_S = tail_p_P[at_S] * row.q_PV[at_S, draws.token_ids] / tail_q_P[at_S] / p_S
-        pull_S = beta * limited_pull(draws.weights * p_S, ratio_S)
-        spread_P = ragged.segment_sum(pull_S, draws.offsets)
-    for slope_PV, mean_P in zip(row.slopes_KPV, row.mean_slope_KP, strict=True):
-        slope_E = slope_PV[at_E, topk.token_ids]
-        tail_slope_P = mean_P - ragged.segment_sum(q_E * slope_E, topk.offsets)
-        value = float((beta * (q_E - p_E) * slope_E).sum() + (coefficient_P * tail_slope_P).sum())
+@dataclass(frozen=True)
+class Terms:
+    """What the loss's gradient of a row is made of (docs/method.md; trainer/loss/kl.py)."""
+
+    at_E: np.ndarray
+    pull_E: np.ndarray
+    """beta (q - p) of the kept entries."""
+    q_E: np.ndarray
+    tail_q_P: np.ndarray
+    tail_P: np.ndarray
+    """beta (1 - p / q) of the tails."""
+    at_S: np.ndarray
+    pull_S: np.ndarray
+    """What each draw adds; none where the rate is 0."""
+
+    @classmethod
+    def of(cls, beta: float, q_PV: np.ndarray, topk: TopKLogprobs) -> "Terms":
+        """float64."""
+        temperature, draws = 1 / beta, topk.draws
+        log_z_P = topk.log_partition(temperature).astype(np.float64)
+        at_E, at_S = ragged.segment_of(topk.offsets), ragged.segment_of(draws.offsets)
+        p_E = np.exp(beta * topk.logprobs.astype(np.float64) - log_z_P[at_E])
+        q_E = q_PV[at_E, topk.token_ids]
+        tail_q_P = np.maximum(1 - ragged.segment_sum(q_E, topk.offsets), 1e-12)
+        tail_p_P = np.exp(topk.log_tail(temperature) - log_z_P)
+        pull_S = np.zeros(0)
         if draws.rate:
-            value += float((pull_S * slope_PV[at_S, draws.token_ids]).sum())
-            value -= float((spread_P * tail_slope_P / tail_q_P).sum())
+            p_S = np.exp(beta * draws.logprobs.astype(np.float64) - log_z_P[at_S])
+            ratio_S = tail_p_P[at_S] * q_PV[at_S, draws.token_ids] / tail_q_P[at_S] / p_S
+            pull_S = beta * limited_pull(draws.weights * p_S, ratio_S)
+        return cls(at_E, beta * (q_E - p_E), q_E, tail_q_P, beta * (1 - tail_p_P / tail_q_P), at_S, pull_S)
+
+
+def along(row: Row, topk: TopKLogprobs) -> np.ndarray:
+    """[K]: the loss's gradient of one row along each direction."""
+    terms, draws = Terms.of(row.beta, row.q_PV, topk), topk.draws
+    spread_P = ragged.segment_sum(terms.pull_S, draws.offsets)
+    found = []
+    for slope_PV, mean_P in zip(row.slopes_KPV, row.mean_slope_KP, strict=True):
+        slope_E = slope_PV[terms.at_E, topk.token_ids]
+        tail_slope_P = mean_P - ragged.segment_sum(terms.q_E * slope_E, topk.offsets)
+        value = float((terms.pull_E * slope_E).sum() + (terms.tail_P * tail_slope_P).sum())
+        value += float((terms.pull_S * slope_PV[terms.at_S, draws.token_ids]).sum())
+        value -= float((spread_P * tail_slope_P / terms.tail_q_P).sum())
         found.append(value)
     return np.array(found)
+
+
+def gradient(beta: float, q_PV: np.ndarray, topk: TopKLogprobs) -> np.ndarray:
+    """float64 [P, V]: the same with respect to the logits, in full."""
+    terms, draws = Terms.of(beta, q_PV, topk), topk.draws
+    spread_P = ragged.segment_sum(terms.pull_S, draws.offsets)
+    found = q_PV * (terms.tail_P - spread_P / terms.tail_q_P)[:, None]
+    np.add.at(found, (terms.at_S, draws.token_ids), terms.pull_S)
+    found[terms.at_E, topk.token_ids] = terms.pull_E
+    return found
 
 
 @dataclass(frozen=True)
@@ -222,27 +251,3 @@ def angle(errors_RK: np.ndarray, exact: Exact, rows: float) -> Angle:
         noise_degrees=math.degrees(math.atan2(noise_part, along_it)),
         bias_degrees=math.degrees(math.atan2(math.sqrt(across), along_it)),
     )
-
-
-def gradient(beta: float, q_PV: np.ndarray, topk: TopKLogprobs) -> np.ndarray:
-    """float64 [P, V]: the loss's gradient with respect to the logits, in full."""
-    temperature = 1 / beta
-    log_z_P = topk.log_partition(temperature).astype(np.float64)
-    at_E, ids_E = ragged.segment_of(topk.offsets), topk.token_ids
-    q_E = q_PV[at_E, ids_E]
-    tail_q_P = np.maximum(1 - ragged.segment_sum(q_E, topk.offsets), 1e-12)
-    tail_p_P = np.exp(topk.log_tail(temperature) - log_z_P)
-    coefficient_P = beta * (1 - tail_p_P / tail_q_P)
-    draws = topk.draws
-    if draws.rate:
-        at_S = ragged.segment_of(draws.offsets)
-        p_S = np.exp(beta * draws.logprobs.astype(np.float64) - log_z_P[at_S])
-        ratio_S = tail_p_P[at_S] * q_PV[at_S, draws.token_ids] / tail_q_P[at_S] / p_S
-        pull_S = beta * limited_pull(draws.weights * p_S, ratio_S)
-        coefficient_P = coefficient_P - ragged.segment_sum(pull_S, draws.offsets) / tail_q_P
-    found = q_PV * coefficient_P[:, None]
-    if draws.rate:
-        np.add.at(found, (at_S, draws.token_ids), pull_S)
-    p_E = np.exp(beta * topk.logprobs.astype(np.float64) - log_z_P[at_E])
-    found[at_E, ids_E] = beta * (q_E - p_E)
-    return found

@@ -206,11 +206,7 @@ class BuildDirectory:
         Raises:
             ConfigError: a build with other settings is here; names them.
         """
-        recorded = BuildSettings.from_bytes(self._settle(SETTINGS_NAME, settings.to_bytes()))
-        if any_size:
-            settings = replace(settings, tokens_per_shard=recorded.tokens_per_shard)
-        recorded.require_same(settings, self.out, "an unfinished build")
-        return settings
+        return self._compared(self._settle(SETTINGS_NAME, settings.to_bytes()), settings, any_size)
 
     def require_same(self, settings: BuildSettings, *, any_size: bool = False) -> None:
         """As `settle_settings`, of an unfinished build alone; writes nothing.
@@ -219,10 +215,14 @@ class BuildDirectory:
             ConfigError: a build with other settings is here; names them.
         """
         with contextlib.suppress(FileNotFoundError):  # nothing is settled yet
-            recorded = BuildSettings.from_bytes((self.working / SETTINGS_NAME).read_bytes())
-            if any_size:
-                settings = replace(settings, tokens_per_shard=recorded.tokens_per_shard)
-            recorded.require_same(settings, self.out, "an unfinished build")
+            self._compared((self.working / SETTINGS_NAME).read_bytes(), settings, any_size)
+
+    def _compared(self, content: bytes, settings: BuildSettings, any_size: bool) -> BuildSettings:
+        recorded = BuildSettings.from_bytes(content)
+        if any_size:
+            settings = replace(settings, tokens_per_shard=recorded.tokens_per_shard)
+        recorded.require_same(settings, self.out, "an unfinished build")
+        return settings
 
     def recorded_identity(self) -> TeacherIdentity | None:
         """The identity of the cache or of the unfinished build that is here; None if there is neither, or it is
