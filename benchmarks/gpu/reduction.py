@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from cache_builder.reduction import block_sums, reduce
+from cache_builder.reduction import block_sums, kernels, reduce
 from cache_builder.reduction.reduce import ReducedRows, reduce_logits
 from cache_builder.teachers import wire
 from formats.capture_settings import CaptureSettings
@@ -27,7 +27,7 @@ SECONDS = 85
 ATOL, RTOL = 2e-5, 3e-6
 BORDER = 1e-5
 """Entries so near the threshold, in nats, may fall on either side of it in fp32."""
-MOST_SYNCHRONISATIONS = 2
+MOST_SYNCHRONISATIONS = 1
 CPU_ROWS = 24
 DEFAULT = CaptureSettings()
 
@@ -98,17 +98,17 @@ def cases(rows: int, vocab: int, device: torch.device) -> Iterator[tuple[str, Ca
 
 
 @contextmanager
-def compiling(setting: str) -> Iterator[None]:
-    """ANNEAL_COMPILE for a while."""
-    before = os.environ.get("ANNEAL_COMPILE")
-    os.environ["ANNEAL_COMPILE"] = setting
+def kernels_set(setting: str) -> Iterator[None]:
+    """ANNEAL_TRITON for a while."""
+    before = os.environ.get("ANNEAL_TRITON")
+    os.environ["ANNEAL_TRITON"] = setting
     try:
         yield
     finally:
         if before is None:
-            del os.environ["ANNEAL_COMPILE"]
+            del os.environ["ANNEAL_TRITON"]
         else:
-            os.environ["ANNEAL_COMPILE"] = before
+            os.environ["ANNEAL_TRITON"] = before
 
 
 def reduced(case: Case) -> ReducedRows:
@@ -187,9 +187,9 @@ def run(report: Report, place: Place) -> None:
     device = place.device
     rows, vocab = (48, 1003) if place.tiny else (1046, 128_256)
     previous: dict[str, ReducedRows] = {}
-    for setting, way in (("1", "compiled"), ("0", "eager")):
+    for setting, way in (("1", "triton"), ("0", "plain")):
         for name, make in cases(rows, vocab, device):
-            with compiling(setting):
+            with kernels_set(setting):
                 case = make()
                 found, again = reduced(case), reduced(case)
                 report.check(
@@ -197,13 +197,13 @@ def run(report: Report, place: Place) -> None:
                 )
                 if setting == "1" or name in ("default", "min_prob 0"):
                     compare(report, f"{name}, {way}", case, found)
-                else:  # against the compiled, which was compared with the reference
+                else:  # against the kernels, which were compared with the reference
                     close = worst(found.log_tail_nodes, previous[name].log_tail_nodes)
-                    report.check(f"{name}, eager: tails, from compiled over the allowed", close, at_most=2)
+                    report.check(f"{name}, plain: tails, from triton over the allowed", close, at_most=2)
                 previous[name] = found
                 del case, again
-        if setting == "1":
-            report.check("compilations that failed", float(len(block_sums._FAILED)), at_most=0)
+        if setting == "1" and device.type == "cuda":
+            report.check("the kernels run", float(kernels.run_on("cuda", vocab)), at_least=1)
     times(report, place, vocab)
 
 
@@ -238,8 +238,8 @@ def times(report: Report, place: Place, vocab: int) -> None:
             "all": milliseconds(partial(reduced, case), device),
             "pack": milliseconds(partial(wire.pack, whole), device),
         }
-        with compiling("0"):
-            found["all, eager"] = milliseconds(partial(reduced, case), device, repeats=3)
+        with kernels_set("0"):
+            found["all, plain"] = milliseconds(partial(reduced, case), device, repeats=3)
         for name, each in found.items():
             report.info(f"{rows} rows: {name}", each * scale, "ms per 8,192 rows")
         report.info(f"{rows} rows: entries and draws", _per_position(whole, rows), "per position")
@@ -265,7 +265,7 @@ def _per_position(found: ReducedRows, rows: int) -> str:
 
 
 def profile(report: Report, place: Place, case: Case) -> None:
-    """The kernels of one reduction, the longest first, in a file; how many of them were compiled."""
+    """The kernels of one reduction, the longest first, in a file; how many of them are ours."""
     from torch.profiler import ProfilerActivity
 
     on_gpu = place.device.type == "cuda"
@@ -279,7 +279,7 @@ def profile(report: Report, place: Place, case: Case) -> None:
     order = "cuda_time_total" if on_gpu else "cpu_time_total"
     (place.out / "reduction_profile.txt").write_text(averages.table(sort_by=order, row_limit=45))
     if on_gpu:
-        kernels = sorted(
+        launched = sorted(
             (
                 (event.self_device_time_total, event.count, event.key)
                 for event in averages
@@ -287,8 +287,12 @@ def profile(report: Report, place: Place, case: Case) -> None:
             ),
             reverse=True,
         )
-        for time, count, name in kernels[:12]:
+        for time, count, name in launched[:12]:
             report.info(f"kernel {name[:70]}", time / 1e3, f"ms in {count} calls")
-        report.info("kernels", sum(count for _, count, _ in kernels), "launches")
-        compiled = sum(count for _, count, name in kernels if name.startswith("triton"))
-        report.check("kernels of the compiler", float(compiled), at_least=1)
+        report.info("kernels", sum(count for _, count, _ in launched), "launches")
+        ours = sum(
+            count
+            for _, count, name in launched
+            if name in ("block_kernel", "pick_kernel", "hand_over_kernel")
+        )
+        report.check("kernels of ours", float(ours), at_least=3)

@@ -6,22 +6,20 @@ register. The sums of a block are relative to its own maximum: none underflows, 
 left of it, and maxima and sums need the logits once.
 
 On a CPU the passes are plain operations on a scratch buffer that is kept between calls: fresh temporaries
-of this size cost more in page faults than the arithmetic.  On a GPU `torch.compile` fuses them into one
-kernel, and where that fails the plain operations run instead.  ANNEAL_COMPILE=1 compiles on a CPU as well,
-which proves the path where no GPU is and was not faster on the CPU it was tried on; ANNEAL_COMPILE=0
-compiles nowhere.
+of this size cost more in page faults than the arithmetic.  On a GPU one kernel holds a block in registers
+(triton_rows.py); where there is no Triton, or ANNEAL_TRITON=0 forbids it, the plain operations run there too.
 
 N: rows, V: vocabulary, G: blocks of a row, J: entries in a block, K: tail nodes.
 """
 
-import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
+
+from cache_builder.reduction import kernels
+from formats.logprobs.tail_function import TAIL_BETAS
 
 CPU_CACHE_BYTES = 1 << 21
 """fp32 bytes of logits that a pass works on at a time, per thread of a CPU.  More falls out of its caches,
@@ -78,9 +76,13 @@ def rows_per_pass(num_rows: int, vocab_size: int, device_type: str) -> int:
 
 
 def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> Blocks:
-    """Maxima and sums of all blocks."""
-    betas = tuple(betas)
-    return Blocks(*_run(_fused_statistics, _plain_statistics, logits_NV, betas=betas))
+    """Maxima and sums of all blocks; `betas` are `TAIL_BETAS` where the device has kernels."""
+    if kernels.run_on(logits_NV.device.type, logits_NV.shape[1]):
+        assert tuple(betas) == TAIL_BETAS, betas
+        from cache_builder.reduction import triton_rows
+
+        return Blocks(*triton_rows.block_statistics(logits_NV, BLOCK))
+    return Blocks(*_plain_statistics(logits_NV, betas=tuple(betas)))
 
 
 def totals(blocks: Blocks, betas: Sequence[float], top_N: torch.Tensor) -> torch.Tensor:
@@ -90,14 +92,17 @@ def totals(blocks: Blocks, betas: Sequence[float], top_N: torch.Tensor) -> torch
         blocks: with the sums at `betas`.
         top_N: what to be relative to, finite: the largest of the maxima where that is.
     """
-    return _run(_fused_totals, _plain_totals, *blocks, top_N, betas=tuple(betas))
+    factors = powers(blocks.maxima_NG - top_N.unsqueeze(1), tuple(betas), power_plan(tuple(betas)))
+    return torch.stack(
+        [(blocks.sums_NKG[:, node] * factor).sum(-1) for node, factor in enumerate(factors)], -1
+    )
 
 
 # --- plain ------------------------------------------------------------------------------------------------
 
 
 def _plain_statistics(
-    logits_NV: torch.Tensor, *, betas: tuple[float, ...], plan: Plan
+    logits_NV: torch.Tensor, *, betas: tuple[float, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A few rows at a time: on a CPU both passes run over them while they are in its cache."""
     num_rows, vocab_size = logits_NV.shape
@@ -190,93 +195,3 @@ def _assign_buffers(plan: Plan) -> tuple[int, tuple[int, ...]]:
             slots.append(count)
             count += 1
     return count, tuple(slots)
-
-
-def _plain_totals(
-    maxima_NG: torch.Tensor,
-    sums_NKG: torch.Tensor,
-    top_N: torch.Tensor,
-    *,
-    betas: tuple[float, ...],
-    plan: Plan,
-) -> torch.Tensor:
-    factors = powers(maxima_NG - top_N.unsqueeze(1), betas, plan)
-    return torch.stack([(sums_NKG[:, node] * factor).sum(-1) for node, factor in enumerate(factors)], -1)
-
-
-# --- compiled ---------------------------------------------------------------------------------------------
-
-
-def compiles_on(device_type: str) -> bool:
-    """Whether the passes are compiled on this kind of device, by the environment and the default."""
-    setting = os.environ.get("ANNEAL_COMPILE", "")
-    return setting == "1" or (setting != "0" and device_type != "cpu")
-
-
-_FAILED: dict[str, str] = {}
-"""Why passes could not be compiled in this process, by their names."""
-
-
-def runs_compiled(device_type: str) -> bool:
-    """Whether the passes of this process run compiled, as far as they have been tried."""
-    return compiles_on(device_type) and not _FAILED
-
-
-Pass = Callable[..., Any]
-
-
-def _run(
-    make: Callable[[tuple[float, ...]], Pass], plain: Pass, *args: torch.Tensor, betas: tuple[float, ...]
-) -> Any:
-    """What `make(betas)` makes, compiled, where that is wanted and works, else plain: all passes or none."""
-    if runs_compiled(args[0].device.type):
-        try:
-            return _over_any_number_of_rows(_compiled(make, betas), args)
-        except Exception as error:  # no compiler, no Triton, an unsupported device: slower, not wrong
-            _FAILED[make.__name__] = f"{error}"[:300]
-            warnings.warn(
-                f"torch.compile failed, reducing without it: {_FAILED[make.__name__]}", stacklevel=2
-            )
-    return plain(*args, betas=betas, plan=power_plan(betas))
-
-
-def _over_any_number_of_rows(compiled: Pass, args: tuple[torch.Tensor, ...]) -> Any:
-    """One kernel for all numbers of rows: the compiler would make another for a single row, which comes as two."""
-    alone = len(args[0]) == 1
-    if alone:
-        args = tuple(torch.cat([x, x]) for x in args)
-    for x in args:
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-    found = compiled(*args)
-    if not alone:
-        return found
-    return found[:1] if isinstance(found, torch.Tensor) else tuple(x[:1] for x in found)
-
-
-@lru_cache
-def _compiled(make: Callable[[tuple[float, ...]], Pass], betas: tuple[float, ...]) -> Pass:
-    return torch.compile(make(betas))
-
-
-def _fused_statistics(betas: tuple[float, ...]) -> Pass:
-    """All J stripes of the vocabulary, padded with the impossible: one kernel that holds a block in registers."""
-    plan = power_plan(betas)
-
-    def statistics(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        blocks = num_blocks(logits_NV.shape[1])
-        missing = blocks * BLOCK - logits_NV.shape[1]
-        x_NJG = pad(logits_NV, (0, missing), value=-torch.inf).unflatten(1, (BLOCK, blocks))
-        maxima_NG = x_NJG.amax(1)
-        shifted_NJG = x_NJG - maxima_NG.clamp(min=LOWEST).unsqueeze(1)
-        return maxima_NG, torch.stack([power.sum(1) for power in powers(shifted_NJG, betas, plan)], 1)
-
-    return statistics
-
-
-def _fused_totals(betas: tuple[float, ...]) -> Pass:
-    plan = power_plan(betas)
-
-    def sums(maxima_NG: torch.Tensor, sums_NKG: torch.Tensor, top_N: torch.Tensor) -> torch.Tensor:
-        return _plain_totals(maxima_NG, sums_NKG, top_N, betas=betas, plan=plan)
-
-    return sums

@@ -10,14 +10,13 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from cache_builder.reduction.block_sums import block_statistics, runs_compiled
+from cache_builder.reduction import kernels
 from cache_builder.reduction.reduce import reduce_logits
 from cache_builder.teachers.protocol import TeacherConfig, check_numbers, check_row
 from cache_builder.teachers.transformers_model import HeldModel
 from cache_builder.teachers.wire import pack, unpack
 from formats.disk.token_row import TokenRow
 from formats.logprobs.tail_draws import starts
-from formats.logprobs.tail_function import TAIL_BETAS
 from formats.logprobs.topk import TopKLogprobs
 
 
@@ -34,9 +33,8 @@ class TransformersTeacher(HeldModel):
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
         super().__init__(config)
-        if self._device.type != "cpu":  # whether the passes compile is known once they have been tried
-            block_statistics(torch.zeros(2, self.vocab_size, device=self._device), TAIL_BETAS)
-        self._description["reduction"] = "compiled" if runs_compiled(self._device.type) else "plain"
+        triton = kernels.run_on(self._device.type, self.vocab_size)
+        self._description["reduction"] = "triton" if triton else "plain"
 
     @torch.inference_mode()
     def _predict(self, row: TokenRow, positions: np.ndarray) -> TopKLogprobs:

@@ -19,8 +19,7 @@ from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from cache_builder.reduction import reduce
-from cache_builder.reduction.block_sums import runs_compiled
+from cache_builder.reduction import kernels, reduce
 from cache_builder.teachers import wire
 from cache_builder.teachers.vllm_plugin import PREFIX
 from formats.capture_settings import CaptureSettings
@@ -147,17 +146,16 @@ class TeacherPooler(Pooler):
         rows_at = np.concatenate([[0], np.cumsum(lengths)])
         entries_at, draws_at = _offsets_at([reduced.counts, reduced.draw_counts], rows_at)
         entries, drawn = np.diff(entries_at).tolist(), np.diff(draws_at).tolist()
-        # In the order of the fields of ReducedRows.
-        sizes = (lengths, entries, entries, lengths, lengths, lengths, drawn, drawn)
-        columns = (column.split(size) for column, size in zip(reduced, sizes, strict=True))
-        wholes: list[reduce.ReducedRows] = []
-        for state, done, *part in zip(metadata.pooling_states, finished, *columns, strict=True):
+        parts = wire.split(reduced, lengths, entries, drawn)
+        wholes: list[list[wire.Part]] = []
+        for state, done, part in zip(metadata.pooling_states, finished, parts, strict=True):
             waiting: list[Any] = state.hidden_states_cache  # vLLM's place for what a request keeps
-            waiting.append(reduce.ReducedRows(*part))
+            waiting.append(part)
             if done:
-                wholes.append(reduce.concatenate_rows(waiting))
+                wholes.append(list(waiting))
                 state.clean()
-        packed = iter(wire.pack_all(wholes, compiled=runs_compiled(reduced.counts.device.type)))
+        triton = kernels.run_on(reduced.counts.device.type, self.vocab_size)
+        packed = iter(wire.pack_all(wholes, triton=triton))
         return [next(packed) if done else None for done in finished]
 
 

@@ -154,8 +154,8 @@ class VLLMTeacher(HeldEngine):
         if found != expected:
             self.close()
             raise TeacherError(
-                f"an engine must reduce all rows in one way, got {found} after {expected}; its compiler failed: set "
-                "ANNEAL_COMPILE=0 and start over with --overwrite"
+                f"an engine must reduce all rows in one way, got {found} after {expected}; its kernels failed: set "
+                "ANNEAL_TRITON=0 and start over with --overwrite"
             )
 
     def __enter__(self) -> "VLLMTeacher":

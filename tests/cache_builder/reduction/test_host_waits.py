@@ -4,7 +4,7 @@ import pytest
 import torch
 from host_waits import HostWaits
 
-from cache_builder.reduction import reduce
+from cache_builder.reduction import heads, reduce
 from cache_builder.reduction.reduce import reduce_logits
 from formats.capture_settings import CaptureSettings
 
@@ -40,10 +40,8 @@ def test_the_counter_sees_what_waits(name):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    real = reduce._room
-    monkeypatch.setattr(
-        reduce, "_room", lambda counts, most, ask: real(counts, most, most > reduce.MAX_BOUND)
-    )
+    real = heads._room
+    monkeypatch.setattr(heads, "_room", lambda counts, most, ask: real(counts, most, most > heads.MAX_BOUND))
 
 
 def reduced(logits: torch.Tensor, draw_rate: int = 8, **settings) -> list[str]:

@@ -272,7 +272,7 @@ def test_an_engine_that_changes_its_way_of_reducing_is_refused():
     teacher = object.__new__(VLLMTeacher)
     teacher._description, teacher._engine = {}, None
     for _ in range(2):
-        teacher._check_reduction("compiled")
-    assert teacher.describe() == {"reduction": "compiled"}
-    with pytest.raises(TeacherError, match=r"in one way, got plain after compiled.*ANNEAL_COMPILE=0"):
+        teacher._check_reduction("triton")
+    assert teacher.describe() == {"reduction": "triton"}
+    with pytest.raises(TeacherError, match=r"in one way, got plain after triton.*ANNEAL_TRITON=0"):
         teacher._check_reduction("plain")

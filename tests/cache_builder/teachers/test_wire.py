@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
-from cache_builder.teachers.wire import pack, pack_all, reduction_of, unpack
+from cache_builder.teachers.wire import pack, pack_all, part_of, reduction_of, split, unpack
 from formats.capture_settings import CaptureSettings
 from formats.logprobs.topk import TAIL_BETAS
 
@@ -46,21 +46,25 @@ def test_round_trip(num_rows, draw_rate):
 
 def test_an_answer_says_how_it_was_reduced():
     rows = some_rows(3)
-    plain, compiled = pack(rows), pack(rows, compiled=True)
-    assert (reduction_of(plain), reduction_of(compiled)) == ("plain", "compiled")
-    assert (unpack(plain, 1003, 8).token_ids == unpack(compiled, 1003, 8).token_ids).all()
+    plain, triton = pack(rows), pack(rows, triton=True)
+    assert (reduction_of(plain), reduction_of(triton)) == ("plain", "triton")
+    assert (unpack(plain, 1003, 8).token_ids == unpack(triton, 1003, 8).token_ids).all()
 
 
 def test_a_whole_step_is_packed_as_its_requests_are():
     requests = [some_rows(n) for n in (3, 0, 17, 1)]
-    together = pack_all(requests, compiled=True)
-    assert [each.tolist() for each in together] == [pack(rows, compiled=True).tolist() for rows in requests]
+    together = pack_all([[part_of(rows)] for rows in requests], triton=True)
+    assert [each.tolist() for each in together] == [pack(rows, triton=True).tolist() for rows in requests]
     assert pack_all([]) == []
 
 
 def test_chunks_of_a_row_join_as_if_never_cut():
     parts = [some_rows(n) for n in (3, 1, 5)]
-    joined = unpack(pack(concatenate_rows(parts)), 1003, 8)
+    whole = concatenate_rows(parts)
+    numbers = [[len(part[field]) for part in parts] for field in (0, 1, 6)]
+    for one_request in ([part_of(part) for part in parts], split(whole, *numbers)):
+        assert pack_all([one_request])[0].tolist() == pack(whole).tolist()
+    joined = unpack(pack(whole), 1003, 8)
     ids = np.concatenate([part.token_ids.numpy() for part in parts])
     assert joined.token_ids.tolist() == ids.tolist() and len(joined) == 9
     labels = np.concatenate([part.label_logprobs.numpy() for part in parts])
