@@ -49,8 +49,8 @@ TRAINING: dict[str, dict[str, Any]] = {
     "gpu": {"max_steps": 60, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
 }
 """Steps of 512 packed tokens per sequence: 15 thousand tokens a run on a CPU, a quarter of a million on a GPU."""
-PARALLEL = {"cpu": 1, "gpu": 12}
-"""Runs at a time, on one card too: a model of this size does not fill it. What holds them up is launching, so they
+PARALLEL = {"cpu": 1, "gpu": 8}
+"""Runs at a time, on one card of 80 GiB too: they take some 7 each. What holds them up is launching, so they
 need a core each, and NVIDIA's MPS (`nvidia-cuda-mps-control -d`) lets their kernels run side by side."""
 BENCH: dict[str, tuple[object, ...]] = {"cpu": (), "gpu": ("--backend", "transformers", "--batch-size", 32)}
 """Several models share a card: vLLM would take nearly all of its memory, and a batch that is found by trying takes
