@@ -152,6 +152,8 @@ class Board:
         if not self.anneal(*words, result=table):  # a run that diverged would do so again
             self.incomplete.append(protocol)
         shutil.copyfile(table, self.work / f"{protocol}.json")
+        if PROTOCOLS[protocol] == "maths":
+            self.script("draw_distance.py", f"{protocol}.json", f"{protocol}-distance.png")
 
     def control(self) -> None:
         """Label annealing of `maths` at 1e-4 once more with two models in memory, every seed, in one table."""

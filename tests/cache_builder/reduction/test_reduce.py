@@ -259,7 +259,7 @@ def test_the_hardest_rows_take_the_hardest_road(monkeypatch):
 
 def test_a_gpu_takes_large_chunks_but_for_a_top_k(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    for memory, rows, dense in ((80, 2616, 327), (24, 784, 98), (141, 4185, 523), (1 << 10, 4185, 523)):
+    for memory, rows, dense in ((80, 1046, 130), (24, 784, 98), (16, 523, 65), (141, 1046, 130)):
         monkeypatch.setattr(
             torch.cuda,
             "get_device_properties",

@@ -67,11 +67,15 @@ def test_the_kernels_find_what_the_operations_find():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_reduce.py", "test_draw_from_tails.py"])
-def test_the_reduction_s_own_tests_in_the_interpreter(name):
-    """Every case against the references in float64, with the kernels in the place of the operations."""
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("test_reduce.py", ""), ("test_draw_from_tails.py", "hand or ends or plain_drawing")]
+)
+def test_the_reduction_s_own_tests_in_the_interpreter(name, chosen):
+    """Their cases against the references in float64, with the kernels in the place of the operations; of the draws
+    those that need no thousands of rows."""
     pytest.importorskip("triton")
-    done = run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / name)], TRITON_INTERPRET="1")
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, str(HERE / name)]
+    done = run(command, TRITON_INTERPRET="1")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
 
 
