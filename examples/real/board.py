@@ -152,8 +152,10 @@ class Board:
         if not self.anneal(*words, result=table):  # a run that diverged would do so again
             self.incomplete.append(protocol)
         shutil.copyfile(table, self.work / f"{protocol}.json")
-        if PROTOCOLS[protocol] == "maths":
-            self.script("draw_distance.py", f"{protocol}.json", f"{protocol}-distance.png")
+
+    def picture(self, protocol: str) -> None:
+        """The sweep of a protocol, by distance from the initial model."""
+        self.script("draw_distance.py", f"{protocol}.json", f"{protocol}-distance.png")
 
     def control(self) -> None:
         """Label annealing of `maths` at 1e-4 once more with two models in memory, every seed, in one table."""
@@ -234,6 +236,7 @@ def main() -> None:
     protocols = [name for name in PROTOCOLS if scale == "gpu" or name in ("maths", "abstracts")]
     for protocol in protocols if arguments.only is None else arguments.only:
         board.sweep(protocol)
+        board.picture(protocol)
     if scale == "gpu" and (arguments.only is None or "maths" in arguments.only):
         board.control()
     if limit := arguments.score if arguments.score is not None else {"cpu": 0, "gpu": 300}[scale]:

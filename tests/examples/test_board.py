@@ -1,12 +1,16 @@
 """`examples/real/board.py`: what it names is there, what it asks of `anneal`, and that a run without a result does not
 end it."""
 
+import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import board
+import draw_distance
 import pytest
 import yaml
 
@@ -14,7 +18,8 @@ from trainer.sweep.config import SweepConfig, sweep_from_dict, sweep_from_option
 from trainer.sweep.merges import plan_merges
 from trainer.sweep.plan import plan_runs
 
-REAL = Path(__file__).resolve().parents[2] / "examples" / "real"
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ROOT / "examples" / "real"
 
 PROTOCOLS = (*board.PROTOCOLS, "maths_cpu", "methods_cpu", "methods_low_rate_cpu", "abstracts_cpu")
 
@@ -126,3 +131,36 @@ def test_models_that_share_a_card_are_scored_without_taking_all_of_it(tmp_path, 
     assert len(scored) == 3 and compared[0] == "compare"
     for words in scored:
         assert words[words.index("--backend") + 1] == "transformers" and "--batch-size" in words
+
+
+def test_the_board_draws_what_a_sweep_wrote(tmp_path):
+    """Runs that differ in strength are joined, and the mean distance over the source texts is what is shown."""
+    names = (
+        "direct,lr=1e-4",
+        "kl_coef=4,lr=1e-4",
+        "kl_coef=1,lr=1e-4",
+        "direct,lr=1e-4+wise-ft,alpha=0.5",
+        "odd",
+    )
+    models = [
+        {
+            "label": name,
+            "gain_kept": 0.9,
+            "source": {"news": {"kl": 0.1 * number}, "chat": {"kl": 0.3 * number}},
+        }
+        for number, name in enumerate(("model", *names))
+    ]
+    sweep = {"comparison": {"initial": "model", "models": models}}
+    found, families = draw_distance.points(sweep)
+    assert found["initial model"]["source"] == 0.0 and found["direct fine-tuning"]["source"] == pytest.approx(
+        0.2
+    )
+    assert families["label annealing, kl_coef"] == [
+        "label annealing, kl_coef 1",
+        "label annealing, kl_coef 4",
+    ]
+    assert "odd" in found and len(found) == len(models)
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    command = [sys.executable, draw_distance.__file__, tmp_path / "sweep.json", tmp_path / "picture.svg"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
