@@ -291,10 +291,12 @@ def block_statistics(logits_NV: torch.Tensor, block: int) -> tuple[torch.Tensor,
     maxima_NG = torch.empty(num_rows, blocks, device=logits_NV.device)
     sums_NKG = torch.empty(num_rows, len(TAIL_BETAS), blocks, device=logits_NV.device)
     if num_rows:
-        block_kernel[(num_rows * triton.cdiv(blocks, COLUMNS),)](
-            logits_NV, maxima_NG, sums_NKG, logits_NV.stride(0), vocab_size, blocks,
-            COLUMNS=COLUMNS, J=block, num_warps=COLUMN_WARPS,
-        )  # fmt: skip
+        # Triton launches on the current device, wherever its arguments are.
+        with torch.cuda.device_of(logits_NV):
+            block_kernel[(num_rows * triton.cdiv(blocks, COLUMNS),)](
+                logits_NV, maxima_NG, sums_NKG, logits_NV.stride(0), vocab_size, blocks,
+                COLUMNS=COLUMNS, J=block, num_warps=COLUMN_WARPS,
+            )  # fmt: skip
     return maxima_NG, sums_NKG
 
 
@@ -325,12 +327,13 @@ def pick(
     chosen_NC = torch.empty(num_rows, width, dtype=torch.int32, device=device)
     line_NG = torch.empty(num_rows if rate else 0, blocks, dtype=torch.float64, device=device)
     numbers_3N = torch.empty(3, num_rows, dtype=torch.int64, device=device)
-    pick_kernel[(num_rows,)](
-        logits_NV, labels_N, starts_N, maxima_NG, sums_NKG, log_z_N, tails_NK, labels_logprobs_N, keys_NC,
-        chosen_NC, line_NG, numbers_3N, num_rows, logits_NV.stride(0), vocab_size, blocks, log_min_prob, max_k, rate,
-        most_draws(vocab_size, rate),
-        ROW=triton.next_power_of_2(blocks), C=width, T=TILE, J=block, DRAW=rate > 0, num_warps=ROW_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_NV):
+        pick_kernel[(num_rows,)](
+            logits_NV, labels_N, starts_N, maxima_NG, sums_NKG, log_z_N, tails_NK, labels_logprobs_N, keys_NC,
+            chosen_NC, line_NG, numbers_3N, num_rows, logits_NV.stride(0), vocab_size, blocks, log_min_prob, max_k,
+            rate, most_draws(vocab_size, rate),
+            ROW=triton.next_power_of_2(blocks), C=width, T=TILE, J=block, DRAW=rate > 0, num_warps=ROW_WARPS,
+        )  # fmt: skip
     return Picked(
         logits_NV,
         starts_N,
@@ -354,9 +357,10 @@ def hand_over(picked: Picked, num_entries: int, num_draws: int, *, block: int) -
         torch.empty(num_draws, dtype=torch.int32, device=device),
         torch.empty(num_draws, device=device),
     )
-    hand_over_kernel[(num_rows,)](
-        picked.logits_NV, picked.starts_N, picked.log_z_N, picked.keys_NC, picked.line_NG, picked.numbers_3N,
-        picked.ends_3N, *found, num_rows, picked.logits_NV.stride(0), vocab_size, blocks, blocks.bit_length(),
-        C=picked.keys_NC.shape[1], W=DRAWS, J=block, DRAW=num_draws > 0,
-    )  # fmt: skip
+    with torch.cuda.device_of(picked.logits_NV):
+        hand_over_kernel[(num_rows,)](
+            picked.logits_NV, picked.starts_N, picked.log_z_N, picked.keys_NC, picked.line_NG, picked.numbers_3N,
+            picked.ends_3N, *found, num_rows, picked.logits_NV.stride(0), vocab_size, blocks, blocks.bit_length(),
+            C=picked.keys_NC.shape[1], W=DRAWS, J=block, DRAW=num_draws > 0,
+        )  # fmt: skip
     return found
