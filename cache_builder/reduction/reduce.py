@@ -29,9 +29,8 @@ and draws; PyTorch's operations do it elsewhere, and ask for the number of block
 on other chunks (in_flight.py).
 Every sum is taken in a fixed order, so the same rows give the same bits.
 
-N: rows, V: vocabulary, K: tail nodes, E: kept entries of all rows, S: tail draws of all rows, G: blocks of a
-row, J: entries in a block, Q: gathered blocks of all rows, C: candidates for a head of all rows, H: candidates of the
-row that has most.
+N: rows, V: vocabulary, K: tail nodes, E: kept entries of all rows, S: tail draws of all rows, G: blocks of a row, H:
+candidates for a head of the row that has most.
 """
 
 import math
@@ -42,18 +41,8 @@ from typing import NamedTuple
 import torch
 
 from cache_builder.reduction import kernels
-from cache_builder.reduction.block_sums import (
-    BLOCK,
-    LOWEST,
-    Blocks,
-    block_statistics,
-    totals,
-)
-from cache_builder.reduction.draw_from_tails import (
-    draw_from_tails,
-    lay_out,
-    no_draws,
-)
+from cache_builder.reduction.block_sums import BLOCK, LOWEST, Blocks, block_statistics, totals
+from cache_builder.reduction.draw_from_tails import draw_from_tails, lay_out, no_draws
 from cache_builder.reduction.heads import MAX_BOUND, dense_head, most_entries, nonzero, sparse_head
 from cache_builder.reduction.in_flight import GPU_PIECES, Piece, run_in_order
 from formats.capture_settings import CaptureSettings
