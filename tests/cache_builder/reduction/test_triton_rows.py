@@ -68,7 +68,7 @@ def test_the_kernels_find_what_the_operations_find():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "chosen"), [("test_reduce.py", ""), ("test_draw_from_tails.py", "hand or ends or plain_drawing")]
+    ("name", "chosen"), [("test_reduce.py", ""), ("test_draw_from_tails.py", "hand or ends")]
 )
 def test_the_reduction_s_own_tests_in_the_interpreter(name, chosen):
     """Their cases against the references in float64, with the kernels in the place of the operations; of the draws
