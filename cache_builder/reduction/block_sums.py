@@ -1,10 +1,5 @@
 """One look at the vocabulary: the maximum of every block, and its sums at every tail node.
 
-A block is a residue class: with G blocks, block g holds the ids g, g + G, g + 2G, ...  Any partition would
-do, and this one turns both reductions into sums of whole vectors, with nothing to add up across a vector
-register. The sums of a block are relative to its own maximum: none underflows, a block can be exchanged for what is
-left of it, and maxima and sums need the logits once.
-
 On a CPU the passes are plain operations on a scratch buffer that is kept between calls: fresh temporaries
 of this size cost more in page faults than the arithmetic.  On a GPU one kernel holds a block in registers
 (triton_rows.py); where there is no Triton, or ANNEAL_TRITON=0 forbids it, the plain operations run there too.
@@ -14,11 +9,11 @@ N: rows, V: vocabulary, G: blocks of a row, J: entries in a block, K: tail nodes
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from cache_builder.reduction import kernels
+from cache_builder.reduction.blocks import LOWEST, Blocks, num_blocks
 from formats.logprobs.tail_function import TAIL_BETAS
 
 CPU_CACHE_BYTES = 1 << 21
@@ -26,24 +21,7 @@ CPU_CACHE_BYTES = 1 << 21
 less pays for the calls."""
 PLAIN_PASS_BYTES = 1 << 28
 """The same for the plain operations on a GPU, which hold a few times as much in scratch memory."""
-BLOCK = 32
-"""J: long enough that block data are small, short enough that few entries are gathered."""
 Plan = tuple[tuple[int, int] | None, ...]
-LOWEST = torch.finfo(torch.float32).min
-
-
-class Blocks(NamedTuple):
-    """Every block of some rows."""
-
-    maxima_NG: torch.Tensor
-    """float32; -inf where nothing in the block is possible."""
-    sums_NKG: torch.Tensor
-    """float32: sums over the block of exp(beta * (l - maximum)); 0 where nothing in it is possible."""
-
-
-def num_blocks(vocab_size: int) -> int:
-    """G: as few as hold the vocabulary.  The last stripe of G ids may be short."""
-    return -(-vocab_size // BLOCK)
 
 
 @lru_cache
@@ -81,7 +59,7 @@ def block_statistics(logits_NV: torch.Tensor, betas: Sequence[float]) -> Blocks:
         assert tuple(betas) == TAIL_BETAS, betas
         from cache_builder.reduction import triton_rows
 
-        return Blocks(*triton_rows.block_statistics(logits_NV, BLOCK))
+        return Blocks(*triton_rows.block_statistics(logits_NV))
     return Blocks(*_plain_statistics(logits_NV, betas=tuple(betas)))
 
 

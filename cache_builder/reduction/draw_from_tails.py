@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from cache_builder.reduction.block_sums import BLOCK, Blocks, num_blocks
+from cache_builder.reduction.blocks import BLOCK, Blocks, num_blocks
 from formats.logprobs.tail_draws import POWER, most_draws
 
 

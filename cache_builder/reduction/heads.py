@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from cache_builder.reduction.block_sums import BLOCK, Blocks, block_statistics, plain_sums
+from cache_builder.reduction.block_sums import block_statistics, plain_sums
+from cache_builder.reduction.blocks import BLOCK, Blocks
 from cache_builder.reduction.draw_from_tails import BlockedTail, Cut, block_entries
 from cache_builder.reduction.in_flight import Piece
 from formats.logprobs.tail_draws import POWER

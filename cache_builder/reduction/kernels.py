@@ -29,10 +29,10 @@ def _failure(device_type: str, vocab_size: int) -> str | None:
         labels_N = torch.zeros(2, dtype=torch.int64, device=device_type)
         logits_NV = torch.arange(2.0 * vocab_size, device=device_type).view(2, vocab_size) / vocab_size
         found = triton_rows.pick(
-            logits_NV, labels_N, labels_N.double(), block=32, room=102, log_min_prob=-4.6, max_k=128, rate=8
+            logits_NV, labels_N, labels_N.double(), room=102, log_min_prob=-4.6, max_k=128, rate=8
         )
         num_entries, num_draws, _ = found.ends_3N[:, -1].tolist()
-        triton_rows.hand_over(found, num_entries, num_draws, block=32)
+        triton_rows.hand_over(found, num_entries, num_draws)
     except Exception as error:  # no compiler, no Triton, an unsupported device
         warnings.warn(f"Triton failed, reducing without it: {f'{error}'[:300]}", stacklevel=3)
         return f"{error}"

@@ -41,7 +41,8 @@ from typing import NamedTuple
 import torch
 
 from cache_builder.reduction import kernels
-from cache_builder.reduction.block_sums import BLOCK, LOWEST, Blocks, block_statistics, totals
+from cache_builder.reduction.block_sums import block_statistics, totals
+from cache_builder.reduction.blocks import BLOCK, LOWEST, Blocks
 from cache_builder.reduction.draw_from_tails import draw_from_tails, lay_out, no_draws
 from cache_builder.reduction.heads import MAX_BOUND, dense_head, most_entries, nonzero, sparse_head
 from cache_builder.reduction.in_flight import GPU_PIECES, Piece, run_in_order
@@ -202,7 +203,6 @@ def _reduce_by_kernels(
         logits_NV,
         labels_N,
         starts_N,
-        block=BLOCK,
         room=most_entries(capture.min_prob),
         log_min_prob=math.log(capture.min_prob),
         max_k=min(capture.max_k, logits_NV.shape[1]),
@@ -211,7 +211,7 @@ def _reduce_by_kernels(
     num_entries, num_draws, crowded = yield picked.ends_3N[:, -1]
     if crowded:
         return None
-    found = triton_rows.hand_over(picked, num_entries, num_draws, block=BLOCK)
+    found = triton_rows.hand_over(picked, num_entries, num_draws)
     counts_N, draw_counts_N = picked.numbers_3N[:2].int()
     return ReducedRows(
         counts_N,

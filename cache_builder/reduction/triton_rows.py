@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from cache_builder.reduction.blocks import BLOCK, LOWEST, num_blocks
 from formats.logprobs.tail_draws import POWER, most_draws
 from formats.logprobs.tail_function import TAIL_BETAS
 
@@ -34,7 +35,7 @@ _POWER = tl.constexpr(POWER)
 _AT_POWER = tl.constexpr(TAIL_BETAS.index(POWER))
 _AT_ONE = tl.constexpr(TAIL_BETAS.index(1.0))
 _INF = tl.constexpr(float("inf"))
-_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_LOWEST = tl.constexpr(LOWEST)
 _NO_KEY = tl.constexpr(-(1 << 63))
 COLUMNS, COLUMN_WARPS = 32, 1
 """Blocks of a `block_kernel` program: as fast as any up to 512, and the fewest registers."""
@@ -283,11 +284,11 @@ class HandedOver(NamedTuple):
     draw_logprobs_S: torch.Tensor
 
 
-def block_statistics(logits_NV: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def block_statistics(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(float32 [N, G], float32 [N, K, G]): maxima of all blocks and their sums at `TAIL_BETAS`, of any float dtype."""
     num_rows, vocab_size = logits_NV.shape
     assert logits_NV.stride(-1) == 1, logits_NV.stride()
-    blocks = triton.cdiv(vocab_size, block)
+    blocks = num_blocks(vocab_size)
     maxima_NG = torch.empty(num_rows, blocks, device=logits_NV.device)
     sums_NKG = torch.empty(num_rows, len(TAIL_BETAS), blocks, device=logits_NV.device)
     if num_rows:
@@ -295,7 +296,7 @@ def block_statistics(logits_NV: torch.Tensor, block: int) -> tuple[torch.Tensor,
         with torch.cuda.device_of(logits_NV):
             block_kernel[(num_rows * triton.cdiv(blocks, COLUMNS),)](
                 logits_NV, maxima_NG, sums_NKG, logits_NV.stride(0), vocab_size, blocks,
-                COLUMNS=COLUMNS, J=block, num_warps=COLUMN_WARPS,
+                COLUMNS=COLUMNS, J=BLOCK, num_warps=COLUMN_WARPS,
             )  # fmt: skip
     return maxima_NG, sums_NKG
 
@@ -305,7 +306,6 @@ def pick(
     labels_N: torch.Tensor,
     starts_N: torch.Tensor,
     *,
-    block: int,
     room: int,
     log_min_prob: float,
     max_k: int,
@@ -319,7 +319,7 @@ def pick(
     num_rows, vocab_size = logits_NV.shape
     device = logits_NV.device
     labels_N, starts_N = labels_N.contiguous(), starts_N.contiguous()
-    maxima_NG, sums_NKG = block_statistics(logits_NV, block)
+    maxima_NG, sums_NKG = block_statistics(logits_NV)
     blocks, width = maxima_NG.shape[1], triton.next_power_of_2(room)
     log_z_N, labels_logprobs_N = torch.empty(2, num_rows, device=device).unbind()
     tails_NK = torch.empty(num_rows, len(TAIL_BETAS), device=device)
@@ -332,7 +332,7 @@ def pick(
             logits_NV, labels_N, starts_N, maxima_NG, sums_NKG, log_z_N, tails_NK, labels_logprobs_N, keys_NC,
             chosen_NC, line_NG, numbers_3N, num_rows, logits_NV.stride(0), vocab_size, blocks, log_min_prob, max_k,
             rate, most_draws(vocab_size, rate),
-            ROW=triton.next_power_of_2(blocks), C=width, T=TILE, J=block, DRAW=rate > 0, num_warps=ROW_WARPS,
+            ROW=triton.next_power_of_2(blocks), C=width, T=TILE, J=BLOCK, DRAW=rate > 0, num_warps=ROW_WARPS,
         )  # fmt: skip
     return Picked(
         logits_NV,
@@ -347,10 +347,10 @@ def pick(
     )
 
 
-def hand_over(picked: Picked, num_entries: int, num_draws: int, *, block: int) -> HandedOver:
+def hand_over(picked: Picked, num_entries: int, num_draws: int) -> HandedOver:
     """Queue the rest, once the host knows how much is kept."""
     num_rows, vocab_size = picked.logits_NV.shape
-    blocks, device = triton.cdiv(vocab_size, block), picked.logits_NV.device
+    blocks, device = num_blocks(vocab_size), picked.logits_NV.device
     found = HandedOver(
         torch.empty(num_entries, dtype=torch.int32, device=device),
         torch.empty(num_entries, device=device),
@@ -361,6 +361,6 @@ def hand_over(picked: Picked, num_entries: int, num_draws: int, *, block: int) -
         hand_over_kernel[(num_rows,)](
             picked.logits_NV, picked.starts_N, picked.log_z_N, picked.keys_NC, picked.line_NG, picked.numbers_3N,
             picked.ends_3N, *found, num_rows, picked.logits_NV.stride(0), vocab_size, blocks, blocks.bit_length(),
-            C=picked.keys_NC.shape[1], W=DRAWS, J=block, DRAW=num_draws > 0,
+            C=picked.keys_NC.shape[1], W=DRAWS, J=BLOCK, DRAW=num_draws > 0,
         )  # fmt: skip
     return found

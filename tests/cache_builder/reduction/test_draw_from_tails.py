@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cache_builder.reduction import block_sums, reduce
-from cache_builder.reduction.block_sums import BLOCK
+from cache_builder.reduction import reduce
+from cache_builder.reduction.blocks import BLOCK, num_blocks
 from cache_builder.reduction.reduce import ReducedRows, reduce_logits
 from cache_builder.teachers.wire import pack, unpack
 from formats.capture_settings import CaptureSettings
@@ -96,7 +96,7 @@ def test_on_both_roads_to_the_head(monkeypatch, min_prob, road):
     assert set(taken) == {road}
     assert (np.abs(hits - expected) <= 1 / 1000 + 1e-4 * expected).all()
     # Tokens beside a head entry, in a block that was gathered for it, are drawn like all others.
-    blocks = block_sums.num_blocks(4099)
+    blocks = num_blocks(4099)
     head = np.flatnonzero(torch.softmax(row.double(), -1).numpy() >= 2.5e-3)
     beside = np.isin(np.arange(4099) % blocks, head % blocks) & (expected > 0)
     if road == "sparse_head":

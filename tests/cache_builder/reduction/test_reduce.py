@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cache_builder.reduction import block_sums, heads, reduce
-from cache_builder.reduction.block_sums import BLOCK, power_plan
+from cache_builder.reduction.block_sums import power_plan
+from cache_builder.reduction.blocks import BLOCK, num_blocks
 from cache_builder.reduction.in_flight import GPU_PIECES
 from cache_builder.reduction.reduce import ReducedRows, concatenate_rows, reduce_logits
 from formats.capture_settings import CaptureSettings
@@ -325,7 +326,7 @@ def test_block_sums_and_maxima_by_hand():
 
 @pytest.mark.parametrize("vocab_size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 1003, 4099])
 def test_blocks_cover_every_id_once(vocab_size):
-    blocks = block_sums.num_blocks(vocab_size)
+    blocks = num_blocks(vocab_size)
     logits = draw(3, vocab_size, 2.0)
     logits[1, ::blocks] = -math.inf
     maxima, sums = block_sums.block_statistics(logits, TAIL_BETAS)

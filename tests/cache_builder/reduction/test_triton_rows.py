@@ -4,11 +4,11 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from code_for_a_gpu import compiled_for
 
 from cache_builder.reduction import kernels
 from cache_builder.reduction.reduce import reduce_logits
@@ -86,10 +86,6 @@ def test_a_gpu_runs_the_kernels():
 
 def compiled(kernel, capability: int, flags: dict[str, object], num_warps: int) -> tuple[dict[str, int], str]:
     """(what the assembler says of the kernel's resources, its PTX), compiled ahead of time: no GPU is needed."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     types = {"log_min_prob": "fp32", "chosen_ptr": "*i32", "ids_ptr": "*i32", "draw_ids_ptr": "*i32"}
     types |= dict.fromkeys(("labels_ptr", "keys_ptr", "numbers_ptr", "ends_ptr"), "*i64")
     types |= dict.fromkeys(("starts_ptr", "line_ptr"), "*fp64")
@@ -98,20 +94,7 @@ def compiled(kernel, capability: int, flags: dict[str, object], num_warps: int) 
         for name in kernel.arg_names
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
-    found = triton.compile(
-        ASTSource(kernel, signature, flags, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps},
-    )
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    fields = [field.split(":") for field in usage.split() if field.count(":") == 1]
-    used = {name: int(value) for name, value in fields if value.isdigit()}
-    return {**used, "SHARED": found.metadata.shared}, found.asm["ptx"]
+    return compiled_for(kernel, capability, signature, flags, aligned, num_warps)
 
 
 @pytest.mark.slow

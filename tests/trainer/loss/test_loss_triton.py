@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from code_for_a_gpu import compiled_for
 
 from formats.errors import ConfigError
 from trainer.loss.chunks import logits_type
@@ -41,10 +41,6 @@ def test_gradients_on_the_gpu():
 
 def compiled(kernel, capability: int, dtype: str, flags: dict) -> tuple[dict[str, int], str]:
     """(what ptxas says of the kernel's resources, its PTX), compiled ahead of time: no GPU is needed."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     fixed = dict(flags)
     types = {"raw_ptr": f"*{dtype}"}
     for name in kernel.arg_names:
@@ -66,20 +62,7 @@ def compiled(kernel, capability: int, dtype: str, flags: dict) -> tuple[dict[str
     }
     from trainer.loss.triton_passes import NUM_WARPS
 
-    found = triton.compile(
-        ASTSource(kernel, signature, fixed, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": NUM_WARPS},
-    )
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    fields = [field.split(":") for field in usage.split() if field.count(":") == 1]
-    used = {name: int(value) for name, value in fields if value.isdigit()}
-    return {**used, "SHARED": found.metadata.shared}, found.asm["ptx"]
+    return compiled_for(kernel, capability, signature, fixed, aligned, NUM_WARPS)
 
 
 @pytest.mark.parametrize("dtype", ("bf16", "fp16", "fp32"))
