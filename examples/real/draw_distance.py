@@ -50,9 +50,11 @@ def points(sweep: dict[str, Any]) -> tuple[dict[str, dict[str, float]], dict[str
 def main() -> None:
     """Read the sweep, write the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("sweep", type=Path, help="what `anneal sweep` wrote: sweep.json")
+    parser.add_argument("sweep", metavar="SWEEP", type=Path, help="what `anneal sweep` wrote: sweep.json")
     parser.add_argument("out", type=Path, help=".png, .svg or .pdf")
     arguments = parser.parse_args()
+    if not arguments.sweep.is_file():
+        parser.error(f"SWEEP must be a sweep's sweep.json, got {arguments.sweep}, which does not exist")
     found, families = points(json.loads(arguments.sweep.read_text(encoding="utf-8")))
     plot_tradeoff(
         found,
