@@ -38,9 +38,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from cache_builder import BuildConfig, TeacherConfig, VLLMTeacher, build_cache
-from cache_builder.teachers.vllm_settings import child_environment, platform_arguments, quiet_environment
+from cache_builder.teachers.vllm_settings import platform_arguments
 from formats.capture_settings import CaptureSettings
 from formats.disk.token_row import TokenRow
+from formats.engine.environment import child_environment, quiet_environment
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"vocab_size": 4003, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},

@@ -26,6 +26,7 @@ FLOORS = {
             "disk",
             "picture_file",
             "ray_cluster",
+            "engine",
             "table",
             "identity",
         ),

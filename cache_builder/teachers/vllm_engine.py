@@ -6,33 +6,28 @@ is of one kind for as long as it lives.
 
 import contextlib
 import importlib.metadata
-import signal
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from cache_builder.teachers.engine_log import EngineLog
 from cache_builder.teachers.fast_dtype import resolve_dtype
 from cache_builder.teachers.model_config import attention_softcap, checkpoint_dtype, read_model_config
 from cache_builder.teachers.protocol import TeacherConfig, TeacherError
 from cache_builder.teachers.vllm_import import import_vllm
 from cache_builder.teachers.vllm_settings import (
     advised,
-    child_environment,
     engine_arguments,
     engine_line,
-    quiet_environment,
     refuse_ignored_softcap,
     sampler_arguments,
     teacher_architectures,
 )
+from formats.engine.environment import child_environment, quiet_environment
+from formats.engine.log import EngineLog
+from formats.engine.processes import killed_by, shut_down, wake_when_killed
 from formats.errors import ConfigError
 
-SHUTDOWN_SECONDS = 2.0
-"""Then the engine is killed: its workers would take six, and by now nothing in it is worth waiting for."""
 NUMERIC_ARGS = (
     "quantization",
     "kv_cache_dtype",
@@ -166,45 +161,6 @@ def start_engine(config: TeacherConfig, *, pooling: bool) -> RunningEngine:
             arguments = sampler_arguments(config, dtype=dtype)
         engine = _started(vllm, arguments, config, log)
     return RunningEngine(engine=engine, log=log, dtype=dtype)
-
-
-def shut_down(engine: Any) -> None:
-    """Stop the engine's processes."""
-    with contextlib.suppress(Exception):
-        engine.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
-
-
-def processes_of(engine: Any) -> list[Any]:
-    """The engine's own processes (`multiprocessing.Process`); none where Ray or this process runs it."""
-    manager = getattr(getattr(engine.engine_core, "resources", None), "engine_manager", None)
-    return list(getattr(manager, "processes", ()))
-
-
-def wake_when_killed(engine: Any) -> None:
-    """Have `step` raise when a process of the engine is gone without a word, as one that is killed.
-
-    vLLM 0.32 notices that and closes its sockets, but tells nobody who waits for an output: that would wait for ever.
-    """
-    client, processes = engine.engine_core, processes_of(engine)
-    outputs = getattr(client, "outputs_queue", None)
-    if outputs is None or not processes:
-        return
-
-    def watch() -> None:
-        connection.wait([process.sentinel for process in processes])
-        outputs.put_nowait(RuntimeError("a process of the engine has ended"))  # read by nobody after `close`
-
-    threading.Thread(target=watch, name="anneal-engine-watch", daemon=True).start()
-
-
-def killed_by(engine: Any) -> str:
-    """Which signal ended a process of the engine, in a line for the user; empty if none did."""
-    for process in processes_of(engine):
-        code = process.exitcode
-        if code is not None and code < 0:
-            line = f"its process was ended by {signal.Signals(-code).name}"
-            return line + (", as the system does where memory runs out" if -code == signal.SIGKILL else "")
-    return ""
 
 
 def _started(vllm: Any, arguments: dict[str, Any], config: TeacherConfig, log: EngineLog) -> Any:

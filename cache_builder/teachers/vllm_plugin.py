@@ -4,8 +4,8 @@ vLLM calls `register` in each of its processes.  For every architecture `X` that
 `AnnealX`, which resolves lazily to a real subclass of vLLM's own class (see `vllm_pooler`), so that no model
 code is imported here and nothing changes for anyone who does not ask for an `Anneal...` architecture.
 
-vLLM's engine process outlives a parent that was killed outright, and keeps its memory.  In processes that a
-`VLLMTeacher` started, `register` also starts a thread that ends the engine when its parent is gone.
+vLLM's engine process outlives a parent that was killed outright, and keeps its memory.  In processes that
+were started under `child_environment`, `register` also starts a thread that ends the engine when its parent is gone.
 """
 
 import multiprocessing
@@ -14,10 +14,10 @@ import signal
 import threading
 import time
 
+from formats.engine.environment import PARENT_VARIABLE
+
 PREFIX = "Anneal"
 MODULE = "cache_builder.teachers.vllm_pooler"
-PARENT_VARIABLE = "ANNEAL_ENGINE_PARENT"
-"""Set while an engine starts to the process id of its owner; inherited by the engine's processes."""
 WRAPPERS = {
     *(
         "Gemma3ForConditionalGeneration",

@@ -1,6 +1,5 @@
-"""From a `TeacherConfig` to vLLM's `EngineArgs`: environment, architecture, typed user settings, refusals."""
+"""From a `TeacherConfig` to vLLM's `EngineArgs`: architecture, typed user settings, refusals."""
 
-import contextlib
 import dataclasses
 import difflib
 import enum
@@ -8,7 +7,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +15,6 @@ from cache_builder.teachers.engine_args import by_name, refuse_data_parallel
 from cache_builder.teachers.model_config import attention_softcap
 from cache_builder.teachers.protocol import TeacherConfig
 from cache_builder.teachers.vllm_plugin import (
-    PARENT_VARIABLE,
     teacher_architecture,
     text_architectures,
     wrapped_architectures,
@@ -25,10 +23,6 @@ from formats.errors import ConfigError, one_line
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """A prefill needs little: the rows of one step.  vLLM's own default is a share of the whole memory."""
-
-FEW_CORES = 4
-"""vLLM on a CPU pins its worker and keeps a core free for the scheduler, which would halve two cores.  Up to
-so many cores the worker is left unpinned and uses all of them; VLLM_CPU_OMP_THREADS_BIND overrides it."""
 
 GRAPH_ARGS = {"cudagraph_capture_sizes", "max_cudagraph_capture_size"}
 """Who sets one of these has chosen CUDA graphs."""
@@ -53,34 +47,6 @@ RESERVED_ARGS = {
     "override_generation_config": None,
 }
 """Set by the teacher itself, with the option of the command line that does it, if any."""
-
-
-def quiet_environment(debug: bool, *, local: bool) -> None:
-    """Defaults for what the user has not set: a quiet log, no network for a model that is a directory."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if debug else "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # On a GPU vLLM would fork: plugins that this process has loaded are not loaded again then, and the engine would
-    # neither know our architectures for sure nor end with us.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    if len(os.sched_getaffinity(0)) <= FEW_CORES:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if local:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-@contextlib.contextmanager
-def child_environment(debug: bool) -> Iterator[None]:
-    """What processes started inside inherit: whose they are, and no warnings of other people's libraries."""
-    added = {PARENT_VARIABLE: str(os.getpid())}
-    if not debug and "PYTHONWARNINGS" not in os.environ:
-        added["PYTHONWARNINGS"] = "ignore"
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def teacher_architectures(model_config: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from formats.engine.environment import child_environment, quiet_environment
+from formats.engine.log import EngineLog
+from formats.engine.processes import killed_by, shut_down, wake_when_killed
 from formats.errors import ConfigError, one_line
 from formats.identity.fingerprint import hash_template, weight_files
 from formats.install import how_to_install
@@ -25,8 +28,6 @@ CPU_BATCH = 8
 GPU_SHARE = 0.8
 """Weights may take so much of the GPU's free memory; the rest is for keys and values."""
 CPU_KV_CACHE_BYTES = 4 << 30
-FEW_CORES = 4
-"""Up to so many cores vLLM's worker is left unpinned, or it would use one of two."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,8 @@ def running_model(directory: Path, backend: Backend, settings: BenchSettings) ->
     try:
         yield model
     finally:
-        if backend.name == "vllm":
-            with contextlib.suppress(Exception):
-                model.model.llm_engine.engine_core.shutdown()
+        if (engine := _engine_of(model)) is not None:
+            shut_down(engine)
         model.__dict__.clear()
         gc.collect()
         import torch
@@ -149,31 +149,47 @@ def _transformers(directory: Path, backend: Backend, settings: BenchSettings) ->
 def _vllm(directory: Path, backend: Backend, settings: BenchSettings) -> Any:
     import torch
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if os.environ.get("ANNEAL_DEBUG") == "1" else "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    debug = os.environ.get("ANNEAL_DEBUG") == "1"
+    quiet_environment(debug, local=True)
     arguments: dict[str, Any] = {"disable_log_stats": True}
     if not torch.cuda.is_available():
         arguments["enforce_eager"] = True
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
-        if len(os.sched_getaffinity(0)) <= FEW_CORES:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    log = EngineLog(shown=debug)
     try:
-        with _any_build_of_vllm():
-            from lm_eval.models.vllm_causallms import VLLM
+        with log.inherited(), child_environment(debug):
+            with _any_build_of_vllm():
+                from lm_eval.models.vllm_causallms import VLLM
 
-        return VLLM(
-            pretrained=str(directory),
-            dtype=backend.dtype,  # type: ignore[arg-type]
-            seed=settings.seed,
-            batch_size=settings.batch_size or "auto",
-            **{**arguments, **settings.engine_args},
-        )
+            model = VLLM(
+                pretrained=str(directory),
+                dtype=backend.dtype,  # type: ignore[arg-type]
+                seed=settings.seed,
+                batch_size=settings.batch_size or "auto",
+                **{**arguments, **settings.engine_args},
+            )
     except Exception as error:  # the engine's process reports in many ways
+        cause = log.explain(f"{type(error).__name__}: {one_line(error)}")
         raise ConfigError(
-            f"the vllm backend must run {directory}, got {type(error).__name__}: {one_line(error)}; try "
-            "--backend transformers, or --debug for the engine's log"
+            f"the vllm backend must run {directory}, got {cause}; or try --backend transformers"
         ) from error
+    if (engine := _engine_of(model)) is not None:
+        wake_when_killed(engine)
+    return model
+
+
+def why_failed(model: Any, error: Exception) -> str:
+    """What ended a task, in one line: the end of the engine comes first, which an error on this side only reports."""
+    engine = _engine_of(model)
+    if engine is not None and (killed := killed_by(engine)):
+        return f"the vLLM engine must keep running, but {killed}"
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _engine_of(model: Any) -> Any:
+    """The engine behind a model of the harness; None with transformers, and where the harness starts one per task."""
+    return getattr(getattr(model, "model", None), "llm_engine", None)
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from formats.errors import AnnealError, ConfigError, one_line
+from formats.errors import AnnealError, ConfigError
 from formats.identity.fingerprint import resolve_model
 from formats.progress import Progress, counted, format_seconds
-from trainer.bench.backends import Backend, choose_backend, choose_template, running_model
+from trainer.bench.backends import Backend, choose_backend, choose_template, running_model, why_failed
 from trainer.bench.bench_file import BenchEntry, BenchFile, entry_key
 from trainer.bench.catalogue import Catalogue, LoadedTask, load_catalogue
 from trainer.bench.harness import bars_of, import_harness, quiet_harness
@@ -159,7 +159,7 @@ class _Run:
             raise
         except Exception as error:  # functions of task files, engines out of memory
             raise ConfigError(
-                f"task {task.name} failed on {self.label}: {type(error).__name__}: {one_line(error)}"
+                f"task {task.name} failed on {self.label}: {why_failed(model, error)}"
             ) from error
         data = table_bytes(table)
         num_items = len({sample["doc_id"] for sample in samples})

@@ -1,7 +1,6 @@
 """vLLM's settings from ours: typed strings, refusals by name.  No engine is started."""
 
 import json
-import os
 import re
 
 import pytest
@@ -21,7 +20,6 @@ from cache_builder.teachers.vllm_settings import (
     advised,
     engine_arguments,
     platform_arguments,
-    quiet_environment,
     teacher_architectures,
     typed_engine_args,
 )
@@ -157,16 +155,6 @@ def test_vllm_takes_our_words_for_no_graphs(tiny_llama_dir):
     arguments = platform_arguments(on_cpu=False, pooling=True, user={"compilation_config": {"mode": 0}})
     made = EngineArgs(model=str(tiny_llama_dir), **arguments).compilation_config
     assert made.cudagraph_mode == CUDAGraphMode.NONE and int(made.mode) == 0
-
-
-def test_engines_start_in_fresh_processes(monkeypatch):
-    """On a GPU vLLM forks, after which `register` would not run and no engine would end with its owner."""
-    monkeypatch.setattr("os.environ", {})
-    quiet_environment(False, local=False)
-    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    quiet_environment(False, local=False)
-    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "fork", "what the user has set stays"
 
 
 @pytest.mark.vllm

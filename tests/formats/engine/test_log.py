@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from cache_builder.teachers.engine_log import EngineLog
+from formats.engine.log import EngineLog
 
 TALK = "import sys; print('to out'); print('to err', file=sys.stderr)"
 
