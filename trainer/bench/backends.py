@@ -20,6 +20,7 @@ from formats.engine.processes import killed_by, shut_down, wake_when_killed
 from formats.errors import ConfigError, one_line
 from formats.identity.fingerprint import hash_template, weight_files
 from formats.install import how_to_install
+from trainer.bench.harness import engine_of
 from trainer.bench.model_identity import is_adapter
 from trainer.bench.settings import BenchSettings
 from trainer.loading import load_model, load_tokenizer
@@ -125,7 +126,7 @@ def running_model(directory: Path, backend: Backend, settings: BenchSettings) ->
     try:
         yield model
     finally:
-        if (engine := _engine_of(model)) is not None:
+        if (engine := engine_of(model)) is not None:
             shut_down(engine)
         model.__dict__.clear()
         gc.collect()
@@ -174,22 +175,17 @@ def _vllm(directory: Path, backend: Backend, settings: BenchSettings) -> Any:
         raise ConfigError(
             f"the vllm backend must run {directory}, got {cause}; or try --backend transformers"
         ) from error
-    if (engine := _engine_of(model)) is not None:
+    if (engine := engine_of(model)) is not None:
         wake_when_killed(engine)
     return model
 
 
 def why_failed(model: Any, error: Exception) -> str:
     """What ended a task, in one line: the end of the engine comes first, which an error on this side only reports."""
-    engine = _engine_of(model)
+    engine = engine_of(model)
     if engine is not None and (killed := killed_by(engine)):
         return f"the vLLM engine must keep running, but {killed}"
     return f"{type(error).__name__}: {one_line(error)}"
-
-
-def _engine_of(model: Any) -> Any:
-    """The engine behind a model of the harness; None with transformers, and where the harness starts one per task."""
-    return getattr(getattr(model, "model", None), "llm_engine", None)
 
 
 @contextlib.contextmanager

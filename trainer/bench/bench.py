@@ -140,7 +140,7 @@ class _Run:
         items, began = self._items(task), time.monotonic()
         self._seed(task)
         try:
-            with bars_of(self.progress, what), _code_allowed(task.runs_code):
+            with bars_of(self.progress, what, model), _code_allowed(task.runs_code):
                 found = evaluate(
                     model,
                     {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},

@@ -56,8 +56,16 @@ def quiet_harness() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bars_of(progress: Progress, what: str) -> Iterator[None]:
-    """Show the harness's bars as phases of `progress`: what it calls `tqdm` is ours inside."""
+def bars_of(progress: Progress, what: str, model: Any) -> Iterator[None]:
+    """Show the harness's bars as phases of `progress`: what it calls `tqdm` is ours inside.
+
+    It counts vLLM's requests when all of them are answered, so the engine counts them instead, one by one.
+
+    Args:
+        model: under the harness's interface.
+    """
+    generate = getattr(getattr(model, "model", None), "generate", None)
+    by_engine = engine_of(model) is not None
 
     class Bar:
         """The part of tqdm that the harness uses."""
@@ -74,10 +82,29 @@ def bars_of(progress: Progress, what: str) -> Iterator[None]:
             return iter(self._iterable or ())
 
         def update(self, count: int = 1) -> None:
-            progress.advance(int(count))
+            if not by_engine:
+                progress.advance(int(count))
 
         def close(self) -> None:
             progress.finish()
+
+    class EngineBar:
+        """The part of tqdm that vLLM uses, within a phase that a `Bar` has started."""
+
+        def __init__(self, iterable: Iterable[Any] = (), **_: object) -> None:
+            self._iterable = iterable
+            self.n, self.postfix, self.format_dict = 0, "", {"elapsed": 1.0}
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self._iterable)
+
+        def update(self, count: int = 1) -> None:
+            self.n += count
+            progress.advance(int(count))
+
+        def refresh(self) -> None: ...
+
+        def close(self) -> None: ...
 
     names = [
         f"lm_eval.{name}" for name in ("api.model", "api.task", "models.huggingface", "models.vllm_causallms")
@@ -86,9 +113,18 @@ def bars_of(progress: Progress, what: str) -> Iterator[None]:
     before = [module.tqdm for module in modules]  # type: ignore[attr-defined]
     for module in modules:
         module.tqdm = Bar  # type: ignore[attr-defined]
+    if by_engine:
+        model.model.generate = lambda *given, **named: generate(*given, **{**named, "use_tqdm": EngineBar})
     try:
         yield
     finally:
         for module, bar in zip(modules, before, strict=True):
             module.tqdm = bar  # type: ignore[attr-defined]
+        if by_engine:
+            del model.model.generate
         progress.finish()
+
+
+def engine_of(model: Any) -> Any:
+    """The vLLM engine behind a model of the harness; None with transformers, and where one is started per task."""
+    return getattr(getattr(model, "model", None), "llm_engine", None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bench_tasks import DOCUMENTS, TINY_BASE, WRITTEN, questions, write_forty
 from corpora import write_jsonl
+from recorded_progress import RecordedProgress
 
 from trainer import BenchSettings, bench_models
 
@@ -146,7 +147,7 @@ def test_written_answers(tmp_path, model, tokenizer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_vllm_agrees(tmp_path) -> None:
+def test_vllm_agrees(tmp_path, capfd) -> None:
     folder = write_forty(tmp_path / "tasks")
     _, ours = run("forty", folder, tmp_path / "hf", apply_chat_template="yes")
     report = bench_models(
@@ -158,7 +159,11 @@ def test_vllm_agrees(tmp_path) -> None:
             dtype="float32",
             out=str(tmp_path / "vllm"),
         ),
+        progress := RecordedProgress(),
     )
+    ((_, done, total),) = progress.phases
+    assert done == total == sum(map(len, ours["choice_logprobs"])), "the engine's requests, each counted once"
+    assert "".join(capfd.readouterr()) == "", "neither the engine's bars nor its log"
     (entry,) = report.models[0].entries.values()
     theirs = pq.read_table(report.models[0].directory / entry.samples).to_pydict()
     for left, right in zip(ours["choice_logprobs"], theirs["choice_logprobs"], strict=True):
