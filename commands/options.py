@@ -104,6 +104,16 @@ SeedOption = Annotated[
         "there: 0]",
     ),
 ]
+RetainOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CACHE[:WEIGHT]",
+        autocompletion=completion.caches,
+        show_default=False,
+        help="Hold the model to the initial one on this text too, without learning it; WEIGHT rows of it per row of "
+        "CACHE. May be repeated.  [default weight: 0.25]",
+    ),
+]
 EvalLimitOption = Annotated[
     int | None, typer.Option(min=1, show_default=False, help="Read only N rows of each text.")
 ]

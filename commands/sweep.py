@@ -7,7 +7,7 @@ import typer
 
 from commands import completion
 from commands.compare import draw
-from commands.options import JsonOption, PageOption, PlotOption, RunSettingsOption
+from commands.options import JsonOption, PageOption, PlotOption, RetainOption, RunSettingsOption
 from commands.parsing import require_owner
 from commands.terminal import named, show_report
 from formats.progress import ConsoleProgress
@@ -128,6 +128,7 @@ def sweep_command(
     config: Annotated[
         Path | None, typer.Option(show_default=False, help="YAML file with settings of `anneal train`.")
     ] = None,
+    retain: RetainOption = None,
     overrides: RunSettingsOption = None,
     bench: Annotated[
         list[str] | None,
@@ -175,6 +176,7 @@ def sweep_command(
         base_file=config,
         model=model,
         overrides=overrides or [],
+        retain=retain or [],
         grid=grid or [],
         also=also or [],
         every=every or [],

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from commands import completion
-from commands.options import set_option
+from commands.options import RetainOption, set_option
 from commands.terminal import show
 
 
@@ -51,6 +51,7 @@ def train_command(
             help="forward: KL(initial || model); reverse.  [default: forward]",
         ),
     ] = None,
+    retain: RetainOption = None,
     packing: Annotated[
         bool | None, typer.Option("--packing", show_default=False, help="Put several rows into one sequence.")
     ] = None,
@@ -89,7 +90,7 @@ def train_command(
         "packing": packing,
         "allow_different_student": allow_different_student,
     }
-    asked = load_config(config, flags=flags, overrides=overrides or [])
+    asked = load_config(config, flags=flags, overrides=overrides or [], retain=retain or [])
     if dry_run:
         plan = plan_training(asked)
         if int(os.environ.get("RANK", "0")) == 0:

@@ -20,6 +20,8 @@ from trainer.preflight.arguments import ARGUMENTS
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
 RESOLVED_NAME = "anneal.yaml"
+RETAINED_WEIGHT = 0.25
+"""Rows of a text to retain per row of the new one, as in docs/results.md and arXiv 2605.26097 (32 beside 128)."""
 SECTIONS: Mapping[str, Any] = {"lora": LoraSettings, "l2": L2Settings, "ewc": EwcSettings, "sfa": SfaSettings}
 """Nested groups of settings, each None unless it is given."""
 
@@ -191,17 +193,39 @@ def load_config(
     *,
     flags: Mapping[str, Any] | None = None,
     overrides: Iterable[str] = (),
+    retain: Iterable[str] = (),
 ) -> TrainConfig:
-    """The settings of a run: YAML file, then flags that are not None, then `KEY=VALUE` overrides.
+    """The settings of a run: YAML file, then flags that are not None, then `KEY=VALUE` overrides, then `add_retained`.
 
     Raises:
-        ConfigError: as `read_config_file`, `apply_override` and `config_from_dict`.
+        ConfigError: as `read_config_file`, `apply_override`, `add_retained` and `config_from_dict`.
     """
     settings = read_config_file(path) if path is not None else {}
     settings |= {key: value for key, value in (flags or {}).items() if value is not None}
     for assignment in overrides:
         apply_override(settings, assignment)
+    add_retained(settings, retain)
     return config_from_dict(settings)
+
+
+def add_retained(settings: dict[str, Any], retain: Iterable[str]) -> None:
+    """Add caches whose text is held to the initial model and not learnt to `caches`, in place.
+
+    Args:
+        retain: `CACHE` or `CACHE:WEIGHT`, the rows taken from it per row of the target cache.
+
+    Raises:
+        ConfigError: a weight alone, or the `caches` that are there are no list.
+    """
+    for text in retain:
+        path, _, weight = text.rpartition(":")
+        found = parse_yaml(weight, "--retain") if path else None
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            path, found = text, RETAINED_WEIGHT
+        caches = settings.get("caches") or []
+        if not isinstance(caches, list | tuple):
+            raise ConfigError(f"caches must be a list for --retain to add to, got {caches!r}")
+        settings["caches"] = [*caches, {"path": path, "loss": "kl", "weight": found}]
 
 
 def save_config(settings: Mapping[str, Any], path: Path) -> None:

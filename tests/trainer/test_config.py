@@ -29,6 +29,24 @@ def test_yaml_then_flags_then_set(tmp_path):
     assert config.caches == (MixedCache(path="replay", weight=0.5, loss="ce"),)
 
 
+def test_text_to_retain_comes_beside_the_caches_of_file_and_set(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("caches: [{path: replay, weight: 0.2, loss: ce}]")
+    config = load_config(
+        path, flags=BASE, overrides=["caches.0.weight=0.5"], retain=["runs/self", "a:b:0.5", "runs:7/self"]
+    )
+    assert config.caches == (
+        MixedCache(path="replay", weight=0.5, loss="ce"),
+        MixedCache(path="runs/self", weight=0.25, loss="kl"),
+        MixedCache(path="a:b", weight=0.5, loss="kl"),
+        MixedCache(path="runs:7/self", weight=0.25, loss="kl"),
+    )
+    with pytest.raises(ConfigError, match=r"caches.weight must be at least 0, got -1"):
+        load_config(flags=BASE, retain=["self:-1"])
+    with pytest.raises(ConfigError, match=r"caches must be a list for --retain to add to, got 'replay'"):
+        load_config(flags=BASE, overrides=["caches=replay"], retain=["self"])
+
+
 def test_the_resolved_settings_make_the_same_run(tmp_path):
     config = load_config(
         flags=BASE, overrides=["lora.target_modules=[q_proj, v_proj]", "eval_caches.prose=p"]

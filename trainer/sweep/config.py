@@ -21,6 +21,7 @@ from trainer.checks import check_at_least, check_flag, check_fraction, check_num
 from trainer.config import DTYPES, TrainConfig
 from trainer.config_file import (
     SECTIONS,
+    add_retained,
     apply_override,
     first_missing,
     parse_yaml,
@@ -299,6 +300,7 @@ def sweep_from_options(
     base_file: Path | None = None,
     model: str | None = None,
     overrides: Iterable[str] = (),
+    retain: Iterable[str] = (),
     grid: Iterable[str] = (),
     also: Iterable[str] = (),
     every: Iterable[str] = (),
@@ -313,7 +315,7 @@ def sweep_from_options(
     Args:
         place: a cache, or a sweep's YAML file, to which the options add.
         base_file: ordinary settings of `anneal train` (--config).
-        model, overrides: settings of the base.
+        model, overrides, retain: settings of the base, as in `load_config`.
         grid: `KEY=V1,V2`, crossed with each other; they make one entry of runs.
         also: `KEY=V1,V2 [KEY=...]`, an entry each.
         every: `KEY=V1,V2`.
@@ -339,6 +341,7 @@ def sweep_from_options(
         plain["base"]["model"] = model
     for assignment in overrides:
         apply_override(plain["base"], assignment)
+    add_retained(plain["base"], retain)
     for assignment in bench:
         apply_override(plain["bench"], assignment)
     entries = [*_list("runs", plain.get("runs") or [])]

@@ -135,6 +135,9 @@ def test_a_base_with_text_to_retain_serves_direct_fine_tuning_too():
     for name in ("direct", "l2.coef=0.1"):
         assert runs[name].settings["caches"] == caches[1:]
     assert runs["kl_coef=3"].settings["caches"] == caches
+    direct, annealed = plan_runs(typed("grid kl_coef=1", "retain self:0.5"))
+    assert not direct.settings.get("caches")
+    assert annealed.settings["caches"] == [{"path": "self", "loss": "kl", "weight": 0.5}]
 
 
 def test_a_list_of_earlier_tasks_is_one_value():
