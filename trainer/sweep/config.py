@@ -182,11 +182,6 @@ class SweepConfig:
         return tuple(self.seeds)
 
 
-def is_task(word: str) -> bool:
-    """Whether a source or target is a task: no directory, and not written like a place."""
-    return not (Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~")))
-
-
 # --- from plain values -------------------------------------------------------------------------------------
 
 
