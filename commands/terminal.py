@@ -50,6 +50,7 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
         name, path = split_name(word)
         name = name or short_name(path)
         if name in found:
-            raise ConfigError(f"{what} must have different names, got {name!r} twice; write {form}")
+            kind = "labels" if form.startswith("LABEL") else "names"
+            raise ConfigError(f"{what} must have different {kind}, got {name!r} twice; write {form}")
         found[name] = path
     return found
