@@ -21,7 +21,7 @@ from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
 from cache_builder.start import MakeTeacher, start_engine
 from cache_builder.teachers.engine_args import gpus_per_engine
-from formats.errors import AnnealError, ConfigError
+from formats.errors import AnnealError, ConfigError, one_line
 from formats.progress import Progress
 from formats.ray_cluster import connected, machines_of
 
@@ -130,7 +130,7 @@ class RayCapture(Capture):
                     if failures[index] == MAX_FAILURES:
                         raise WorkerDied(
                             f"a shard must not kill its worker, got {MAX_FAILURES} dead workers "
-                            f"on shard {index}: {' '.join(str(error).split())[:200]}"
+                            f"on shard {index}: {one_line(error, 200, whole=True)}"
                         ) from error
                     self._progress.note(f"a worker died on shard {index}; another takes it")
                     pending.append(index)

@@ -24,7 +24,7 @@ from commands.options import (
     TemplateArgOption,
     TextColumnOption,
 )
-from commands.parsing import parse_engine_args, parse_shards, parse_template_args, require_owner
+from commands.parsing import parse_engine_args, parse_shards, parse_template_args, require_owner, typed
 from commands.terminal import show, show_report
 from formats.capture_settings import CaptureSettings
 from formats.errors import ConfigError
@@ -121,9 +121,8 @@ def cache_build(
 
     generation = None
     if generate is not None:
-        temperature = 1.0 if generate_temperature is None else generate_temperature
         generation = GenerationConfig(
-            num_rows=generate, prompts=prompts, temperature=temperature, seed=seed or 0
+            num_rows=generate, prompts=prompts, **typed(temperature=generate_temperature, seed=seed)
         )
         seed = None
     else:

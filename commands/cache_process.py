@@ -7,19 +7,14 @@ that started it was stopped or is gone.
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from formats.errors import AnnealError, ConfigError
+from formats.errors import AnnealError, ConfigError, one_line
 from formats.interruption import Interrupted
-from formats.quiet import quiet_imports
 
-HOME = Path(__file__).resolve().parents[1]
 PROGRAM = "from commands.cache_process import main; main()"
 
 
@@ -94,17 +89,11 @@ def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, An
         AnnealError: it could not be built; the first line says why.
         Interrupted: a signal ended it.
     """
+    from trainer.sweep.pools import start_process
+
     print(f"cache {out}: {corpus} by {model}", file=sys.stderr, flush=True)
-    path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
     settings = {**options, "corpus": corpus, "model": model, "out": out}
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", PROGRAM],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-    )
+    process = start_process(PROGRAM, {}, text=True)
     assert process.stdin is not None and process.stdout is not None
     stopped: KeyboardInterrupt | None = None
     try:
@@ -136,11 +125,9 @@ def build_in_process(corpus: str, model: str, out: str, options: Mapping[str, An
 
 def main() -> None:
     """Entry point of the process."""
-    outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever engines print is no outcome
-    quiet_imports()
-    from trainer.sweep.worker import read_line, stop_when_stdin_ends
+    from trainer.sweep.worker import read_line, stop_when_stdin_ends, take_stdout
 
+    outcome = take_stdout()
     settings = json.loads(read_line())
     stop_when_stdin_ends()
     found: dict[str, Any] = {"done": True}
@@ -152,6 +139,6 @@ def main() -> None:
     except KeyboardInterrupt:
         found = {"interrupted": True}
     except (AnnealError, OSError, RuntimeError, MemoryError, ImportError) as error:
-        found = {"error": " ".join(str(error).split()) or type(error).__name__}
+        found = {"error": one_line(error, None, whole=True)}
     with contextlib.suppress(BrokenPipeError), outcome:  # nobody reads it, where the command is gone
         print(json.dumps(found), file=outcome)

@@ -7,7 +7,7 @@ import typer
 
 from commands import completion
 from commands.options import CacheArgument, EngineArgOption, JsonOption
-from commands.parsing import parse_engine_args, require_owner
+from commands.parsing import parse_engine_args, require_owner, typed
 from commands.terminal import show, show_report
 from formats.errors import ConfigError
 from formats.progress import ConsoleProgress
@@ -84,11 +84,10 @@ def cache_verify(
     report = verify_cache(
         cache,
         model,
-        rows=32 if rows is None else rows,
         engine=engine,
-        seed=seed or 0,
         engine_args=parse_engine_args(engine_arg),
         progress=ConsoleProgress(),
+        **typed(rows=rows, seed=seed),
     )
     show_report(report, as_json=as_json)
     if not report.ok:

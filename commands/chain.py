@@ -14,6 +14,7 @@ from commands.options import (
     build_option,
     caches_option,
 )
+from commands.parsing import typed
 from commands.terminal import named, note, show_report
 from formats.errors import ConfigError
 from formats.picture_file import require_plottable
@@ -192,15 +193,16 @@ def _releases(
     from trainer.checks import check_one_of, check_path
 
     check_path("out", out, "a directory for matrix.json and remembered evaluations (--out)")
-    check_one_of("--metric", metric or "ce", METRICS)
+    if metric is not None:
+        check_one_of("--metric", metric, METRICS)
     return read_releases(
         named(words, "models", "LABEL=DIR"),
         named(heldout, "--heldout", "NAME=CACHE"),
         Path(str(out)),
         initial=initial,
-        metric=metric or "ce",
         limit=limit,
         progress=ConsoleProgress(),
+        **typed(metric=metric),
     )
 
 

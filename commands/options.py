@@ -8,6 +8,10 @@ import typer
 from commands import completion
 from formats.capture_settings import MAX_RATE
 
+CORPORA = (
+    "A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a "
+    "Hugging Face data set name"
+)
 CacheArgument = Annotated[
     str,
     typer.Argument(
@@ -18,8 +22,7 @@ CorpusArgument = Annotated[
     str,
     typer.Argument(
         metavar="CORPUS",
-        help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a "
-        "Hugging Face data set name.",
+        help=f"{CORPORA}.",
     ),
 ]
 OptionalCorpusArgument = Annotated[
@@ -27,8 +30,7 @@ OptionalCorpusArgument = Annotated[
     typer.Argument(
         metavar="CORPUS",
         show_default=False,
-        help="A .jsonl, .json, .csv, .parquet, .arrow or .txt file, a directory or glob of them, or a "
-        "Hugging Face data set name; none with --generate.",
+        help=f"{CORPORA}; none with --generate.",
     ),
 ]
 ModelOption = Annotated[

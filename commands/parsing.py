@@ -88,3 +88,8 @@ def parse_shards(text: str | None) -> tuple[int, int] | None:
     if not (separator and first.isdecimal() and last.isdecimal()):
         raise ConfigError(f"--shards takes A:B, got {text!r}; 0:10 captures the shards 0 to 9")
     return int(first), int(last)
+
+
+def typed(**values: Any) -> dict[str, Any]:
+    """Those that were typed; for the others the default is where the setting is."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.errors import ConfigError
 from formats.finite_json import finite_json
-from formats.named_path import split_name
+from formats.named_path import short_name, split_name
 
 
 def escape_unprintable() -> None:
@@ -48,8 +48,9 @@ def named(words: list[str], what: str = "caches", form: str = "NAME=CACHE") -> d
     found: dict[str, str] = {}
     for word in words:
         name, path = split_name(word)
-        name = name or path.rstrip("/").rsplit("/", 1)[-1]
+        name = name or short_name(path)
         if name in found:
-            raise ConfigError(f"{what} must have different names, got {name!r} twice; write {form}")
+            kind = "labels" if form.startswith("LABEL") else "names"
+            raise ConfigError(f"{what} must have different {kind}, got {name!r} twice; write {form}")
         found[name] = path
     return found

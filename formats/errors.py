@@ -59,10 +59,11 @@ def naming(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from None
 
 
-def one_line(error: BaseException, limit: int = 300, *, whole: bool = False) -> str:
+def one_line(error: BaseException, limit: int | None = 300, *, whole: bool = False) -> str:
     """The first line of what an error says, at most `limit` characters of it; its kind where it says nothing.
 
     Args:
+        limit: None for all of them: what this program says itself is never too long.
         whole: all its lines, joined to one: for errors whose first line is not the one that matters.
     """
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]

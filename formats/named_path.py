@@ -1,7 +1,8 @@
-"""`NAME=PATH`, the form in which commands take models and caches."""
+"""`NAME=PATH`, the form in which commands take models and caches, and what one without a name is called."""
 
 import os
 import re
+from typing import Any
 
 
 def split_name(word: str) -> tuple[str, str]:
@@ -16,3 +17,8 @@ def split_name(word: str) -> tuple[str, str]:
     possible = [(name, path) for name, path in splits if name and "/" not in name]
     here = (split for split in possible if split[1] and os.path.lexists(split[1]))
     return next(here, possible[0] if possible else ("", word))
+
+
+def short_name(path: Any) -> str:
+    """The last part of a directory or hub name."""
+    return str(path).rstrip("/").rsplit("/", 1)[-1]

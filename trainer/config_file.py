@@ -141,7 +141,12 @@ def apply_override(settings: dict[str, Any], assignment: str) -> None:
             node = node[index]
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
+def mapping_of(name: str, value: Any) -> dict[str, Any]:
+    """What a setting maps, as a dict of its own.
+
+    Raises:
+        ConfigError: it is no mapping.
+    """
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} must be a mapping, got {value!r}")
     return dict(value)
@@ -149,7 +154,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 def _section(name: str, kind: Any, value: Any) -> Any:
     """One nested group of settings, such as `lora`."""
-    given = _mapping(name, value)
+    given = mapping_of(name, value)
     refuse_unknown(given, [entry.name for entry in fields(kind)], f"{name}.")
     if (missing := first_missing(kind, given)) is not None:
         raise ConfigError(f"{name}.{missing} is required, got {name} without it; add {name}.{missing}")
@@ -169,7 +174,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(f"{missing} is required; give {flag} or `{missing}:` in the --config file")
     for name in ("training", "eval_caches"):
         if name in values:
-            values[name] = _mapping(name, values[name] or {})
+            values[name] = mapping_of(name, values[name] or {})
     for name, kind in SECTIONS.items():
         value = values.get(name)
         if name == "ewc" and isinstance(value, list | tuple):
@@ -181,7 +186,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(f"caches must be a list of path, weight or share, and loss, got {caches!r}")
     mixed = []
     for entry in caches:
-        cache = {"path": entry} if isinstance(entry, str) else _mapping("an entry of caches", entry)
+        cache = {"path": entry} if isinstance(entry, str) else mapping_of("an entry of caches", entry)
         refuse_unknown(cache, [item.name for item in fields(MixedCache)], "caches.")
         mixed.append(MixedCache(**{"path": "", **cache}))
     values["caches"] = mixed

@@ -8,10 +8,11 @@ from typing import Any
 from formats.cache import TeacherCache
 from formats.errors import IdentityMismatchError
 from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
+from formats.named_path import short_name
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
 from trainer.data.label_terms import bare_objective, resolved
-from trainer.data.mixture import Share
+from trainer.data.mixture import amount_of
 from trainer.loading import load_model, load_tokenizer, open_cache, require_plain_weights
 from trainer.multimodal import encoders, encoders_note
 from trainer.objective import Objective
@@ -19,7 +20,7 @@ from trainer.preflight.frozen import freeze, freeze_encoders
 from trainer.preflight.vocabulary import require_outputs, shared_vocabulary
 from trainer.quantization import WeightQuantization
 from trainer.recipe import DEFAULTS, weights_dtype
-from trainer.result.lineage import Ancestor, lineage_of, short_name
+from trainer.result.lineage import Ancestor, lineage_of
 from trainer.result.lora import attach_adapters
 from trainer.result.saving import ResultLayout
 from trainer.result.stored_weights import StoredWeights
@@ -213,10 +214,7 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
     return Rows(
         training=rows(inputs.target, config.loss),
         mixed=[
-            (
-                rows(opened, entry.loss),
-                Share(entry.share) if entry.share is not None else float(entry.weight or 0),
-            )
+            (rows(opened, entry.loss), amount_of(entry.share, entry.weight))
             for opened, entry in zip(inputs.mixed, config.caches, strict=True)
         ],
         first_check=rows_to_check(config, inputs, tail_draws),

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,16 @@ def load_model(model_dir: Path, *, dtype: str, attn_implementation: str | None =
         ) from None
     require_text_model(model)
     return model
+
+
+def default_device(asked: str | None = None) -> str:
+    """Where models are evaluated: the first GPU, else the CPU, if no device is asked for."""
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors there."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def unwrapped(model: Any) -> Any:

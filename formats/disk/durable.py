@@ -68,6 +68,28 @@ def atomic_write_json(path: Path, value: Any, *, allow_nan: bool = False) -> Non
     atomic_write_bytes(path, text.encode() + b"\n")
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What a JSON object in a file says; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def locked(descriptor: int) -> bool:
+    """Lock what is open there until it is closed; False where another process has it. A file system without locks lets
+    everybody in.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """In this block no other one of this directory or file is under way, of whatever process: what is read in it and

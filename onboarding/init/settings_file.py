@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from cache_builder.rows.tokenizer_files import DEFAULT_MAX_LENGTH
 from formats.disk.durable import atomic_write_bytes
 from formats.disk.output_file import misplaced
 from formats.errors import ConfigError
@@ -13,8 +14,6 @@ from onboarding.init.look import Look
 from trainer.config import TrainConfig
 from trainer.recipe import DEFAULTS
 
-DEFAULT_LENGTH = 2048
-"""Of `anneal cache build`."""
 BYTES_PER_PARAMETER = 16
 """Of full fine-tuning in float32 with AdamW: weight, gradient, two moments."""
 ROOM = 0.7
@@ -39,7 +38,7 @@ class Plan:
 
 def plan_for(look: Look) -> Plan:
     """Settings that fit what was seen."""
-    room = min(look.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    room = min(look.context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     longest = int(look.lengths[-1])
     max_length = min(room, longest) if look.whole else min(room, _rounded(2 * look.quantile(0.99)))
     typical = min(look.quantile(0.5), max_length)
@@ -68,7 +67,6 @@ def _rounded(tokens: int) -> int:
 
 def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
     """The file."""
-    defaults = TrainConfig(cache="-", model="-", out="-")
     build = f"anneal cache build {_word(look.corpus)} --model {_word(look.model)} --out {_word(cache)}"
     engine = "" if find_spec("vllm") else " --engine transformers"
     sample = "the whole corpus" if look.whole else f"the first {look.num_records} records"
@@ -87,8 +85,8 @@ def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
         f"model: {_value(look.model)}  # {_parameters(look)}",
         f"out: {_value(out)}  # new, or an interrupted run of these settings, which then continues",
         "",
-        f"kl_coef: {defaults.kl_coef:g}  # 0 learns fastest and forgets; higher holds on to the initial model",
-        f"temperature: {defaults.temperature:g}  # 2 weighs the tail more",
+        f"kl_coef: {TrainConfig.kl_coef:g}  # 0 learns fastest and forgets; higher holds on to the initial model",
+        f"temperature: {TrainConfig.temperature:g}  # 2 weighs the tail more",
         f"packing: {'true' if plan.packing else 'false'}  # {_packing(look, plan)}",
     ]
     if plan.lora:

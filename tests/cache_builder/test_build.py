@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from deterministic_build import (
     SeededTeacher,
     Stop,
+    build,
     contents,
     logits_of,
     make_config,
@@ -20,7 +20,7 @@ from deterministic_build import (
     stop_at,
 )
 
-from cache_builder.build import BuildError, build_cache
+from cache_builder.build import build_cache
 from cache_builder.config import BuildConfig
 from cache_builder.tools.dry_run import plan_build
 from formats.cache import TeacherCache
@@ -28,22 +28,10 @@ from formats.errors import (
     AnnealError,
     ConfigError,
     CorpusError,
-    IdentityMismatchError,
     IncompleteCacheError,
 )
 from formats.logprobs.ragged import segment_of
 from formats.progress import Progress
-
-
-def build(
-    out: Path, num_rows: int = 60, *, teacher=SeededTeacher, source=None, step=lambda name: None, **changes
-):
-    return build_cache(
-        make_config(out, **changes),
-        source=source or make_source(num_rows),
-        make_teacher=lambda config, source: teacher(),
-        step=step,
-    )
 
 
 def test_every_row_of_the_corpus_is_in_the_cache_once_and_in_order(tmp_path: Path) -> None:
@@ -110,190 +98,6 @@ def test_an_unfinished_build_cannot_be_opened_and_says_how_far_it_is(tmp_path: P
         build(tmp_path / "c", step=stop_at("claimed 2"))
     with pytest.raises(IncompleteCacheError, match=r"2 of 6 shards.*same build command again"):
         TeacherCache(tmp_path / "c")
-
-
-DIFFERENT = [
-    ({"min_prob": 1e-3}, "--min-prob: 0.01 there, 0.001 now"),
-    ({"max_k": 9}, "--max-k: 8 there, 9 now"),
-    ({"positions": "all"}, "--positions: loss there, all now"),
-    ({"max_length": 25}, "--max-length: 24 there, 25 now"),
-]
-
-
-@pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize(("change", "words"), DIFFERENT)
-def test_another_command_into_the_same_directory_is_refused(tmp_path, finished, change, words) -> None:
-    if finished:
-        build(tmp_path / "c")
-    else:
-        with pytest.raises(Stop):
-            build(tmp_path / "c", step=stop_at("claimed 2"))
-    before = contents(tmp_path / "c")
-    with pytest.raises(ConfigError) as caught:
-        build(tmp_path / "c", source=make_source(60, **change))
-    assert words in str(caught.value) and "--overwrite" in str(caught.value) and "\n" not in str(caught.value)
-    assert contents(tmp_path / "c") == before
-
-
-def test_another_corpus_or_shard_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Stop):
-        build(tmp_path / "c", step=stop_at("claimed 2"))
-    with pytest.raises(ConfigError, match="corpus contents"):
-        build(tmp_path / "c", source=make_source(60, seed=1))
-    with pytest.raises(ConfigError, match="rows_per_shard: 10 there, 7 now"):
-        build(tmp_path / "c", source=make_source(60, rows_per_shard=7))
-
-
-def test_another_engine_cannot_continue_a_build(tmp_path: Path) -> None:
-    with pytest.raises(Stop):
-        build(tmp_path / "c", step=stop_at("claimed 2"))
-    with pytest.raises(IdentityMismatchError, match="engine_version: 1 there, 2 now"):
-        build(tmp_path / "c", teacher=lambda: SeededTeacher(version="2"))
-    build(tmp_path / "c")
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_overwrite_discards_the_cache_and_spares_the_rest(tmp_path: Path, finished: bool) -> None:
-    if finished:
-        build(tmp_path / "c")
-    else:
-        with pytest.raises(Stop):
-            build(tmp_path / "c", step=stop_at("claimed 2"))
-    (tmp_path / "c" / "notes of mine.txt").write_text("keep")
-    other = make_source(30, seed=5)
-    build(tmp_path / "c", source=other, overwrite=True)
-    build(tmp_path / "fresh", source=other)
-    kept = contents(tmp_path / "c")
-    assert kept.pop("notes of mine.txt") and kept == contents(tmp_path / "fresh")
-
-
-def test_a_cache_that_cannot_be_discarded_is_not_taken_for_the_new_one(tmp_path: Path) -> None:
-    """As on a read-only disk, where the old cache was reported as built."""
-    build(tmp_path / "c")
-    (tmp_path / "c" / "_build").write_text("")  # a file, where the discard begins with a directory
-    before = contents(tmp_path / "c")
-    with pytest.raises(BuildError, match="failed: File exists; the cache that was there is there still"):
-        build(tmp_path / "c", source=make_source(30, seed=5), overwrite=True)
-    assert contents(tmp_path / "c") == before
-
-
-def test_an_interrupted_discard_is_completed_by_any_command(tmp_path: Path, monkeypatch) -> None:
-    from cache_builder.commit import build_directory
-
-    build(tmp_path / "c")
-    real, calls = os.unlink, []
-
-    def fail(path, *args, **kwargs):
-        calls.append(path)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        real(path, *args, **kwargs)
-
-    monkeypatch.setattr(build_directory.os, "unlink", fail)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "c", source=make_source(30, seed=5), overwrite=True)
-    monkeypatch.undo()
-    build(tmp_path / "c", source=make_source(30, seed=5))
-    build(tmp_path / "fresh", source=make_source(30, seed=5))
-    assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("kind", ["foreign", "foreign manifest", "file", "shards without a plan"])
-def test_a_directory_that_holds_something_else_is_never_touched(tmp_path, kind: str, overwrite: bool) -> None:
-    out = tmp_path / "c"
-    if kind == "file":
-        out.write_text("mine")
-    else:
-        out.mkdir()
-        name = {"foreign": "thesis.tex", "foreign manifest": "manifest.json"}.get(kind, "shard-00000.arrow")
-        (out / name).write_text("{}")
-    before = contents(tmp_path)
-    with pytest.raises(ConfigError, match="--out must be"):
-        build(out, overwrite=overwrite)
-    assert contents(tmp_path) == before
-
-
-def test_an_output_that_cannot_be_written_stops_before_the_engine(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-
-    class Never(SeededTeacher):
-        def __init__(self) -> None:
-            raise AssertionError("the engine was started")
-
-    with pytest.raises(ConfigError, match="--out must be"):
-        build(tmp_path / "file" / "c", teacher=Never)
-    with pytest.raises(ConfigError, match="--out must be a directory that can be written"):
-        build(Path("/proc/nothing/here"), teacher=Never)
-
-
-def test_bad_input_leaves_the_place_as_it_was(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="got none in 0 rows"):
-        build(tmp_path / "deep" / "c", num_rows=0)
-    assert not (tmp_path / "deep" / "c").exists()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CorpusError):
-        build(tmp_path / "empty", num_rows=0)
-    assert os.listdir(tmp_path / "empty") == []
-
-
-def test_an_engine_that_does_not_start_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    def broken():
-        raise RuntimeError("first line\nout of memory")
-
-    with pytest.raises(AnnealError, match="the engine must start, got RuntimeError: out of memory"):
-        build(tmp_path / "c", teacher=broken)
-    assert not (tmp_path / "c").exists()
-
-
-def test_an_engine_that_does_not_start_leaves_the_work_of_others(tmp_path: Path) -> None:
-    """The command that planned cleared up behind its failed engine, and pulled the build away from under a second one
-    that was in its first shard."""
-    captures, failed = threading.Event(), threading.Event()
-    reports = []
-
-    def waiting() -> SeededTeacher:
-        captures.set()
-        assert failed.wait(60)
-        return SeededTeacher()
-
-    other = threading.Thread(target=lambda: reports.append(build(tmp_path / "c", teacher=waiting)))
-
-    def broken() -> SeededTeacher:
-        other.start()
-        assert captures.wait(60)
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(AnnealError, match="out of memory"):
-        build(tmp_path / "c", teacher=broken)
-    failed.set()
-    other.join()
-    build(tmp_path / "fresh")
-    assert reports and reports[0].complete and contents(tmp_path / "c") == contents(tmp_path / "fresh")
-
-
-@pytest.mark.parametrize("fault", ["short", "nan", "too few rows"])
-def test_a_teacher_that_breaks_its_contract_is_refused(tmp_path: Path, fault: str) -> None:
-    class Broken(SeededTeacher):
-        def prefill(self, rows):
-            for number, topk in enumerate(super().prefill(rows)):
-                if number == 3 and fault == "short":
-                    yield topk.slice(0, len(topk) - 1)
-                elif number == 3 and fault == "nan":
-                    topk.logprobs[0] = np.nan
-                    yield topk
-                elif number == 3:
-                    return
-                else:
-                    yield topk
-
-    with pytest.raises(ValueError) as caught:
-        build(tmp_path / "c", teacher=Broken)
-    assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "c").glob("shard-*"))
-    report = build(tmp_path / "c")
-    build(tmp_path / "fresh")
-    assert report.complete and contents(tmp_path / "c") == contents(tmp_path / "fresh")
 
 
 def test_temporary_files_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
@@ -410,56 +214,6 @@ def test_progress_hears_every_row_once(tmp_path: Path) -> None:
         make_teacher=lambda config, source: SeededTeacher(),
     )
     assert counter.phases == {"tokenise": 60, "capture": 60}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"min_prob": 1.0}, "min_prob must be at least 0 and below 1"),
-        ({"max_k": 0}, "max_k must be a whole number of at least 1"),
-        ({"max_length": 1}, "max_length must be a whole number of at least 2"),
-        (
-            {"min_prob": 0, "max_k": 4096},
-            "min_prob must be at least 2.45e-05 where max_k is above 825, got 0 and",
-        ),
-        ({"limit": 0}, "limit"),
-        ({"engine": "tgi"}, "engine must be one of vllm, transformers"),
-        ({"positions": "some"}, "positions must be one of"),
-        ({"dtype": "int8"}, "dtype must be one of"),
-        ({"shards": (3, 3)}, "shards must be first:last"),
-        ({"corpus": ""}, "corpus must be given"),
-        ({"rows_per_shard": 0}, "rows_per_shard"),
-        ({"heartbeat_seconds": 0.0}, "heartbeat_seconds"),
-    ],
-)
-def test_settings_out_of_range(tmp_path: Path, change: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        make_config(tmp_path, **change)
-
-
-def test_a_failing_disk_is_one_line_with_the_state(tmp_path: Path, monkeypatch) -> None:
-    import errno
-
-    real = os.link
-    calls = []
-
-    def link(source, target, **kwargs):
-        if str(target).endswith(".arrow"):
-            calls.append(target)
-            if len(calls) == 3:
-                raise OSError(errno.ENOSPC, "No space left on device", str(target))
-        real(source, target, **kwargs)
-
-    def rename(source, target, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
-
-    monkeypatch.setattr(os, "link", link)
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(BuildError) as caught:
-        build(tmp_path / "c")
-    monkeypatch.undo()
-    assert "No space left on device" in str(caught.value) and "of 6 shards" in str(caught.value)
-    assert build(tmp_path / "c").complete
 
 
 def test_config_is_immutable() -> None:

@@ -101,3 +101,8 @@ def targets_of(row: Any, tokenizer: Any) -> list[str]:
     """The stretches of the row that carry loss, each decoded on its own."""
     edges = np.flatnonzero(np.diff([False, *row.loss_mask.tolist(), False]))
     return [tokenizer.decode(row.input_ids[a:b].tolist()) for a, b in edges.reshape(-1, 2)]
+
+
+def shown(row: Any, tokenizer: Any) -> tuple[str, list[str]]:
+    """Both."""
+    return text_of(row, tokenizer), targets_of(row, tokenizer)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_builder.build import build_cache
 from cache_builder.commit.plan import BuildSettings
 from cache_builder.config import BuildConfig
 from cache_builder.source import BuildSource
@@ -212,3 +213,15 @@ def stop_at(name: str) -> Callable[[str], None]:
             raise Stop
 
     return step
+
+
+def build(
+    out: Path, num_rows: int = 60, *, teacher=SeededTeacher, source=None, step=lambda name: None, **changes
+):
+    """`build_cache` of these rows by this teacher."""
+    return build_cache(
+        make_config(out, **changes),
+        source=source or make_source(num_rows),
+        make_teacher=lambda config, source: teacher(),
+        step=step,
+    )

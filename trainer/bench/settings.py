@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.errors import ConfigError
 from trainer.bench.suites import SUITES, TaskRequest
-from trainer.checks import check_at_least, check_one_of
+from trainer.checks import check_at_least, check_one_of, check_texts
 
 BACKENDS = ("auto", "vllm", "transformers")
 BENCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,6 +50,12 @@ class BenchSettings:
     """Directory for the results, one folder per model; None puts them into the models' own directories."""
 
     def __post_init__(self) -> None:
+        for option, name in (("--tasks", "tasks"), ("--task-dir", "task_dirs")):
+            if value := getattr(self, name):
+                check_texts(option, value)
+            object.__setattr__(
+                self, name, (value,) if isinstance(value, str) and value else tuple(value or ())
+            )
         check_one_of("--backend", self.backend, BACKENDS)
         check_one_of("--dtype", self.dtype, BENCH_DTYPES)
         check_one_of("--apply-chat-template", self.apply_chat_template, TEMPLATE_CHOICES)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes, read_json_object
+from formats.disk.manifest import MANIFEST_NAME
 from formats.disk.unfinished_build import build_progress
-from formats.errors import AnnealError, ConfigError, naming
+from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model, sha256_json
 from trainer.result.lineage import own_weights
 
@@ -41,8 +42,6 @@ def is_cache(place: str) -> bool:
     """Whether a finished cache is there; anything else is taken for a corpus."""
     try:
         TeacherCache(place)
-    except AnnealError:
-        return False
     except (OSError, ValueError):
         return False
     return True
@@ -83,7 +82,7 @@ class CacheMaker:
         if is_cache(text):
             return
         path = Path(text)
-        if path.is_dir() and (path / "manifest.json").exists():
+        if path.is_dir() and (path / MANIFEST_NAME).exists():
             TeacherCache(text)  # says what is wrong with it
         if self.build is None:
             raise ConfigError(f"{what} must be a cache, got {text}; build one with anneal cache build")
@@ -105,23 +104,19 @@ class CacheMaker:
         weights = own_weights(resolve_model(model))
         now = {"text": text, "content": content(text), "weights": weights, "options": dict(self.options)}
         note = Path(f"{place}.json")
-        try:
-            before = json.loads(note.read_text(encoding="utf-8")) if _is_begun(place) else None
-        except (OSError, ValueError):
-            before = None
-        before = before if isinstance(before, dict) else None
+        before = read_json_object(note) if _is_begun(place) else {}
         # A file is known by what is in it, wherever it is and however that is written. Of a directory only some files
         # are read: the build says whether those are the same, and so it does where the note is gone.
         left_out = {"text": now["content"] is not None, "content": not Path(text).is_file()}
         compared = [key for key in now if not left_out.get(key)]
-        differs = None if before is None else next((k for k in compared if before.get(k) != now[k]), None)
-        if before is not None and differs is not None:
+        differs = next((k for k in compared if before.get(k) != now[k]), None) if before else None
+        if differs is not None:
             raise ConfigError(
                 f"--out keeps its texts, but in {place} {differs} was {before.get(differs)!r} and is "
                 f"{now[differs]!r}; use another --out, or remove that cache and what was trained from it"
             )
         finished = is_cache(place)
-        if finished and before is not None and before.get("content") == now["content"]:
+        if finished and before and before.get("content") == now["content"]:
             return
         assert self.build is not None
         note.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
+from formats.named_path import short_name
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker, Look, is_cache
 from trainer.chain.config import ChainConfig
@@ -24,7 +25,7 @@ from trainer.chain.report import REPORT_NAME, ChainReport, Row
 from trainer.config_file import config_from_dict
 from trainer.inputs import open_inputs
 from trainer.loading import require_plain_weights
-from trainer.result.lineage import own_weights, short_name
+from trainer.result.lineage import own_weights
 from trainer.result.run_directory import read_record
 from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.runs import Runs, is_finished, require_same

@@ -9,12 +9,13 @@ from typing import Any
 from formats.errors import ConfigError
 from trainer.checks import check_number, check_one_of, check_path
 from trainer.config import TrainConfig
-from trainer.config_file import apply_override, first_missing, read_config_file, refuse_unknown
+from trainer.config_file import apply_override, first_missing, mapping_of, read_config_file, refuse_unknown
 
 ANCHORS = ("previous", "initial")
 CONTROLS = ("direct", "multitask", "never-seen")
 METRICS = ("ce", "accuracy")
 OF_A_METHOD = ("kl_coef", "kl_budget", "l2", "ewc", "sfa")
+MAPPINGS = ("tasks", "general", "method", "training", "base", "build")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 OF_THE_CHAIN = {
     "cache": "it is that of each task",
@@ -184,19 +185,21 @@ def chain_from_dict(plain: Mapping[str, Any]) -> ChainConfig:
     if (missing := first_missing(ChainConfig, values)) is not None:
         flag = "--task NAME=TRAIN,HELDOUT" if missing == "tasks" else f"--{missing}"
         raise ConfigError(f"a chain needs {missing}; give {flag} or `{missing}:` in the chain's file")
-    for name in ("tasks", "method", "training", "base", "build"):
-        if not isinstance(values.get(name, {}), Mapping):
-            raise ConfigError(f"{name} must be a mapping, got {values[name]!r}")
-    if isinstance(values.get("general"), str):
-        values["general"] = {"general": values["general"]}
-    if not isinstance(values.get("general", {}), Mapping):
-        raise ConfigError(f"general must be a text or a mapping of names to texts, got {values['general']!r}")
+    values |= _mappings(values)
     if isinstance(values.get("compare"), str):
         values["compare"] = [values["compare"]]
     if not isinstance(values.get("compare", []), list | tuple):
         raise ConfigError(f"compare must be a list of {', '.join(CONTROLS)}, got {values['compare']!r}")
     values["tasks"] = {name: task_of(name, entry) for name, entry in values["tasks"].items()}
     return ChainConfig(**values)
+
+
+def _mappings(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is given of `MAPPINGS`, as dicts; a `general` that is a text is called so."""
+    given = {key: plain[key] for key in MAPPINGS if plain.get(key) is not None}
+    if isinstance(given.get("general"), str):
+        given["general"] = {"general": given["general"]}
+    return {key: mapping_of(key, value) for key, value in given.items()}
 
 
 def task_of(name: Any, plain: Any) -> Task:
@@ -235,12 +238,7 @@ def chain_from_options(
         ConfigError: an option is not of that form, or as `chain_from_dict`.
     """
     plain: dict[str, Any] = read_config_file(file) if file is not None else {}
-    if isinstance(plain.get("general"), str):
-        plain["general"] = {"general": plain["general"]}
-    for key in ("tasks", "general", "method", "training", "base", "build"):
-        if not isinstance(plain.get(key) or {}, Mapping):
-            raise ConfigError(f"{key} must be a mapping, got {plain[key]!r}")
-        plain[key] = dict(plain.get(key) or {})
+    plain |= {key: {} for key in MAPPINGS} | _mappings(plain)
     for word in tasks:
         name, separator, texts = word.partition("=")
         train, comma, heldout = texts.partition(",")

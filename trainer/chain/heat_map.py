@@ -15,7 +15,7 @@ from trainer.chain.report import Row, cell_text
 from trainer.evaluation.tradeoff_picture import COLOURS, GREY, MARKERS
 
 
-def draw_matrix(rows: Sequence[Row], columns: Sequence[str], path: Path, *, metric: str = "ce") -> Path:
+def draw_matrix(rows: Sequence[Row], columns: Sequence[str], path: Path, *, metric: str) -> Path:
     """Draw it and write it to `path` (PNG, SVG or PDF by its ending).
 
     Args:
@@ -52,8 +52,7 @@ def draw_matrix(rows: Sequence[Row], columns: Sequence[str], path: Path, *, metr
 
 def _draw_lines(axes: Any, rows: Sequence[Row], columns: Sequence[str], metric: str) -> None:
     for number, name in enumerate(columns):
-        key = "accuracy" if metric == "accuracy" else "ce"
-        values = [row.results[name][key] for row in rows]
+        values = [row.results[name][metric] for row in rows]
         axes.plot(
             range(len(rows)), values, MARKERS[number % 7], linestyle="-", color=COLOURS[number % 7], label=name,
             markersize=6, linewidth=1.5,

@@ -31,8 +31,6 @@ class Need:
     """The cache itself, or the corpus of which it is built."""
     model: str
     """What builds it."""
-    what: str
-    """For messages, such as `tasks.law.train`."""
     after: str | None = None
     """Name of the stage that builds it; None for the initial model."""
 
@@ -163,14 +161,14 @@ def train_need(config: ChainConfig, maker: CacheMaker, task: str, builder: Stage
     place = maker.place(task, text, by)
     maker.check(text, what, place)
     if builder is None:
-        return Need(place=place, text=text, model=str(config.model), what=what)
+        return Need(place=place, text=text, model=str(config.model))
     if place == text:
         raise ConfigError(
             f"KL to the previous stage needs a cache that this stage builds, so {what} must be a corpus, got the "
             f"finished cache {text}; name the corpus, or hold to the initial model (anchor: initial)"
         )
     model = str(builder.directory(Path(config.out)))
-    return Need(place=place, text=text, model=model, what=what, after=builder.name)
+    return Need(place=place, text=text, model=model, after=builder.name)
 
 
 def heldout_needs(config: ChainConfig, maker: CacheMaker) -> dict[str, Need]:
@@ -181,7 +179,7 @@ def heldout_needs(config: ChainConfig, maker: CacheMaker) -> dict[str, Need]:
     for name, (text, what) in texts.items():
         place = maker.place(f"{name}-heldout", text)
         maker.check(text, what, place)
-        found[name] = Need(place=place, text=text, model=str(config.model), what=what)
+        found[name] = Need(place=place, text=text, model=str(config.model))
     return found
 
 

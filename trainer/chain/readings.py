@@ -13,6 +13,7 @@ from formats.progress import Progress
 from trainer.bench.model_identity import model_identity
 from trainer.comparison.evaluation_file import EvaluationFile
 from trainer.evaluation.evaluate import Result, evaluate
+from trainer.loading import default_device
 
 
 def read_model(
@@ -39,13 +40,10 @@ def read_model(
         ConfigError: a text has no tokens that carry loss.
         AnnealError: as `evaluate`.
     """
-    import torch
-
-    place = "cuda" if torch.cuda.is_available() else "cpu"
     memory = EvaluationFile(directory, model_identity(directory), label, work)
     caches = {name: TeacherCache(path) for name, path in texts.items()}
     keys: dict[str, dict[str, Any]] = {
-        name: {**EvaluationFile.key(cache, dtype="float32", device=place, limit=limit), "kl": kl}
+        name: {**EvaluationFile.key(cache, dtype="float32", device=default_device(), limit=limit), "kl": kl}
         for name, cache in caches.items()
     }
 

@@ -12,14 +12,14 @@ from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError
 from formats.finite_json import finite_json
 from formats.identity.fingerprint import resolve_model
+from formats.named_path import short_name
 from formats.progress import Progress
 from formats.table import aligned
 from trainer.chain.caches import Build, CacheMaker, Look, require_caches
 from trainer.chain.config import ChainConfig
 from trainer.chain.plan import heldout_needs
 from trainer.chain.readings import read_model
-from trainer.chain.report import REPORT_NAME, ChainReport, Row, cell_text
-from trainer.result.lineage import short_name
+from trainer.chain.report import REPORT_NAME, ChainReport, Row, cells_table
 from trainer.sweep.sweep import held
 
 
@@ -58,17 +58,13 @@ class ReleaseReport:
 
     def text(self) -> str:
         """For people."""
-        title = "token accuracy" if self.metric == "accuracy" else "perplexity"
-        lines = [(title, *self.columns)]
-        for row in self.rows:
-            lines.append((row.label, *(cell_text(row.results[name], self.metric) for name in self.columns)))
         unit = "accuracy" if self.metric == "accuracy" else "nats"
         losses = [("text", f"{unit} lost", "since", "most of it by", "in that step")]
         for column, found in self.lost().items():
             step = "-" if found["worst_step"] is None else f"{-found['step']:.4f}"
             losses.append((column, f"{found['lost']:+.4f}", found["best"], found["worst_step"] or "-", step))
         return (
-            aligned(lines)
+            cells_table(self.rows, self.columns, self.metric)
             + "\n\n"
             + aligned(losses)
             + f"\n\nlost: the best earlier model minus {self.rows[-1].label}, above zero where something was forgotten"
@@ -111,7 +107,7 @@ def read_releases(
         initial: a model before all of them.
 
     Raises:
-        ConfigError: fewer than two models, or no text.
+        ConfigError: fewer than two models, no text, or `out` is the directory of a chain.
         AnnealError: as `evaluate`.
     """
     if initial is not None:

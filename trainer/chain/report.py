@@ -33,7 +33,7 @@ class Row:
 
     label: str
     kind: str
-    """initial, stage, direct, multitask or never-seen."""
+    """initial, stage, direct, multitask or never-seen; of finished models also release."""
     directory: str
     results: Mapping[str, Result]
     """Column -> evaluation."""
@@ -44,7 +44,7 @@ class Row:
 
     def goodness(self, columns: Sequence[str], metric: str) -> np.ndarray:
         """[columns], higher is better: nats or a share; minus infinity of a model whose numbers are none."""
-        values = [self.results[name]["accuracy" if metric == "accuracy" else "ce"] for name in columns]
+        values = [self.results[name][metric] for name in columns]
         found = np.array(values, np.float64) * (1.0 if metric == "accuracy" else -1.0)
         return np.where(np.isnan(found), -np.inf, found)
 
@@ -101,12 +101,7 @@ class ChainReport:
 
     def table(self) -> str:
         """A line per model, a column per text."""
-        title = "token accuracy" if self.config.metric == "accuracy" else "perplexity"
-        lines = [(f"{title} after", *self.columns)]
-        for row in self.rows:
-            cells = [cell_text(row.results[name], self.config.metric) for name in self.columns]
-            lines.append((row.label, *cells))
-        return aligned(lines)
+        return cells_table(self.rows, self.columns, self.metric, " after")
 
     def summary_text(self) -> str:
         """The summaries side by side, and the formulas of those that are shown."""
@@ -150,6 +145,13 @@ class ChainReport:
             "failed": dict(self.failed),
         }
         return finite_json(shown)
+
+
+def cells_table(rows: Sequence[Row], columns: Sequence[str], metric: str, after: str = "") -> str:
+    """A line per model, a column per text; `after` follows the measure's name above the labels."""
+    title = "token accuracy" if metric == "accuracy" else "perplexity"
+    lines = [(row.label, *(cell_text(row.results[name], metric) for name in columns)) for row in rows]
+    return aligned([(title + after, *columns), *lines])
 
 
 def cell_text(result: Result, metric: str) -> str:

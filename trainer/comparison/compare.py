@@ -14,6 +14,7 @@ import numpy as np
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
+from formats.named_path import short_name
 from formats.progress import Progress
 from trainer.bench.model_identity import is_adapter, model_identity
 from trainer.comparison.comparison import Comparison
@@ -21,7 +22,7 @@ from trainer.comparison.evaluation_file import EvaluationFile
 from trainer.comparison.flips import count_flips, mean_flips
 from trainer.comparison.intervals import paired_difference
 from trainer.comparison.lines import Cell, ComparedModel
-from trainer.comparison.metric import Metric
+from trainer.comparison.metric import Metric, is_task
 from trainer.comparison.reading import Reading
 from trainer.comparison.records import groups_of, is_direct
 from trainer.comparison.standing import finite
@@ -92,7 +93,7 @@ def compare(
         for side, asked in (("source", source), ("target", target))
         for name, word in name_words(side, asked).items()
     }
-    caches = open_texts({key: word for key, word in words.items() if is_cache(word)})
+    caches = open_texts({key: word for key, word in words.items() if not is_task(word)})
     if caches:
         quiet_transformers()
     directories: dict[str, Path] = {}
@@ -113,7 +114,7 @@ def compare(
     named = direct is not None
     direct, notes = find_direct(direct, groups, directories, alone)
     readings: Readings = {}
-    tasks = {key: word for key, word in words.items() if not is_cache(word)}
+    tasks = {key: word for key, word in words.items() if is_task(word)}
     if tasks:
         results = load_results(directories, identities, bench)
         for (side, name), word in tasks.items():
@@ -161,18 +162,13 @@ def name_words(side: str, asked: Words) -> dict[str, str]:
     else:
         found = {}
         for word in [asked] if isinstance(asked, str | Path) else asked:
-            name = str(word).rstrip("/").rsplit("/", 1)[-1]
+            name = short_name(word)
             if name in found:
                 raise ConfigError(f"--{side} must have different names, got {name!r} twice; write NAME=CACHE")
             found[name] = str(word)
     if not found or not all(found.values()):
         raise ConfigError(f"--{side} needs at least one cache or task, got none")
     return found
-
-
-def is_cache(word: str) -> bool:
-    """Whether a word names a cache rather than a task: a directory, or what is written like a place."""
-    return Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~"))
 
 
 def find_direct(

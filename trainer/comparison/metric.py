@@ -6,6 +6,7 @@ per token for a perplexity (-ln), the value itself for other metrics, negated wh
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 SIDES = ("source", "target")
 PERPLEXITY = "perplexity"
@@ -60,3 +61,8 @@ class Metric:
         # Of |initial|: a correlation may be below 0.
         change = math.copysign(value / initial - 1, value - initial)
         return -change if self.higher_is_better else change
+
+
+def is_task(word: str) -> bool:
+    """Whether a source or target is a task rather than a cache: no directory, and not written like a place."""
+    return not (Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~")))

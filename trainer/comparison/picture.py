@@ -1,6 +1,7 @@
 """The picture of a comparison as PNG, SVG or PDF: what was learnt against what was kept, a point per line."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.comparison.layout import measure_name
@@ -27,19 +28,14 @@ def plot_comparison(comparison: Lines, path: str | Path) -> Path:
     )
 
 
+@dataclass(frozen=True)
 class PictureAxes:
     """What is drawn: label -> {"source", "target"}, with names and directions of the axes."""
 
-    def __init__(
-        self,
-        points: dict[str, dict[str, float]],
-        source_label: str,
-        target_label: str,
-        higher_is_better: dict[str, bool],
-    ) -> None:
-        self.points = points
-        self.source_label, self.target_label = source_label, target_label
-        self.higher_is_better = higher_is_better
+    points: dict[str, dict[str, float]]
+    source_label: str
+    target_label: str
+    higher_is_better: dict[str, bool]
 
 
 def picture_axes(comparison: Lines, pair: tuple[Metric, Metric] | None = None) -> PictureAxes:

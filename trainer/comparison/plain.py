@@ -1,8 +1,8 @@
 """A comparison as plain values for `--json` and for the page: stable keys, None for what is not finite."""
 
-import math
 from typing import Any
 
+from formats.finite_json import finite_json
 from trainer.comparison.lines import Cell, ComparedModel, Lines
 from trainer.comparison.metric import Metric
 
@@ -12,7 +12,7 @@ FORMAT = 1
 def comparison_to_dict(comparison: Lines) -> dict[str, Any]:
     """Everything that a comparison knows."""
     law = comparison.kl_law()
-    return {
+    shown = {
         "format": FORMAT,
         "initial": comparison.initial,
         "direct": comparison.direct,
@@ -34,6 +34,7 @@ def comparison_to_dict(comparison: Lines) -> dict[str, Any]:
         "kl_law": None if law is None else law.to_dict(),
         "notes": list(comparison.notes),
     }
+    return finite_json(shown)
 
 
 def _model(comparison: Lines, model: ComparedModel) -> dict[str, Any]:
@@ -65,31 +66,19 @@ def _cell(comparison: Lines, model: ComparedModel, metric: Metric, cell: Cell) -
     standing = comparison.standing(model.label)
     difference = cell.difference
     plain = {
-        **{key: plain_value(value) for key, value in cell.details.items()},
-        "value": finite_or_none(cell.value),
-        "score": finite_or_none(metric.score(cell.value)),
-        "spread": finite_or_none(cell.spread),
-        "stderr": finite_or_none(cell.stderr),
+        **cell.details,
+        "value": cell.value,
+        "score": metric.score(cell.value),
+        "spread": cell.spread,
+        "stderr": cell.stderr,
         "gain": standing.gains[metric.key] if standing else None,
-        "gain_stderr": finite_or_none(difference.stderr) if difference else None,
-        "gain_interval": [finite_or_none(end) for end in difference.interval]
-        if difference and difference.interval
-        else None,
+        "gain_stderr": difference.stderr if difference else None,
+        "gain_interval": difference.interval if difference else None,
         "loss": standing.losses.get(metric.key) if standing else None,
         "share": standing.shares.get(metric.key) if standing else None,
         "flips": cell.flips.to_dict() if cell.flips else None,
     }
     if metric.kind == "text":
-        plain["perplexity"] = finite_or_none(cell.value)
-        plain["ce"] = finite_or_none(-metric.score(cell.value))
+        plain["perplexity"] = cell.value
+        plain["ce"] = -metric.score(cell.value)
     return plain
-
-
-def finite_or_none(value: float | None) -> float | None:
-    """The number, None for what is not finite."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def plain_value(value: Any) -> Any:
-    """The value, None for a number that is not finite."""
-    return finite_or_none(value) if isinstance(value, float) else value

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from formats.errors import ConfigError
 from trainer.comparison.metric import Metric
+from trainer.evaluation.tradeoff_picture import pareto_front
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +169,8 @@ def mean(values: Iterable[float]) -> float | None:
 
 def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Labels that no other point beats on both axes, of (lost, gained); from the largest gain. O(n log n)."""
-    best, front = math.inf, []
-    for label in sorted(points, key=lambda name: (-points[name][1], points[name][0])):
-        if points[label][0] < best:
-            front.append(label)
-            best = points[label][0]
-    return front
+    named = {label: {"source": lost, "target": gained} for label, (lost, gained) in points.items()}
+    return pareto_front(named, {"source": False, "target": True})
 
 
 def beats(one: Mapping[str, float], other: Mapping[str, float]) -> bool:

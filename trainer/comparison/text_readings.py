@@ -18,7 +18,7 @@ from trainer.comparison.evaluation_file import EvaluationFile
 from trainer.comparison.metric import PERPLEXITY, Metric
 from trainer.comparison.reading import Items, Reading
 from trainer.evaluation.evaluate import Result, evaluate, require_related
-from trainer.loading import load_tokenizer, open_cache
+from trainer.loading import default_device, load_tokenizer, open_cache
 
 ROWS = ("row_ce", "row_tokens")
 
@@ -107,9 +107,7 @@ def keys_of(
     caches: Mapping[Metric, TeacherCache], *, dtype: str, device: str | None = None, limit: int | None = None
 ) -> dict[Metric, dict[str, Any]]:
     """Under which keys the readings of these caches are remembered."""
-    import torch
-
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = default_device(device)
     return {
         metric: EvaluationFile.key(cache, dtype=dtype, device=place, limit=limit)
         for metric, cache in caches.items()

@@ -11,6 +11,11 @@ class Share(float):
     __slots__ = ()
 
 
+def amount_of(share: float | None, weight: float | None) -> float:
+    """What a cache is mixed in with: a `Share` of the tokens, or a weight in rows per row of the target cache."""
+    return Share(share) if share is not None else float(weight or 0)
+
+
 def unit_weights(
     amounts: Sequence[float], num_units: Sequence[int], num_tokens: Sequence[int]
 ) -> list[float]:

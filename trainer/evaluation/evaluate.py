@@ -14,13 +14,21 @@ import numpy as np
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
+from formats.named_path import short_name
 from formats.progress import Progress
 from formats.table import aligned
 from trainer.checks import check_one_of
 from trainer.config import DTYPES
-from trainer.loading import gives_back_memory, load_model, load_tokenizer, quiet_transformers
+from trainer.loading import (
+    default_device,
+    gives_back_memory,
+    load_model,
+    load_tokenizer,
+    on_device,
+    quiet_transformers,
+)
 from trainer.preflight.vocabulary import shared_vocabulary
-from trainer.result.lineage import known_teachers, own_weights, short_name
+from trainer.result.lineage import known_teachers, own_weights
 from trainer.result.measured import add_measured, measured_text
 
 Result = dict[str, Any]
@@ -105,7 +113,7 @@ def evaluate(
     model = load_model(directory, dtype=dtype)
     if quantization is not None:
         quantization.apply(model)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch.device(default_device(device))
     model.to(target).eval()
     head = OutputHead.of(model).install()
     collator = LabelAnnealingCollator(getattr(tokenizer, "pad_token_id", None) or 0)
@@ -124,8 +132,7 @@ def evaluate(
             dataset: CachedDataset = dataset, groups: list = groups, row_losses: RowLosses | None = row_losses
         ) -> Iterator[Any]:
             for group in groups:
-                batch = collator([dataset[row] for row in group])
-                batch = {k: v.to(target) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                batch = on_device(collator([dataset[row] for row in group]), target)
                 yield batch
                 if row_losses is not None:
                     row_losses.add(batch, group)
@@ -155,7 +162,7 @@ def name_caches(caches: Mapping[str, str | Path] | Sequence[str | Path]) -> dict
     else:
         named = {}
         for path in caches:
-            name = str(path).rstrip("/").rsplit("/", 1)[-1]
+            name = short_name(path)
             if name in named:
                 raise ConfigError(
                     f"evaluation caches need different names, got {name} twice; name them NAME=CACHE"

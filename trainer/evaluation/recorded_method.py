@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import AnnealError
+from formats.named_path import short_name
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
 from trainer.merging.settings import DEFAULTS as MERGES
@@ -68,7 +69,7 @@ def _of_merge(merge: dict[str, Any]) -> AppliedMethod:
     for key in sorted(merge, key=MERGE_ORDER.index):
         if isinstance(merge[key], str | list):
             values = merge[key] if isinstance(merge[key], list) else [merge[key]]
-            shown = [setting_text(value).rstrip("/").rsplit("/", 1)[-1] for value in values]
+            shown = [short_name(setting_text(value)) for value in values]
             words.append(f"{key} {','.join(shown)}")
         else:
             strengths[key] = float(merge[key])

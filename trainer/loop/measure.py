@@ -22,6 +22,11 @@ FIELDS = LOSS_FIELDS + NUM_SUMS
 TOKEN_MEANS = ("accuracy", "entropy", "confidence", "calibration_error")
 
 
+def perplexity_of(ce: float) -> float:
+    """exp of a mean cross-entropy in nats; infinite where that is no number of this machine, or none at all."""
+    return math.exp(ce) if ce < 700 else math.inf
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Means over all targets of a loader, in nats."""
@@ -54,7 +59,7 @@ class Measurement:
     @property
     def perplexity(self) -> float:
         """exp(ce)."""
-        return math.exp(self.ce) if self.ce < 700 else math.inf
+        return perplexity_of(self.ce)
 
     def require_finite(self, what: str) -> "Measurement":
         """Itself.

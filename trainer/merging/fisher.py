@@ -30,7 +30,7 @@ from trainer.data.collator import LabelAnnealingCollator
 from trainer.data.dataset import CachedDataset
 from trainer.data.sampler import sample_rows
 from trainer.evaluation.evaluate import require_related
-from trainer.loading import load_model, load_tokenizer
+from trainer.loading import default_device, load_model, load_tokenizer, on_device
 from trainer.loop.output_head import OutputHead
 from trainer.merging.models import Models
 from trainer.preflight.vocabulary import shared_vocabulary
@@ -103,7 +103,7 @@ class FisherOfModels:
                 f"--fisher must have tokens that carry loss, got none in {len(rows)} rows of {source}; build it from "
                 "plain text"
             )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(default_device())
         model.to(device).eval()
         held = [Held(name, p, p.detach()) for name, p in model.named_parameters()]
         lone: Any = LoneModel(model, head, getattr(tokenizer, "pad_token_id", None) or 0, device)
@@ -149,8 +149,7 @@ class LoneModel:
 
     def device_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows as one padded batch."""
-        batch = self._collator(rows)
-        return {k: v.to(self.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return on_device(self._collator(rows), self.args.device)
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
         """Nothing: the weights are float32."""

@@ -6,7 +6,6 @@ first for its fingerprint, and one write.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import time
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_json, fsync_directory, fsync_file
+from formats.disk.durable import atomic_write_json, fsync_directory, fsync_file, locked
 from formats.errors import ConfigError
 from formats.identity.fingerprint import ModelFingerprint
-from formats.progress import Progress
+from formats.progress import Progress, counted
 from trainer.checkpoint import writing_to
 from trainer.loading import quiet_transformers
 from trainer.merging.fisher import FisherOfModels
@@ -54,7 +53,7 @@ class MergedModel:
 
     def line(self) -> str:
         """The last line for the user."""
-        models = "1 model" if self.num_models == 1 else f"{self.num_models} models"
+        models = counted(self.num_models, "model")
         if len(self.tasted) > self.num_models:
             models = f"{self.num_models} of {len(self.tasted)} models"
         return f"merged {models}, {self.num_tensors} tensors in {self.seconds:.0f} s; model in {self.out}"
@@ -212,15 +211,11 @@ def staged(out: Path) -> Iterator[Path]:
         lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"--out must be a place that can be written, got {out}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not locked(lock):
         os.close(lock)
         raise ConfigError(
             f"--out must belong to one merge, got {out} in which another one is under way; wait for it"
-        ) from None
-    except OSError:  # a file system without locks on directories
-        pass
+        )
     try:
         for entry in staging.iterdir():  # of a merge that was killed
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -1,7 +1,7 @@
 """The models of a merge: opened, checked to belong together, and read and written a tensor at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,11 @@ class Models:
 
     def only(self, places: Sequence[int]) -> "Models":
         """The initial model and the tuned ones of these places."""
-        return Models(
-            initial_dir=self.initial_dir,
+        return replace(
+            self,
             tuned_dirs=[self.tuned_dirs[place] for place in places],
-            initial=self.initial,
             tuned=[self.tuned[place] for place in places],
             names=[self.names[place] for place in places],
-            identity=self.identity,
         )
 
     def write(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from formats.errors import ConfigError
+from formats.errors import ConfigError, one_line
 from trainer.preflight import best_model
 from trainer.preflight.combinations import word
 from trainer.preflight.memory import lasting_memory, require_room
@@ -132,7 +132,7 @@ def check_optimiser(args: Any, model: torch.nn.Module, trained: list[torch.nn.Pa
         NotImplementedError,
         RuntimeError,
     ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error, None, whole=True)
         if bound and "pass a" in reason:
             return
         raise ConfigError(f"training.optim {name} cannot be used here: {reason}") from None

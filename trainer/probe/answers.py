@@ -26,9 +26,8 @@ import torch
 from formats.errors import ConfigError
 from formats.progress import Progress
 from formats.table import aligned
-from trainer.loading import load_model, load_tokenizer, quiet_transformers
-
-NUM_BINS = 10
+from trainer.loading import default_device, load_model, load_tokenizer, quiet_transformers
+from trainer.loss.token_measures import NUM_BINS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +200,7 @@ def probe_answers(
     """
     quiet_transformers()
     progress = progress or Progress()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     found = {}
     for label, directory in models.items():
         tokenizer = load_tokenizer(directory)

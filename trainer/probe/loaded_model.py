@@ -11,10 +11,13 @@ from formats.errors import ConfigError
 from trainer.data.collator import LabelAnnealingCollator
 from trainer.data.dataset import CachedDataset
 from trainer.evaluation.evaluate import batches_of_tokens, require_related
-from trainer.loading import load_model, load_tokenizer, quiet_transformers
+from trainer.loading import default_device, load_model, load_tokenizer, on_device, quiet_transformers
 from trainer.loop.measure import Measurement, measure
 from trainer.loop.output_head import OutputHead
 from trainer.preflight.vocabulary import shared_vocabulary
+
+BATCH_TOKENS = 8192
+"""Padded tokens per forward pass."""
 
 
 class LoadedModel:
@@ -25,7 +28,6 @@ class LoadedModel:
         texts: name -> cache.
         dtype, device: of the weights; the first GPU by default, else the CPU.
         limit: only the first rows of each text.
-        batch_tokens: padded tokens per forward pass.
 
     Raises:
         ConfigError: not a model, or a text has no tokens that carry loss.
@@ -40,14 +42,13 @@ class LoadedModel:
         dtype: str = "float32",
         device: str | None = None,
         limit: int | None = None,
-        batch_tokens: int = 8192,
     ) -> None:
         quiet_transformers()
         caches = {name: TeacherCache(path) for name, path in texts.items()}
         tokenizer = load_tokenizer(directory)
         for cache in caches.values():
             require_related(cache, directory, tokenizer, kl=False)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(default_device(device))
         self.model: Any = load_model(directory, dtype=dtype).to(self.device).eval()
         self.head = OutputHead.of(self.model).install()
         collator = LabelAnnealingCollator(getattr(tokenizer, "pad_token_id", None) or 0)
@@ -60,7 +61,7 @@ class LoadedModel:
             )
             dataset.vocab_size = self._vocab_sizes[name]
             count = len(dataset) if limit is None else min(limit, len(dataset))
-            groups = batches_of_tokens(dataset.lengths()[:count], batch_tokens)
+            groups = batches_of_tokens(dataset.lengths()[:count], BATCH_TOKENS)
             self.batches[name] = [collator([dataset[row] for row in group]) for group in groups]
         for name, found in self.measure().items():
             if not found.num_ce:
@@ -79,4 +80,4 @@ class LoadedModel:
         return {name: found.ce for name, found in self.measure().items()}
 
     def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return on_device(batch, self.device)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from formats.errors import ConfigError
 from formats.identity.fingerprint import resolve_model
-from formats.named_path import split_name
-from trainer.result.lineage import short_name
+from formats.named_path import short_name, split_name
 
 
 def named_models(words: Iterable[str]) -> dict[str, tuple[str, str | None]]:

@@ -23,10 +23,10 @@ from torch import nn
 
 from formats.errors import ConfigError
 from formats.progress import Progress
+from trainer.loop.measure import perplexity_of
 from trainer.probe.loaded_model import LoadedModel
 from trainer.result.stored_weights import StoredWeights
 
-GAMMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 QUADRATIC = 1.1
 """Above this ratio to c gamma^2 the loss is not quadratic any more."""
 
@@ -170,8 +170,8 @@ def noise_curves(
     loaded: LoadedModel,
     sigmas: Mapping[str, float],
     *,
-    gammas: Sequence[float] = GAMMAS,
-    draws: int = 4,
+    gammas: Sequence[float],
+    draws: int,
     seed: int = 0,
     on_pair: Callable[[], None] = lambda: None,
 ) -> dict[str, NoiseCurve]:
@@ -212,16 +212,15 @@ def _point(gamma: float, losses: Sequence[float], base: float) -> NoisePoint:
         stderr = math.sqrt(variance / len(losses))
     # Equal terms give exactly themselves as mean, so gamma 0 is exactly 0.
     delta = math.fsum(loss - base for loss in losses) / len(losses)
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return NoisePoint(gamma=gamma, delta_ce=delta, stderr=stderr, perplexity=perplexity)
+    return NoisePoint(gamma=gamma, delta_ce=delta, stderr=stderr, perplexity=perplexity_of(mean))
 
 
 def probe_noise(
     models: Mapping[str, Path],
     texts: Mapping[str, str],
     *,
-    gammas: Sequence[float] = GAMMAS,
-    draws: int = 4,
+    gammas: Sequence[float],
+    draws: int,
     seed: int = 0,
     initial: Path | None = None,
     only: str | None = None,

@@ -10,6 +10,7 @@ from formats.finite_json import finite_json
 from formats.picture_file import new_figure, require_plottable, save_figure
 from formats.table import aligned
 from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS
+from trainer.loop.measure import perplexity_of
 from trainer.probe.noise import NoiseCurve
 
 
@@ -48,7 +49,7 @@ class NoiseReport:
                 cells = [f"{p.delta_ce:+.2e}" for p in curve.points]
                 c, ends = curve.curvature, curve.breaks_at
                 last = ("-" if c is None else f"{c:.4g}", "-" if ends is None else f"{ends:g}")
-                rows.append((label, f"{_ppl(curve.ce):.2f}", *cells, *last))
+                rows.append((label, f"{perplexity_of(curve.ce):.2f}", *cells, *last))
             parts.append(aligned(rows))
             if len(self.curves) > 1:
                 last_label = list(self.curves)[-1]
@@ -109,7 +110,9 @@ class NoiseReport:
     def _over_models(self, axes: Any, text: str) -> None:
         labels = list(self.curves)
         points = [self.curves[label][text].points for label in labels]
-        axes.plot(labels, [_ppl(self.curves[label][text].ce) for label in labels], "k--", label="no noise")
+        axes.plot(
+            labels, [perplexity_of(self.curves[label][text].ce) for label in labels], "k--", label="no noise"
+        )
         for number, gamma in enumerate(point.gamma for point in points[0]):
             values = [of_model[number].perplexity for of_model in points]
             axes.plot(
@@ -138,12 +141,8 @@ class NoiseReport:
 def _curve(curve: NoiseCurve) -> dict[str, Any]:
     return {
         "ce": curve.ce,
-        "perplexity": _ppl(curve.ce),
+        "perplexity": perplexity_of(curve.ce),
         "curvature": curve.curvature,
         "breaks_at": curve.breaks_at,
         "points": [asdict(point) for point in curve.points],
     }
-
-
-def _ppl(ce: float) -> float:
-    return math.exp(ce) if ce < 700 else math.inf

@@ -18,6 +18,7 @@ from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_json
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError, naming
 from formats.identity.fingerprint import resolve_model
+from formats.named_path import short_name
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker, Look, require_caches
 from trainer.chain.plan import PlacedRun
@@ -29,7 +30,6 @@ from trainer.recipe import resolve_training
 from trainer.restore.config import AUTO_FACTOR, RestoreConfig
 from trainer.restore.report import REPORT_NAME, Restored, RestoreReport
 from trainer.restore.text import drawn, easiest, write_rows
-from trainer.result.lineage import short_name
 from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.runs import Runs, decisive, is_finished, require_same
 from trainer.sweep.sweep import held

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import atomic_write_bytes, read_json_object
 from formats.errors import AnnealError, ConfigError
 from formats.writer import CacheWriter
 
@@ -58,12 +58,12 @@ def write_rows(cache: TeacherCache, rows: list[int], place: Path, note: Mapping[
     now = {**note, "rows": sorted(rows), "cache": cache.digest}
     text = json.dumps(now, sort_keys=True)
     path = place.with_name(NOTE)
-    before = _chosen(path)
-    if before is not None and before != now:
+    before = read_json_object(path)  # what a call before this one chose
+    if before and before != now:
         raise ConfigError(
             f"a restoring keeps its text, but {path} says that another one was chosen; use another --out"
         )
-    if before is not None and _is_whole(place):
+    if before and _is_whole(place):
         return
     shutil.rmtree(place, ignore_errors=True)  # of a call that was killed, or damaged
     manifest = cache.manifest
@@ -83,15 +83,6 @@ def write_rows(cache: TeacherCache, rows: list[int], place: Path, note: Mapping[
             found = cache[row]
             writer.append(found.tokens, found.teacher)
     atomic_write_bytes(path, text.encode() + b"\n")
-
-
-def _chosen(path: Path) -> dict[str, Any] | None:
-    """What a call before this one chose; None where nobody says it any more."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _is_whole(place: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from formats.errors import AnnealError
 from formats.identity.fingerprint import ModelFingerprint
+from formats.named_path import short_name
 from trainer.checkpoint import is_complete
 from trainer.result.run_directory import read_record
 
@@ -28,11 +29,6 @@ class Ancestor:
     """Fingerprint of its weights: what it is known by."""
     cache: str | None = None
     """Id of the cache on which it was trained; None for a model that this program did not make."""
-
-
-def short_name(name: Any) -> str:
-    """The last part of a directory or hub name."""
-    return str(name).rstrip("/").rsplit("/", 1)[-1]
 
 
 def own_weights(model_dir: Path) -> str | None:

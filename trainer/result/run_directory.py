@@ -12,8 +12,6 @@ that fails takes away what it wrote, and what a killed one left is started over,
 """
 
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -22,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from formats.disk.durable import atomic_write_json, fsync_directory, fsync_file
+from formats.disk.durable import atomic_write_json, fsync_directory, fsync_file, locked, read_json_object
 from formats.errors import ConfigError
 from trainer.checkpoint import newest_checkpoint, sweep
 from trainer.config_file import RESOLVED_NAME, save_config
@@ -132,16 +130,12 @@ class RunDirectory:
         if not self.owner:
             return
         self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(self._lock):
             self.release()
             raise ConfigError(
                 f"--out must belong to one run, got {self.path} in which another process trains; "
                 "wait for it, or choose another directory"
-            ) from None
-        except OSError:  # a network file system without locks on directories
-            self.release()
+            )
 
     def release(self) -> None:
         """Let another process have the directory."""
@@ -229,11 +223,7 @@ class RunDirectory:
 
 def read_record(directory: Path) -> dict[str, Any]:
     """What the `anneal.json` of a run or a merged model says; empty where there is none that can be read."""
-    try:
-        record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_json_object(directory / RECORD_NAME)
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from formats.errors import ConfigError
+from formats.table import aligned
 from trainer.comparison.comparison import Comparison
-from trainer.comparison.layout import Table, no_share_note, percent
+from trainer.comparison.layout import no_share_note, percent
 from trainer.comparison.metric import Metric
 from trainer.comparison.standing import Point, Standing, standings
-from trainer.comparison.table import table_text
 from trainer.selection.rules import (
     ALL_RULES,
     DEFAULT_RULE,
@@ -127,8 +127,7 @@ class Selection:
         header = ["rule", "pick", "gain kept", "forgetting avoided", "lost on source", "source mean", ""]
         if all(row[5] == "-" for row in rows):
             header, rows = header[:5] + header[6:], [row[:5] + row[6:] for row in rows]
-        table = table_text(Table([""] * len(header), header, rows, 2))
-        return "\n".join([table, "", *self._notes()])
+        return "\n".join([aligned([header, *rows], left=2), "", *self._notes()])
 
     def _notes(self) -> list[str]:
         lines = [f"{name}: {pick.rule.meaning()}" for name, pick in self.picks.items()]

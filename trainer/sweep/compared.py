@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, naming
+from formats.named_path import short_name
 from formats.progress import Progress
-from trainer.sweep.config import SweepConfig, is_task
+from trainer.comparison.metric import is_task
+from trainer.sweep.config import SweepConfig
 
 if TYPE_CHECKING:
     from trainer.bench.settings import BenchSettings
@@ -61,15 +63,14 @@ def bench_settings(config: SweepConfig) -> "BenchSettings | None":
     from trainer.bench.settings import BenchSettings
 
     tasks = tuple(dict.fromkeys(word.partition(":")[0] for word in words))
-    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.bench.items()}
-    given = {"tasks": tasks, **given, "out": str(Path(config.out) / "bench")}
+    given: dict[str, Any] = {"tasks": tasks, **config.bench, "out": str(Path(config.out) / "bench")}
     return BenchSettings(**given)
 
 
 def initial_of(config: SweepConfig, models: Mapping[str, Path]) -> dict[str, str]:
     """Label -> the initial model."""
     model = str(config.base["model"])
-    label = model.rstrip("/").rsplit("/", 1)[-1]
+    label = short_name(model)
     return {label if label and label not in models else "initial": model}
 
 

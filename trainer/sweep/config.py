@@ -24,6 +24,7 @@ from trainer.config_file import (
     add_retained,
     apply_override,
     first_missing,
+    mapping_of,
     parse_yaml,
     put_over,
     read_config_file,
@@ -183,11 +184,6 @@ class SweepConfig:
         return tuple(self.seeds)
 
 
-def is_task(word: str) -> bool:
-    """Whether a source or target is a task: no directory, and not written like a place."""
-    return not (Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~")))
-
-
 # --- from plain values -------------------------------------------------------------------------------------
 
 
@@ -254,8 +250,7 @@ def sweep_from_dict(plain: Mapping[str, Any]) -> SweepConfig:
     if (missing := first_missing(SweepConfig, values)) is not None:
         flag = "CACHE and --model" if missing == "base" else f"--{missing}"
         raise ConfigError(f"a sweep needs {missing}; give {flag} or `{missing}:` in the sweep's file")
-    if not isinstance(values["base"], Mapping):
-        raise ConfigError(f"base must be a mapping of settings, got {values['base']!r}")
+    values["base"] = mapping_of("base", values["base"])
     values["runs"] = [_run_entry(entry) for entry in _list("runs", values.get("runs", []))]
     values["merges"] = [_merge_entry(entry) for entry in _list("merges", values.get("merges", []))]
     values["every"] = flatten(values["every"], "every") if values.get("every") else {}
@@ -334,7 +329,7 @@ def sweep_from_options(
     elif place is not None:
         plain["base"] = {"cache": place}
     for key in ("base", "every", "bench"):
-        plain[key] = dict(plain.get(key) or {})
+        plain[key] = {} if plain.get(key) is None else mapping_of(key, plain[key])
     if base_file is not None:
         plain["base"] = put_over(read_config_file(base_file), plain["base"])
     if model is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.cache import TeacherCache
-from formats.errors import AnnealError, ConfigError
+from formats.errors import AnnealError, ConfigError, one_line
 from formats.identity.fingerprint import ModelFingerprint
 from formats.progress import Progress
 from trainer.merging.methods import require_peft
@@ -19,7 +19,7 @@ from trainer.merging.settings import DEFAULTS, MergeConfig
 from trainer.preflight.continuation import contents_of
 from trainer.result.run_directory import read_record
 from trainer.sweep.config import MergeEntry, SweepConfig
-from trainer.sweep.names import LONGEST, digest, safe, value_text
+from trainer.sweep.names import safe, shortened, value_text
 from trainer.sweep.plan import PlannedRun
 from trainer.sweep.runs import is_finished
 
@@ -74,14 +74,8 @@ def plan_merges(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[Planned
                     f"({', '.join(run.name for run in chosen)}); name more of them in merges.of (--merge-of)"
                 )
             words = [entry.of] if isinstance(entry.of, str) else sorted(entry.of)
-            add_merges(found, entry, safe_name(words), chosen)
+            add_merges(found, entry, shortened(",".join(map(safe, words)), words), chosen)
     return list(found.values())
-
-
-def safe_name(words: Sequence[str]) -> str:
-    """What the name of a merge of several runs begins with."""
-    name = ",".join(map(safe, words))
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{digest(words)}"
 
 
 def add_merges(
@@ -164,7 +158,7 @@ def make_merges(config: SweepConfig, merges: Sequence[PlannedMerge], progress: P
                 shutil.rmtree(planned.directory(out), ignore_errors=True)  # of a run that was done again
                 merge(planned.config(config))
             except (AnnealError, OSError) as error:
-                failed[planned.name] = " ".join(str(error).split())
+                failed[planned.name] = one_line(error, None, whole=True)
                 progress.note(f"merge {planned.name} failed: {failed[planned.name]}")
         progress.advance(1)
     progress.finish()

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from formats.named_path import short_name
+
 LONGEST = 150
 """Characters of a name; the staging directories of a run add some, and file systems end at 255 bytes."""
 DIRECT = "direct"
@@ -17,7 +19,7 @@ SHORT = {"training.learning_rate": "lr", "training.seed": "seed"}
 FIRST = ("kl_coef", "temperature", "kl_direction", "l2", "ewc", "sfa", "freeze", "lora", "caches", "cache")
 
 
-def short_name(setting: str) -> str:
+def setting_name(setting: str) -> str:
     """A setting as it stands in names: `lr`, `seed`, `l2.coef`, `weight_decay`."""
     return SHORT.get(setting, setting.removeprefix("training."))
 
@@ -52,7 +54,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, int | float):
         return number_text(value)
     if isinstance(value, str):
-        return safe(value.rstrip("/").rsplit("/", 1)[-1])
+        return safe(short_name(value))
     if isinstance(value, list | tuple):
         return "+".join(map(value_text, value))
     if isinstance(value, Mapping) and "path" in value:
@@ -86,6 +88,10 @@ def run_name(shown: Mapping[str, Any], *, prefix: str | None = None, direct: boo
     words = [safe(prefix)] if prefix else []
     words += [DIRECT] if direct and not prefix else []
     for setting in sorted(shown, key=place_of):
-        words.append(f"{safe(short_name(setting))}={value_text(shown[setting])}")
-    name = ",".join(words) or "base"
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{digest(dict(shown))}"
+        words.append(f"{safe(setting_name(setting))}={value_text(shown[setting])}")
+    return shortened(",".join(words) or "base", dict(shown))
+
+
+def shortened(name: str, content: Any) -> str:
+    """A name of at most `LONGEST` characters; of a longer one the end is a digest of what it stands for."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{digest(content)}"

@@ -19,7 +19,7 @@ from trainer.sweep.pools import ENDED, Job, Outcome, Process
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class Slots:
     """How many runs at a time, and what each takes from the cluster."""
 
     parallel: int
@@ -27,7 +27,7 @@ class Share:
     num_gpus: int
 
     @classmethod
-    def of_cluster(cls, machines: Sequence[Mapping[str, float]], parallel: int | None) -> "Share":
+    def of_cluster(cls, machines: Sequence[Mapping[str, float]], parallel: int | None) -> "Slots":
         """A GPU for each run; without GPUs the CPUs are divided between `parallel` runs, or one CPU is given to each.
 
         Args:
@@ -91,7 +91,7 @@ class RayPool:
             opening.enter_context(connected(self._address))
             import ray
 
-            self._share = Share.of_cluster(machines_of(ray.nodes()), self._parallel)
+            self._slots = Slots.of_cluster(machines_of(ray.nodes()), self._parallel)
             self._connection = opening.pop_all()
         return self
 
@@ -102,22 +102,22 @@ class RayPool:
 
     @property
     def parallel(self) -> int:
-        return self._share.parallel
+        return self._slots.parallel
 
     def run(
         self, jobs: Sequence[Job], started: Callable[[Job], None], ended: Callable[[Job, Outcome], None]
     ) -> None:
         import ray
 
-        share = self._share
-        task = ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, max_calls=1, max_retries=0)(
+        slots = self._slots
+        task = ray.remote(num_cpus=slots.num_cpus, num_gpus=slots.num_gpus, max_calls=1, max_retries=0)(
             train_there
         )
-        threads = None if share.num_gpus else share.num_cpus
+        threads = None if slots.num_gpus else slots.num_cpus
         pending, busy = list(jobs)[::-1], dict[Any, Job]()
         cancelled = False
         while busy or (pending and not self._stopping):
-            while pending and len(busy) < share.parallel and not self._stopping:
+            while pending and len(busy) < slots.parallel and not self._stopping:
                 job = pending.pop()
                 busy[task.remote(job, os.getcwd(), threads)] = job
                 started(job)

@@ -16,7 +16,7 @@ from formats.errors import ConfigError, naming
 from trainer.comparison.records import without_seed
 from trainer.config import TrainConfig
 from trainer.config_file import SECTIONS, config_from_dict
-from trainer.data.mixture import Share, unit_weights
+from trainer.data.mixture import amount_of, unit_weights
 from trainer.objective import Objective
 from trainer.recipe import DEFAULTS, resolve_training
 from trainer.sweep.config import RunEntry, SweepConfig
@@ -214,10 +214,7 @@ def estimated_tokens(run: PlannedRun) -> int:
     epoch_tokens = float(tokens)
     if rows:
         sizes = [(rows, tokens), *(_size(mixed.path) for mixed in config.caches)]
-        amounts = [
-            Share(mixed.share) if mixed.share is not None else float(mixed.weight or 0)
-            for mixed in config.caches
-        ]
+        amounts = [amount_of(mixed.share, mixed.weight) for mixed in config.caches]
         num_units, num_tokens = [max(size[0], 1) for size in sizes], [size[1] for size in sizes]
         weights = unit_weights([1.0, *amounts], num_units, num_tokens)
         weight = sum(weights)

@@ -59,23 +59,33 @@ class Pool(Protocol):
         """End what runs at once."""
 
 
+def start_process(program: str, environment: Mapping[str, str], **options: Any) -> subprocess.Popen[Any]:
+    """Python with this program, in a session of its own: Ctrl-C reaches its parent alone, which passes it on once.
+
+    Args:
+        program: source text; it finds our packages.
+        environment: added to that of this process.
+        options: further ones of `subprocess.Popen`.
+    """
+    path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **environment, "PYTHONPATH": path},
+        start_new_session=True,
+        **options,
+    )
+
+
 class Process:
     """One run in a process of its own."""
 
     def __init__(self, job: Job, environment: Mapping[str, str], directory: str | None = None) -> None:
         self._job = job
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
         with open(job.log, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", PROGRAM],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=directory,
-                env={**os.environ, **environment, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on once
-            )
+            self._process = start_process(PROGRAM, environment, stderr=log, cwd=directory)
 
     def wait(self) -> Outcome:
         """What became of the run."""

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.errors import AnnealError
+from formats.errors import AnnealError, one_line
 from formats.progress import Progress
+from trainer.comparison.metric import is_task
 from trainer.sweep.compared import bench_settings, initial_of
-from trainer.sweep.config import SweepConfig, is_task
+from trainer.sweep.config import SweepConfig
 from trainer.sweep.merges import PlannedMerge, is_made
 from trainer.sweep.pools import Job, Outcome, Pool
 from trainer.sweep.runs import SweepStopped, is_finished, stopping
@@ -152,14 +153,7 @@ def measure_share(settings: Mapping[str, Any]) -> Outcome:
     from trainer.merging.settings import MergeConfig
 
     caches = open_texts({(side, name): word for side, name, word in settings["texts"]})
-    bench = None
-    if settings["bench"] is not None:
-        # JSON has lists for tuples.
-        plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in settings["bench"].items()
-        }
-        bench = BenchSettings(**plain)
+    bench = None if settings["bench"] is None else BenchSettings(**settings["bench"])
     failed: list[str] = []
     for entry in settings["models"]:
         model = ModelWork(**entry)
@@ -183,5 +177,5 @@ def measure_share(settings: Mapping[str, Any]) -> Outcome:
                     progress=Progress(),
                 )
         except (AnnealError, OSError, RuntimeError) as error:
-            failed.append(f"{model.label}: {' '.join(str(error).split())}")
+            failed.append(f"{model.label}: {one_line(error, None, whole=True)}")
     return {"error": "; ".join(failed), "kind": "Measure"} if failed else {"done": True}

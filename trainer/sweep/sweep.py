@@ -5,7 +5,6 @@ merges; the table. The same command continues a sweep that was stopped, and ends
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import statistics
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.disk.durable import atomic_write_json
+from formats.disk.durable import atomic_write_json, locked
 from formats.errors import ConfigError, naming
 from formats.progress import Progress, counted
 from trainer.sweep.compared import check_yardsticks, comparison_of, gain_kept, selection_of
@@ -183,14 +182,10 @@ def held(out: Path, what: str = "sweep") -> Iterator[None]:
             f"--out must be a directory that can be written, got {out}: {error.strerror}"
         ) from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(descriptor):
             raise ConfigError(
                 f"--out must belong to one {what}, got {out} in which another one is under way; wait for it"
-            ) from None
-        except OSError:  # a file system without locks on directories
-            pass
+            )
         yield
     finally:
         os.close(descriptor)

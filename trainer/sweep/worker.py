@@ -5,7 +5,6 @@ The process is stopped by SIGTERM as `anneal train` is, and stops in the same wa
 started it is gone, and nobody would read the outcome. What the run says goes to stderr.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -14,9 +13,10 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from formats.errors import AnnealError
+from formats.disk.durable import locked
+from formats.errors import AnnealError, one_line
 from formats.interruption import raise_on_sigterm
 from formats.quiet import quiet_imports
 
@@ -37,8 +37,7 @@ def run_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         report = train(config_from_dict(settings))
     except (AnnealError, OSError, RuntimeError, MemoryError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return {"error": " ".join(lines[0].split()), "kind": type(error).__name__}
+        return {"error": one_line(error, None), "kind": type(error).__name__}
     return {"interrupted": report.interrupted_by} if report.interrupted_by else {"done": True}
 
 
@@ -53,20 +52,17 @@ WORKS = {"train": run_settings, "measure": measure}
 """What a process can be told to do."""
 
 
-def wait_for_lock(directory: Path, seconds: float = LOCKED_SECONDS) -> None:
+def wait_for_lock(directory: Path) -> None:
     """Wait until no other process trains in a run's directory, or the time is over."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + LOCKED_SECONDS
     while directory.is_dir() and time.monotonic() < until:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.5)
-        except OSError:  # no locks here
-            return
+            if locked(descriptor):
+                return
         finally:
             os.close(descriptor)
+        time.sleep(0.5)
 
 
 def stop_when_stdin_ends() -> None:
@@ -88,11 +84,17 @@ def read_line() -> str:
     return found.decode()
 
 
+def take_stdout() -> TextIO:
+    """Where the outcome goes: whatever libraries print on stdout goes to stderr from here on."""
+    outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    quiet_imports()
+    return outcome
+
+
 def main() -> None:
     """Entry point of the process."""
-    outcome = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print belongs to the log
-    quiet_imports()
+    outcome = take_stdout()
     order = json.loads(read_line())
     stop_when_stdin_ends()
     raise_on_sigterm()  # before a run has its first step, and after its last one

@@ -142,6 +142,7 @@ def test_code_runs_only_with_permission(tmp_path: Path) -> None:
         ({"limit": 0}, "--limit must be at least 1"),
         ({"num_fewshot": -1}, "--num-fewshot must be at least 0"),
         ({"apply_chat_template": "maybe"}, "--apply-chat-template must be one of"),
+        ({"task_dirs": 5}, "--task-dir must be a text or a list of texts, got 5"),
         ({"task_dirs": ("nowhere",)}, "--task-dir must be a directory of task files, got nowhere"),
         ({"backend": "transformers", "engine_args": {"seed": 1}}, "--engine-arg is for the vllm backend"),
     ],
@@ -149,6 +150,13 @@ def test_code_runs_only_with_permission(tmp_path: Path) -> None:
 def test_settings_are_checked(more: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BenchSettings(**{"tasks": ("forty",), **more})
+
+
+def test_one_task_and_one_folder_need_no_list(tmp_path: Path) -> None:
+    """As they stand in a sweep's YAML: `bench: {task_dirs: my-tasks}`."""
+    one = BenchSettings(tasks="forty", task_dirs=str(tmp_path))
+    assert one == BenchSettings(tasks=["forty"], task_dirs=[str(tmp_path)])
+    assert [request.name for request in one.requests()] == ["forty"] and one.task_dirs == (str(tmp_path),)
 
 
 def test_models_must_agree_on_a_template(tmp_path: Path) -> None:

@@ -316,6 +316,22 @@ def test_bad_files_are_refused(plain, message):
         plan_runs(sweep_from_dict({"base": BASE, "out": "OUT", **TEXTS, **plain}))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: [1, 2]", r"base must be a mapping, got \[1, 2\]"),
+        ("base: text", "base must be a mapping, got 'text'"),
+        ("every: 5", "every must be a mapping, got 5"),
+        ("bench: [a]", r"bench must be a mapping, got \['a'\]"),
+    ],
+)
+def test_a_file_whose_settings_are_none_is_refused(text, message, tmp_path):
+    """Before options are put over them."""
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        sweep_from_options(str(tmp_path / "sweep.yaml"), out="OUT", **TEXTS)
+
+
 def test_the_tokens_of_a_run_are_those_of_its_caches(llama_cache, llama_eval_cache):
     from formats.cache import TeacherCache
 

@@ -14,7 +14,7 @@ from warm_process import Command, anneal
 from formats.errors import ConfigError
 from trainer import train
 from trainer.sweep.config import sweep_from_options
-from trainer.sweep.on_ray import RayPool, Share
+from trainer.sweep.on_ray import RayPool, Slots
 from trainer.sweep.pools import Job, LocalPool, Process
 from trainer.sweep.sweep import run_sweep
 
@@ -138,11 +138,11 @@ def test_every_run_has_one_gpu(visible, count, parallel, dealt, monkeypatch):
     ],
 )
 def test_the_share_of_a_cluster(machines, parallel, share):
-    found = Share.of_cluster(machines, parallel)
+    found = Slots.of_cluster(machines, parallel)
     assert (found.parallel, found.num_cpus, found.num_gpus) == share
 
 
 @pytest.mark.parametrize("machines", [[{"CPU": 8.0, "GPU": 2.0}], [{"CPU": 1.0, "GPU": 2.0}, {"CPU": 7.0}]])
 def test_a_cluster_that_is_too_small(machines):
     with pytest.raises(ConfigError, match="for each of 3 runs at a time, got 2 GPUs and 8 CPUs"):
-        Share.of_cluster(machines, 3)
+        Slots.of_cluster(machines, 3)
