@@ -64,7 +64,6 @@ def bars_of(progress: Progress, what: str, model: Any) -> Iterator[None]:
     Args:
         model: under the harness's interface.
     """
-    generate = getattr(getattr(model, "model", None), "generate", None)
     by_engine = engine_of(model) is not None
 
     class Bar:
@@ -114,6 +113,7 @@ def bars_of(progress: Progress, what: str, model: Any) -> Iterator[None]:
     for module in modules:
         module.tqdm = Bar  # type: ignore[attr-defined]
     if by_engine:
+        generate = model.model.generate
         model.model.generate = lambda *given, **named: generate(*given, **{**named, "use_tqdm": EngineBar})
     try:
         yield
