@@ -201,7 +201,7 @@ def test_sharded_training_writes_the_same_layout(base, tmp_path):
             tmp_path / f"{name}-logs", 2, resume_worker.run, str(model_dir), str(cache), str(out), quick
         )
         require_same_layout(out, model_dir)
-        told = [rank.text("stderr").count("saved model: KL(trained || saved)") for rank in ranks]
+        told = [rank.text("stderr").count("saved model: right. ") for rank in ranks]
         assert told == [1, 0]
 
 
@@ -439,8 +439,9 @@ def test_updates_that_rounding_swallows_are_told_and_published(base, tmp_path, c
     train(settings(cache, model_dir, tmp_path / "run", *few))
     saved = json.loads((tmp_path / "run" / "anneal.json").read_text())["saved"]
     assert saved["kl_unrounded"] < 1e-6 and saved["kl"] > 3 * saved["allowed"]
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saved model: KL")]
-    assert len(told) == 1 and "before rounding" in told[0]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saved model: ")]
+    assert len(told) == 1 and "rounded to the dtype that it is saved in, which costs KL" in told[0]
+    assert f"without rounding {saved['kl_unrounded']:.2e}, up to {saved['allowed']:.2e} is noise" in told[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -502,6 +503,8 @@ def test_the_saved_model_is_the_trained_one_with_or_without_its_rounding(kl, kl_
     found = SavedCheck(kl=kl, kl_unrounded=kl_unrounded, allowed=0.007, ce=(3.944, 3.949), num_tokens=251)
     if passes:
         found.require_passed()
+        assert found.line().startswith("saved model: right. Loaded again, it ")
+        assert ("rounded to the dtype that it is saved in" in found.line()) == (kl > found.allowed)
     else:
         with pytest.raises(AnnealError, match="must compute what the trained one does"):
             found.require_passed()
