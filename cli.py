@@ -5,15 +5,13 @@ wrong usage), without a traceback unless `--debug` is given. The commands are in
 imported inside them, so that `--help` and `cache inspect` start fast on a machine without torch or vLLM.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
-
-import typer
-from typer.core import TyperGroup
 
 PACKAGES = ("formats", "cache_builder", "trainer", "onboarding", "commands")
 
@@ -40,45 +38,64 @@ def stranger() -> str | None:
 if _wrong := stranger():  # before anything of them is imported
     sys.exit(f"error: {_wrong}")
 
-from commands.bench import bench_command  # noqa: E402
-from commands.cache_build import cache_build, cache_estimate  # noqa: E402
-from commands.cache_tools import (  # noqa: E402
-    cache_convert,
-    cache_export,
-    cache_inspect,
-    cache_merge,
-    cache_pull,
-    cache_push,
-    cache_verify,
-)
-from commands.chain import chain_command  # noqa: E402
-from commands.compare import compare_command, select_command  # noqa: E402
-from commands.evaluate import eval_command  # noqa: E402
-from commands.merge import merge_command  # noqa: E402
-from commands.probe import probe_app  # noqa: E402
-from commands.restore import restore_command  # noqa: E402
-from commands.sweep import sweep_command  # noqa: E402
-from commands.terminal import escape_unprintable, note, show  # noqa: E402
-from commands.train import train_command  # noqa: E402
-from formats.errors import AnnealError  # noqa: E402
-from formats.install import how_to_install  # noqa: E402
-from formats.interruption import raise_on_sigterm  # noqa: E402
-from formats.quiet import quiet_imports  # noqa: E402
-from onboarding import commands as onboarding  # noqa: E402
-
 UNFINISHED = "interrupted: nothing is left half-written; the same command goes on, or starts again"
+
+try:
+    import typer
+    from typer.core import TyperGroup
+
+    from commands.bench import bench_command
+    from commands.cache_build import cache_build, cache_estimate
+    from commands.cache_tools import (
+        cache_convert,
+        cache_export,
+        cache_inspect,
+        cache_merge,
+        cache_pull,
+        cache_push,
+        cache_verify,
+    )
+    from commands.chain import chain_command
+    from commands.compare import compare_command, select_command
+    from commands.evaluate import eval_command
+    from commands.merge import merge_command
+    from commands.probe import probe_app
+    from commands.restore import restore_command
+    from commands.sweep import sweep_command
+    from commands.terminal import escape_unprintable, note, show
+    from commands.train import train_command
+    from formats.errors import AnnealError
+    from formats.install import how_to_install
+    from formats.interruption import raise_on_sigterm
+    from formats.quiet import quiet_imports
+    from onboarding import commands as onboarding
+except KeyboardInterrupt:  # half a second, in which nothing has begun
+    print(UNFINISHED, file=sys.stderr)
+    sys.exit(130)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """What a signal ends in this block says how far it came, and exits with the signal's code."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        note(str(error) or UNFINISHED)
+        sys.exit(getattr(error, "exit_code", 130))
 
 
 class InterruptibleGroup(TyperGroup):
-    """Commands that a signal ends say how far they came; typer alone exits with 130 and not a word."""
+    """Commands in which a signal has a word; typer alone exits with 130 without one, SIGTERM too."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Parse the words."""
+        with interruptible():
+            return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        try:
+        with interruptible():
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            note(str(error) or UNFINISHED)
-            sys.exit(getattr(error, "exit_code", 130))
 
 
 app = typer.Typer(
@@ -159,7 +176,8 @@ def main() -> None:
     escape_unprintable()
     raise_on_sigterm()
     try:
-        app()
+        with interruptible():
+            app()
     except AnnealError as error:
         fail(str(error), error)
     except ModuleNotFoundError as error:

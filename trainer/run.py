@@ -321,9 +321,9 @@ def publish(
         written = save_result(trainer, directory.staging, inputs.model_dir, config.lora, layout)
         if first and live is not None:
             check = check_saved(live, directory.staging, written, layout.dtypes if layout else ())
+            check.require_passed()
             say(check.line())
             directory.record["saved"] = check.to_dict()
-            check.require_passed()
     except AnnealError as error:
         refusal = AnnealError(
             f"{error}; nothing was published, the weights are in {directory.set_aside()}"

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.commit.build_directory import BuildDirectory, State
+from cache_builder.commit.build_directory import DISCARD_NAME, BuildDirectory, State
 from formats.cache import TeacherCache
-from formats.disk.durable import atomic_write_bytes
+from formats.disk.durable import TEMPORARY_SUFFIX, atomic_write_bytes
 from formats.disk.manifest import Manifest, ShardInfo
 from formats.disk.shard import ShardReader, ShardWriter
 from formats.disk.token_row import KEY_BYTES
@@ -154,14 +154,22 @@ def _require_mergeable(first: TeacherCache, other: TeacherCache) -> None:
 def _take_output(directory: BuildDirectory) -> None:
     state = directory.state()
     marker = directory.working / MERGE_NAME
-    if state is State.UNFINISHED and marker.exists():
-        directory.discard()
+    if marker.exists() or (state is State.UNFINISHED and _is_nobodys(directory)):
+        directory.discard()  # of a merge that was interrupted, at its very beginning or after its manifest too
     elif state is not State.EMPTY:
         raise ConfigError(
             f"a merge needs a new or empty directory, got {directory}, which holds {state.value}"
         )
     directory.prepare()
     atomic_write_bytes(marker, b"")
+
+
+def _is_nobodys(directory: BuildDirectory) -> bool:
+    """Whether an unfinished directory says of no build and no merge that it is its own: what made it, or was taking it
+    away, was killed.
+    """
+    left = {path.name for path in directory.working.iterdir() if path.suffix != TEMPORARY_SUFFIX}
+    return left <= {DISCARD_NAME}
 
 
 def _first_occurrences(caches: Sequence[TeacherCache]) -> np.ndarray:

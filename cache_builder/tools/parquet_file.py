@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from formats.disk.durable import commit_exclusive, temporary_name
+from formats.disk.durable import commit_exclusive, large_temporary
 from formats.disk.output_file import misplaced
 from formats.errors import ConfigError, one_line
 
@@ -36,29 +36,28 @@ class NewParquetFile:
     def write(self, schema: pa.Schema, metadata: Mapping[str, str], tables: Iterable[pa.Table]) -> int:
         """Write the tables, one after the other, each at least one row group; returns the size in bytes.
 
-        Memory: one table. Whatever ends the writing early leaves nothing behind.
+        Memory: one table. Whatever ends the writing early leaves nothing behind; what a SIGKILL leaves, the
+        next writing of this name takes away.
 
         Raises:
             ConfigError: the file cannot be written, or somebody made it meanwhile.
         """
         import pyarrow.parquet as pq
 
-        temporary = temporary_name(self.path)
         try:
-            # Opened here: given a name, pyarrow takes one such as `run:1/x` for an address.
-            with (
-                open(temporary, "xb") as file,
-                pq.ParquetWriter(file, schema.with_metadata(dict(metadata)), compression="zstd") as writer,
-            ):
-                for table in tables:
-                    writer.write_table(table)
-            if not commit_exclusive(temporary, self.path):
-                raise self._refusal("which exists")
+            # Opened there: given a name, pyarrow takes one such as `run:1/x` for an address.
+            with large_temporary(self.path) as (temporary, file):
+                with pq.ParquetWriter(
+                    file, schema.with_metadata(dict(metadata)), compression="zstd"
+                ) as writer:
+                    for table in tables:
+                        writer.write_table(table)
+                file.flush()
+                if not commit_exclusive(temporary, self.path):
+                    raise self._refusal("which exists")
             return self.path.stat().st_size
         except OSError as error:
             reason = error.strerror or errno.errorcode.get(error.errno or 0) or one_line(error)
             raise ConfigError(
                 f"--parquet must name a file that can be written, got {self.path}: {reason}"
             ) from None
-        finally:
-            temporary.unlink(missing_ok=True)

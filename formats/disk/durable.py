@@ -7,12 +7,13 @@ write to a temporary name in the same directory, fsync the file, rename, fsync t
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -20,6 +21,29 @@ TEMPORARY_SUFFIX = ".tmp"
 def temporary_name(final: Path) -> Path:
     """A unique sibling of `final`; hidden, and recognisable by its suffix when left behind by a crash."""
     return final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+
+
+@contextlib.contextmanager
+def large_temporary(final: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file under a `temporary_name`, open for writing, and gone when the block ends however it ends.
+
+    It is locked meanwhile, so that one of a process that was killed can be told: those of `final` are removed first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+    temporary = temporary_name(final)
+    try:
+        with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield temporary, file
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync_directory(path: Path) -> None:

@@ -12,6 +12,7 @@ Needs neither torch nor transformers; a tokenizer is anything that offers `get_v
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +65,36 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None, *, what
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
+        of = name if revision is None else f"{name} at revision {revision}"
         raise ConfigError(
-            f"{what} must be a model directory or a Hugging Face name, got {name!r}, "
-            f"which is no directory here and could not be fetched: {one_line(error)}"
+            f"{what} must be a model directory or a Hugging Face name, got {of}: no directory here, "
+            f"{_why_not_fetched(error)}"
         ) from None
+
+
+def _why_not_fetched(error: Exception) -> str:
+    """What became of a model that `snapshot_download` did not get, and what to do, on one line."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.HFValidationError):
+        return "no name of the Hub, which has the form OWNER/MODEL; correct it"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        part = "only a part of it was" if isinstance(error, errors.IncompleteSnapshotError) else "not"
+        if constants.HF_HUB_OFFLINE:
+            switch = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+            return (
+                f"{part} fetched before, while {switch} forbids to fetch; correct the name, or unset {switch}"
+            )
+        return (
+            f"{part} fetched before, while the Hub cannot be reached; correct the name, or mend the network"
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return "the Hub gives it to those only who accepted its terms; do so on its page, then hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the Hub has none of that name, or only for its members; correct it, or hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the Hub has no such revision of it; correct the revision"
+    return f"it could not be fetched: {one_line(error)}"
 
 
 def weight_files(model_dir: Path) -> list[Path]:

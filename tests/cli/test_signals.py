@@ -81,3 +81,40 @@ def test_sigterm_leaves_nothing_half_written(
     assert "Traceback" not in done.stderr
     left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
     assert left == []
+
+
+SENT_AT_THE_START = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+number, what, sent = int(sys.argv.pop(1)), sys.argv.pop(1), []
+def seen(frame, event, argument):
+    name = f"{frame.f_code.co_filename}:{frame.f_code.co_name}"
+    if event == "call" and not sent and name.endswith(what):
+        sent.append(True)
+        os.kill(os.getpid(), number)
+sys.setprofile(seen)
+import cli
+cli.main()
+"""
+"""`anneal`, which a signal meets when it calls the first function whose file and name end so."""
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (signal.SIGINT, "commands/merge.py:<module>"),
+        (signal.SIGINT, "typer/main.py:get_command"),
+        (signal.SIGTERM, "typer/main.py:get_command"),
+        (signal.SIGINT, ":parse_args"),
+        (signal.SIGTERM, ":parse_args"),
+    ],
+)
+def test_a_signal_at_the_very_start_is_one_line(number: int, what: str, tmp_path: Path) -> None:
+    words = ["merge", str(tmp_path), "--initial", str(tmp_path), "--method", "wise-ft", "--out", "x"]
+    command = [sys.executable, "-c", SENT_AT_THE_START, str(int(number)), what, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (
+        done.stderr
+        == "interrupted: nothing is left half-written; the same command goes on, or starts again\n"
+    )
+    assert done.returncode == 128 + number

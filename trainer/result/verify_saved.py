@@ -101,11 +101,20 @@ class SavedCheck:
     """Tokens compared."""
 
     def line(self) -> str:
-        """For the log."""
+        """For the log, of a check that is passed."""
+        ce = f"CE {self.ce[0]:.4f} trained, {self.ce[1]:.4f} saved"
+        kl, noise = (
+            f"KL(trained || saved) = {self.kl:.2e} nats per token",
+            f"up to {self.allowed:.2e} is noise",
+        )
+        if self.kl <= self.allowed:
+            return (
+                "saved model: right. Loaded again, it predicts what the trained one does: "
+                f"{kl}, {noise} ({self.num_tokens} tokens; {ce})"
+            )
         return (
-            f"saved model: KL(trained || saved) = {self.kl:.2e} nats over {self.num_tokens} tokens, "
-            f"{self.kl_unrounded:.2e} before rounding (at most {self.allowed:.2e}); CE {self.ce[0]:.4f} trained, "
-            f"{self.ce[1]:.4f} saved"
+            "saved model: right. Loaded again, it is the trained one, rounded to the dtype that it is saved in, which "
+            f"costs {kl} ({ce}); without rounding {self.kl_unrounded:.2e}, {noise} ({self.num_tokens} tokens)"
         )
 
     def to_dict(self) -> dict[str, float]:

@@ -127,7 +127,7 @@ def applies(entry: MergeEntry, run: PlannedRun, runs: Sequence[PlannedRun]) -> b
 
 
 def is_made(planned: PlannedMerge, out: Path) -> bool:
-    """Whether a merge is there, and of the runs' weights and the text as they are now."""
+    """Whether a merge is there, whole, and of the runs' weights and the text as they are now."""
     runs = [run.directory(out) for run in planned.runs]
     if not all(is_finished(path) for path in (planned.directory(out), *runs)):
         return False
@@ -136,8 +136,9 @@ def is_made(planned: PlannedMerge, out: Path) -> bool:
         if "by" in planned.strengths and record["by"] != contents_of(TeacherCache(planned.strengths["by"])):
             return False
         found = [entry["weights"] for entry in record["merge"]["tuned"]]
+        ModelFingerprint.of(planned.directory(out))  # one that was damaged or deleted is made again
         return found == [ModelFingerprint.of(path).weights for path in runs]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OSError):
         return False
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_json
-from formats.errors import AnnealError, ConfigError
-from formats.identity.fingerprint import resolve_model
+from formats.errors import AnnealError, ConfigError, one_line
+from formats.identity.fingerprint import resolve_model, weight_files
+from formats.identity.tensor_hash import read_header
 from formats.interruption import Interrupted
 from formats.progress import Progress
 from trainer.checkpoint import newest_checkpoint
@@ -95,7 +96,7 @@ def require_same(run: PlannedRun, out: Path) -> None:
     """Refuse a directory whose run is another one than this, or of other caches or weights than are there now.
 
     Raises:
-        ConfigError: names the run, the first setting that differs and both values.
+        ConfigError: names the run, the first setting that differs and both values, or what of it is damaged.
     """
     directory = run.directory(out)
     if not is_finished(directory) and newest_checkpoint(directory) is None:
@@ -103,9 +104,18 @@ def require_same(run: PlannedRun, out: Path) -> None:
     config = run.config(out)
     now = decisive(run, out)
     ignored = of_the_machine(config.training)
-    before = comparable(
-        load_config(directory / RESOLVED_NAME).to_dict()
-    )  # younger settings take their default
+    again = f"put it back, or remove {directory}, and the same command trains it again"
+    try:
+        typed = load_config(directory / RESOLVED_NAME)
+        if is_finished(directory):
+            for file in weight_files(directory):
+                if file.suffix == ".safetensors":
+                    read_header(file)
+    except (AnnealError, OSError) as error:
+        raise ConfigError(
+            f"{directory} must be whole, as its run left it, got {one_line(error)}; {again}"
+        ) from None
+    before = comparable(typed.to_dict())  # younger settings take their default
     before = {key: value for key, value in before.items() if key not in ignored}
     record = read_record(directory)
     facts = was_read_by(record)

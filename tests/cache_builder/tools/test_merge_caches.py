@@ -1,5 +1,7 @@
 """Merging keeps every row once, names what differs, and starts again after an interruption."""
 
+import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +189,41 @@ def test_an_interrupted_merge_starts_again(tmp_path: Path, monkeypatch) -> None:
         TeacherCache(tmp_path / "c")
     merge_caches([a, b], tmp_path / "c")
     assert contents(tmp_path / "c") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("what", ["mkdir", "replace", "link", "unlink", "rmdir"])
+def test_a_merge_that_is_killed_at_any_step_starts_again(tmp_path: Path, monkeypatch, what: str) -> None:
+    """The process dies at its n-th call of a kind, before it or just behind it, for every n."""
+    a, b = build(tmp_path / "a"), build(tmp_path / "b", seed=1)
+    merge_caches([a, b], tmp_path / "whole")
+    real, died = getattr(os, what), 0
+    for last, behind in itertools.product(range(1, 100), (False, True)):
+        out, calls = tmp_path / f"{last}-{behind}", itertools.count(1)
+
+        def dies(*args, _last=last, _behind=behind, _calls=calls, **options):
+            number = next(_calls)
+            if number > _last or (number == _last and not _behind):
+                raise KeyboardInterrupt
+            made = real(*args, **options)
+            if number == _last:
+                raise KeyboardInterrupt
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, what, dies)
+            try:
+                merge_caches([a, b], out)
+                break
+            except KeyboardInterrupt:
+                died += 1
+        if (out / "manifest.json").exists() and not (out / "_build" / "merge").exists():
+            with pytest.raises(ConfigError, match="which holds a cache"):  # it was complete
+                merge_caches([a, b], out)
+        else:
+            merge_caches([a, b], out)
+            assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+        assert contents(out) == contents(tmp_path / "whole")
+    assert died > 0
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch) -> None:

@@ -2,12 +2,21 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from formats.disk.durable import TEMPORARY_SUFFIX, atomic_write_bytes, commit_exclusive, temporary_name
+from formats.disk.durable import (
+    TEMPORARY_SUFFIX,
+    atomic_write_bytes,
+    commit_exclusive,
+    large_temporary,
+    temporary_name,
+)
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -97,3 +106,32 @@ def test_commit_flushes_before_it_names(tmp_path: Path, monkeypatch) -> None:
     temporary.write_bytes(b"x")
     commit_exclusive(temporary, tmp_path / "final")
     assert events == ["fsync tmp", "link", f"fsync {tmp_path.name}"]
+
+
+WRITES_FOR_EVER = """
+import sys
+from pathlib import Path
+from formats.disk.durable import large_temporary
+with large_temporary(Path(sys.argv[1])) as (name, file):
+    print(name.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_and_a_live_one_stays(tmp_path: Path) -> None:
+    final, other = tmp_path / "[a].parquet", tmp_path / ".other.parquet.0123456789ab.tmp"
+    other.write_bytes(b"of another file")
+    command = [sys.executable, "-c", WRITES_FOR_EVER, str(final)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[3], **pipes) as writer:
+        assert writer.stdout is not None
+        live = writer.stdout.readline().strip()
+        with large_temporary(final) as (temporary, file):
+            file.write(b"x")
+            assert sorted(os.listdir(tmp_path)) == sorted([live, temporary.name, other.name])
+        assert sorted(os.listdir(tmp_path)) == sorted([live, other.name])
+        writer.send_signal(signal.SIGKILL)
+    assert sorted(os.listdir(tmp_path)) == sorted([live, other.name])
+    with large_temporary(final) as (temporary, _):
+        assert sorted(os.listdir(tmp_path)) == sorted([temporary.name, other.name])
+    assert os.listdir(tmp_path) == [other.name]

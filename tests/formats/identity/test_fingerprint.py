@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -147,10 +149,83 @@ def test_bad_model_directories(tmp_path: Path, tensors: dict[str, np.ndarray]) -
         ModelFingerprint.of(directory)
 
 
-def test_a_hub_name_that_cannot_be_fetched_is_one_line() -> None:
-    with pytest.raises(ConfigError) as caught:
-        resolve_model("nobody/nothing-of-this-name")
-    assert "\n" not in str(caught.value) and "nobody/nothing-of-this-name" in str(caught.value)
+NAME = "nobody/nothing-of-this-name"
+
+
+@pytest.mark.parametrize("switch", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_a_model_that_was_not_fetched_before_is_a_line_of_ours_offline(
+    monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(switch, "1")
+    rule = "--model must be a model directory or a Hugging Face name, got "
+    for revision, of in ((None, NAME), ("step9", f"{NAME} at revision step9")):
+        with pytest.raises(ConfigError) as caught:
+            resolve_model(NAME, revision)
+        assert str(caught.value) == (
+            f"{rule}{of}: no directory here, not fetched before, while {switch} forbids to fetch; "
+            f"correct the name, or unset {switch}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (
+            404,
+            "RepoNotFound",
+            "the Hub has none of that name, or only for its members; correct it, or hf auth login",
+        ),
+        (404, "RevisionNotFound", "the Hub has no such revision of it; correct the revision"),
+        (
+            403,
+            "GatedRepo",
+            "the Hub gives it to those only who accepted its terms; do so on its page, then hf auth login",
+        ),
+        (
+            None,
+            "",
+            "not fetched before, while the Hub cannot be reached; correct the name, or mend the network",
+        ),
+    ],
+)
+def test_what_the_hub_says_of_a_model_is_a_line_of_ours(
+    monkeypatch: pytest.MonkeyPatch, status: int | None, code: str, said: str
+) -> None:
+    """A server on the loopback refuses as the Hub does; without a status nobody listens there."""
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status or 0)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if status is None:
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    try:
+        with pytest.raises(ConfigError) as caught:
+            resolve_model(NAME)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert str(caught.value).endswith(f"got {NAME}: no directory here, {said}")
+
+
+def test_a_name_that_the_hub_cannot_have_is_said_to_be_one() -> None:
+    with pytest.raises(ConfigError, match="no name of the Hub, which has the form OWNER/MODEL; correct it"):
+        resolve_model("two--dashes")
 
 
 def test_pytorch_files_are_hashed_whole(tmp_path: Path) -> None:

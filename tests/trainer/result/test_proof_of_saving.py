@@ -113,8 +113,9 @@ def test_updates_that_rounding_swallows_are_told_and_published(base, tmp_path, c
     train(settings(cache, model_dir, tmp_path / "run", *few))
     saved = json.loads((tmp_path / "run" / "anneal.json").read_text())["saved"]
     assert saved["kl_unrounded"] < 1e-6 and saved["kl"] > 3 * saved["allowed"]
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saved model: KL")]
-    assert len(told) == 1 and "before rounding" in told[0]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saved model: ")]
+    assert len(told) == 1 and "rounded to the dtype that it is saved in, which costs KL" in told[0]
+    assert f"without rounding {saved['kl_unrounded']:.2e}, up to {saved['allowed']:.2e} is noise" in told[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -176,6 +177,8 @@ def test_the_saved_model_is_the_trained_one_with_or_without_its_rounding(kl, kl_
     found = SavedCheck(kl=kl, kl_unrounded=kl_unrounded, allowed=0.007, ce=(3.944, 3.949), num_tokens=251)
     if passes:
         found.require_passed()
+        assert found.line().startswith("saved model: right. Loaded again, it ")
+        assert ("rounded to the dtype that it is saved in" in found.line()) == (kl > found.allowed)
     else:
         with pytest.raises(AnnealError, match="must compute what the trained one does"):
             found.require_passed()

@@ -228,6 +228,35 @@ def test_a_merge_of_another_run_is_made_again(done, ask, tmp_path):
     assert not report.failed and (merged / "model.safetensors").read_bytes() == before
 
 
+def test_a_damaged_merge_is_made_again(done, ask, tmp_path):
+    out = shutil.copytree(done[0], tmp_path / "out")
+    weights = out / "merges" / "direct+wise-ft,alpha=0.5" / "model.safetensors"
+    before = weights.read_bytes()
+    for damage in (lambda: weights.write_bytes(before[:-100]), weights.unlink):
+        damage()
+        report = run_sweep(ask(out, **OPTIONS), pool=InThisProcess())
+        assert not report.failed and weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "anneal.yaml"])
+@pytest.mark.parametrize("left", [60, None])
+def test_a_damaged_run_is_named_with_what_to_do(done, ask, tmp_path, name, left):
+    out = shutil.copytree(done[0], tmp_path / "out")
+    place = out / "runs" / "direct"
+    merged = sorted((out / "merges").rglob("*"))
+    if left is None:
+        (place / name).unlink()
+    else:
+        (place / name).write_bytes((place / name).read_bytes()[:left])
+    with pytest.raises(ConfigError) as caught:
+        run_sweep(ask(out, **OPTIONS), pool=InThisProcess())
+    assert str(caught.value).startswith(f"{place} must be whole, as its run left it, got ")
+    assert str(caught.value).endswith(
+        f"; put it back, or remove {place}, and the same command trains it again"
+    )
+    assert sorted((out / "merges").rglob("*")) == merged
+
+
 def test_a_soup_is_made_of_all_runs_of_its_entry_once(ask, llama_eval_cache, tmp_path):
     out = tmp_path / "out"
     asked = {"also": ["l2.coef=0.1"], "merge": ["soup", f"soup:by={llama_eval_cache}"], "merge_of": ["all"]}
