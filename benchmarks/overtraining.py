@@ -11,8 +11,8 @@ and is measured on held-out prose. `turns at`: the model after which more pretra
 
     python benchmarks/overtraining.py [--out runs/overtraining] [--scale small|full|quick] [--tokens A:B] [--plot FILE]
 
-The same command goes on where it was stopped, and a longer ladder (`--tokens`) keeps what is there. `small`: some 20
-minutes of one core.
+The same command goes on where it was stopped, and a longer ladder (`--tokens`) keeps what is there. `small`: a
+quarter of an hour of one core.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def gammas_of(text: str) -> list[float]:
     try:
         if ":" in text:
             first, last = (float(part) for part in text.split(":"))
-            if not 0 < first <= last:
+            if not 0 < first <= last < float("inf"):
                 raise ValueError
             found = [first]
             while found[-1] * 2 <= last * (1 + 1e-9):

@@ -40,7 +40,7 @@ def test_loop_starts_at_its_own_teacher_and_learns(heading, names, capsys):
 
 
 def test_accelerate_divides_by_the_whole_step(names, capsys, monkeypatch):
-    """Two batches of two rows, accumulated, give the gradient of one batch of four."""
+    """Two batches of two rows, accumulated, give the gradient of one batch of four, and print its means."""
     found = []
 
     def gradients(optimizer, *args, **kwargs):
@@ -51,6 +51,10 @@ def test_accelerate_divides_by_the_whole_step(names, capsys, monkeypatch):
     code = example("accelerate").replace("shuffle=True", "shuffle=False")
     for changed in (code, code.replace("batch_size=2", "batch_size=4").replace("range(2)", "range(1)")):
         exec(compile(changed, "accelerate", "exec"), dict(names))
+    printed = capsys.readouterr().out
+    for name in ("CE", "KL"):
+        values = logged(printed, name)
+        assert values[:2] == pytest.approx(values[2:], rel=1e-4, abs=2e-6)
     assert len(found) == 4
     for accumulated, at_once in zip(found[:2], found[2:], strict=True):
         assert at_once.norm() > 0

@@ -92,6 +92,18 @@ class CacheMaker:
             with naming(what):
                 self.look(text, self.options)
 
+    def refuse_idle(self, *texts: str) -> None:
+        """Refuse settings of a build where every text is a cache already.
+
+        Raises:
+            ConfigError: names them.
+        """
+        if self.options and all(map(is_cache, texts)):
+            raise ConfigError(
+                f"--build settings need a corpus of which a cache is built, got {', '.join(sorted(self.options))} "
+                "beside finished caches alone; leave them out"
+            )
+
     def make(self, text: str, model: str, place: str) -> None:
         """See that the cache is there.
 

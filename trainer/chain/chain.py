@@ -95,11 +95,11 @@ def plan_chain(config: ChainConfig, build: Build | None = None, look: Look | Non
     require_directory(Path(config.out))
     require_plain_weights(resolve_model(str(config.model)), "--model")
     maker = CacheMaker(out=Path(config.out), options=config.build, build=build, look=look)
+    needs = heldout_needs(config, maker)
+    maker.refuse_idle(*(need.text for need in needs.values()), *(str(t.train) for t in config.tasks.values()))
     stages = plan_stages(config, maker)
     direct = plan_direct(config, maker, stages) if "direct" in config.compare else []
-    plan = ChainPlan(
-        config=config, maker=maker, heldout=heldout_needs(config, maker), stages=stages, direct=direct
-    )
+    plan = ChainPlan(config=config, maker=maker, heldout=needs, stages=stages, direct=direct)
     for name, tasks in mixtures(config).items():
         plan_mixture(config, stages, tasks, name, None)
     for stage in [*stages, *direct]:

@@ -157,6 +157,7 @@ def read_finished(
         raise ConfigError("a chain of finished models needs the initial one too; add model (--model)")
     out = Path(config.out)
     needs = heldout_needs(config, maker := CacheMaker(out=out, options=config.build, build=build, look=look))
+    maker.refuse_idle(*(need.text for need in needs.values()))
     stages = {
         f"{number}-{task}": (str(entry.model), "stage", task)
         for number, (task, entry) in enumerate(config.tasks.items(), 1)

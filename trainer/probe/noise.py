@@ -231,13 +231,15 @@ def probe_noise(
     """Label -> text -> what noise costs, one model after another.
 
     Raises:
-        ConfigError: no strength, a negative one, or as `spreads`.
+        ConfigError: no strength, a negative one, one twice, or as `spreads`.
         AnnealError: as `LoadedModel`.
     """
     if not gammas or any(not math.isfinite(gamma) or gamma < 0 for gamma in gammas):
         raise ConfigError(
             f"--gamma must be strengths of at least 0, got {list(gammas)}; for example 0.025:0.8"
         )
+    if len(set(gammas)) < len(gammas):
+        raise ConfigError(f"--gamma must name each strength once, got {list(gammas)}")
     if draws < 1:
         raise ConfigError(f"--draws must be at least 1, got {draws}; 4 pairs are usual")
     progress = progress or Progress()

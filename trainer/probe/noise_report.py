@@ -8,6 +8,7 @@ from typing import Any
 
 from formats.finite_json import finite_json
 from formats.picture_file import new_figure, require_plottable, save_figure
+from formats.progress import counted
 from formats.table import aligned
 from trainer.evaluation.tradeoff_picture import COLOURS, MARKERS
 from trainer.loop.measure import perplexity_of
@@ -55,7 +56,7 @@ class NoiseReport:
                 last_label = list(self.curves)[-1]
                 parts.append(self._verdict(text, last_label))
         parts.append(
-            f"nats that noise costs, mean of {self.draws} pairs (+ and -); gamma: in units of initialisation"
+            f"nats that noise costs, mean of {counted(self.draws, 'pair')} (+ and -); gamma: in units of initialisation"
             f"{self._errors()}\n"
             "c: nats per gamma^2 while it is quadratic (half the trace of the Hessian, weighted)\n"
             "breaks at: where noise costs more than 1.1 times that"

@@ -43,7 +43,7 @@ class TuneConfig:
     """What is tuned.
 
     Raises:
-        ConfigError: a list is empty or holds a number that is none of its kind.
+        ConfigError: a list is empty or holds a number that is none of its kind; `training` has a learning rate.
     """
 
     models: Mapping[str, tuple[str, str | None]]
@@ -61,13 +61,19 @@ class TuneConfig:
     build: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, numbers, low in (("--lr", self.learning_rates, 1e-30), ("--kl-coef", self.kl_coefs, 0.0)):
+        for name, numbers, low, rule in (
+            ("--lr", self.learning_rates, 1e-30, "above 0"),
+            ("--kl-coef", self.kl_coefs, 0.0, "of at least 0"),
+        ):
             if not numbers or any(not low <= number < float("inf") for number in numbers):
-                raise ConfigError(
-                    f"{name} must be numbers above 0 (kl_coef: at least 0), got {list(numbers)}"
-                )
+                raise ConfigError(f"{name} must be numbers {rule}, got {list(numbers)}")
             if len(set(numbers)) < len(numbers):
                 raise ConfigError(f"{name} must name each number once, got {list(numbers)}")
+        if "learning_rate" in self.training:
+            raise ConfigError(
+                "--lr gives the learning rates, so training.learning_rate must be left out, got "
+                f"{self.training['learning_rate']}"
+            )
         for name, texts in (("--source", self.source), ("--target", self.target)):
             if not texts:
                 raise ConfigError(f"{name} needs held-out text, got none; write {name} NAME=CACHE")
@@ -213,6 +219,7 @@ def probe_tune(
         raise ConfigError(
             f"--kl-coef needs a cache by each model, so --text must be a corpus, got the finished cache {config.text}"
         )
+    maker.refuse_idle(config.text)
     places = {label: maker.place(label if with_kl else first, config.text) for label in config.models}
     runs = [
         _run(config, label, kl_coef, rate, places[label])

@@ -89,6 +89,7 @@ def run_restore(
     maker = CacheMaker(out=out, options=config.build, build=build, look=look)
     text = maker.place("text", config.text)
     maker.check(config.text, "--text", text)
+    maker.refuse_idle(config.text)
     require_caches(config.source, "--source")
     rates = {label: rate_of(config, label, found) for label, found in settings.items()}
     num_tokens = tokens_of(config, settings)

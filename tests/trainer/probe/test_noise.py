@@ -198,6 +198,8 @@ def test_the_command(anneal, tiny_llama_dir, llama_eval_cache, tmp_path) -> None
     for bad, message in (
         (["--gamma", "x"], "--gamma takes A:B"),
         (["--gamma=-1"], "strengths of at least 0"),
+        (["--gamma", "0.1:inf"], "--gamma takes A:B"),
+        (["--gamma", "0.1,0.2,0.1"], "--gamma must name each strength once"),
     ):
         code, out, err = anneal(*words, *bad)
         assert (code, out) == (1, "") and message in err and err.count("\n") == 1

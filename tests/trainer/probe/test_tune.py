@@ -129,7 +129,8 @@ def test_kl_is_to_each_model_itself(tiny_llama_dir, texts, tmp_path) -> None:
     [
         ({"learning_rates": []}, "--lr must be numbers"),
         ({"learning_rates": [0.0]}, "--lr must be numbers"),
-        ({"kl_coefs": [-1.0]}, "--kl-coef must be numbers"),
+        ({"kl_coefs": [-1.0]}, "--kl-coef must be numbers of at least 0"),
+        ({"training": {"learning_rate": 1.0}}, "--lr gives the learning rates"),
         ({"learning_rates": [1e-3, 1e-3]}, "each number once"),
         ({"source": {}}, "--source needs held-out text"),
     ],
@@ -146,6 +147,7 @@ def test_the_command_refuses_bad_words(anneal, tiny_llama_dir, llama_cache, tmp_
     for more, message in (
         (["--lr", "x"], "--lr takes numbers"),
         (["--lr", "1e-3", "--set", "a=1"], "takes training.KEY"),
+        (["--lr", "1e-3", "--build", "max_length=8"], "--build settings need a corpus"),
     ):
         code, out, err = anneal(*words, *more)
         assert (code, out) == (1, "") and message in err and err.count("\n") == 1

@@ -86,6 +86,8 @@ def test_the_easiest_rows_come_first() -> None:
         ({"rank": "best"}, "--rank must be one of low-ppl, random"),
         ({"tokens": 0}, "--tokens must be at least 1"),
         ({"learning_rate": 0.0}, "--lr must be above 0, got 0"),
+        ({"training": {"learning_rate": 1.0}}, "--lr says it"),
+        ({"training": {"seed": 1}}, "--seed says it"),
     ],
 )
 def test_bad_settings(changes: dict, message: str) -> None:
