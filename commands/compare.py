@@ -122,9 +122,9 @@ def select_command(
     And what it keeps of direct fine-tuning's gain, and what it loses. docs/select.md has the rules.
     """
     from trainer import select
-    from trainer.selection.rules import Rule, check_min_gain
+    from trainer.selection.rules import KEEP_GAIN, Rule, check_min_gain
 
-    Rule.parse(rule)
+    asked = Rule.parse(rule)
     check_min_gain(min_gain)
     if initial is None:
         raise ConfigError("a selection needs the initial model, got none; name it with --initial MODEL")
@@ -134,6 +134,7 @@ def select_command(
         target,
         initial,
         direct=direct,
+        direct_for=asked.text() if asked.kind == KEEP_GAIN else "",
         group=not no_group,
         work=work,
         bench=bench,

@@ -277,7 +277,8 @@ def test_select(
 ) -> None:
     given = [word.replace("MODEL", str(tiny_llama_dir)).replace("WORK", str(tmp_path)) for word in words]
     code, printed, err = anneal("select", tiny_llama_dir, "--source", cache, "--target", cache, *given)
-    assert (code, printed) == (1, "") and expected in err.splitlines()[-1]
+    assert (code, printed) == (1, "") and expected in one_line(err)
+    assert list(tmp_path.iterdir()) == [], "refused before anything is evaluated"
 
 
 def test_eval_in_an_unknown_dtype(anneal: Run, cache: Path, tiny_llama_dir: Path) -> None:

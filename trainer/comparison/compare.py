@@ -44,6 +44,7 @@ def compare(
     target: Words,
     initial: Mapping[str, str | Path] | None = None,
     direct: str | None = None,
+    direct_for: str = "",
     group: bool = True,
     work: str | Path | None = None,
     bench: str | Path | None = None,
@@ -63,6 +64,7 @@ def compare(
         initial: label -> the initial model, one entry; its line comes first and differences are to it.
         direct: label of direct fine-tuning, which shares are of; found by itself where exactly one line's record
             says so.
+        direct_for: what cannot do without it, which is then refused before anything is evaluated.
         group: models whose records differ only in seeds are one line, mean and spread.
         work: a folder for remembered evaluations; by default each model's own directory.
         bench: the folder given as `anneal bench --out`; by default each model's own directory.
@@ -72,8 +74,8 @@ def compare(
         progress: a phase `label: name` for each model and text; silent by default.
 
     Raises:
-        ConfigError: no models, two equal labels, not a finished model, an unknown task, metric or `direct`, a cache
-            without tokens that carry loss.
+        ConfigError: no models, two equal labels, not a finished model, an unknown task, metric or `direct`, none
+            for `direct_for`, a cache without tokens that carry loss.
         FormatError: a cache or bench.json is missing or broken.
         IdentityMismatchError: caches, or a model and a cache, come from different initial models; results are of
             other weights than those on disk, or under unequal settings.
@@ -113,6 +115,10 @@ def compare(
     )
     named = direct is not None
     direct, notes = find_direct(direct, groups, directories, alone)
+    if direct_for and direct is None:
+        raise ConfigError(
+            f"{direct_for} needs direct fine-tuning to relate to, got no model of it; name it with --direct LABEL"
+        )
     readings: Readings = {}
     tasks = {key: word for key, word in words.items() if is_task(word)}
     if tasks:
