@@ -25,6 +25,7 @@ from trainer.config import TrainConfig
 from trainer.evaluation.weight_distance import weight_distance
 from trainer.inputs import Inputs, Rows, Student, facts_of, load_student, open_inputs, rows_of
 from trainer.loading import quiet_transformers
+from trainer.loop.kl_budget import unreached
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
 from trainer.loop.progress import AnnealProgress
 from trainer.loop.reporters import Reporters
@@ -143,6 +144,8 @@ def _train(
     run_steps(trainer, directory)
     report = report_of(trainer, directory, started)
     if report.interrupted_by is None:
+        if args.process_index == 0 and (line := unreached(config.kl_budget, report.last)):
+            say(line)
         report.evaluation = evaluate_rows(trainer, rows.evaluation, inputs)
         report.new_text = how_far()
         reporters.tell(figures_of(report.evaluation, report.new_text))

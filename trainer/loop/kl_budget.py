@@ -9,6 +9,7 @@ KL is the mean of the step's own positions, over all micro-batches and processes
 is split. It stays on the device; nothing is read until a line is logged or a checkpoint is written.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ RATE = 0.1
 """Largest change of log c in a step."""
 SPAN = 1e4
 """c stays within this factor of where it began: what was never binding must be able to bind again."""
+
+
+def unreached(budget: float | None, last: Mapping[str, float]) -> str | None:
+    """A line for the user where a run ended above its budget with a coefficient that still rose as fast as it may.
+
+    Args:
+        budget: None for a run without one.
+        last: the last line of the log.
+    """
+    kl, coef = last.get("kl", 0.0), last.get("kl_coef", 0.0)
+    if budget is None or kl < 2.0 * budget:
+        return None
+    return (
+        f"kl_budget {budget:g} was not reached: KL was {kl:.3g} nats in the last steps and kl_coef still rising, at "
+        f"{coef:.3g}; such a run needs more steps, or a larger kl_coef to begin with"
+    )
 
 
 class KlBudget(TrainerCallback, ExportableState):

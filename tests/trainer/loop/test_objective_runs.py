@@ -14,7 +14,7 @@ from runs import copy_model, noise, settings
 from formats.cache import TeacherCache
 from trainer.config import LoraSettings
 from trainer.data.sampler import EpochBatches, Source
-from trainer.loop.kl_budget import KlBudget
+from trainer.loop.kl_budget import KlBudget, unreached
 from trainer.result.lora import attach_adapters
 from trainer.run import train
 
@@ -220,6 +220,17 @@ def test_an_interrupted_run_goes_on_with_its_coefficient(tiny_llama_dir, pruned_
 
     budget.on_train_begin(None, Resumed, None)
     assert budget.coef.item() == stored != 1.0
+
+
+def test_a_budget_that_a_run_could_not_reach_is_said(tiny_llama_dir, pruned_cache, tmp_path, capsys):
+    assert unreached(None, {"kl": 9.0}) is None and unreached(0.05, {"kl": 0.0999, "kl_coef": 4.0}) is None
+    asked = ["kl_budget=1e-7", "training.max_steps=3", "training.learning_rate=1e-3", "verify_saved=false"]
+    report = train(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *asked))
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "was not reached" in text]
+    assert line.startswith(
+        f"kl_budget 1e-07 was not reached: KL was {report.last['kl']:.3g} nats in the last steps"
+    )
+    assert f"kl_coef still rising, at {report.last['kl_coef']:.3g}; " in line
 
 
 def test_every_run_records_how_far_it_went_on_its_new_text(tiny_llama_dir, pruned_cache, tmp_path):
