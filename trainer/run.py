@@ -144,8 +144,8 @@ def _train(
     run_steps(trainer, directory)
     report = report_of(trainer, directory, started)
     if report.interrupted_by is None:
-        if args.process_index == 0 and (line := unreached(config.kl_budget, report.last)):
-            say(line)
+        if args.process_index == 0 and (above := unreached(config.kl_budget, report.last)):
+            say(above)
         report.evaluation = evaluate_rows(trainer, rows.evaluation, inputs)
         report.new_text = how_far()
         reporters.tell(figures_of(report.evaluation, report.new_text))

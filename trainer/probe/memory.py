@@ -6,6 +6,7 @@ stands beside it.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,9 +55,13 @@ def probe_memory(
     """Label -> memorisation of a text, of whose cache only the tokens are read.
 
     Raises:
-        ConfigError: a text without tokens that carry loss.
+        ConfigError: a text without tokens that carry loss, or the text as its own control.
         AnnealError: as `evaluate`.
     """
+    if control is not None and os.path.realpath(control) == os.path.realpath(text):
+        raise ConfigError(
+            f"--control must be text that the model was not trained on, got {control}, which is --text"
+        )
     texts = {"trained": text} | ({"control": control} if control is not None else {})
     found = {}
     for label, directory in models.items():

@@ -89,5 +89,7 @@ class SfaSettings:
     def __post_init__(self) -> None:
         check_number("sfa.beta", self.beta)
         if not 0 <= self.beta <= 1:
-            raise ConfigError(f"sfa.beta must lie in [0, 1], got {self.beta:g}; 0.25 is the default, 0.5 the paper's")
+            raise ConfigError(
+                f"sfa.beta must lie in [0, 1], got {self.beta:g}; 0.25 is the default, 0.5 the paper's"
+            )
         check_fraction("sfa.period", self.period, "0.25 averages four times")

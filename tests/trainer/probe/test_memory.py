@@ -6,6 +6,7 @@ import pytest
 from caches import random_rows, write_cache
 from runs import settings
 
+from formats.errors import ConfigError
 from trainer import evaluate, train
 from trainer.probe.memory import Memory, probe_memory
 
@@ -34,6 +35,11 @@ def test_overfitted_and_initial(overfitted, tiny_llama_dir, llama_eval_cache) ->
         found["tuned"].control == held["accuracy"] and found["tuned"].num_control_tokens == held["num_tokens"]
     )
     assert found["tuned"].memorised == 1 - held["accuracy"] > 0.8
+
+
+def test_a_text_is_no_control_of_itself(tiny_llama_dir, llama_eval_cache) -> None:
+    with pytest.raises(ConfigError, match=r"--control must be text that the model was not trained on"):
+        probe_memory({"a": tiny_llama_dir}, str(llama_eval_cache), f"{llama_eval_cache}/.")
 
 
 def test_the_difference_and_its_error() -> None:
