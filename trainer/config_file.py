@@ -220,17 +220,20 @@ def add_retained(settings: dict[str, Any], retain: Iterable[str]) -> None:
         retain: `CACHE` or `CACHE:WEIGHT`, the rows taken from it per row of the target cache.
 
     Raises:
-        ConfigError: a weight alone, or the `caches` that are there are no list.
+        ConfigError: the `caches` that are there are no list.
     """
     for text in retain:
-        path, _, weight = text.rpartition(":")
-        found = parse_yaml(weight, "--retain") if path else None
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            path, found = text, RETAINED_WEIGHT
+        path, colon, number = text.rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            colon = ""
+        if not colon:
+            path, weight = text, RETAINED_WEIGHT
         caches = settings.get("caches") or []
         if not isinstance(caches, list | tuple):
             raise ConfigError(f"caches must be a list for --retain to add to, got {caches!r}")
-        settings["caches"] = [*caches, {"path": path, "loss": "kl", "weight": found}]
+        settings["caches"] = [*caches, {"path": path, "loss": "kl", "weight": weight}]
 
 
 def save_config(settings: Mapping[str, Any], path: Path) -> None:

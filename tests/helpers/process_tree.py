@@ -1,6 +1,12 @@
 """The processes below one of ours, read from /proc, and whether they are still there."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -47,3 +53,23 @@ def engine_processes(pid: int) -> list[int]:
         if b"resource_tracker" not in command:
             kept.append(child)
     return kept
+
+
+@contextlib.contextmanager
+def running_owner(script: Path, program: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A program that owns an engine, once it has printed `ready`; nothing of it is left behind the block."""
+    script.write_text(program)
+    owner = subprocess.Popen(
+        [sys.executable, str(script), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    started: list[int] = []
+    try:
+        assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
+        started = descendants(owner.pid)
+        yield owner
+    finally:
+        for pid in alive([*started, *descendants(owner.pid)]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        owner.kill()
+        owner.wait()

@@ -25,7 +25,7 @@ from trainer.comparison.lines import Cell, ComparedModel
 from trainer.comparison.metric import Metric, is_task
 from trainer.comparison.reading import Reading
 from trainer.comparison.records import groups_of, is_direct
-from trainer.comparison.standing import finite
+from trainer.comparison.standing import NO_DIRECT, finite
 from trainer.comparison.task_readings import load_results, read_task
 from trainer.comparison.text_readings import open_texts, read_texts, require_readable
 from trainer.evaluation.recorded_method import method_of
@@ -116,9 +116,7 @@ def compare(
     named = direct is not None
     direct, notes = find_direct(direct, groups, directories, alone)
     if direct_for and direct is None:
-        raise ConfigError(
-            f"{direct_for} needs direct fine-tuning to relate to, got no model of it; name it with --direct LABEL"
-        )
+        raise ConfigError(f"{direct_for} {NO_DIRECT}")
     readings: Readings = {}
     tasks = {key: word for key, word in words.items() if is_task(word)}
     if tasks:

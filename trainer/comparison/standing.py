@@ -19,6 +19,10 @@ from formats.errors import ConfigError
 from trainer.comparison.metric import Metric
 from trainer.evaluation.tradeoff_picture import pareto_front
 
+NEEDS_DIRECT = "needs direct fine-tuning to relate to"
+NO_DIRECT = f"{NEEDS_DIRECT}, got no model of it; name it with --direct LABEL"
+"""What is said of a rule where there is none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:

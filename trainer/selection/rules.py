@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from formats.errors import ConfigError
 from trainer.checks import check_at_least
 from trainer.comparison.metric import Metric
-from trainer.comparison.standing import Point, Standing, beats
+from trainer.comparison.standing import NEEDS_DIRECT, NO_DIRECT, Point, Standing, beats
 
 PAPER, KEEP_GAIN, BUDGET = "paper", "keep-gain", "budget"
 DEFAULT_RULE = "keep-gain:0.9"
@@ -132,10 +132,8 @@ def choose(
         ]
     elif rule.kind == KEEP_GAIN:
         if direct is None or standings[direct].gain_kept is None:
-            reason = (
-                "got no model of it; name it with --direct LABEL" if direct is None else "it gained nothing"
-            )
-            raise ConfigError(f"{rule.text()} needs direct fine-tuning to relate to, {reason}")
+            reason = NO_DIRECT if direct is None else f"{NEEDS_DIRECT}, it gained nothing"
+            raise ConfigError(f"{rule.text()} {reason}")
         passing = [label for label in admitted if _at_least(standings[label].gain_kept, rule.number)]
     else:
         passing = [label for label in admitted if _at_least(-_loss(standings[label]), -rule.number)]

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from process_tree import descendants, engine_processes, wait_until_gone
+from process_tree import engine_processes, running_owner, wait_until_gone
 
 from cache_builder import TeacherConfig, VLLMTeacher
 from cache_builder.teachers.protocol import TeacherError
@@ -56,20 +56,8 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def owner(tiny_llama_dir, tmp_path):
-    script = tmp_path / "owner.py"
-    script.write_text(OWNER)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tiny_llama_dir)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    yield process
-    leftovers = [process.pid, *descendants(process.pid)] if process.poll() is None else []
-    for pid in leftovers:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    with running_owner(tmp_path / "owner.py", OWNER, str(tiny_llama_dir)) as process:
+        yield process
 
 
 def test_close_ends_the_engine(owner):

@@ -3,12 +3,10 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 from bench_tasks import TINY_BASE, write_forty
-from process_tree import descendants, engine_processes, wait_until_gone
+from process_tree import engine_processes, running_owner, wait_until_gone
 
 from formats.engine.processes import processes_of
 from formats.errors import ConfigError
@@ -56,28 +54,12 @@ def test_an_engine_that_is_killed_ends_the_task_in_one_line(tmp_path, monkeypatc
 
 
 def test_no_engine_outlives_a_command_that_is_killed(tmp_path) -> None:
-    script = tmp_path / "owner.py"
-    script.write_text(OWNER)
-    owner = subprocess.Popen(
-        [sys.executable, str(script), str(TINY_BASE)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert owner.stdin is not None and owner.stdout is not None
-    engine: list[int] = []
-    try:
-        assert owner.stdout.readline() == "ready\n"
+    with running_owner(tmp_path / "owner.py", OWNER, str(TINY_BASE)) as owner:
         engine = engine_processes(owner.pid)
         assert engine, "an engine process, and on a CPU a worker"
         owner.send_signal(signal.SIGKILL)
         owner.wait()
         assert wait_until_gone(engine, 60) == []
-    finally:
-        for pid in [*wait_until_gone(engine, 0), *descendants(owner.pid)]:
-            os.kill(pid, signal.SIGKILL)
-        owner.kill()
-        owner.wait()
 
 
 def test_an_engine_that_cannot_start_says_why(monkeypatch) -> None:
