@@ -6,7 +6,6 @@ L: tokens of a row.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cache_builder.rows.preview import render_row
 from cache_builder.teachers.model_config import read_model_config
 from cache_builder.teachers.protocol import SampleRequest
 from formats.disk.token_row import TokenRow
+from formats.identity.config_file import read_config
 from formats.identity.fingerprint import sha256_json
 from formats.progress import counted
 
@@ -133,13 +133,8 @@ def stop_tokens(model_dir: Path, tokenizer: Any, num_outputs: int | None) -> tup
     """Tokens that end a text or a turn: those of generation_config.json, of config.json and of the tokenizer."""
     found: set[int] = set()
     model_config = read_model_config(str(model_dir))
-    generation: Any = {}
-    path = model_dir / "generation_config.json"
-    if path.is_file():
-        try:
-            generation = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            generation = {}
+    name = "generation_config.json"
+    generation = read_config(model_dir, name=name) if (model_dir / name).is_file() else {}
     for part in (generation, model_config, model_config.get("text_config") or {}):
         value = part.get("eos_token_id") if isinstance(part, dict) else None
         found |= {token for token in (value if isinstance(value, list) else [value]) if type(token) is int}

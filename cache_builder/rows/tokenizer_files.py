@@ -1,11 +1,11 @@
 """What the corpus needs from a model directory: its tokenizer and its longest context. No weights, no
 torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError, one_line
+from formats.identity.config_file import read_config
 
 DEFAULT_MAX_LENGTH = 2048
 # Any one of them makes a directory hold a tokenizer.
@@ -58,19 +58,7 @@ def model_context(model_dir: str | Path) -> int | None:
     Raises:
         ConfigError: there is no readable config.json.
     """
-    path = Path(model_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--model must be a model directory, got no config.json in {path.parent}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the model directory must hold a readable config.json, got {path}: {error}"
-        ) from error
-    if not isinstance(config, dict):
-        raise ConfigError(
-            f"the model directory must hold a readable config.json, got no JSON object in {path}"
-        )
+    config = read_config(model_dir, "--model")
     # Multimodal models keep the language model's settings one level down.
     for section in (config, config.get("text_config"), config.get("llm_config")):
         for key in CONTEXT_KEYS:

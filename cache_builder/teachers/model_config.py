@@ -1,12 +1,12 @@
 """What a model's config.json tells before an engine starts."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cache_builder.teachers.protocol import DTYPES
 from formats.errors import ConfigError
+from formats.identity.config_file import read_config
 
 
 def checkpoint_dtype(model_config: Mapping[str, Any]) -> str:
@@ -34,22 +34,14 @@ def read_model_config(model: str) -> dict[str, Any]:
         ConfigError: there is none, or it is not valid.
     """
     directory = Path(model)
-    if directory.is_dir():
-        path = directory / "config.json"
-        if not path.is_file():
-            raise ConfigError(f"a model directory must hold config.json, got {directory} without it")
-    else:
+    if not directory.is_dir():
         from huggingface_hub import hf_hub_download
 
         try:
-            path = Path(hf_hub_download(model, "config.json"))
+            directory = Path(hf_hub_download(model, "config.json")).parent
         except Exception as error:
             raise ConfigError(
                 f"model must be a directory or an available Hugging Face name, got {model!r} "
                 f"({type(error).__name__})"
             ) from error
-    try:
-        parsed = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"config.json must be valid JSON, got {path}: {error}") from error
-    return parsed
+    return read_config(directory)

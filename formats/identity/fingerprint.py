@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError, one_line
+from formats.identity.config_file import read_config
 from formats.identity.hash_memo import remembered
 from formats.identity.tensor_hash import hash_span, hash_tensors
 
@@ -158,13 +159,7 @@ class ModelFingerprint:
             FormatError: a weight file is torn.
         """
         model_dir = Path(model_dir)
-        config_path = model_dir / "config.json"
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"a model directory holds config.json, got none in {model_dir}") from None
-        except ValueError as error:
-            raise ConfigError(f"config.json must be JSON, got {config_path}: {error}") from None
+        config = read_config(model_dir)
         files = weight_files(model_dir)
         if files[0].suffix == ".safetensors":
             digests = remembered(files, lambda: hash_tensors(files))

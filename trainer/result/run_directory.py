@@ -83,6 +83,11 @@ class RunDirectory:
                 f"--out must be a directory that can be written, got {path}: {error.strerror}"
             ) from None
         record = _read_record(path)
+        if record is None and RECORD_NAME in contents and not read_record(path):
+            raise ConfigError(
+                f"--out must be new, empty or an interrupted run, got {path} whose {RECORD_NAME} is damaged; "
+                "choose another directory"
+            )
         if record is None and contents and contents != [RESOLVED_NAME]:
             raise ConfigError(
                 f"--out must be new, empty or an interrupted run, got {path} which holds {contents[0]}"

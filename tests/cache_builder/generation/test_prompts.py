@@ -192,3 +192,6 @@ def test_rows_end_with_every_token_that_ends_a_text_or_a_turn(tmp_path: Path) ->
     assert stop_tokens(tmp_path, tokenizer, None) == (2, 7)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 2, 300]}))
     assert stop_tokens(tmp_path, tokenizer, 261) == (2, 4, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4')
+    with pytest.raises(ConfigError, match=r"a model's generation_config\.json must be readable JSON, got "):
+        stop_tokens(tmp_path, tokenizer, 261)

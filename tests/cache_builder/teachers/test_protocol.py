@@ -76,10 +76,10 @@ def test_auto_is_the_type_of_the_checkpoint(config, expected):
 
 
 def test_model_config_errors(tmp_path):
-    with pytest.raises(ConfigError, match=r"must hold config\.json"):
+    with pytest.raises(ConfigError, match=r"must be a model directory, got no config\.json"):
         read_model_config(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="valid JSON"):
+    with pytest.raises(ConfigError, match="must be readable JSON"):
         read_model_config(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
     assert read_model_config(str(tmp_path)) == {"a": 1}

@@ -145,7 +145,10 @@ def test_bad_model_directories(tmp_path: Path, tensors: dict[str, np.ndarray]) -
     with pytest.raises(ConfigError, match=r"gone\.safetensors"):
         ModelFingerprint.of(directory)
     (directory / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="must be JSON"):
+    with pytest.raises(ConfigError, match="must be readable JSON"):
+        ModelFingerprint.of(directory)
+    (directory / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="must be a JSON object"):
         ModelFingerprint.of(directory)
 
 

@@ -307,6 +307,9 @@ def test_a_directory_of_something_else_is_left_alone(tiny_llama_dir, pruned_cach
     (out / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ConfigError, match="must be new, empty or an interrupted run"):
         train(settings(tiny_llama_dir, pruned_cache, out))
+    (out / "anneal.json").write_text('{"status": "runn')
+    with pytest.raises(ConfigError, match=r"got .*merged whose anneal\.json is damaged; choose another"):
+        train(settings(tiny_llama_dir, pruned_cache, out))
     assert sorted(path.name for path in out.iterdir()) == ["anneal.json", "model.safetensors"]
 
 

@@ -1,0 +1,31 @@
+"""The one reader of the JSON files that say what a model is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from formats.errors import ConfigError
+
+
+def read_config(model_dir: str | Path, given: str = "MODEL", name: str = "config.json") -> dict[str, Any]:
+    """The `config.json` of a directory as `save_pretrained` leaves it, or another such file.
+
+    Args:
+        given: what the user named the directory with, for the message.
+        name: of the file.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it is no JSON object.
+    """
+    path = Path(model_dir) / name
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{given} must be a model directory, got no {name} in {path.parent}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"a model's {name} must be readable JSON, got {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"a model's {name} must be a JSON object, got {path} with a {type(config).__name__}"
+        )
+    return config
