@@ -99,7 +99,8 @@ def select_command(
         str,
         typer.Option(
             autocompletion=completion.words(*completion.RULES),
-            help="The rule that recommends: keep-gain:SHARE (of direct's gain), budget:PERCENT% (lost), or paper.",
+            help="The rule that recommends: keep-gain:SHARE (of direct's gain), budget:PERCENT% (lost), nearest:SHARE "
+            "(by KL to the initial model), or paper.",
         ),
     ] = "keep-gain:0.9",
     min_gain: Annotated[
@@ -122,7 +123,7 @@ def select_command(
     And what it keeps of direct fine-tuning's gain, and what it loses. docs/select.md has the rules.
     """
     from trainer import select
-    from trainer.selection.rules import KEEP_GAIN, Rule, check_min_gain
+    from trainer.selection.rules import NEAREST, OF_DIRECT, Rule, check_min_gain
 
     asked = Rule.parse(rule)
     check_min_gain(min_gain)
@@ -134,7 +135,8 @@ def select_command(
         target,
         initial,
         direct=direct,
-        direct_for=asked.text() if asked.kind == KEEP_GAIN else "",
+        direct_for=asked.text() if asked.kind in OF_DIRECT else "",
+        distance_for=asked.text() if asked.kind == NEAREST else "",
         group=not no_group,
         work=work,
         bench=bench,

@@ -25,7 +25,7 @@ from trainer.comparison.lines import Cell, ComparedModel
 from trainer.comparison.metric import Metric, is_task
 from trainer.comparison.reading import Reading
 from trainer.comparison.records import groups_of, is_direct
-from trainer.comparison.standing import NO_DIRECT, finite
+from trainer.comparison.standing import NO_DIRECT, NO_DISTANCE, finite
 from trainer.comparison.task_readings import load_results, read_task
 from trainer.comparison.text_readings import open_texts, read_texts, require_readable
 from trainer.evaluation.recorded_method import method_of
@@ -45,6 +45,7 @@ def compare(
     initial: Mapping[str, str | Path] | None = None,
     direct: str | None = None,
     direct_for: str = "",
+    distance_for: str = "",
     group: bool = True,
     work: str | Path | None = None,
     bench: str | Path | None = None,
@@ -65,6 +66,7 @@ def compare(
         direct: label of direct fine-tuning, which shares are of; found by itself where exactly one line's record
             says so.
         direct_for: what cannot do without it, which is then refused before anything is evaluated.
+        distance_for: what cannot do without a source text, in the same way.
         group: models whose records differ only in seeds are one line, mean and spread.
         work: a folder for remembered evaluations; by default each model's own directory.
         bench: the folder given as `anneal bench --out`; by default each model's own directory.
@@ -75,7 +77,7 @@ def compare(
 
     Raises:
         ConfigError: no models, two equal labels, not a finished model, an unknown task, metric or `direct`, none
-            for `direct_for`, a cache without tokens that carry loss.
+            for `direct_for`, no source text for `distance_for`, a cache without tokens that carry loss.
         FormatError: a cache or bench.json is missing or broken.
         IdentityMismatchError: caches, or a model and a cache, come from different initial models; results are of
             other weights than those on disk, or under unequal settings.
@@ -117,6 +119,8 @@ def compare(
     direct, notes = find_direct(direct, groups, directories, alone)
     if direct_for and direct is None:
         raise ConfigError(f"{direct_for} {NO_DIRECT}")
+    if distance_for and not any(metric.side == "source" for metric in caches):
+        raise ConfigError(f"{distance_for} {NO_DISTANCE}")
     readings: Readings = {}
     tasks = {key: word for key, word in words.items() if is_task(word)}
     if tasks:

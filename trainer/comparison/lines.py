@@ -1,7 +1,7 @@
 """Models side by side: their numbers, where each stands, the front, and the law of their drift."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -66,8 +66,19 @@ class ComparedModel:
                 spreads[metric.key] = cell.spread / cell.value if metric.logarithmic else cell.spread
         values = {metric.key: self.cells[metric.key].value for metric in metrics}
         return Point(
-            label=self.label, values=values, errors=errors, spreads=spreads, num_seeds=self.num_seeds
+            label=self.label,
+            values=values,
+            errors=errors,
+            spreads=spreads,
+            num_seeds=self.num_seeds,
+            distance=self.kl([metric for metric in metrics if metric.side == "source"]),
         )
+
+    def kl(self, metrics: Sequence[Metric]) -> float | None:
+        """Mean KL to the initial model over the texts among these; None where none is a text with a teacher."""
+        kls = [self.cells[metric.key].details.get("kl") for metric in metrics if metric.kind == "text"]
+        known = [float(kl) for kl in kls if kl is not None and math.isfinite(kl)]
+        return mean(known) if len(known) == len(kls) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +177,7 @@ class Lines:
 
     def kl_on_target(self, model: ComparedModel) -> float | None:
         """Mean KL to the initial model over the target texts; None where no target is a text with a teacher."""
-        kls = [model.cells[m.key].details.get("kl") for m in self.of_side("target") if m.kind == "text"]
-        known = [float(kl) for kl in kls if kl is not None and math.isfinite(kl)]
-        return mean(known) if len(known) == len(kls) else None
+        return model.kl(self.of_side("target"))
 
     def still_right(self, model: ComparedModel) -> float | None:
         """Mean over the source texts of the share of tokens that the initial model had right with p > 0.5 and this

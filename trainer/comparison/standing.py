@@ -22,6 +22,10 @@ from trainer.evaluation.tradeoff_picture import pareto_front
 NEEDS_DIRECT = "needs direct fine-tuning to relate to"
 NO_DIRECT = f"{NEEDS_DIRECT}, got no model of it; name it with --direct LABEL"
 """What is said of a rule where there is none."""
+NO_DISTANCE = (
+    "needs the KL to the initial model on a source text, got none; name a cache of that model with --source"
+)
+"""The same where tasks alone are known of a source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Point:
     spreads: Mapping[str, float] = field(default_factory=dict)
     """`Metric.key` -> standard deviation of the score over seeds; absent with one seed."""
     num_seeds: int = 1
+    distance: float | None = None
+    """Mean KL(initial || model) over the source texts, in nats per token; None where no text tells."""
 
 
 @dataclass(frozen=True, kw_only=True)

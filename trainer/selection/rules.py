@@ -4,12 +4,14 @@
                      (label annealing, section 3: "drop settings with no improvement on the target, best source")
     keep-gain:0.9    of those that keep at least 0.9 of direct fine-tuning's gain, the one that lost least
     budget:2%        of those that lost at most 2 % on the source, the one that gained most
+    nearest:0.9      of those that keep at least 0.9 of direct fine-tuning's gain, the one nearest to the initial model
 
 The paper's rule is degenerate where settings lie close together: any improvement passes, so the strongest setting that
 gains an epsilon wins. It is there to be compared with, not to be followed.
 
-Lost is `Standing.source_loss`, gained `Standing.gain`. What another point beats on every metric is never picked, nor is
-the initial model, nor a model that has diverged.
+Lost is `Standing.source_loss`, gained `Standing.gain`, near `Point.distance`. What another point beats on every metric
+is never picked but by `nearest`, which asks for another number; the initial model never, nor a model that has diverged.
+A loss counts a lower perplexity as something won; a distance counts every change.
 """
 
 import math
@@ -19,11 +21,13 @@ from dataclasses import dataclass
 from formats.errors import ConfigError
 from trainer.checks import check_at_least
 from trainer.comparison.metric import Metric
-from trainer.comparison.standing import NEEDS_DIRECT, NO_DIRECT, Point, Standing, beats
+from trainer.comparison.standing import NEEDS_DIRECT, NO_DIRECT, NO_DISTANCE, Point, Standing, beats
 
-PAPER, KEEP_GAIN, BUDGET = "paper", "keep-gain", "budget"
+PAPER, KEEP_GAIN, BUDGET, NEAREST = "paper", "keep-gain", "budget", "nearest"
 DEFAULT_RULE = "keep-gain:0.9"
-ALL_RULES = (PAPER, DEFAULT_RULE, "budget:2%")
+ALL_RULES = (PAPER, DEFAULT_RULE, "budget:2%", "nearest:0.9")
+OF_DIRECT = (KEEP_GAIN, NEAREST)
+"""Rules that relate to direct fine-tuning's gain."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Rule:
 
     kind: str
     number: float = 0.0
-    """keep-gain: the least share of direct's gain; budget: the largest loss, 0.02 for 2 %."""
+    """keep-gain, nearest: the least share of direct's gain; budget: the largest loss, 0.02 for 2 %."""
 
     @classmethod
     def parse(cls, text: str) -> "Rule":
-        """`paper`, `keep-gain:SHARE` or `budget:PERCENT%`.
+        """`paper`, `keep-gain:SHARE`, `budget:PERCENT%` or `nearest:SHARE`.
 
         Raises:
             ConfigError: another word, or a number out of range.
@@ -48,20 +52,20 @@ class Rule:
             value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
         except ValueError:
             value = math.nan
-        if kind == KEEP_GAIN and 0 < value <= 1:
-            return cls(KEEP_GAIN, value)
+        if kind in OF_DIRECT and 0 < value <= 1:
+            return cls(kind, value)
         # Without the sign 2 would be 200 %.
         if kind == BUDGET and number.endswith("%") and 0 <= value < math.inf:
             return cls(BUDGET, value)
         raise ConfigError(
-            f"--rule must be paper, keep-gain:SHARE (0 to 1) or budget:PERCENT%, got {text!r}; for example "
-            f"{DEFAULT_RULE} or budget:2%"
+            f"--rule must be paper, keep-gain:SHARE (0 to 1), budget:PERCENT% or nearest:SHARE, got {text!r}; for "
+            f"example {DEFAULT_RULE} or budget:2%"
         )
 
     def text(self) -> str:
         """As it is given."""
-        if self.kind == KEEP_GAIN:
-            return f"{KEEP_GAIN}:{self.number:g}"
+        if self.kind in OF_DIRECT:
+            return f"{self.kind}:{self.number:g}"
         return f"{BUDGET}:{100 * self.number:g}%" if self.kind == BUDGET else PAPER
 
     def meaning(self) -> str:
@@ -70,6 +74,10 @@ class Rule:
             return f"least lost of those that keep {100 * self.number:g} % of direct's gain"
         if self.kind == BUDGET:
             return f"most gained of those that lost at most {100 * self.number:g} %"
+        if self.kind == NEAREST:
+            return (
+                f"least KL to the initial model of those that keep {100 * self.number:g} % of direct's gain"
+            )
         return "least lost of those that improve on every target"
 
 
@@ -114,7 +122,8 @@ def choose(
             accuracy); by default than the standard error of that improvement, or zero where none is known.
 
     Raises:
-        ConfigError: keep-gain without direct fine-tuning, or where it gained nothing.
+        ConfigError: keep-gain or nearest without direct fine-tuning, or where it gained nothing; nearest without a
+            distance.
     """
     known = {point.label: point for point in points}
     admitted = []
@@ -130,15 +139,21 @@ def choose(
         passing = [
             label for label in admitted if _improves(known[label], metrics, standings[label], min_gain)
         ]
-    elif rule.kind == KEEP_GAIN:
+    elif rule.kind in OF_DIRECT:
         if direct is None or standings[direct].gain_kept is None:
             reason = NO_DIRECT if direct is None else f"{NEEDS_DIRECT}, it gained nothing"
             raise ConfigError(f"{rule.text()} {reason}")
+        if rule.kind == NEAREST:
+            admitted = [label for label in standings if label != initial]
+            if any(known[label].distance is None for label in admitted):
+                raise ConfigError(f"{rule.text()} {NO_DISTANCE}")
         passing = [label for label in admitted if _at_least(standings[label].gain_kept, rule.number)]
     else:
         passing = [label for label in admitted if _at_least(-_loss(standings[label]), -rule.number)]
         passing = [label for label in passing if (standings[label].gain or 0.0) > 0]
-    if rule.kind == BUDGET:
+    if rule.kind == NEAREST:
+        passing.sort(key=lambda label: (known[label].distance, -_gain(standings[label])))
+    elif rule.kind == BUDGET:
         passing.sort(key=lambda label: (-_gain(standings[label]), _loss(standings[label])))
     else:
         passing.sort(key=lambda label: (_loss(standings[label]), -_gain(standings[label])))

@@ -14,7 +14,8 @@ from trainer.comparison.standing import Point, Standing, standings
 from trainer.selection.rules import (
     ALL_RULES,
     DEFAULT_RULE,
-    KEEP_GAIN,
+    NEAREST,
+    OF_DIRECT,
     Pick,
     Rule,
     check_min_gain,
@@ -62,6 +63,10 @@ class Selection:
             and abs(_number(other.gain) - _number(chosen.gain)) <= gained
         ]
 
+    def distance(self, label: str) -> float | None:
+        """Mean KL to the initial model over the source texts; see `Point.distance`."""
+        return next(point.distance for point in self.points if point.label == label)
+
     def source_mean(self, label: str) -> float | None:
         """The plain mean of the source metrics' values, where all are tasks of one measure's direction."""
         point = next(point for point in self.points if point.label == label)
@@ -101,6 +106,7 @@ class Selection:
             "source_loss": standing.source_loss,
             "gain": standing.gain,
             "source_mean": self.source_mean(label),
+            "distance": self.distance(label),
         }
 
     def text(self) -> str:
@@ -109,10 +115,10 @@ class Selection:
         for name, pick in self.picks.items():
             mark = "<- recommended" if name == self.rule.text() and pick.label is not None else ""
             if pick.label is None:
-                rows.append([name, "none", "-", "-", "-", "-", f"({pick.why_none})"])
+                rows.append([name, "none", "-", "-", "-", "-", "-", f"({pick.why_none})"])
                 continue
             found = self.standings[pick.label]
-            source_mean = self.source_mean(pick.label)
+            source_mean, distance = self.source_mean(pick.label), self.distance(pick.label)
             rows.append(
                 [
                     name,
@@ -120,14 +126,15 @@ class Selection:
                     percent(found.gain_kept),
                     percent(found.forgetting_avoided),
                     percent(found.source_loss, digits=1),
+                    "-" if distance is None else f"{distance:.4f}",
                     "-" if source_mean is None else f"{source_mean:.4f}",
                     mark,
                 ]
             )
-        header = ["rule", "pick", "gain kept", "forgetting avoided", "lost on source", "source mean", ""]
-        if all(row[5] == "-" for row in rows):
-            header, rows = header[:5] + header[6:], [row[:5] + row[6:] for row in rows]
-        return "\n".join([aligned([header, *rows], left=2), "", *self._notes()])
+        header = ["rule", "pick", "gain kept", "forgetting avoided", "lost on source"]
+        table = [[*header, "KL on source", "source mean", ""], *rows]
+        told = [n for n in range(8) if n not in (5, 6) or any(row[n] != "-" for row in rows)]
+        return "\n".join([aligned([[row[n] for n in told] for row in table], left=2), "", *self._notes()])
 
     def _notes(self) -> list[str]:
         lines = [f"{name}: {pick.rule.meaning()}" for name, pick in self.picks.items()]
@@ -147,13 +154,13 @@ def select(comparison: Comparison, rule: str = DEFAULT_RULE, *, min_gain: float 
     """Every rule's pick over the lines of a comparison.
 
     Args:
-        comparison: with its initial model; keep-gain needs direct fine-tuning in it, too.
-        rule: the one that recommends: `paper`, `keep-gain:SHARE` or `budget:PERCENT%`.
+        comparison: with its initial model; keep-gain and nearest need direct fine-tuning in it, too.
+        rule: the one that recommends: `paper`, `keep-gain:SHARE`, `budget:PERCENT%` or `nearest:SHARE`.
         min_gain: paper: the least improvement on every target metric, in nats or the metric's unit; by default its
             standard error.
 
     Raises:
-        ConfigError: no such rule, no initial model, or keep-gain is asked for without direct fine-tuning.
+        ConfigError: no such rule, no initial model, or keep-gain or nearest is asked for without what it needs.
     """
     parsed = Rule.parse(rule)
     if comparison.initial is None:
@@ -185,14 +192,21 @@ def select_points(
     check_min_gain(min_gain)
     found, without_share = standings(points, metrics, initial=initial, direct=direct)
     rules = [rule if rule.kind == other.kind else other for other in map(Rule.parse, ALL_RULES)]
+    if rule.kind in OF_DIRECT:  # one share for both
+        rules = [Rule(each.kind, rule.number) if each.kind in OF_DIRECT else each for each in rules]
+    if all(point.distance is None for point in points) and rule.kind != NEAREST:
+        rules = [each for each in rules if each.kind != NEAREST]  # of tasks alone there is none to speak of
     picks = {}
     for each in rules:
         try:
             pick = choose(points, metrics, found, each, initial=initial, direct=direct, min_gain=min_gain)
         except ConfigError:
-            if each == rule or each.kind != KEEP_GAIN:
+            if each == rule or each.kind not in OF_DIRECT:
                 raise
-            pick = Pick(each, None, (), "needs direct fine-tuning that gained")
+            why = "needs direct fine-tuning that gained"
+            if direct is not None and found[direct].gain_kept is not None:
+                why = "needs the KL of every model"
+            pick = Pick(each, None, (), why)
         picks[each.text()] = pick
     return Selection(
         points=tuple(points),

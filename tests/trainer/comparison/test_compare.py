@@ -72,6 +72,7 @@ def test_every_number_is_that_of_evaluate(sweep, texts, tiny_llama_dir, tmp_path
             assert cell.value == pytest.approx(expected[model.label][side]["perplexity"], rel=1e-12)
     initial, moved = expected["base"]["source"], expected["kl-1"]["source"]
     assert initial["kl"] < 1e-6 < moved["kl"]
+    assert found.points[2].label == "kl-1" and found.points[2].distance == moved["kl"]
     standing = found.standing("kl-1")
     assert standing.source_loss == pytest.approx(moved["perplexity"] / initial["perplexity"] - 1)
     assert standing.gains["source:source"] == pytest.approx(initial["ce"] - moved["ce"])

@@ -60,6 +60,10 @@ def test_the_papers_tables_are_printed_again(models, rows, sides, chosen):
         assert select(found, "keep-gain:0.85").recommended == "annealed"
         assert found.standing("annealed").gain_kept == pytest.approx(0.865, abs=5e-4)
         assert [metric.name for metric in found.without_share] == ["mmlu"]
+        with pytest.raises(
+            ConfigError, match=r"nearest:0\.9 needs the KL to the initial model on a source text"
+        ):
+            compare(tuned, **sides, initial=initial, direct="direct", distance_for="nearest:0.9")
     assert "no interval for" in found.text() and found.kl_law() is None
 
 
