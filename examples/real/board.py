@@ -52,7 +52,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 PARALLEL = {"cpu": 1, "gpu": 8}
 """Runs at a time, on one card of 80 GiB too: they take some 7 each. What holds them up is launching, so they
 need a core each, and NVIDIA's MPS (`nvidia-cuda-mps-control -d`) lets their kernels run side by side."""
-BENCH: dict[str, tuple[object, ...]] = {"cpu": (), "gpu": ("--backend", "transformers", "--batch-size", 32)}
+BENCH: dict[str, tuple[object, ...]] = {"cpu": (), "gpu": ("--backend", "transformers", "--batch-size", 64)}
 """Several models share a card: vLLM would take nearly all of its memory, and a batch that is found by trying takes
 what there is at the moment."""
 KEPT = ("piqa", "siqa", "commonsenseqa", "openbookqa", "mmlu", "boolq")
@@ -63,6 +63,8 @@ SCORED = (
     "kl_coef=4",
     "own-kl,kl_coef=3,caches=own-train-0.25-kl,loss=ce",
     "both-kl,kl_coef=1,caches=own-train-0.25-kl",
+    "kl_coef=1,lora.r=16",
+    "lora.r=16",
     "l2.coef=0.1",
     "kl_coef=1,kl_on=target",
 )
@@ -227,7 +229,7 @@ def main() -> None:
         "--only", nargs="*", choices=list(PROTOCOLS), help="protocols; on a CPU maths and abstracts"
     )
     parser.add_argument(
-        "--score", type=int, help="items of each task; by default 300 on a GPU, no tasks on a CPU"
+        "--score", type=int, help="items of each task; by default 500 on a GPU, no tasks on a CPU"
     )
     arguments = parser.parse_args()
     scale = arguments.scale or ("gpu" if shutil.which("nvidia-smi") else "cpu")
@@ -239,7 +241,7 @@ def main() -> None:
         board.picture(protocol)
     if scale == "gpu" and (arguments.only is None or "maths" in arguments.only):
         board.control()
-    if limit := arguments.score if arguments.score is not None else {"cpu": 0, "gpu": 300}[scale]:
+    if limit := arguments.score if arguments.score is not None else {"cpu": 0, "gpu": 500}[scale]:
         board.score(limit)
     if board.incomplete:
         raise SystemExit(f"error: runs without a result, listed above, in {', '.join(board.incomplete)}")
