@@ -52,7 +52,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 PARALLEL = {"cpu": 1, "gpu": 8}
 """Runs at a time, on one card of 80 GiB too: they take some 7 each. What holds them up is launching, so they
 need a core each, and NVIDIA's MPS (`nvidia-cuda-mps-control -d`) lets their kernels run side by side."""
-BENCH: dict[str, tuple[object, ...]] = {"cpu": (), "gpu": ("--backend", "transformers", "--batch-size", 64)}
+BENCH: dict[str, tuple[object, ...]] = {"cpu": (), "gpu": ("--backend", "transformers", "--batch-size", 32)}
 """Several models share a card: vLLM would take nearly all of its memory, and a batch that is found by trying takes
 what there is at the moment."""
 KEPT = ("piqa", "siqa", "commonsenseqa", "openbookqa", "mmlu", "boolq")

@@ -71,14 +71,14 @@ class ComparedModel:
             errors=errors,
             spreads=spreads,
             num_seeds=self.num_seeds,
-            distance=self.kl([metric for metric in metrics if metric.side == "source"]),
+            distance=self.mean_detail("kl", [metric for metric in metrics if metric.side == "source"]),
         )
 
-    def kl(self, metrics: Sequence[Metric]) -> float | None:
-        """Mean KL to the initial model over the texts among these; None where none is a text with a teacher."""
-        kls = [self.cells[metric.key].details.get("kl") for metric in metrics if metric.kind == "text"]
-        known = [float(kl) for kl in kls if kl is not None and math.isfinite(kl)]
-        return mean(known) if len(known) == len(kls) else None
+    def mean_detail(self, key: str, metrics: Sequence[Metric]) -> float | None:
+        """Mean of an entry of `Cell.details` over the texts among these; None without texts, or where one lacks it."""
+        found = [self.cells[metric.key].details.get(key) for metric in metrics if metric.kind == "text"]
+        known = [float(value) for value in found if value is not None and math.isfinite(value)]
+        return mean(known) if len(known) == len(found) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +177,13 @@ class Lines:
 
     def kl_on_target(self, model: ComparedModel) -> float | None:
         """Mean KL to the initial model over the target texts; None where no target is a text with a teacher."""
-        return model.kl(self.of_side("target"))
+        return model.mean_detail("kl", self.of_side("target"))
 
     def still_right(self, model: ComparedModel) -> float | None:
         """Mean over the source texts of the share of tokens that the initial model had right with p > 0.5 and this
         one still has; None where evaluations do not have it.
         """
-        found = [model.cells[m.key].details.get("kept") for m in self.of_side("source") if m.kind == "text"]
-        known = [float(share) for share in found if share is not None]
-        return mean(known) if len(known) == len(found) else None
+        return model.mean_detail("kept", self.of_side("source"))
 
     def kl_law(self) -> KlLaw | None:
         """The loss on the source against the KL on the target texts, over all lines but the initial model's."""

@@ -126,11 +126,12 @@ def choose(
             distance.
     """
     known = {point.label: point for point in points}
-    admitted = []
-    for label in standings:
-        others = [standings[other].gains for other in standings if other != label]
-        if label != initial and not any(beats(other, standings[label].gains) for other in others):
-            admitted.append(label)
+    admitted = [label for label in standings if label != initial]
+    if rule.kind != NEAREST:
+        gains = {label: standing.gains for label, standing in standings.items()}
+        admitted = [
+            label for label in admitted if not any(beats(other, gains[label]) for other in gains.values())
+        ]
     if any(standings[label].source_loss is None for label in admitted):
         raise ConfigError(
             "a selection needs a source metric of which the initial model has something to lose, got none"
@@ -143,10 +144,8 @@ def choose(
         if direct is None or standings[direct].gain_kept is None:
             reason = NO_DIRECT if direct is None else f"{NEEDS_DIRECT}, it gained nothing"
             raise ConfigError(f"{rule.text()} {reason}")
-        if rule.kind == NEAREST:
-            admitted = [label for label in standings if label != initial]
-            if any(known[label].distance is None for label in admitted):
-                raise ConfigError(f"{rule.text()} {NO_DISTANCE}")
+        if rule.kind == NEAREST and any(known[label].distance is None for label in admitted):
+            raise ConfigError(f"{rule.text()} {NO_DISTANCE}")
         passing = [label for label in admitted if _at_least(standings[label].gain_kept, rule.number)]
     else:
         passing = [label for label in admitted if _at_least(-_loss(standings[label]), -rule.number)]

@@ -131,10 +131,13 @@ class Selection:
                     mark,
                 ]
             )
-        header = ["rule", "pick", "gain kept", "forgetting avoided", "lost on source"]
-        table = [[*header, "KL on source", "source mean", ""], *rows]
-        told = [n for n in range(8) if n not in (5, 6) or any(row[n] != "-" for row in rows)]
-        return "\n".join([aligned([[row[n] for n in told] for row in table], left=2), "", *self._notes()])
+        optional = ("KL on source", "source mean")
+        header = ["rule", "pick", "gain kept", "forgetting avoided", "lost on source", *optional, ""]
+        told = [
+            n for n, name in enumerate(header) if name not in optional or any(row[n] != "-" for row in rows)
+        ]
+        table = [[row[n] for n in told] for row in (header, *rows)]
+        return "\n".join([aligned(table, left=2), "", *self._notes()])
 
     def _notes(self) -> list[str]:
         lines = [f"{name}: {pick.rule.meaning()}" for name, pick in self.picks.items()]
@@ -191,21 +194,15 @@ def select_points(
     """
     check_min_gain(min_gain)
     found, without_share = standings(points, metrics, initial=initial, direct=direct)
-    rules = [rule if rule.kind == other.kind else other for other in map(Rule.parse, ALL_RULES)]
-    if rule.kind in OF_DIRECT:  # one share for both
-        rules = [Rule(each.kind, rule.number) if each.kind in OF_DIRECT else each for each in rules]
-    if all(point.distance is None for point in points) and rule.kind != NEAREST:
-        rules = [each for each in rules if each.kind != NEAREST]  # of tasks alone there is none to speak of
+    related = direct is not None and found[direct].gain_kept is not None
     picks = {}
-    for each in rules:
+    for each in _shown_with(rule, points):
         try:
             pick = choose(points, metrics, found, each, initial=initial, direct=direct, min_gain=min_gain)
         except ConfigError:
             if each == rule or each.kind not in OF_DIRECT:
                 raise
-            why = "needs direct fine-tuning that gained"
-            if direct is not None and found[direct].gain_kept is not None:
-                why = "needs the KL of every model"
+            why = "needs the KL of every model" if related else "needs direct fine-tuning that gained"
             pick = Pick(each, None, (), why)
         picks[each.text()] = pick
     return Selection(
@@ -219,6 +216,20 @@ def select_points(
         picks=picks,
         noise=noise_of_a_seed(points, metrics, found, initial=initial, direct=direct),
     )
+
+
+def _shown_with(asked: Rule, points: Sequence[Point]) -> list[Rule]:
+    """Every rule: the asked-for one has its own number, and those of direct's gain share one.
+
+    Of tasks alone there is no distance, so the nearest is not spoken of unless it is asked for.
+    """
+    shown = []
+    for rule in map(Rule.parse, ALL_RULES):
+        if rule.kind == asked.kind or {rule.kind, asked.kind} <= set(OF_DIRECT):
+            rule = Rule(rule.kind, asked.number)
+        if rule.kind != NEAREST or rule == asked or any(point.distance is not None for point in points):
+            shown.append(rule)
+    return shown
 
 
 def _number(value: float | None) -> float:
