@@ -1,6 +1,6 @@
 # make demo   install everything into .venv, then run the whole path on the embedded example (CPU or GPU)
-# make test   install everything into .venv, then run the tests, real vLLM included: ten minutes on two quiet cores
-# make test-all   the same and the slow ones: every model family, every kind of kill, every bit; half an hour
+# make test   install everything into .venv, then run the tests, real vLLM included: twenty minutes on two quiet cores
+# make test-all   the same and the slow ones: every model family, every kind of kill, every bit; an hour
 # make integrations   the tests of integrations/ against TRL and Axolotl, Axolotl in an environment of its own
 # make lint   ruff and mypy
 # make real   a real chat model (SmolLM2-135M-Instruct) on real tasks, by every method, into real-out/: hours on two

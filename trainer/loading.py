@@ -1,7 +1,6 @@
 """Loading models, tokenizers and caches: quietly, with one-line errors and with the identity check."""
 
 import gc
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError, one_line
+from formats.identity.config_file import read_config
 from formats.identity.teacher_identity import require_same_teacher, require_same_tokenizer
 from trainer.multimodal import auto_class, require_text_model
 
@@ -112,18 +112,11 @@ def require_plain_weights(model_dir: Path, what: str) -> None:
     """Refuse quantised weights: no step moves them, no average lies between them, no adapter merges exactly.
 
     Raises:
-        ConfigError: config.json says that the weights are quantised, or is not JSON.
+        ConfigError: config.json says that the weights are quantised, or is no JSON object.
     """
-    try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{what} must be a model directory, got no config.json in {model_dir}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"config.json must be JSON, got {model_dir / 'config.json'}: {one_line(error)}"
-        ) from None
-    nested = config.get("text_config") or {}
-    if any(entry.get(key) for entry in (config, nested) for key in QUANTISED_KEYS):
+    config = read_config(model_dir, what)
+    entries = [entry for entry in (config, config.get("text_config")) if isinstance(entry, dict)]
+    if any(entry.get(key) for entry in entries for key in QUANTISED_KEYS):
         raise ConfigError(
             f"{what} must have plain weights, got quantised ones in {model_dir}; train and merge before "
             "quantising"

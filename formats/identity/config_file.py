@@ -6,6 +6,13 @@ from typing import Any
 
 from formats.errors import ConfigError
 
+KINDS: dict[str, tuple[type, str]] = {
+    "architectures": (list, "a list"),
+    "text_config": (dict, "an object"),
+    "vocab_size": (int, "a whole number"),
+}
+"""What is read of these files by more than one of us: key -> its type, and what it is called."""
+
 
 def read_config(model_dir: str | Path, given: str = "MODEL", name: str = "config.json") -> dict[str, Any]:
     """The `config.json` of a directory as `save_pretrained` leaves it, or another such file.
@@ -15,7 +22,7 @@ def read_config(model_dir: str | Path, given: str = "MODEL", name: str = "config
         name: of the file.
 
     Raises:
-        ConfigError: there is none, it cannot be read, or it is no JSON object.
+        ConfigError: there is none, it cannot be read, it is no JSON object, or one of `KINDS` is something else.
     """
     path = Path(model_dir) / name
     try:
@@ -28,4 +35,7 @@ def read_config(model_dir: str | Path, given: str = "MODEL", name: str = "config
         raise ConfigError(
             f"a model's {name} must be a JSON object, got {path} with a {type(config).__name__}"
         )
+    for key, (kind, word) in KINDS.items():
+        if not isinstance(value := config.get(key), kind | None):
+            raise ConfigError(f"{key} in a model's {name} must be {word}, got {value!r} in {path}")
     return config

@@ -152,6 +152,25 @@ def test_bad_model_directories(tmp_path: Path, tensors: dict[str, np.ndarray]) -
         ModelFingerprint.of(directory)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"architectures": {"0": "Llama"}}, r"architectures in a model's config\.json must be a list, got \{'0'"),
+        ({"architectures": "Llama"}, "must be a list, got 'Llama'"),
+        ({"text_config": [1]}, r"text_config in a model's config\.json must be an object, got \[1\] in "),
+        ({"vocab_size": "many"}, "vocab_size .* must be a whole number, got 'many'"),
+        ({"vocab_size": 32.5}, "must be a whole number, got 32.5"),
+    ],
+)
+def test_a_config_whose_keys_hold_something_else(
+    tmp_path: Path, tensors: dict[str, np.ndarray], content: dict[str, object], said: str
+) -> None:
+    directory = save_model(tmp_path / "a", tensors)
+    (directory / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=said):
+        ModelFingerprint.of(directory)
+
+
 NAME = "nobody/nothing-of-this-name"
 
 

@@ -233,6 +233,8 @@ def broken(kind: str, models: dict, tiny_qwen3_dir: Path, tmp_path: Path) -> Pat
     elif kind == "quantised":
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    elif kind == "list":
+        (path / "config.json").write_text("[]")
     elif kind == "pickled":
         (path / "model.safetensors").rename(path / "pytorch_model.bin")
     elif kind == "torn":
@@ -258,6 +260,7 @@ def broken(kind: str, models: dict, tiny_qwen3_dir: Path, tmp_path: Path) -> Pat
         ("adapters", "got adapters alone"),
         ("unfinished", "got no config.json"),
         ("quantised", "TUNED must have plain weights"),
+        ("list", "config.json must be a JSON object, got "),
         ("pickled", "a merge reads safetensors"),
         ("torn", "cut short"),
         ("tokenizer", "got another vocabulary"),

@@ -38,6 +38,12 @@ def test_quantised_weights(base, tmp_path):
     refused(settings(base("tied_bf16")[1], model_dir, tmp_path / "run"), "--model must have plain weights")
 
 
+def test_a_config_that_is_no_object(base, tmp_path):
+    model_dir = shutil.copytree(base("tied_bf16")[0], tmp_path / "model")
+    (model_dir / "config.json").write_text("[]")
+    refused(settings(base("tied_bf16")[1], model_dir, tmp_path / "run"), "must be a JSON object")
+
+
 def test_tokenizer_files_that_would_not_come_along(base, tmp_path, monkeypatch):
     model_dir, cache = base("tied_bf16")
     patterns = [pattern for pattern in saving.COMPANIONS if pattern != "tokenizer*"]
