@@ -155,7 +155,10 @@ def test_bad_model_directories(tmp_path: Path, tensors: dict[str, np.ndarray]) -
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"architectures": {"0": "Llama"}}, r"architectures in a model's config\.json must be a list, got \{'0'"),
+        (
+            {"architectures": {"0": "Llama"}},
+            r"architectures in a model's config\.json must be a list, got \{'0'",
+        ),
         ({"architectures": "Llama"}, "must be a list, got 'Llama'"),
         ({"text_config": [1]}, r"text_config in a model's config\.json must be an object, got \[1\] in "),
         ({"vocab_size": "many"}, "vocab_size .* must be a whole number, got 'many'"),
