@@ -59,6 +59,13 @@ def test_every_merge_of_a_protocol_has_its_runs(name: str) -> None:
     assert runs and len(plan_merges(config, runs)) >= len(config.merges)
 
 
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name.endswith("_cpu")])
+def test_a_protocol_names_the_section_that_shows_it(name: str) -> None:
+    comment = (REAL / f"{name}.yaml").read_text().partition("base:")[0].replace("\n# ", " ")
+    (section,) = re.findall(r'docs/results\.md shows under "(.+?)"', comment)
+    assert f"\n## {section}\n" in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_runs_that_are_scored_or_repeated_are_in_a_protocol() -> None:
     names = [run.name for protocol_name in ("maths", "methods") for run in plan_runs(protocol(protocol_name))]
     plain = {re.sub(r",(lr|seed)=[^+,]*", "", name) for name in names}

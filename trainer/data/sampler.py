@@ -2,7 +2,10 @@
 
 An epoch is a list of units (rows or packs). Every source contributes `round(weight * units of the target)`
 of them, taken from an endless chain of seeded permutations, so that a replay cache of weight 0.1 shows
-other rows in the next epoch until all were seen. The list depends on the seed and the epoch alone.
+other rows in the next epoch until all were seen. The sources are interleaved evenly, so that every optimizer step has
+each in its proportion, as far as it is long enough: a KL term is a mean over its step's tokens, and by chance alone a
+sixth of steps of eight units would have none of a source that gives a fifth. The list depends on the seed and the epoch
+alone.
 
 An optimizer step covers `batch_size * accumulation * world_size` consecutive units and micro-batch j of it
 goes to rank j % world_size: the same step, and the same gradient, however the batch is split over
@@ -55,6 +58,22 @@ def sources_of(
     for amount, weight in zip(amounts[1:], weights[1:], strict=True):
         require_drawn(amount, weight, len(units[0]))
     return [Source(units=each, weight=weight) for each, weight in zip(units, weights, strict=True)]
+
+
+def interleaved(which_U: np.ndarray) -> np.ndarray:
+    """int64 [U]: an order of U units in which each source is spread evenly over the whole.
+
+    Any n neighbours hold n times its share of each source, give or take one; every source keeps its own order, and a
+    single one stays as it is.
+
+    Args:
+        which_U: int [U], the source of each unit.
+    """
+    counts = np.bincount(which_U)
+    rank_U = np.empty(len(which_U), np.int64)
+    for source, count in enumerate(counts.tolist()):
+        rank_U[which_U == source] = np.arange(count)
+    return np.lexsort((which_U, (rank_U + 0.5) / counts[which_U]))
 
 
 class EpochBatches(torch.utils.data.Sampler[list[Unit]]):
@@ -119,11 +138,12 @@ class EpochBatches(torch.utils.data.Sampler[list[Unit]]):
     def units(self) -> list[Unit]:
         """All units of the epoch, in training order, on every rank the same."""
         units = [unit for which in range(len(self.sources)) for unit in self._drawn(which)]
-        if not self.shuffle:
-            return units
         generator = np.random.default_rng([self.seed, len(self.sources), self.epoch])
-        units = [units[i] for i in generator.permutation(len(units)).tolist()]
-        return units if self.lengths is None else self._grouped(units, generator)
+        order = generator.permutation(len(units)) if self.shuffle else np.arange(len(units))
+        which = np.repeat(np.arange(len(self.counts)), self.counts)
+        order = order[interleaved(which[order])]
+        units = [units[i] for i in order.tolist()]
+        return units if self.lengths is None or not self.shuffle else self._grouped(units, generator)
 
     def _grouped(self, units: list[Unit], generator: np.random.Generator) -> list[Unit]:
         """Sort within wide windows, then shuffle whole optimizer steps: similar lengths meet, order stays

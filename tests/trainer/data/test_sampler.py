@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trainer.data.sampler import EpochBatches, Source
+from trainer.data.sampler import EpochBatches, Source, interleaved
 
 
 def singles(start: int, stop: int) -> list[list[int]]:
@@ -67,6 +67,39 @@ def test_mixing_draws_by_weight_and_covers_the_other_cache_over_the_epochs():
         assert sum(row < 40 for row in rows) == 40
         seen.update(row for row in rows if row >= 40)
     assert seen == Counter({row: 2 for row in range(40, 60)})  # 4 epochs of 10 from 20: every row twice
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_step_has_each_source_in_its_proportion(shuffle):
+    """40, 10 and 6 rows: a step of 7 has five, one or two, and none, one or two; as near as whole rows allow."""
+    weights = (1.0, 0.25, 0.15)
+    sources = [Source(units=singles(100 * n, 100 * n + 40), weight=w) for n, w in enumerate(weights)]
+    sampler = EpochBatches(sources, 7, shuffle=shuffle)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for batch in sampler:
+            found = Counter(row // 100 for unit in batch for row in unit)
+            for source, total in enumerate((40, 10, 6)):
+                assert abs(found[source] - len(batch) * total / 56) < 1.5, (epoch, found)
+        orders.append(flat(sampler))
+    assert len({tuple(row for row in rows if row < 100) for rows in orders}) == (3 if shuffle else 1)
+
+
+def test_where_a_step_is_the_period_every_step_is_alike():
+    sources = [Source(units=singles(0, 40)), Source(units=singles(40, 60), weight=0.25)]
+    for batch in EpochBatches(sources, 5):
+        assert sum(row >= 40 for unit in batch for row in unit) == 1
+
+
+def test_interleaving_keeps_the_order_of_each_source_and_leaves_a_single_one_alone():
+    which = np.random.default_rng(0).permutation(np.repeat([0, 1, 3], [50, 7, 20]))
+    order = interleaved(which)
+    assert sorted(order.tolist()) == list(range(77))
+    for source in (0, 1, 3):
+        mine = order[which[order] == source]
+        assert (np.diff(mine) > 0).all()
+    assert interleaved(np.zeros(9, np.int64)).tolist() == list(range(9))
 
 
 def test_a_weight_above_its_size_repeats_evenly():
