@@ -1,12 +1,15 @@
 """What a run tells its user before it starts, one line each: what it holds to, and what it does unasked."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from formats.progress import counted
 from trainer.config import TrainConfig
 from trainer.data.label_terms import share_learnt
+from trainer.data.mixture import Share
 from trainer.inputs import Inputs, Rows, Student, reads_tokens_only, teacher_of
 from trainer.loss.chunks import why_no_triton
 from trainer.preflight.frozen import freeze_note
@@ -38,6 +41,7 @@ def notes(
     found = (
         anchor_note(config, inputs),
         draws_note(config, rows, rows_per_step),
+        mixture_note(config, rows, rows_per_step),
         stm_note(rows),
         student.encoders_note,
         freeze_note(student.model, config.freeze),
@@ -84,6 +88,29 @@ def draws_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | Non
     return (
         f"about {tokens:.0f} tokens with KL in a step: below {least:.0f} at temperature {config.temperature:g} the "
         "noise of tail draws outweighs what they mend; take larger steps, or tail_draws=false"
+    )
+
+
+def mixture_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | None:
+    """One line where steps are so short that only some of them have a row of a mixed cache; None elsewhere. Texts that
+    never meet in a step take turns, and clipping takes away the size of each gradient: with one sequence a step,
+    `kl_coef` 3 and 10 gave models alike to three digits (docs/results.md, abstracts, 2026-11-27).
+    """
+    weights = [0.0 if isinstance(amount, Share) else amount for _, amount in rows.mixed]
+    left = 1 - sum(amount for _, amount in rows.mixed if isinstance(amount, Share))
+    shares = [
+        float(amount) if isinstance(amount, Share) else left * amount / (1 + sum(weights))
+        for _, amount in rows.mixed
+    ]
+    used = [(share, entry.path) for share, entry in zip(shares, config.caches, strict=True) if share]
+    if not used or rows_per_step * min(used)[0] >= 1 - 1e-9:
+        return None
+    share, path = min(used)
+    unit = "pack" if config.packing else "row"
+    return (
+        f"{path} gives {100 * share:.0f} % of the {unit}s, and a step has {counted(rows_per_step, unit)}: some steps "
+        f"are without it; take steps of {math.ceil(1 / share - 1e-9)} or more (training.gradient_accumulation_steps), "
+        "so that each weighs it against the new text"
     )
 
 

@@ -37,7 +37,7 @@ PROTOCOLS = {
 }  # fmt: skip
 """Protocol -> folder of its models; a run that two protocols have is made once."""
 OWN_TEXT: dict[str, dict[str, int]] = {
-    "cpu": {"own": 12, "own-train": 40},
+    "cpu": {"own": 12, "own-train": 40, "own-bos-train": 128},
     "gpu": {"own": 64, "own-train": 128, "own-bos-train": 128},
 }
 """Rows that the model writes itself: to be kept, and to be retained with."""
