@@ -63,8 +63,8 @@ def sources_of(
 def interleaved(which_U: np.ndarray) -> np.ndarray:
     """int64 [U]: an order of U units in which each source is spread evenly over the whole.
 
-    Any n neighbours hold n times its share of each source, give or take one; every source keeps its own order, and a
-    single one stays as it is.
+    Any neighbours hold each source in its share, as nearly as whole units allow; every source keeps its own order, and
+    a single one stays as it is.
 
     Args:
         which_U: int [U], the source of each unit.
