@@ -9,31 +9,25 @@ rows of either text as often; measured on held-out files of both. Ten minutes on
 """
 
 import argparse
-import json
 import shutil
 import statistics
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+from retention import BASE, build_caches
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+from trainer import evaluate, train
+from trainer.config_file import config_from_dict
+from trainer.data import sampler
 
-from stdlib_text import documents  # noqa: E402
-
-from cache_builder import BuildConfig, build_cache  # noqa: E402
-from trainer import evaluate, train  # noqa: E402
-from trainer.config_file import config_from_dict  # noqa: E402
-from trainer.data import sampler  # noqa: E402
-
-BASE = ROOT / "examples" / "tiny-base"
 CORPORA = {
-    # name: (domain, bytes of text)
-    "source-train": ("prose", 60_000),
-    "target-train": ("code", 100_000),
-    "source-heldout": ("prose", 30_000),
-    "target-heldout": ("code", 30_000),
+    # name: (domain, split, bytes of text)
+    "source-train": ("prose", "source-train", 60_000),
+    "target-train": ("code", "target-train", 100_000),
+    "source-heldout": ("prose", "source-heldout", 30_000),
+    "target-heldout": ("code", "target-heldout", 30_000),
 }
 TRAINING = {
     "max_steps": 40,
@@ -46,36 +40,16 @@ TRAINING = {
     "disable_tqdm": True,
     "logging_steps": 40,
 }
-ORDERS = {"even": sampler.interleaved, "by chance": lambda which_U: np.arange(len(which_U))}
-
-
-def build_caches(folder: Path) -> dict[str, Path]:
-    """A cache of every corpus, built once."""
-    caches = {}
-    for name, (domain, num_bytes) in CORPORA.items():
-        caches[name] = folder / name
-        if (caches[name] / "manifest.json").exists():
-            continue
-        corpus = folder / f"{name}.jsonl"
-        found = documents(domain, name, max_bytes=num_bytes)
-        corpus.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in found), encoding="utf-8")
-        config = BuildConfig(
-            corpus=str(corpus),
-            model=str(BASE),
-            out=str(caches[name]),
-            engine="transformers",
-            dtype="float32",
-            max_length=256,
-        )
-        print(build_cache(config).text(), flush=True)
-    return caches
+ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "even": sampler.interleaved,
+    "by chance": lambda which_U: np.arange(len(which_U)),
+}
 
 
 def measure(order: str, seed: int, caches: dict[str, Path], folder: Path) -> tuple[float, float]:
     """(KL on held-out prose, CE on held-out code) of a run, nats per token."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    sampler.interleaved = ORDERS[order]  # type: ignore[assignment]
     settings = {
         "cache": str(caches["target-train"]),
         "model": str(BASE),
@@ -88,7 +62,8 @@ def measure(order: str, seed: int, caches: dict[str, Path], folder: Path) -> tup
         "caches": [{"path": str(caches["source-train"]), "loss": "kl", "weight": 0.25}],
         "training": {"seed": seed, **TRAINING},
     }
-    train(config_from_dict(settings))
+    with patch.object(sampler, "interleaved", ORDERS[order]):
+        train(config_from_dict(settings))
     found = evaluate(out, {name: caches[f"{name}-heldout"] for name in ("source", "target")})
     return float(found["source"]["kl"]), float(found["target"]["ce"])
 
@@ -99,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mixing"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    caches = build_caches(args.out)
+    caches = build_caches(args.out, "transformers", corpora=CORPORA, max_length=256)
     rows: dict[str, list[tuple[float, float]]] = {order: [] for order in ORDERS}
     print("order      seed  KL prose  CE code")
     for seed in range(args.seeds):

@@ -49,15 +49,22 @@ OFF_THE_CHART = 0.06
 """Rise of the source perplexity from which a model is in the table only."""
 
 
-def build_caches(folder: Path, engine: str, *, quick: bool) -> dict[str, Path]:
-    """The four caches, built once; those that an earlier call finished are used again."""
+def build_caches(
+    folder: Path,
+    engine: str,
+    *,
+    quick: bool = False,
+    corpora: Mapping[str, tuple[str, str, int]] = CORPORA,
+    max_length: int | None = None,
+) -> dict[str, Path]:
+    """The caches, built once; those that an earlier call finished are used again."""
     from cache_builder import BuildConfig, build_cache
 
     sys.path.insert(0, str(ROOT / "examples"))
     from stdlib_text import documents
 
     caches = {}
-    for name, (domain, split, num_bytes) in CORPORA.items():
+    for name, (domain, split, num_bytes) in corpora.items():
         caches[name] = folder / "caches" / name
         if (caches[name] / "manifest.json").exists():
             continue
@@ -65,7 +72,12 @@ def build_caches(folder: Path, engine: str, *, quick: bool) -> dict[str, Path]:
         found = documents(domain, split, max_bytes=QUICK_BYTES if quick else num_bytes)
         corpus.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in found), encoding="utf-8")
         config = BuildConfig(
-            corpus=str(corpus), model=str(BASE), out=str(caches[name]), engine=engine, dtype="float32"
+            corpus=str(corpus),
+            model=str(BASE),
+            out=str(caches[name]),
+            engine=engine,
+            dtype="float32",
+            max_length=max_length,
         )
         print(build_cache(config).text(), flush=True)
     return caches

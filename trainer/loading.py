@@ -115,8 +115,8 @@ def require_plain_weights(model_dir: Path, what: str) -> None:
         ConfigError: config.json says that the weights are quantised, or is no JSON object.
     """
     config = read_config(model_dir, what)
-    entries = [entry for entry in (config, config.get("text_config")) if isinstance(entry, dict)]
-    if any(entry.get(key) for entry in entries for key in QUANTISED_KEYS):
+    parts = (config, config.get("text_config") or {})
+    if any(part.get(key) for part in parts for key in QUANTISED_KEYS):
         raise ConfigError(
             f"{what} must have plain weights, got quantised ones in {model_dir}; train and merge before "
             "quantising"

@@ -9,7 +9,7 @@ import torch
 from formats.progress import counted
 from trainer.config import TrainConfig
 from trainer.data.label_terms import share_learnt
-from trainer.data.mixture import Share
+from trainer.data.mixture import unit_weights
 from trainer.inputs import Inputs, Rows, Student, reads_tokens_only, teacher_of
 from trainer.loss.chunks import why_no_triton
 from trainer.preflight.frozen import freeze_note
@@ -96,16 +96,19 @@ def mixture_note(config: TrainConfig, rows: Rows, rows_per_step: int) -> str | N
     never meet in a step take turns, and clipping takes away the size of each gradient: with one sequence a step,
     `kl_coef` 3 and 10 gave models alike to three digits (docs/results.md, abstracts, 2026-11-27).
     """
-    weights = [0.0 if isinstance(amount, Share) else amount for _, amount in rows.mixed]
-    left = 1 - sum(amount for _, amount in rows.mixed if isinstance(amount, Share))
-    shares = [
-        float(amount) if isinstance(amount, Share) else left * amount / (1 + sum(weights))
-        for _, amount in rows.mixed
+    texts = [rows.training, *(dataset for dataset, _ in rows.mixed)]
+    tokens = [dataset.cache.manifest.num_tokens for dataset in texts]
+    # Packs are full, so each is as good as so many tokens.
+    units = tokens if config.packing else [len(dataset) for dataset in texts]
+    weights = unit_weights([1.0, *(amount for _, amount in rows.mixed)], units, tokens)
+    used = [
+        (weight / sum(weights), entry.path)
+        for weight, entry in zip(weights[1:], config.caches, strict=True)
+        if weight
     ]
-    used = [(share, entry.path) for share, entry in zip(shares, config.caches, strict=True) if share]
-    if not used or rows_per_step * min(used)[0] >= 1 - 1e-9:
+    share, path = min(used, default=(1.0, ""))
+    if rows_per_step * share >= 1 - 1e-9:
         return None
-    share, path = min(used)
     unit = "pack" if config.packing else "row"
     return (
         f"{path} gives {100 * share:.0f} % of the {unit}s, and a step has {counted(rows_per_step, unit)}: some steps "
