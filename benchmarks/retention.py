@@ -40,7 +40,7 @@ CORPORA = {
     "target-heldout": ("code", "target-heldout", 70_000),
     "source-heldout": ("prose", "source-heldout", 70_000),
 }
-QUICK_BYTES = 12_000
+QUICK_BYTES, QUICK_LENGTH = 12_000, 128  # rows enough that a tenth of them is one
 QUICK_STEPS = 3
 SCHEMA = 1
 ENTRIES: tuple[Run | Merged, ...] = (*RUNS, *MERGES)
@@ -159,7 +159,7 @@ def compare(
     folder: Path, engine: str, *, quick: bool, only: str | None = None, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """Run what is not in the results yet, and write them after every model; label -> measurements."""
-    caches = build_caches(folder, engine, quick=quick)
+    caches = build_caches(folder, engine, quick=quick, max_length=QUICK_LENGTH if quick else None)
     path = folder / "results.json"
     results = json.loads(path.read_text())["models"] if path.exists() else {}
     entries: list[Run | Merged] = [*RUNS, *MERGES]
