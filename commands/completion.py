@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from formats.disk.manifest import MANIFEST_NAME
+from formats.identity.config_file import ADAPTER_FILE
 
 Complete = Callable[[str], list[str]]
 
 ENGINES = ("vllm", "transformers")
 BACKENDS = ("auto", *ENGINES)
 DTYPES = ("float32", "bfloat16", "float16")
+STARTS = ("dialogue", "empty-turn", "bos")
 POSITIONS = ("all", "loss")
 LAYOUTS = ("positions", "topk")
 KL_DIRECTIONS = ("forward", "reverse")
@@ -48,7 +50,7 @@ def caches(incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Directories of models and adapters, also behind `LABEL=`."""
-    return _found(incomplete, "config.json", "adapter_config.json")
+    return _found(incomplete, "config.json", ADAPTER_FILE)
 
 
 def suites(incomplete: str) -> list[str]:

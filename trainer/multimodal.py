@@ -5,11 +5,11 @@ it. Such a model is loaded whole, so that what is saved has every tensor of the 
 text model and the output head is not trained and gets no adapters.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from formats.errors import ConfigError
+from formats.identity.config_file import ADAPTER_FILE, read_adapter_config
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +38,9 @@ def auto_class(model_dir: Path) -> Any:
 
 def _base_of(model_dir: Path) -> str:
     """Where the configuration is: beside adapters alone there is none, they name the model that they were made for."""
-    adapters = model_dir / "adapter_config.json"
-    if (model_dir / "config.json").is_file() or not adapters.is_file():
+    if (model_dir / "config.json").is_file() or not (model_dir / ADAPTER_FILE).is_file():
         return str(model_dir)
-    return str(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return str(read_adapter_config(model_dir)["base_model_name_or_path"])
 
 
 def require_text_model(model: Any) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 from formats.errors import ConfigError
 
+ADAPTER_FILE = "adapter_config.json"
+"""What adapters have beside them where a model has its `config.json`."""
+
 KINDS: dict[str, tuple[type, str]] = {
     "architectures": (list, "a list"),
     "text_config": (dict, "an object"),
@@ -38,4 +41,19 @@ def read_config(model_dir: str | Path, given: str = "MODEL", name: str = "config
     for key, (kind, word) in KINDS.items():
         if not isinstance(value := config.get(key), kind | None):
             raise ConfigError(f"{key} in a model's {name} must be {word}, got {value!r} in {path}")
+    return config
+
+
+def read_adapter_config(model_dir: str | Path) -> dict[str, Any]:
+    """`ADAPTER_FILE` of a directory with adapters; its `base_model_name_or_path` is the model that they are for.
+
+    Raises:
+        ConfigError: as `read_config`, or it names no model.
+    """
+    config = read_config(model_dir, name=ADAPTER_FILE)
+    if not isinstance(base := config.get("base_model_name_or_path"), str) or not base:
+        raise ConfigError(
+            f"adapters must name their model as base_model_name_or_path in {ADAPTER_FILE}, got {base!r} in "
+            f"{model_dir}; save them again"
+        )
     return config

@@ -9,7 +9,6 @@ that a mismatch can say which part differs.
 Needs neither torch nor transformers; a tokenizer is anything that offers `get_vocab()`.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -223,24 +222,34 @@ def tokenizer_files_fingerprint(model_dir: Path) -> dict[str, str]:
     """What can be said of a tokenizer from its files alone: `vocabulary` and `chat_template`.
 
     The pipeline cannot: `transformers` may rebuild it when it loads. Keys that cannot be told are left out.
+
+    Raises:
+        ConfigError: one of the files is damaged.
     """
     found: dict[str, str] = {}
-    if (model_dir / "tokenizer.json").is_file():
+    if (path := model_dir / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        vocabulary = Tokenizer.from_file(str(model_dir / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        try:
+            vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        except Exception as error:  # tokenizers has no class of its own for it
+            raise ConfigError(
+                f"a model's tokenizer.json must hold a tokenizer, got {path}: {one_line(error)}"
+            ) from None
         found["vocabulary"] = sha256_json(sorted(vocabulary.items()))
-    template: Any = None
-    with contextlib.suppress(OSError, ValueError):
-        template = json.loads((model_dir / "tokenizer_config.json").read_text(encoding="utf-8")).get(
-            "chat_template"
-        )
+    has_settings = (model_dir / "tokenizer_config.json").is_file()
+    settings = read_config(model_dir, name="tokenizer_config.json") if has_settings else {}
+    template = settings.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
+        try:
+            template = {entry["name"]: entry["template"] for entry in template}
+        except (KeyError, TypeError):
+            raise ConfigError(
+                "a list of chat templates must be objects with name and template, got others in "
+                f"{model_dir / 'tokenizer_config.json'}"
+            ) from None
     if (model_dir / "chat_template.jinja").is_file():
         template = (model_dir / "chat_template.jinja").read_text(encoding="utf-8")
-    if (model_dir / "tokenizer_config.json").is_file() and not (
-        model_dir / "additional_chat_templates"
-    ).is_dir():
+    if has_settings and not (model_dir / "additional_chat_templates").is_dir():
         found["chat_template"] = hash_template(template)
     return found

@@ -1,9 +1,9 @@
 """Whose results they are: the fingerprint of a model's weights, of full models and of adapters alone."""
 
-import json
 from pathlib import Path
 
 from formats.errors import ConfigError
+from formats.identity.config_file import ADAPTER_FILE, read_adapter_config
 from formats.identity.fingerprint import (
     ModelFingerprint,
     resolve_model,
@@ -13,8 +13,6 @@ from formats.identity.fingerprint import (
     weight_files,
 )
 from formats.identity.tensor_hash import hash_tensors
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 def is_adapter(directory: Path) -> bool:
@@ -35,13 +33,8 @@ def model_identity(directory: Path) -> dict[str, str]:
     if not is_adapter(directory):
         fingerprint = ModelFingerprint.of(directory)
         return {"weights": fingerprint.weights, "config": fingerprint.config, "vocabulary": vocabulary}
-    try:
-        config = json.loads((directory / ADAPTER_FILE).read_text(encoding="utf-8"))
-        base = str(config.pop("base_model_name_or_path"))
-    except (ValueError, KeyError, AttributeError):
-        raise ConfigError(
-            f"adapters must name their model in {ADAPTER_FILE}, got none in {directory}; save them again"
-        ) from None
+    config = read_adapter_config(directory)
+    base = str(config.pop("base_model_name_or_path"))
     files = [path for path in weight_files(directory) if path.suffix == ".safetensors"]
     if not files:
         raise ConfigError(f"adapters must be *.safetensors, got none in {directory}; save them again")

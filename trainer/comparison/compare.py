@@ -13,6 +13,7 @@ import numpy as np
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
+from formats.identity.config_file import ADAPTER_FILE
 from formats.identity.fingerprint import resolve_model
 from formats.named_path import short_name
 from formats.progress import Progress
@@ -105,7 +106,7 @@ def compare(
         what = "--initial" if label in known else "MODEL"
         with given_as(what):
             directories[label] = directory = resolve_model(name)
-            if not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):
+            if not any((directory / file).is_file() for file in ("config.json", ADAPTER_FILE)):
                 raise ConfigError(f"{what} must be a finished model, got no config.json in {directory}")
             if caches:
                 require_readable(caches, directory, is_initial=label in known)

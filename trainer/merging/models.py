@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from formats.errors import ConfigError, IdentityMismatchError
+from formats.identity.config_file import ADAPTER_FILE
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from trainer.loading import load_tokenizer, require_plain_weights
 from trainer.merging.methods import Merge
@@ -130,7 +131,7 @@ def find_model(name: str, what: str) -> Path:
     """
     path = resolve_model(name, what=what)
     if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
+        if (path / ADAPTER_FILE).is_file():
             raise ConfigError(
                 f"{what} must be a whole model, got adapters alone in {path}; train with lora.merge: true"
             )
