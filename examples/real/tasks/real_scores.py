@@ -53,3 +53,17 @@ def program_of(answer: str) -> str:
     """The rest of the function: without a fence of Markdown, if the model has put one around it."""
     fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     return fenced[1] if fenced else answer
+
+
+def instructions(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
+    """Whether the answer has the form that was asked for, by the harness's IFEval: as it stands (strict), and without
+    its first line, its last or its asterisks (loose).
+
+    The harness looks for a sentence splitter of NLTK's when it is loaded; ours do not need it.
+    """
+    import langdetect
+    from lm_eval.tasks.ifeval.utils import process_results
+
+    langdetect.DetectorFactory.seed = 0  # or it draws
+    found = process_results(doc, results)
+    return {name: found[name] for name in ("prompt_level_strict_acc", "prompt_level_loose_acc")}
