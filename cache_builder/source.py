@@ -231,7 +231,11 @@ def _generated(
         )
         assert config.generate is not None
         source = config.generate.prompts
-        return reader.default() if source is None else reader.read(source, config.generate.num_rows)
+        return (
+            reader.default(config.generate.start)
+            if source is None
+            else reader.read(source, config.generate.num_rows)
+        )
 
     # Whether a template is used at all stands in the prompts, so they may have to be read again.
     prompts = prompts_at(None)

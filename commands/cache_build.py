@@ -1,9 +1,10 @@
 """`anneal cache build` and `anneal cache estimate`: what needs a teacher."""
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
+from commands import completion
 from commands.options import (
     CorpusArgument,
     DtypeOption,
@@ -41,8 +42,8 @@ def cache_build(
             metavar="N",
             min=1,
             show_default=False,
-            help="Instead of a CORPUS: let the model write N rows, then capture them. From the chat template's empty "
-            "user turn, or from BOS without a template.",
+            help="Instead of a CORPUS: let the model write N rows, then capture them. A chat model writes what a user "
+            "asks, and answers it.",
         ),
     ] = None,
     prompts: Annotated[
@@ -52,6 +53,17 @@ def cache_build(
             show_default=False,
             help="With --generate: what rows begin with, in turn. A .txt file of one prompt per line, or a "
             "corpus, whose answers are left out.",
+        ),
+    ] = None,
+    generate_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START",
+            show_default=False,
+            autocompletion=completion.words(*completion.STARTS),
+            help="With --generate: what rows begin with. dialogue: a user's turn that the model writes too; "
+            "empty-turn: a user's turn of nothing; bos: the start of a text.  [default: dialogue with a chat template, "
+            "bos without]",
         ),
     ] = None,
     generate_temperature: Annotated[
@@ -122,11 +134,18 @@ def cache_build(
     generation = None
     if generate is not None:
         generation = GenerationConfig(
-            num_rows=generate, prompts=prompts, **typed(temperature=generate_temperature, seed=seed)
+            num_rows=generate,
+            prompts=prompts,
+            start=cast(Any, generate_from),
+            **typed(temperature=generate_temperature, seed=seed),
         )
         seed = None
     else:
-        of_generate = {"--prompts": prompts, "--generate-temperature": generate_temperature}
+        of_generate = {
+            "--prompts": prompts,
+            "--generate-from": generate_from,
+            "--generate-temperature": generate_temperature,
+        }
         require_owner("--generate N", False, of_generate)
         if corpus is None:
             raise ConfigError("a build needs a CORPUS or --generate N, got neither; see --help")

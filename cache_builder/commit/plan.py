@@ -31,6 +31,7 @@ OPTION_OF = {
     ("corpus", "seed"): "--seed",
     ("corpus", "generate"): "--generate",
     ("corpus", "generate_temperature"): "--generate-temperature",
+    ("corpus", "generate_from"): "--generate-from",
     ("corpus", "prompts"): "--prompts",
     ("preprocessing", "max_length"): "--max-length",
     ("preprocessing", "min_prob"): "--min-prob",

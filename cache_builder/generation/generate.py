@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.capture import started
 from cache_builder.commit.engine_record import EngineRecord
@@ -133,9 +135,20 @@ class GeneratedRows(Iterator[TokenRow]):
         if self._tokenizer is not None and (shown := self._directory.read_generated(*self._batches[0])):
             self._progress.note(f"first row: {len(shown[0])} tokens\n{render_row(shown[0], self._tokenizer)}")
 
+    def _prompts(self, sampler: Sampler, first: int, last: int) -> list[np.ndarray]:
+        """What the rows first:last begin with; the model writes the user's turns among it."""
+        recipe = self._recipe
+        if (turn := recipe.prompts.turn) is None:
+            return [recipe.prompt(row) for row in range(first, last)]
+        written = dict(sampler.sample([recipe.turn_request(row) for row in range(first, last)]))
+        if sorted(written) != list(range(last - first)):
+            raise TeacherError(f"the engine must write {last - first} turns, got {len(written)}")
+        return [turn.prompt(written[index]) for index in range(last - first)]
+
     def _written(self, sampler: Sampler, first: int, last: int) -> list[TokenRow]:
         """The rows first:last, by the engine."""
-        requests = [self._recipe.request(number) for number in range(first, last)]
+        prompts = self._prompts(sampler, first, last)
+        requests = [self._recipe.request(first + index, prompt) for index, prompt in enumerate(prompts)]
         rows: dict[int, TokenRow] = {}
         for number, tokens in sampler.sample(requests):
             if not 1 <= len(tokens) <= requests[number].max_new_tokens:
@@ -143,7 +156,7 @@ class GeneratedRows(Iterator[TokenRow]):
                     f"a row must get 1 to {requests[number].max_new_tokens} new tokens, got {len(tokens)} in row "
                     f"{first + number}"
                 )
-            rows[number] = self._recipe.row(first + number, tokens)
+            rows[number] = self._recipe.row(prompts[number], tokens)
             self._progress.advance(1, len(tokens))
         if len(rows) < len(requests):
             raise TeacherError(f"the engine must write {len(requests)} rows, got {len(rows)}")

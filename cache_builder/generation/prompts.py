@@ -5,7 +5,8 @@
     any record of a corpus     as a build of that corpus has it, up to where the answer begins: `prompt` (strings as
                                they stand, messages through the template), conversations without a last turn of the
                                assistant, `instruction` (+ `input`), `text`, `input_ids` up to the first target
-    no file                    the template's empty user turn, or what the tokenizer puts before a text
+    no file                    a user's turn that the model writes too (`user_turn`), one of nothing, or what the
+                               tokenizer puts before a text
 
 Memory: the prompts.
 """
@@ -23,6 +24,8 @@ from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
 from cache_builder.corpus.layouts import Layout, is_turns, recognise
 from cache_builder.corpus.readers import Record, family_of, read_records
 from cache_builder.corpus.ready_tokens import Tokens
+from cache_builder.generation.settings import Start
+from cache_builder.generation.user_turn import UserTurn
 from cache_builder.rows.encoding import SpecialTokens
 from cache_builder.rows.shown import require_shown
 from cache_builder.rows.template import ChatTemplate
@@ -47,6 +50,8 @@ class Prompts:
     """What they are, for people."""
     uses_template: bool
     """Whether the chat template made one of them."""
+    turn: UserTurn | None = None
+    """Where the model writes the rest of a prompt."""
     num_empty: int = 0
     """Prompts of nothing, left out."""
     num_too_long: int = 0
@@ -82,25 +87,51 @@ class PromptReader:
         self._template = ChatTemplate(tokenizer, arguments, instant) if tokenizer.chat_template else None
         self._used_template = False
 
-    def default(self) -> Prompts:
+    def default(self, start: Start | None = None) -> Prompts:
         """The one prompt without a file.
 
         Raises:
-            ConfigError: the tokenizer has no token to start from, or rows have no room for another one.
+            ConfigError: there is no chat template, or no token to start from, or rows have no room for another one.
         """
-        if self._template is not None:
-            empty = Conversation([{"role": "user", "content": ""}], None, 0, "the empty user turn")
-            tokens, kind = self._of_conversation(empty), "the chat template's empty user turn"
+        if start is None:
+            start = "bos" if self._template is None else "dialogue"
+        if start != "bos" and self._template is None:
+            raise ConfigError(
+                f"--generate-from {start} needs a chat template, got a tokenizer without one; leave it out"
+            )
+        if start == "dialogue":
+            return self._of_turn(self._user_turn())
+        if start == "empty-turn":
+            tokens, kind = self._of_conversation(_asked("")), "the chat template's empty user turn"
         else:
-            start = self._special.prefix or self._start_token()
-            tokens = np.array(start, np.int32)
-            kind = " ".join(str(self._tokenizer.convert_ids_to_tokens(token)) for token in start)
+            first = self._special.prefix or self._start_token()
+            tokens = np.array(first, np.int32)
+            kind = " ".join(str(self._tokenizer.convert_ids_to_tokens(token)) for token in first)
         if len(tokens) >= self._max_length:
             raise ConfigError(
                 f"max_length must be at least {len(tokens) + 1} (the prompt and one token), got {self._max_length}"
             )
         return Prompts(
             tokens=(tokens,), source="written by the model", kind=kind, uses_template=self._used_template
+        )
+
+    def _user_turn(self) -> UserTurn:
+        def render(text: str) -> str:
+            assert self._template is not None
+            conversation = self._template.prepared(_asked(text))
+            return self._template.render(conversation, generation_prompt=True)
+
+        return UserTurn.of(self._tokenizer, render, self._encode, self._max_length)
+
+    def _of_turn(self, turn: UserTurn) -> Prompts:
+        if len(turn.before) == 0:  # a template that puts nothing there
+            turn = replace(turn, before=np.array(self._start_token(), np.int32))
+        return Prompts(
+            tokens=(turn.before,),
+            source="written by the model",
+            kind=f"a user's turn that the model writes too, of up to {counted(turn.max_new_tokens, 'token')}",
+            uses_template=True,
+            turn=turn,
         )
 
     def _start_token(self) -> tuple[int, ...]:
@@ -152,10 +183,8 @@ class PromptReader:
             line = str(record.values[LINE])
             if not line.strip():
                 return np.zeros(0, np.int32)
-            if self._template is None:
-                example = Text(line, record.where)
-            else:
-                example = Conversation([{"role": "user", "content": line}], None, 0, record.where)
+            asked = replace(_asked(line), where=record.where)
+            example = Text(line, record.where) if self._template is None else asked
         else:
             if layout.uses_chat_template and self._template is None:
                 ChatTemplate(self._tokenizer)  # says that there is none
@@ -202,6 +231,11 @@ class PromptReader:
                 f"{int(tokens.max())} in {record.where}; use the tokenizer that belongs to the model"
             )
         return tokens
+
+
+def _asked(text: str) -> Conversation:
+    """One user's turn, for the model to answer."""
+    return Conversation([{"role": "user", "content": text}], None, 0, f"a user's turn {text!r:.60}")
 
 
 def _records(source: str) -> Iterator[Record]:

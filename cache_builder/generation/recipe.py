@@ -1,6 +1,6 @@
 """All that decides which rows a model writes: prompts, sampling settings, and what ends a row.
 
-A row is a prompt and its continuation. Every new token carries loss, and so does one that ends the row.
+A row is a prompt and its continuation. Every token of that carries loss, and so does one that ends the row.
 
 L: tokens of a row.
 """
@@ -26,6 +26,8 @@ BATCH_TOKENS_PER_SHARD_TOKEN = 4
 """A batch of rows may be so much larger than a shard: writing is slower than reading, but a batch of few rows leaves an
 engine idle. A guess, not measured on a GPU."""
 LEAST_BATCH, MOST_BATCH = 16, 256
+TURNS = 1 << 31
+"""Added to a row's number for the random numbers of its user's turn; there are no more rows than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +43,20 @@ class Recipe:
     max_length: int
     """Longest row in tokens, its prompt included."""
 
-    def request(self, row: int) -> SampleRequest:
-        """What the sampler is asked for row number `row`."""
-        prompt = self._prompt(row)
+    def turn_request(self, row: int) -> SampleRequest:
+        """What the sampler is asked for the user's turn of row number `row`."""
+        turn = self.prompts.turn
+        assert turn is not None
+        return SampleRequest(
+            prompt=turn.before,
+            max_new_tokens=turn.max_new_tokens,
+            stop_tokens=tuple(sorted({*self.stop_tokens, *turn.stop_tokens})),
+            temperature=self.config.temperature,
+            seed=row_seed(self.config.seed, row + TURNS),
+        )
+
+    def request(self, row: int, prompt: np.ndarray) -> SampleRequest:
+        """What the sampler is asked for row number `row`, which begins with int32 [L] `prompt`."""
         return SampleRequest(
             prompt=prompt,
             max_new_tokens=self.max_length - len(prompt),
@@ -52,13 +65,14 @@ class Recipe:
             seed=row_seed(self.config.seed, row),
         )
 
-    def row(self, number: int, new_tokens: np.ndarray) -> TokenRow:
-        """Row `number` with int32 [L] tokens that the sampler returned."""
-        prompt = self._prompt(number)
+    @staticmethod
+    def row(prompt: np.ndarray, new_tokens: np.ndarray) -> TokenRow:
+        """A row of int32 [L] tokens that the sampler returned, behind its prompt."""
         ids = np.concatenate([prompt, new_tokens]).astype(np.int32)
         return TokenRow(ids, np.arange(len(ids)) >= len(prompt))
 
-    def _prompt(self, row: int) -> np.ndarray:
+    def prompt(self, row: int) -> np.ndarray:
+        """int32 [L] that row number `row` begins with; of a user's turn that the model writes, what stands before."""
         return self.prompts.tokens[row % len(self.prompts.tokens)]
 
     def batch_rows(self, tokens_per_shard: int) -> int:
@@ -86,6 +100,8 @@ class Recipe:
             "prompts": digest.hexdigest(),
             "stop_tokens": list(self.stop_tokens),
         }
+        if self.prompts.turn is not None:
+            decisive["generate_from"] = "dialogue"
         return {
             "source": self.prompts.source,
             "fingerprint": sha256_json(decisive),
@@ -104,7 +120,7 @@ class Recipe:
         return [
             f"corpus: {counted(config.num_rows, 'row')} that the model writes itself, temperature "
             f"{config.temperature:g}, seed {config.seed}",
-            f"prompts: {what}; loss on every new token",
+            f"prompts: {what}; loss on every new token{' of the answer' if prompts.turn else ''}",
             f"rows end with {f'{ends}, or' if ends else 'nothing but'} {self.max_length} tokens",
             *prompts.notes(),
         ]

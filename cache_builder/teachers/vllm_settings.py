@@ -195,7 +195,9 @@ def platform_arguments(*, on_cpu: bool, pooling: bool, user: dict[str, Any]) -> 
     if on_cpu:
         refuse_ignored_backend(user)
         kept = {} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
-        return {"enforce_eager": True, **kept}
+        # A prompt in parts sets a row's random numbers back, which those of a CPU cannot (vLLM 0.32, gpu_model_runner).
+        whole = {} if pooling else {"enable_chunked_prefill": False}
+        return {"enforce_eager": True, **kept, **whole}
     if not pooling or user.keys() & GRAPH_ARGS:
         return {}
     # A step of a prefill is larger than all graphs that vLLM would record at its start.

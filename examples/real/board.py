@@ -14,7 +14,6 @@ them a second on an H200). A model that is kept takes 0.3 GB on the disk: 6 GB o
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -131,7 +130,9 @@ class Board:
         if not (self.work / "model" / "config.json").is_file():
             self.script("make_model.py", "--out", "model")
         self.script("make_corpora.py", "--out", "corpora", "--scale", self.scale)
-        builds = [(name, f"corpora/{name}.jsonl", "--max-length", 512) for name in ROWS[self.scale]]
+        builds: list[tuple[object, ...]] = [
+            (name, f"corpora/{name}.jsonl", "--max-length", 512) for name in ROWS[self.scale]
+        ]
         for seed, (name, (rows, start)) in enumerate(OWN_TEXT[self.scale].items()):
             words = ("--generate", rows, "--generate-from", start, "--seed", seed)
             builds.append((name, *words, "--max-length", OWN_LENGTH))
@@ -141,7 +142,7 @@ class Board:
             ("cache", "build", *words, "--model", "model", "--out", f"caches/{name}", "--positions", "all",
              "--engine", engine)
             for name, *words in builds
-            if not (self.work / "caches" / name / "manifest.json").is_file()
+            if not (self.work / "caches" / str(name) / "manifest.json").is_file()
         ]  # fmt: skip
         if engine == "transformers":
             self.together(commands, PARALLEL[self.scale])

@@ -93,6 +93,7 @@ def test_caches_and_models_in_the_neighbourhood(tmp_path: Path, monkeypatch: pyt
 
 def test_words_are_the_ones_that_the_commands_take() -> None:
     from cache_builder import BuildConfig
+    from cache_builder.generation.settings import Start
     from trainer import config
     from trainer.chain import config as chain
     from trainer.merging.settings import DEFAULTS, TRIMS
@@ -113,6 +114,7 @@ def test_words_are_the_ones_that_the_commands_take() -> None:
     for engine in completion.ENGINES:
         for positions in completion.POSITIONS:
             BuildConfig(corpus="c", model="m", out="o", engine=engine, positions=positions)
+    assert typing.get_args(Start) == completion.STARTS
     for wrong in ({"engine": "x"}, {"positions": "x"}):
         with pytest.raises(ConfigError):
             BuildConfig(corpus="c", model="m", out="o", **typing.cast(typing.Any, wrong))

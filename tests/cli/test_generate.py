@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 from typed_here import Run
 
 from cache_builder import BuildConfig, GenerationConfig
@@ -28,9 +29,8 @@ def test_the_cache_holds_the_rows_that_the_model_wrote(anneal: Run, place: Path)
     words = (*BUILD, "--generate", NUM_ROWS, "--seed", 3, "--out", place / "self")
     code, out, err = anneal(*words, "--dry-run")
     assert code == 0 and not (place / "self").exists()
-    assert (
-        f"tokens     at most {NUM_ROWS * MAX_LENGTH}" in out and "the chat template's empty user turn" in out
-    )
+    assert f"tokens     at most {NUM_ROWS * MAX_LENGTH}" in out
+    assert "a user's turn that the model writes too, of up to 7 tokens" in out
     code, out, err = anneal(*words)
     assert code == 0, err
     assert "6 rows that the model writes itself, temperature 1, seed 3" in err
@@ -46,25 +46,42 @@ def test_the_cache_holds_the_rows_that_the_model_wrote(anneal: Run, place: Path)
     recipe = open_source(config).recipe
     assert recipe is not None
     sampler = TransformersSampler(TeacherConfig(model=str(MODEL), max_length=MAX_LENGTH))
-    written = dict(sampler.sample([recipe.request(number) for number in range(NUM_ROWS)]))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    turns = dict(sampler.sample([recipe.turn_request(number) for number in range(NUM_ROWS)]))
+    asked = [tokenizer.decode(turns[number], skip_special_tokens=True).strip() for number in range(NUM_ROWS)]
+    assert len(set(asked)) > 1
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[
+            "input_ids"
+        ]
+        for text in asked
+    ]
+    requests = [recipe.request(number, np.array(prompt, np.int32)) for number, prompt in enumerate(prompts)]
+    written = dict(sampler.sample(requests))
     cache = TeacherCache(place / "self")
-    prompt = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
     for number, row in enumerate(cache.rows()):
         start = len(row.input_ids) - len(written[number])
+        assert row.input_ids[:start].tolist() == prompts[number]
         assert row.input_ids[start:].tolist() == written[number].tolist()
         assert np.flatnonzero(row.loss_mask).tolist() == list(range(start, len(row.input_ids)))
         assert np.array_equal(row.positions, np.arange(len(row.input_ids) - 1))  # prompts too
-        if number == 0:
-            from transformers import AutoTokenizer
-
-            assert AutoTokenizer.from_pretrained(MODEL).decode(row.input_ids[:start].tolist()) == prompt
     corpus = cache.identity.corpus
     assert (corpus["generate"], corpus["generate_temperature"], corpus["seed"]) == (NUM_ROWS, 1.0, 3)
-    assert corpus["stop_tokens"] == [0, 2] and corpus["counts"]["num_rows"] == NUM_ROWS
+    assert (
+        corpus["generate_from"] == "dialogue"
+        and corpus["stop_tokens"] == [0, 2]
+        and corpus["counts"]["num_rows"] == NUM_ROWS
+    )
     _, shown, _ = anneal("cache", "inspect", place / "self")
     assert "rows that the model wrote itself: 6 (temperature 1, seed 3)" in shown
     code, out, _ = anneal(*words)
     assert code == 0 and "nothing to do" in out
+    code, _, err = anneal(*words, "--generate-from", "empty-turn")
+    assert code == 1 and "--generate-from: dialogue there, none now" in err
+    code, out, _ = anneal(*words[:-1], place / "other", "--generate-from", "empty-turn", "--dry-run")
+    assert code == 0 and "prompts: the chat template's empty user turn; loss on every new token" in out
+    code, _, err = anneal(*words[:-1], place / "other", "--generate-from", "turn")
+    assert code == 1 and "generate_from must be one of dialogue, empty-turn, bos, got 'turn'" in err
 
 
 def test_prompts_come_in_turn_and_positions_may_be_all(anneal: Run, place: Path) -> None:

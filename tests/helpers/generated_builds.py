@@ -13,6 +13,7 @@ from cache_builder.generation.generate import GeneratedRows
 from cache_builder.generation.prompts import Prompts
 from cache_builder.generation.recipe import Recipe
 from cache_builder.generation.settings import GenerationConfig
+from cache_builder.generation.user_turn import UserTurn
 from cache_builder.teachers.protocol import SampleRequest
 from formats.disk.token_row import TokenRow
 from formats.identity.teacher_identity import TeacherIdentity
@@ -59,6 +60,30 @@ class SeededSampler:
         self.closed = True
 
 
+def text_of(tokens: np.ndarray) -> str:
+    """Letters for tokens, stop tokens left out."""
+    return "".join(chr(97 + int(token)) for token in tokens if token not in STOPS)
+
+
+def make_turn(max_length: int = 24) -> UserTurn:
+    """Token 1 and 5 stand before a user's text, which ends with 4 too, and 6 and 7 behind it."""
+    return UserTurn(
+        before=np.array([1, 5], np.int32),
+        stop_tokens=(4,),
+        max_new_tokens=(max_length - 4) // 2,
+        behind="",
+        decode=text_of,
+        prompt_of=lambda text: np.array([1, 5, *(ord(letter) - 97 for letter in text), 6, 7], np.int32),
+        max_length=max_length,
+    )
+
+
+def make_dialogues(num_rows: int = 40, **options: Any) -> Recipe:
+    """A recipe whose user's turns the model writes."""
+    recipe, turn = make_recipe(num_rows, **options), make_turn()
+    return replace(recipe, prompts=replace(recipe.prompts, tokens=(turn.before,), turn=turn))
+
+
 def make_recipe(num_rows: int = 40, *, prompts: Sequence[np.ndarray] = PROMPTS, **options: Any) -> Recipe:
     """Rows of at most 24 tokens in batches of 16."""
     return Recipe(
@@ -71,8 +96,13 @@ def make_recipe(num_rows: int = 40, *, prompts: Sequence[np.ndarray] = PROMPTS, 
 
 def expected_rows(recipe: Recipe) -> list[TokenRow]:
     """The rows of a recipe, each made alone."""
-    numbers = range(recipe.config.num_rows)
-    return [recipe.row(number, continuation(recipe.request(number))) for number in numbers]
+    rows = []
+    for number in range(recipe.config.num_rows):
+        prompt = recipe.prompt(number)
+        if recipe.prompts.turn is not None:
+            prompt = recipe.prompts.turn.prompt(continuation(recipe.turn_request(number)))
+        rows.append(recipe.row(prompt, continuation(recipe.request(number, prompt))))
+    return rows
 
 
 def build(out: Path, recipe: Recipe, *, sampler: Any = None, teacher=SeededTeacher, step=lambda name: None):

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from deterministic_build import SeededTeacher, Stop, contents, kill_self_at, stop_at
-from generated_builds import PROMPTS, STOPS, SeededSampler, build, expected_rows, make_recipe
+from generated_builds import PROMPTS, STOPS, SeededSampler, build, expected_rows, make_dialogues, make_recipe
 
 from cache_builder.build import build_cache
 from cache_builder.commit.build_directory import BuildDirectory
 from cache_builder.commit.capture import EngineStartError
 from cache_builder.config import BuildConfig
 from cache_builder.generation.generate import GeneratedRows
-from cache_builder.generation.recipe import row_seed
+from cache_builder.generation.recipe import Recipe, row_seed
 from cache_builder.generation.settings import GenerationConfig
 from formats.cache import TeacherCache
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
@@ -54,8 +54,28 @@ def test_every_row_has_random_numbers_of_its_own() -> None:
     assert abs(np.corrcoef(bits[:-1].T, bits[1:].T)[:32, 32:]).max() < 0.08, "neighbours do not resemble"
 
 
-def test_batches_do_not_change_the_rows(tmp_path: Path) -> None:
-    recipe = make_recipe()
+def test_what_a_user_asks_is_written_first(tmp_path: Path) -> None:
+    recipe = make_dialogues()
+    sampler = SeededSampler()
+    report = build(tmp_path / "c", recipe, sampler=sampler)
+    rows = list(TeacherCache(tmp_path / "c").rows())
+    assert len(sampler.asked) == len(set(sampler.asked)) == 80, (
+        "a turn and an answer each, none from the same numbers"
+    )
+    prompts = {bytes(row.input_ids[~row.loss_mask]) for row in rows}
+    assert len(prompts) > 20, "rows ask different things"
+    for row, wanted in zip(rows, expected_rows(recipe), strict=True):
+        assert np.array_equal(row.input_ids, wanted.input_ids) and np.array_equal(
+            row.loss_mask, wanted.loss_mask
+        )
+        prompt = row.input_ids[~row.loss_mask].tolist()
+        assert prompt[:2] == [1, 5] and prompt[-2:] == [6, 7] and 4 <= len(prompt) <= 14
+        assert not set(prompt[2:-2]) & set(STOPS) and 4 not in prompt[2:-3]
+    assert report.text().count("rows end by themselves") == 1
+
+
+@pytest.mark.parametrize("recipe", [make_recipe(), make_dialogues()], ids=["prompts", "dialogues"])
+def test_batches_do_not_change_the_rows(tmp_path: Path, recipe: Recipe) -> None:
     written = []
     for size in (1, 7, 40, 64):
         directory = BuildDirectory(tmp_path / str(size))
@@ -65,11 +85,13 @@ def test_batches_do_not_change_the_rows(tmp_path: Path) -> None:
     assert written == [[row.key for row in expected_rows(recipe)]] * 4
 
 
+@pytest.mark.parametrize("recipe", [make_recipe(), make_dialogues()], ids=["prompts", "dialogues"])
 @pytest.mark.parametrize(
     "place", ["generated 0", "generated 16", "generated 32", "staged 0", "planned", "claimed 2"]
 )
-def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, place: str) -> None:
-    recipe = make_recipe()
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, place: str, recipe: Recipe
+) -> None:
     build(tmp_path / "whole", recipe)
     pid = os.fork()
     if pid == 0:
@@ -80,7 +102,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, pla
     sampler = SeededSampler()
     assert build(tmp_path / "killed", recipe, sampler=sampler).complete
     left = {"generated 0": 24, "generated 16": 8}.get(place, 0)
-    assert len(sampler.asked) == left
+    assert len(sampler.asked) == left * (2 if recipe.prompts.turn else 1)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -148,6 +170,7 @@ def test_another_engine_may_not_go_on(tmp_path: Path) -> None:
     ("other", "words"),
     [
         (make_recipe(41), "--generate: 40 there, 41 now"),
+        (make_dialogues(), "--generate-from: none there, dialogue now"),
         (make_recipe(temperature=0.5), "--generate-temperature: 1.0 there, 0.5 now"),
         (make_recipe(seed=1), "--seed: 0 there, 1 now"),
         (make_recipe(prompts=PROMPTS[:2]), "--prompts: "),
@@ -221,6 +244,14 @@ def test_progress_counts_rows_and_new_tokens(tmp_path: Path) -> None:
         ({"num_rows": 2, "temperature": float("nan")}, "generate_temperature must be a number"),
         ({"num_rows": 2, "temperature": "hot"}, "generate_temperature must be a number"),
         ({"num_rows": 2, "prompts": ""}, "prompts must be a file"),
+        (
+            {"num_rows": 2, "start": "turn"},
+            "generate_from must be one of dialogue, empty-turn, bos, got 'turn'",
+        ),
+        (
+            {"num_rows": 2, "start": "bos", "prompts": "a.txt"},
+            "rows begin with prompts or as generate_from says, got both",
+        ),
     ],
 )
 def test_bad_settings_are_refused(options: dict, message: str) -> None:

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from corpora import ANSWER, USER, rows_of, write_jsonl
 from corpus_tokenizers import CHATML, CHATML_MARKED, INST, TOOLS, byte_tokenizer, merging_tokenizer
@@ -30,12 +31,75 @@ def texts(prompts: Prompts, tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, INST])
-def test_a_chat_model_starts_from_the_empty_user_turn(template: str) -> None:
+def test_a_chat_model_may_start_from_the_empty_user_turn(template: str) -> None:
     tokenizer = byte_tokenizer(template)
-    prompts = reader(tokenizer).default()
+    prompts = reader(tokenizer).default("empty-turn")
     empty = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
     assert texts(prompts, tokenizer) == ["<s>[INST]  [/INST]" if template == INST else empty]
-    assert prompts.uses_template
+    assert prompts.uses_template and prompts.turn is None
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
+def test_a_chat_model_writes_what_a_user_asks(template: str) -> None:
+    tokenizer = byte_tokenizer(template)
+    prompts = reader(tokenizer).default()
+    assert texts(prompts, tokenizer) == ["<|im_start|>user\n"] and prompts.uses_template
+    turn = prompts.turn
+    assert turn is not None and turn.stop_tokens == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    empty = len(reader(tokenizer).default("empty-turn").tokens[0])
+    assert turn.max_new_tokens == (96 - empty) // 2
+    written = np.array(tokenizer("  Hi<|im_end|>")["input_ids"], np.int32)
+    assert tokenizer.decode(turn.prompt(written).tolist()) == HEADER
+    nothing = np.array(turn.stop_tokens, np.int32)
+    assert len(turn.prompt(nothing)) == empty
+
+
+def test_a_turn_without_a_special_end_ends_where_the_template_goes_on() -> None:
+    """Llama 2's manner: `[INST] text [/INST]`. The space belongs to the first word."""
+    tokenizer = byte_tokenizer(INST)
+    prompts = reader(tokenizer).default("dialogue")
+    assert texts(prompts, tokenizer) == ["<s>[INST]"] and prompts.turn is not None
+    assert prompts.turn.stop_tokens == ()
+    written = np.array(
+        tokenizer(" Hi there [/INST] Hello! [/INST]", add_special_tokens=False)["input_ids"], np.int32
+    )
+    assert tokenizer.decode(prompts.turn.prompt(written).tolist()) == "<s>[INST] Hi there [/INST]"
+
+
+def test_a_turn_that_reads_longer_than_it_was_written_leaves_room_for_an_answer() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    turn = reader(tokenizer, max_length=60).default().turn
+    assert turn is not None
+    broken = np.array(
+        tokenizer("\u00e9" * 30, add_special_tokens=False)["input_ids"][::2], np.int32
+    )  # first halves
+    prompt = turn.prompt(broken)
+    assert len(broken) == 30 and len(turn.decode(broken).encode()) > 60 > len(prompt)
+    assert tokenizer.decode(prompt.tolist()).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_template_must_show_a_turn_once() -> None:
+    for text, count in (
+        ("{{ messages[0]['content'] * 2 }}", 2),
+        ("Hello.", 0),
+        ("{{ messages[0]['content'] | upper }}", 0),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"show a user's text once, got it {count} times; use --generate-from"
+        ):
+            reader(byte_tokenizer(text)).default()
+
+
+@pytest.mark.parametrize("start", ["dialogue", "empty-turn"])
+def test_a_conversation_needs_a_template(start: str) -> None:
+    with pytest.raises(ConfigError, match=f"--generate-from {start} needs a chat template"):
+        reader(byte_tokenizer()).default(start)  # type: ignore[arg-type]
+
+
+def test_a_chat_model_may_start_from_bos() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    prompts = reader(tokenizer).default("bos")
+    assert texts(prompts, tokenizer) == ["<s>"] and not prompts.uses_template and prompts.turn is None
 
 
 @pytest.mark.parametrize(
@@ -62,10 +126,14 @@ def test_without_bos_a_text_starts_behind_the_end_of_another() -> None:
 
 def test_a_prompt_leaves_room_for_a_token() -> None:
     tokenizer = byte_tokenizer(CHATML)
-    length = len(reader(tokenizer).default().tokens[0])
-    reader(tokenizer, max_length=length + 1).default()
+    length = len(reader(tokenizer).default("empty-turn").tokens[0])
+    reader(tokenizer, max_length=length + 1).default("empty-turn")
     with pytest.raises(ConfigError, match=f"max_length must be at least {length + 1} .* got {length}"):
-        reader(tokenizer, max_length=length).default()
+        reader(tokenizer, max_length=length).default("empty-turn")
+    turn = reader(tokenizer, max_length=length + 2).default().turn
+    assert turn is not None and turn.max_new_tokens == 1
+    with pytest.raises(ConfigError, match=f"max_length must be at least {length + 2} .* got {length + 1}"):
+        reader(tokenizer, max_length=length + 1).default()
 
 
 def test_a_line_is_what_a_person_types(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ from cache_builder import Sampler, SampleRequest, TeacherConfig, make_sampler
 from cache_builder.teachers.protocol import TeacherError
 
 PROMPT = np.array([1, 70, 300, 12], np.int32)
-MAX_LENGTH = 64
+MAX_LENGTH, STEP_TOKENS = 64, 96
 STOPS = tuple(range(100, 160))
 
 
 @pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def sampler(request, tiny_llama_dir) -> Iterator[tuple[str, Sampler]]:
-    made = make_sampler(request.param, TeacherConfig(model=str(tiny_llama_dir), max_length=MAX_LENGTH))
+    steps = {"max_num_batched_tokens": STEP_TOKENS, "max_num_seqs": 64} if request.param == "vllm" else {}
+    made = make_sampler(
+        request.param, TeacherConfig(model=str(tiny_llama_dir), max_length=MAX_LENGTH, engine_args=steps)
+    )
     yield request.param, made
     made.close()
 
@@ -63,6 +66,15 @@ def test_a_row_depends_on_its_seed_alone(sampler):
     assert written(engine, requests[::-1]) == whole[::-1]
     assert written(engine, requests[5:7]) == whole[5:7]
     assert len({tuple(ids) for ids in whole}) == 12
+
+
+def test_prompts_of_more_tokens_than_a_step_takes(sampler):
+    """The rows of each prompt alone: one that does not fit into a step waits, since on a CPU vLLM stops where it is
+    split."""
+    _, engine = sampler
+    requests = [ask(seed, prompt=np.tile(PROMPT, 9 + seed % 3), max_new_tokens=6) for seed in range(9)]
+    assert sum(len(request.prompt) for request in requests) > 3 * STEP_TOKENS
+    assert written(engine, requests) == [written(engine, [request])[0] for request in requests]
 
 
 def test_a_row_ends_with_a_stop_token_that_is_kept_or_at_its_length(sampler):
@@ -134,7 +146,13 @@ def test_a_build_writes_and_captures_with_vllm(tiny_llama_dir, tmp_path):
     assert build_cache(config).complete and build_cache(config).was_complete
     recipe = open_source(config).recipe
     engine = make_sampler("vllm", TeacherConfig(model=str(tiny_llama_dir), max_length=32))
-    requests = [recipe.request(number) for number in range(20)]
-    rows = [recipe.row(number, np.array(ids)) for number, ids in enumerate(written(engine, requests))]
+    assert recipe.prompts.turn is not None
+    turns = written(engine, [recipe.turn_request(number) for number in range(20)])
+    prompts = [recipe.prompts.turn.prompt(np.array(ids)) for ids in turns]
+    requests = [recipe.request(number, prompt) for number, prompt in enumerate(prompts)]
+    rows = [
+        recipe.row(request.prompt, np.array(ids))
+        for request, ids in zip(requests, written(engine, requests), strict=True)
+    ]
     engine.close()
     assert [row.key for row in TeacherCache(config.out).rows()] == [row.key for row in rows]

@@ -135,6 +135,10 @@ def test_a_cpu_engine_keeps_a_small_cache(monkeypatch):
     assert given == {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     assert platform_arguments(on_cpu=True, pooling=True, user={}) == {"enforce_eager": True}
+    whole = {"enforce_eager": True, "enable_chunked_prefill": False}
+    assert platform_arguments(on_cpu=True, pooling=False, user={}) == whole, (
+        "prompts of a sampler are not split"
+    )
 
 
 @pytest.mark.vllm
