@@ -35,18 +35,18 @@ PROTOCOLS = {
     "maths": "maths", "abstracts": "abstracts", "methods": "maths", "epochs": "epochs", "strengths": "maths",
 }  # fmt: skip
 """Protocol -> folder of its models; a run that two protocols have is made once."""
-OWN_TEXT: dict[str, dict[str, tuple[int, str]]] = {
+OWN_TEXT: dict[str, dict[str, tuple[int, str, int]]] = {
     "cpu": {
-        "own": (12, "empty-turn"), "own-train": (40, "empty-turn"), "own-bos-train": (128, "bos"),
-        "dialogues-train": (128, "dialogue"),
+        "own": (12, "empty-turn", 384), "own-train": (40, "empty-turn", 384), "own-bos-train": (128, "bos", 384),
+        "dialogues-train": (160, "dialogue", 160),
     },
     "gpu": {
-        "own": (64, "empty-turn"), "own-train": (128, "empty-turn"), "own-bos-train": (128, "bos"),
-        "dialogues-train": (128, "dialogue"), "dialogues": (64, "dialogue"),
+        "own": (64, "empty-turn", 384), "own-train": (128, "empty-turn", 384), "own-bos-train": (128, "bos", 384),
+        "dialogues-train": (512, "dialogue", 160), "dialogues": (64, "dialogue", 384),
     },
 }  # fmt: skip
-"""Rows that the model writes itself, to be kept and to be retained with: how many, and what they begin with."""
-OWN_LENGTH = 384
+"""Rows that the model writes itself, to be kept and to be retained with: how many, what they begin with, and their
+longest in tokens. Short dialogues, since what an answer becomes is decided where it begins."""
 TRAINING: dict[str, dict[str, Any]] = {
     "cpu": {"max_steps": 30, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
     "gpu": {"max_steps": 60, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
@@ -134,9 +134,9 @@ class Board:
         builds: list[tuple[object, ...]] = [
             (name, f"corpora/{name}.jsonl", "--max-length", 512) for name in ROWS[self.scale]
         ]
-        for seed, (name, (rows, start)) in enumerate(OWN_TEXT[self.scale].items()):
+        for seed, (name, (rows, start, length)) in enumerate(OWN_TEXT[self.scale].items()):
             words = ("--generate", rows, "--generate-from", start, "--seed", seed)
-            builds.append((name, *words, "--max-length", OWN_LENGTH))
+            builds.append((name, *words, "--max-length", length))
         # vLLM takes its share of a GPU's memory, and so takes turns; the other engine takes what it needs.
         engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
         commands = [
