@@ -7,7 +7,7 @@ Memory: one batch of rows, and some 100 bytes per row to find repetitions.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from cache_builder.commit.engine_record import EngineRecord
 from cache_builder.commit.shard_committer import Step, no_step
 from cache_builder.generation.recipe import Recipe
 from cache_builder.rows.preview import render_row
-from cache_builder.teachers.protocol import Sampler, TeacherError
+from cache_builder.teachers.protocol import Sampler, SampleRequest, TeacherError
 from formats.disk.token_row import TokenRow
 from formats.progress import Progress, counted, format_seconds
 
@@ -140,9 +140,8 @@ class GeneratedRows(Iterator[TokenRow]):
         recipe = self._recipe
         if (turn := recipe.prompts.turn) is None:
             return [recipe.prompt(row) for row in range(first, last)]
-        written = dict(sampler.sample([recipe.turn_request(row) for row in range(first, last)]))
-        if sorted(written) != list(range(last - first)):
-            raise TeacherError(f"the engine must write {last - first} turns, got {len(written)}")
+        requests = [recipe.turn_request(row) for row in range(first, last)]
+        written = dict(self._sampled(sampler, requests, first))
         return [turn.prompt(written[index]) for index in range(last - first)]
 
     def _written(self, sampler: Sampler, first: int, last: int) -> list[TokenRow]:
@@ -150,14 +149,24 @@ class GeneratedRows(Iterator[TokenRow]):
         prompts = self._prompts(sampler, first, last)
         requests = [self._recipe.request(first + index, prompt) for index, prompt in enumerate(prompts)]
         rows: dict[int, TokenRow] = {}
+        for number, tokens in self._sampled(sampler, requests, first):
+            rows[number] = self._recipe.row(prompts[number], tokens)
+            self._progress.advance(1, len(tokens))
+        return [rows[number] for number in range(len(requests))]
+
+    @staticmethod
+    def _sampled(
+        sampler: Sampler, requests: Sequence[SampleRequest], first: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """What the engine writes to every request, as it comes; the first is of row number `first`."""
+        answered: set[int] = set()
         for number, tokens in sampler.sample(requests):
             if not 1 <= len(tokens) <= requests[number].max_new_tokens:
                 raise TeacherError(
                     f"a row must get 1 to {requests[number].max_new_tokens} new tokens, got {len(tokens)} in row "
                     f"{first + number}"
                 )
-            rows[number] = self._recipe.row(prompts[number], tokens)
-            self._progress.advance(1, len(tokens))
-        if len(rows) < len(requests):
-            raise TeacherError(f"the engine must write {len(requests)} rows, got {len(rows)}")
-        return [rows[number] for number in range(len(requests))]
+            answered.add(number)
+            yield number, tokens
+        if len(answered) < len(requests):
+            raise TeacherError(f"the engine must write {len(requests)} rows, got {len(answered)}")

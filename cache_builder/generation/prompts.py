@@ -100,7 +100,7 @@ class PromptReader:
                 f"--generate-from {start} needs a chat template, got a tokenizer without one; leave it out"
             )
         if start == "dialogue":
-            return self._of_turn(self._user_turn())
+            return self._dialogue()
         if start == "empty-turn":
             tokens, kind = self._of_conversation(_asked("")), "the chat template's empty user turn"
         else:
@@ -115,15 +115,12 @@ class PromptReader:
             tokens=(tokens,), source="written by the model", kind=kind, uses_template=self._used_template
         )
 
-    def _user_turn(self) -> UserTurn:
+    def _dialogue(self) -> Prompts:
         def render(text: str) -> str:
             assert self._template is not None
-            conversation = self._template.prepared(_asked(text))
-            return self._template.render(conversation, generation_prompt=True)
+            return self._template.render(_asked(text), generation_prompt=True)
 
-        return UserTurn.of(self._tokenizer, render, self._encode, self._max_length)
-
-    def _of_turn(self, turn: UserTurn) -> Prompts:
+        turn = UserTurn.of(self._tokenizer, render, self._encode, self._max_length)
         if len(turn.before) == 0:  # a template that puts nothing there
             turn = replace(turn, before=np.array(self._start_token(), np.int32))
         return Prompts(

@@ -42,7 +42,7 @@ OWN_TEXT: dict[str, dict[str, tuple[int, str, int]]] = {
     },
     "gpu": {
         "own": (64, "empty-turn", 384), "own-train": (128, "empty-turn", 384), "own-bos-train": (128, "bos", 384),
-        "dialogues-train": (512, "dialogue", 160), "dialogues": (64, "dialogue", 384),
+        "dialogues-train": (512, "dialogue", 160),
     },
 }  # fmt: skip
 """Rows that the model writes itself, to be kept and to be retained with: how many, what they begin with, and their

@@ -12,6 +12,7 @@ from corpus_tokenizers import CHATML, CHATML_MARKED, INST, TOOLS, byte_tokenizer
 
 from cache_builder.generation.prompts import PromptReader, Prompts
 from cache_builder.generation.recipe import stop_tokens
+from cache_builder.generation.settings import Start
 from formats.errors import AnnealError, ConfigError, CorpusError
 
 HEADER = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -91,9 +92,9 @@ def test_a_template_must_show_a_turn_once() -> None:
 
 
 @pytest.mark.parametrize("start", ["dialogue", "empty-turn"])
-def test_a_conversation_needs_a_template(start: str) -> None:
+def test_a_conversation_needs_a_template(start: Start) -> None:
     with pytest.raises(ConfigError, match=f"--generate-from {start} needs a chat template"):
-        reader(byte_tokenizer()).default(start)  # type: ignore[arg-type]
+        reader(byte_tokenizer()).default(start)
 
 
 def test_a_chat_model_may_start_from_bos() -> None:
