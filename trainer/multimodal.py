@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from formats.errors import ConfigError
-from formats.identity.config_file import ADAPTER_FILE, read_adapter_config
+from formats.identity.config_file import is_adapter, read_adapter_config
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +38,9 @@ def auto_class(model_dir: Path) -> Any:
 
 def _base_of(model_dir: Path) -> str:
     """Where the configuration is: beside adapters alone there is none, they name the model that they were made for."""
-    if (model_dir / "config.json").is_file() or not (model_dir / ADAPTER_FILE).is_file():
-        return str(model_dir)
-    return str(read_adapter_config(model_dir)["base_model_name_or_path"])
+    if is_adapter(model_dir):
+        return str(read_adapter_config(model_dir)["base_model_name_or_path"])
+    return str(model_dir)
 
 
 def require_text_model(model: Any) -> None:

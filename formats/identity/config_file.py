@@ -44,6 +44,11 @@ def read_config(model_dir: str | Path, given: str = "MODEL", name: str = "config
     return config
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds adapters without the model they belong to."""
+    return (directory / ADAPTER_FILE).is_file() and not (directory / "config.json").is_file()
+
+
 def read_adapter_config(model_dir: str | Path) -> dict[str, Any]:
     """`ADAPTER_FILE` of a directory with adapters; its `base_model_name_or_path` is the model that they are for.
 

@@ -18,10 +18,10 @@ from formats.engine.environment import child_environment, quiet_environment
 from formats.engine.log import EngineLog
 from formats.engine.processes import killed_by, shut_down, wake_when_killed
 from formats.errors import ConfigError, one_line
+from formats.identity.config_file import is_adapter
 from formats.identity.fingerprint import hash_template, weight_files
 from formats.install import how_to_install
 from trainer.bench.harness import engine_of
-from trainer.bench.model_identity import is_adapter
 from trainer.bench.settings import BenchSettings
 from trainer.loading import load_model, load_tokenizer
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from formats.errors import ConfigError
-from formats.identity.config_file import ADAPTER_FILE, read_adapter_config
+from formats.identity.config_file import is_adapter, read_adapter_config
 from formats.identity.fingerprint import (
     ModelFingerprint,
     resolve_model,
@@ -13,11 +13,6 @@ from formats.identity.fingerprint import (
     weight_files,
 )
 from formats.identity.tensor_hash import hash_tensors
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds adapters without the model they belong to."""
-    return (directory / ADAPTER_FILE).is_file() and not (directory / "config.json").is_file()
 
 
 def model_identity(directory: Path) -> dict[str, str]:

@@ -13,11 +13,11 @@ import numpy as np
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError
-from formats.identity.config_file import ADAPTER_FILE
+from formats.identity.config_file import ADAPTER_FILE, is_adapter
 from formats.identity.fingerprint import resolve_model
 from formats.named_path import short_name
 from formats.progress import Progress
-from trainer.bench.model_identity import is_adapter, model_identity
+from trainer.bench.model_identity import model_identity
 from trainer.comparison.comparison import Comparison
 from trainer.comparison.evaluation_file import EvaluationFile
 from trainer.comparison.flips import count_flips, mean_flips

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.identity.config_file import ADAPTER_FILE
+from formats.identity.config_file import is_adapter
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from trainer.loading import load_tokenizer, require_plain_weights
 from trainer.merging.methods import Merge
@@ -130,11 +130,11 @@ def find_model(name: str, what: str) -> Path:
         ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
     """
     path = resolve_model(name, what=what)
+    if is_adapter(path):
+        raise ConfigError(
+            f"{what} must be a whole model, got adapters alone in {path}; train with lora.merge: true"
+        )
     if not (path / "config.json").is_file():
-        if (path / ADAPTER_FILE).is_file():
-            raise ConfigError(
-                f"{what} must be a whole model, got adapters alone in {path}; train with lora.merge: true"
-            )
         raise ConfigError(f"{what} must be a finished model, got no config.json in {path}; finish its run")
     require_plain_weights(path, what)
     return path
