@@ -42,8 +42,7 @@ def plain(value: Any, kind: Any, *, decoded: bool = False, nested: bool = False)
     if types.is_map(kind):
         items = value.items() if isinstance(value, dict) else value
         return {key: plain(item, kind.item_type, decoded=decoded, nested=True) for key, item in items}
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    if is_list and isinstance(value, list):
+    if isinstance(value, list) and _is_list(kind):
         if _is_simple(kind.value_type) and not nested:
             return value
         return [plain(item, kind.value_type, decoded=decoded, nested=nested) for item in value]
@@ -57,6 +56,19 @@ def plain_untyped(value: Any, *, nested: bool = False) -> Any:
     if isinstance(value, list) and (nested or any(isinstance(item, dict | list) for item in value[:1])):
         return [plain_untyped(item, nested=nested) for item in value]
     return _whole(value) if nested else value
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    tests = (
+        types.is_list,
+        types.is_large_list,
+        types.is_fixed_size_list,
+        types.is_list_view,
+        types.is_large_list_view,
+    )
+    return any(test(kind) for test in tests)
 
 
 def _is_simple(kind: Any) -> bool:

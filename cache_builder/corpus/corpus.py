@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.corpus.fields import known_columns
-from cache_builder.corpus.files import DEFAULT_SPLIT, find_files, split_of
+from cache_builder.corpus.files import DEFAULT_SPLIT, find_files, told_split
 from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
 from cache_builder.corpus.layouts import Layout, recognise
 from cache_builder.corpus.readers import Columns, Record, read_records
@@ -174,7 +174,7 @@ class Corpus:
         directory = Path(self.config.source).expanduser()
         if not self.files or not directory.is_dir():
             return None
-        return split_of(self.files[0].relative_to(directory))
+        return told_split(directory, self.files[0])
 
     def describe(self) -> dict[str, Any]:
         """The corpus as the identity of a cache records it; plain JSON values."""

@@ -7,7 +7,9 @@ some do, the user has to say.
 
 import glob
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from cache_builder.corpus.readers import FAMILIES, family_of
@@ -51,7 +53,7 @@ def find_files(source: str, split: str | None) -> tuple[Path, ...] | None:
             raise CorpusError(f"a corpus file must end in {_suffixes()}, got {source}")
         files: tuple[Path, ...] = (path,)
     elif glob.has_magic(source):
-        matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        matches = sorted({Path(name) for name in glob.glob(str(path), recursive=True)})
         files = tuple(match for match in matches if match.is_file() and _is_data(match))
         if not files:
             raise CorpusError(f"a glob must match files that end in {_suffixes()}, got none for {source}")
@@ -84,8 +86,7 @@ def _of_one_family(files: tuple[Path, ...], source: str) -> tuple[Path, ...]:
 
 def _of_directory(directory: Path, split: str | None) -> tuple[Path, ...]:
     """The data files below `directory` of one split, hidden ones left out."""
-    found = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    found = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    found = sorted(_visible_files(directory))
     saved = _saved_dataset_files(directory, found)
     data = [
         path for path in found if _is_data(path) and (path.parent not in saved or path in saved[path.parent])
@@ -94,7 +95,8 @@ def _of_directory(directory: Path, split: str | None) -> tuple[Path, ...]:
         raise CorpusError(
             f"a corpus directory must hold files that end in {_suffixes()}, got none in {directory}"
         )
-    splits = {path: split_of(path) for path in data}
+    named = _named_splits(directory)
+    splits = {path: split_of(path, named) for path in data}
     names = sorted({name for name in splits.values() if name is not None})
     if names and None in splits.values() and split is None:
         plain = next(path for path in data if splits[path] is None)
@@ -102,7 +104,7 @@ def _of_directory(directory: Path, split: str | None) -> tuple[Path, ...]:
             f"either all files of a directory name a split or none does, got {plain} beside files of "
             f"{', '.join(names)} in {directory}; pass --split NAME or a glob of the files to read"
         )
-    wanted = SPLIT_WORDS.get(split or DEFAULT_SPLIT, split)
+    wanted = _wanted(names, split, named)
     if names:
         data = [path for path in data if splits[path] == wanted]
     elif wanted != DEFAULT_SPLIT:
@@ -110,7 +112,7 @@ def _of_directory(directory: Path, split: str | None) -> tuple[Path, ...]:
     if not data:
         raise CorpusError(
             f"split must be one of {', '.join(names) or DEFAULT_SPLIT} in {directory}, got "
-            f"{split or DEFAULT_SPLIT}; pass --split NAME or a glob of the files to read"
+            f"{split or f'{DEFAULT_SPLIT} (the default)'}; pass --split NAME or a glob of the files to read"
         )
     return _of_one_family(tuple(directory / path for path in data), str(directory))
 
@@ -131,9 +133,52 @@ def _saved_dataset_files(directory: Path, found: list[Path]) -> dict[Path, set[P
     return saved
 
 
-def split_of(path: Path) -> str | None:
-    """The split that a relative path names by a whole word: in its file name, else in its innermost
-    folder."""
+def told_split(directory: Path, path: Path) -> str | None:
+    """The split that a file below a corpus directory belongs to."""
+    return split_of(path.relative_to(directory), _named_splits(directory))
+
+
+def _visible_files(directory: Path) -> Iterator[Path]:
+    """Relative paths of the files below a directory, behind links too; hidden ones and circles left out."""
+    seen = set()
+    for folder, folders, files in os.walk(directory, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in files:
+            if not name.startswith(".") and (path := Path(folder, name)).is_file():
+                yield path.relative_to(directory)
+
+
+def _named_splits(directory: Path) -> tuple[str, ...]:
+    """Folders that `DatasetDict.save_to_disk` lists as splits, whatever they are called."""
+    try:
+        splits = json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(name for name in splits if isinstance(name, str)) if isinstance(splits, list) else ()
+
+
+def _wanted(names: list[str], split: str | None, named: tuple[str, ...]) -> str | None:
+    """The split to read, as the files have it."""
+    asked = split or DEFAULT_SPLIT
+    if not named:
+        return SPLIT_WORDS.get(asked, split)
+    if asked in names:
+        return asked
+    alike = [name for name in names if SPLIT_WORDS.get(name) == SPLIT_WORDS.get(asked, asked)]
+    if split is None and len(names) == 1:
+        alike = names
+    return alike[0] if len(alike) == 1 else None
+
+
+def split_of(path: Path, named: tuple[str, ...] = ()) -> str | None:
+    """The split that a relative path names: by its first folder, if that is one of `named`; else by a whole word in its
+    file name, or in its innermost folder."""
+    if path.parts[0] in named:
+        return path.parts[0]
     for part in reversed(path.parts):
         for word in re.findall(r"[a-z]+", part.lower()):
             if word in SPLIT_WORDS:

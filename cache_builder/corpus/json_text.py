@@ -29,8 +29,7 @@ def parse_json(text: str, where: str) -> Any:
 
     Raises:
         json.JSONDecodeError: it is no JSON.
-        RecursionError: it is nested too deeply.
-        CorpusError: an object has a name twice, or a number has thousands of digits.
+        CorpusError: an object has a name twice, a number has thousands of digits, or it is nested too deeply.
     """
     try:
         return _DECODER.decode(text)
@@ -40,6 +39,10 @@ def parse_json(text: str, where: str) -> Any:
         ) from None
     except json.JSONDecodeError:
         raise
+    except RecursionError:
+        raise CorpusError(
+            f"a record must be flat JSON, got deep nesting in {where}; mend or drop it"
+        ) from None
     except ValueError:  # Python's limit of digits
         raise CorpusError(
             f"a number must be readable, got one of thousands of digits in {where}; write it as text"

@@ -51,12 +51,9 @@ def _always(values: Mapping[str, Any]) -> bool:
 
 
 def _is_sharegpt(values: Mapping[str, Any]) -> bool:
-    turns = values["conversations"]
-    if isinstance(turns, str):
-        return '"from"' in turns
-    if not isinstance(turns, list) or not turns:
-        return False
-    return "from" in turns[0] if isinstance(turns[0], dict) else '"from"' in str(turns[0])
+    turns = _parsed_list(values["conversations"])
+    first = _parsed(turns[0]) if turns else None
+    return isinstance(first, dict) and "from" in first
 
 
 def is_turns(value: Any) -> bool:
@@ -150,11 +147,14 @@ def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layo
                 f"text_column must be a column of the corpus, got {text_column}; columns: {found}"
             )
         return _text(text_column, is_chosen=True)
-    for layout, condition in LAYOUTS:
-        if all(column in values for column in layout.required) and condition(values):
-            if layout.kind == IDS:
-                _refuse_unknown_masks(values, layout)
-            return layout
+    # A column that is null says nothing, unless nothing else does: then it decides which rule is broken.
+    given = {column for column, value in values.items() if value is not None}
+    for columns in (given, set(values)):
+        for layout, condition in LAYOUTS:
+            if columns.issuperset(layout.required) and condition(values):
+                if layout.kind == IDS:
+                    _refuse_unknown_masks(values, layout)
+                return layout
     refuse_unknown_layout(values)
     raise CorpusError(
         f"the corpus must have the columns of a known layout ({RECOGNISED}), got columns: {found}; "
@@ -183,9 +183,15 @@ def _refuse_unknown_masks(values: Mapping[str, Any], layout: Layout) -> None:
 
 def _parsed_list(value: Any) -> list[Any]:
     """A list, or the JSON text of one, as CSV files hold it; anything else is empty."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return []
+    value = _parsed(value)
     return value if isinstance(value, list) else []
+
+
+def _parsed(value: Any) -> Any:
+    """What a list or an object as JSON text says; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value

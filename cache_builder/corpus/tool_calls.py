@@ -18,17 +18,24 @@ from cache_builder.corpus.readers import Record
 from cache_builder.corpus.values import kind_of, sequence_of
 from formats.errors import CorpusError
 
+MOST_LEVELS = 100
+"""Of objects and lists within each other; templates and Python's own writer of JSON recurse."""
 
-def json_value(value: Any, what: str, where: str) -> Any:
+
+def json_value(value: Any, what: str, where: str, *, levels: int = MOST_LEVELS) -> Any:
     """`value` itself, if it is what JSON can hold; a template would fail on anything else, or print it its own way.
 
     Raises:
-        CorpusError: a date, bytes, a number that is none.
+        CorpusError: a date, bytes, a number that is none; more than `levels` of nesting.
     """
+    if levels == 0:
+        raise CorpusError(
+            f"{what} must not be nested deeper than {MOST_LEVELS} levels, got more in {where}; mend it"
+        )
     if isinstance(value, Mapping):
-        return {str(key): json_value(item, what, where) for key, item in value.items()}
+        return {str(key): json_value(item, what, where, levels=levels - 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [json_value(item, what, where) for item in value]
+        return [json_value(item, what, where, levels=levels - 1) for item in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float) and math.isfinite(value):

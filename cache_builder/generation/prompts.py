@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cache_builder.corpus.examples import Conversation, Example, PromptCompletion, Text, convert
+from cache_builder.corpus.fields import names
 from cache_builder.corpus.files import DEFAULT_SPLIT, find_files
 from cache_builder.corpus.hub_data_set import HubSource, parse_hub_name
 from cache_builder.corpus.layouts import Layout, is_turns, recognise
@@ -258,8 +259,9 @@ def _records(source: str) -> Iterator[Record]:
 
 
 def _with_answer(record: Record) -> Record:
-    """The record as a corpus would have it: with an answer, which is left out again."""
-    values = dict(record.values)
+    """The record as a corpus would have it: with one answer, which is left out again, and nothing said of it."""
+    compared = names("preference", "feedback", "label")
+    values = {name: value for name, value in record.values.items() if name not in compared}
     if not {"input_ids", "messages", "conversations"} & set(values):
         prompt = values.get("prompt")
         if prompt is not None:

@@ -15,10 +15,12 @@ Any other difference is an error that names the row: its mask would be a guess. 
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from cache_builder.corpus.examples import Conversation
+from cache_builder.corpus.values import unicode_text
 from cache_builder.rows.encoding import Encoded, encode_spans
 from cache_builder.rows.shown import require_shown, unread_fields
 from cache_builder.rows.template import ChatTemplate, Span
@@ -67,7 +69,8 @@ class ChatEncoder:
         texts, spans, blank = [], [], []
         for conversation in conversations:
             text, ranges = self.target_spans(conversation)
-            texts.append(text)
+            # A role, a field or a tool's description has not been looked at yet.
+            texts.append(unicode_text(text, "a rendered conversation", conversation.where))
             spans.append(ranges)
             blank.append(self._count_turns(conversation))
         encoded = encode_spans(self.tokenizer, texts, spans)
@@ -96,8 +99,7 @@ class ChatEncoder:
         else:
             full = self.template.render(conversation)
         require_shown(self.template, conversation, full)
-        for name in unread_fields(self.template, conversation):
-            self.unread_fields[name] += sum(name in message for message in conversation.messages)
+        self.unread_fields += unread_fields(self.template, conversation, full)
         if self.has_markers:
             turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
             targets = set(conversation.targets())
@@ -130,11 +132,8 @@ class ChatEncoder:
 
     def _turn_start(self, full: str, upto: str, index: int, conversation: Conversation) -> int:
         """Where the model takes over: after the generation prompt, as far as the turn goes along with it."""
-        if index == 0:  # nothing to render before it; the content is the last thing in the rendering
-            content = conversation.messages[0]["content"].strip()
-            if not content or content not in upto:
-                raise self._unstable(index, conversation)
-            return upto.rindex(content)
+        if index == 0:  # there is nothing to render before it
+            return self._first_turn_start(full, upto, conversation)
         beginning = conversation.messages[:index]
         before = self.template.render(conversation, beginning)
         prompted = self.template.render(conversation, beginning, generation_prompt=True)
@@ -147,8 +146,44 @@ class ChatEncoder:
         pairs = zip(full, upto, prompted, strict=False)
         length = next((at for at, letters in enumerate(pairs) if len(set(letters)) > 1), None)
         shared = min(full, upto, prompted, key=len)[:length]
-        ends = [shared.rfind(token) + len(token) for token in self._special_texts if token in shared]
-        return max(len(before), shared.rfind("\n") + 1, *ends)
+        return max(len(before), self._end_of_header(shared))
+
+    def _first_turn_start(self, full: str, upto: str, conversation: Conversation) -> int:
+        """Where a turn begins that nothing stands before: behind the first header in the rendering, which is what a
+        generation prompt adds to a user's turn."""
+        asked = replace(conversation, messages=[{"role": "user", "content": "x"}])
+        before = self.template.render(asked)
+        prompted = self.template.render(asked, generation_prompt=True)
+        header = prompted[len(before) :] if prompted.startswith(before) else ""
+        if not header:
+            return self._first_content_start(full, upto, conversation)
+        while (
+            header and header not in upto
+        ):  # it promises what the turn does not keep, such as an opened <think>
+            header = header[: self._end_of_header(header[:-1])]
+        start = upto.find(header) + len(header)
+        if not header or header in before or full[:start] != upto[:start]:
+            raise self._unstable(0, conversation)
+        return start
+
+    def _first_content_start(self, full: str, upto: str, conversation: Conversation) -> int:
+        """The same for a template without generation prompts, if the turn is its content and nothing else."""
+        message = conversation.messages[0]
+        content = message["content"].strip()
+        start = upto.find(content)
+        if (
+            not content
+            or upto.count(content) > 1
+            or set(message) - {"role", "content"}
+            or full[:start] != upto[:start]
+        ):
+            raise self._unstable(0, conversation)
+        return start
+
+    def _end_of_header(self, text: str) -> int:
+        """Where the last special token or line break of a text ends; 0 without one."""
+        ends = [text.rfind(token) + len(token) for token in self._special_texts if token in text]
+        return max(text.rfind("\n") + 1, *ends, 0)
 
     def _shortened(self, full: str, start: int, turn: str, content: str) -> str:
         """The longest ending of `turn` that `full` continues with, if it still holds the answer."""

@@ -8,6 +8,7 @@ elsewhere.)
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -47,12 +48,17 @@ def require_shown(template: ChatTemplate, conversation: Conversation, full: str)
                 )
 
 
-def unread_fields(template: ChatTemplate, conversation: Conversation) -> set[str]:
-    """Fields of messages that cannot show, because the template does not name them."""
-    found = {name for message in conversation.messages for name in message}
-    return (
-        found - template.words - {"role", "content"} - set(names("turn content", "turn calls", "turn name"))
-    )
+def unread_fields(template: ChatTemplate, conversation: Conversation, full: str) -> Counter[str]:
+    """Messages by a field of theirs that does not show: the template does not name it, or the name of a tool that
+    answers is not in the rendering `full`."""
+    found = Counter(name for message in conversation.messages for name in message)
+    checked = {"role", "content", *names("turn content", "turn calls", "turn name")}
+    unread = Counter({name: found[name] for name in found.keys() - template.words - checked})
+    for message in conversation.messages:
+        name = message.get("name")
+        if message["role"] == "tool" and is_given(name) and str(name) not in full:
+            unread["name"] += 1
+    return unread
 
 
 def _doubtful_contents(template: ChatTemplate, conversation: Conversation, full: str) -> set[str]:

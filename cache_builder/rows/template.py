@@ -5,6 +5,7 @@ is one instant for a whole build, and arguments of tool calls are given in the f
 """
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -107,7 +108,7 @@ class ChatTemplate:
         calls = [call for message in conversation.messages for call in message.get("tool_calls", ())]
         if not any("arguments" in call.get("function", call) for call in calls):
             return conversation
-        as_text = replace(conversation, messages=[_with_text_arguments(m) for m in conversation.messages])
+        as_text = replace(conversation, messages=[_with_arguments(m, None) for m in conversation.messages])
         try:
             rendered = self.render(conversation)
         except CorpusError:
@@ -117,7 +118,21 @@ class ChatTemplate:
             raise
         # An object printed without `tojson` comes out in Python's way: the template is written for text.
         objects = [arguments for call in calls if (arguments := call.get("function", call).get("arguments"))]
-        return as_text if any(str(arguments) in rendered for arguments in objects) else conversation
+        if any(str(arguments) in rendered for arguments in objects) and self._prints_objects(
+            conversation, rendered
+        ):
+            return as_text
+        return conversation
+
+    def _prints_objects(self, conversation: Conversation, rendered: str) -> bool:
+        """Whether the template itself writes arguments in Python's way: a message may quote them like that as well, so
+        it is asked with arguments that stand in no message."""
+        key = next(f"anneal_{n}" for n in itertools.count() if f"anneal_{n}" not in rendered)
+        messages = [_with_arguments(message, {key: "value"}) for message in conversation.messages]
+        try:
+            return str({key: "value"}) in self.render(replace(conversation, messages=messages))
+        except CorpusError:  # the template wants these arguments and no others
+            return True
 
     def render(
         self,
@@ -189,12 +204,14 @@ class ChatTemplate:
             ) from error
 
 
-def _with_text_arguments(message: Message) -> Message:
+def _with_arguments(message: Message, arguments: dict[str, Any] | None) -> Message:
+    """The message with other arguments in its calls; None for its own as JSON text."""
     if not message.get("tool_calls"):
         return message
     calls = deepcopy(message["tool_calls"])
     for call in calls:
         function = call.get("function", call)
         if isinstance(function.get("arguments"), dict):
-            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+            own = json.dumps(function["arguments"], ensure_ascii=False)
+            function["arguments"] = own if arguments is None else arguments
     return {**message, "tool_calls": calls}

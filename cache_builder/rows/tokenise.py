@@ -117,6 +117,9 @@ class TokenisedRows(Iterator[TokenRow]):
             for name, value in chain.from_iterable(record.values.items() for record in records):
                 if name not in announced and is_given(value):
                     stats.unread_columns[name] = stats.unread_columns.get(name, 0) + 1
+            for name in chain.from_iterable(record.left_out for record in records):
+                if name not in announced:
+                    stats.unread_columns[name] = stats.unread_columns.get(name, 0) + 1
             examples = [
                 convert(
                     record,

@@ -106,7 +106,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     (
         "a.jsonl",
         b'{"text": "a"}\n{"text": ' + b"[" * 200_000 + b"\n",
-        "every line must be one flat JSON object, got deep nesting in {path}, line 2",
+        "a record must be flat JSON, got deep nesting in {path}, line 2; mend or drop it",
     ),
     (
         "a.json",

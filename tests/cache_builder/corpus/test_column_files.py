@@ -280,6 +280,23 @@ def test_columns_keep_their_values_and_objects_lose_what_was_added() -> None:
     assert plain('{"a": null, "b": 1.0}', pa.json_()) == {"a": None, "b": 1.0}
 
 
+def test_lists_by_views_lose_what_was_added_too() -> None:
+    item = pa.struct({"a": pa.float64(), "b": pa.string()})
+    for kind in (pa.list_(item), pa.list_view(item), pa.large_list_view(item)):
+        assert plain([{"a": 1.0, "b": None}], kind) == [{"a": 1}]
+
+
+def test_columns_of_later_files_are_counted(tmp_path: Path) -> None:
+    """As those of later records are: column files hand over the columns that are read, and no others."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["abc"], "id": [1]}), folder / "a.parquet")
+    pq.write_table(pa.table({"text": ["def", "ghi"], "id": [2, 3], "note": ["x", "y"]}), folder / "b.parquet")
+    rows, iterator = rows_of_file(folder, byte_tokenizer())
+    assert len(rows) == 3
+    assert iterator.stats.notes() == ["columns not read, of later records than the first: note (2)"]
+
+
 def test_a_saved_data_set_of_messages_as_json_text(tmp_path: Path) -> None:
     """Whole messages as text, one by one or all in one, as some exports have them."""
     tokenizer = byte_tokenizer(TOOLS)

@@ -53,6 +53,14 @@ def test_several_compressed_frames_in_one_file(tmp_path: Path) -> None:
     assert texts(write(tmp_path / "b.jsonl.zst", noise)) == [record["text"] for record in noise]
 
 
+def test_a_frame_with_a_large_window(tmp_path: Path) -> None:
+    """What `zstd --long=30` writes; a decoder refuses more than 128 MiB unless it is told."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=30)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(writer.compress(lines_of(RECORDS).encode()) + writer.flush())
+    assert texts(tmp_path / "a.jsonl.zst") == TEXTS
+
+
 def test_json_lines_under_a_json_suffix_with_bom_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(b"\xef\xbb\xbf" + lines_of(RECORDS).replace("\n", "\r\n\n").encode())
@@ -111,7 +119,8 @@ def test_a_glob_is_read_in_order(tmp_path: Path) -> None:
     for name in ("c.jsonl", "a.jsonl", "b.txt", "d/a.jsonl"):
         write(tmp_path / name, [{"text": name}]) if name.endswith("l") else (tmp_path / name).write_text(name)
     assert texts(f"{tmp_path}/*.jsonl") == ["a.jsonl", "c.jsonl"]
-    assert texts(f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "c.jsonl", "d/a.jsonl"]
+    for pattern in ("**", "**/**"):  # the second matches a file once for every way to it
+        assert texts(f"{tmp_path}/{pattern}/*.jsonl") == ["a.jsonl", "c.jsonl", "d/a.jsonl"]
 
 
 def test_files_of_the_asked_split_are_read_and_the_others_held_out(tmp_path: Path) -> None:
@@ -152,6 +161,40 @@ def test_a_saved_dataset_is_read_without_the_caches_beside_it(tmp_path: Path) ->
     shutil.copy(data, data.with_name("cache-0123.arrow"))  # what `map` leaves behind
     assert texts(tmp_path / "saved") == ["train"] * 3
     assert texts(tmp_path / "saved", split="test") == ["test"] * 3
+
+
+def save_splits(directory: Path, *names: str) -> None:
+    import datasets
+
+    splits = {name: datasets.Dataset.from_list([{"text": name}]) for name in names}
+    datasets.DatasetDict(splits).save_to_disk(directory)
+
+
+def test_a_saved_dataset_has_the_splits_that_it_lists(tmp_path: Path) -> None:
+    save_splits(tmp_path / "a", "corpus", "heldout")
+    assert refusal(tmp_path / "a") == (
+        f"split must be one of corpus, heldout in {tmp_path}/a, got train (the default); pass --split NAME or a "
+        "glob of the files to read"
+    )
+    assert texts(tmp_path / "a", split="heldout") == ["heldout"]
+    told = open_corpus(CorpusConfig(source=str(tmp_path / "a"), split="corpus")).announcement()
+    assert told == f"corpus: {tmp_path}/a, split corpus"
+    save_splits(tmp_path / "b", "train_sft", "test_sft", "train_gen")
+    assert texts(tmp_path / "b", split="train_gen") == ["train_gen"]
+    assert refusal(tmp_path / "b").startswith("split must be one of test_sft, train_gen, train_sft in ")
+    save_splits(tmp_path / "c", "training", "dev")
+    assert texts(tmp_path / "c") == ["training"]
+    assert texts(tmp_path / "c", split="validation") == ["dev"]
+    save_splits(tmp_path / "d", "everything")
+    assert texts(tmp_path / "d") == ["everything"]
+
+
+def test_links_below_a_directory_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "c" / "a.jsonl", [{"text": "a"}])
+    write(tmp_path / "other" / "b.jsonl", [{"text": "b"}])
+    (tmp_path / "c" / "sub").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "circle").symlink_to(tmp_path / "c")
+    assert texts(tmp_path / "c") == ["a", "b"]
 
 
 # --- limit, sample, fingerprint -----------------------------------------------------------------------------

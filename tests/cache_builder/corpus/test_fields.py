@@ -241,6 +241,37 @@ def test_fields_that_the_template_does_not_read_are_counted_by_name(tmp_path: Pa
     ]
 
 
+def test_fields_of_a_part_that_say_nothing_of_the_loss_are_counted(tmp_path: Path) -> None:
+    part = {"type": "text", "text": "Yo", "cache_control": {"type": "ephemeral"}, "annotations": []}
+    record = {"messages": [USER, {"role": "assistant", "content": [part]}]}
+    rows, iterator = rows_of(tmp_path, [record, CHAT], byte_tokenizer(CHATML))
+    assert rows[0].input_ids.tolist() == rows[1].input_ids.tolist()
+    assert iterator.stats.unread_fields == {"content.cache_control": 1}
+
+
+def test_the_name_of_a_tool_that_does_not_show_is_counted(tmp_path: Path) -> None:
+    tool = {"role": "tool", "content": "12 S", "name": "find"}
+    _, iterator = rows_of(tmp_path, [{"messages": [USER, tool, ANSWER]}], byte_tokenizer(CHATML))
+    assert iterator.stats.unread_fields == {"name": 1}
+    named = CHATML.replace("m['role'] +", "m['role'] + ' ' + (m.name or '') +")
+    _, iterator = rows_of(tmp_path, [{"messages": [USER, tool, ANSWER]}], byte_tokenizer(named))
+    assert iterator.stats.unread_fields == {}
+
+
+def test_arguments_nested_without_end_are_refused(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(120):
+        deep = {"x": deep}
+    bad = with_field(1, tool_calls=[{"name": "f", "arguments": deep}])
+    assert refusal(tmp_path, CHAT, bad, TOOLS) == (
+        "a tool call must not be nested deeper than 100 levels, got more in message 2 of data.jsonl, line 2; mend it"
+    )
+    text = with_field(1, tool_calls="[" * 100_000)
+    assert refusal(tmp_path, CHAT, text, TOOLS) == (
+        "a record must be flat JSON, got deep nesting in message 2 of data.jsonl, line 2; mend or drop it"
+    )
+
+
 # --- what a conversation may have beside its turns --------------------------------------------------------------
 
 

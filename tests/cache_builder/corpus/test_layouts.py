@@ -1,5 +1,6 @@
 """Columns to layouts, and what is said when there is none."""
 
+import json
 from typing import Any
 
 import pytest
@@ -46,6 +47,23 @@ def test_layouts(values: dict[str, Any], name: str, loss: str, splits: bool) -> 
     layout = recognise(values)
     assert (layout.name, layout.loss, layout.splits) == (name, loss, splits)
     assert set(layout.required) <= set(values)
+
+
+def test_a_null_column_does_not_decide() -> None:
+    turns = [{"from": "human", "value": "a"}]
+    assert recognise({"messages": None, "conversations": turns}).name == "ShareGPT"
+    assert recognise({"conversations": None, "text": "a"}).name == "text"
+    assert recognise({"text": None, "id": 3}).name == "text"
+
+
+def test_sharegpt_is_told_by_its_first_turn() -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "find", "arguments": {"from": "Lima"}}]}
+    turns = [{"role": "user", "content": "a"}, call]
+    for value in (turns, json.dumps(turns), [json.dumps(turn) for turn in turns]):
+        assert recognise({"conversations": value}).name == "messages"
+    shared = [{"from": "human", "value": "a"}]
+    for value in (shared, json.dumps(shared), [json.dumps(turn) for turn in shared]):
+        assert recognise({"conversations": value}).name == "ShareGPT"
 
 
 def test_text_column_overrules() -> None:

@@ -174,6 +174,17 @@ def test_every_layout_ends_where_its_answer_begins(tmp_path: Path, record: dict,
     assert texts(read(tmp_path, [record], tokenizer), tokenizer) == [expected]
 
 
+def test_preferences_and_feedback_are_answers_that_nobody_looks_at(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    records = [
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]},
+        {"prompt": [USER], "completion": [ANSWER], "label": True},
+        {"messages": [USER, ANSWER], "kto_tag": False},
+    ]
+    for record in records:
+        assert texts(read(tmp_path, [record], tokenizer), tokenizer) == [HEADER]
+
+
 def test_prompts_are_those_of_a_build_of_the_same_file(tmp_path: Path) -> None:
     """A cache of the file and generation from it have the same tokens before the answer."""
     tokenizer = byte_tokenizer(CHATML, adds_bos=True)
@@ -235,7 +246,7 @@ def test_prompts_without_room_are_skipped_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"chosen": "a", "rejected": "b", "prompt": "Hi"}, "chosen"),
+        ({"chosen": "a", "rejected": "b"}, "known layout"),
         ({"question": "Hi"}, "known layout"),
         ({"messages": [ANSWER]}, "a turn that is not the assistant's, got none in prompts.jsonl, line 1"),
         ({"messages": []}, "at least one message"),

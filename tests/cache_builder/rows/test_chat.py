@@ -3,7 +3,16 @@
 from typing import Any
 
 import pytest
-from corpus_tokenizers import CHATML, CHATML_MARKED, INST, OPENED_THOUGHT, THINKING, UNSTABLE, byte_tokenizer
+from corpus_tokenizers import (
+    CHATML,
+    CHATML_MARKED,
+    INST,
+    OPENED_THOUGHT,
+    THINKING,
+    TOOLS,
+    UNSTABLE,
+    byte_tokenizer,
+)
 
 from cache_builder.corpus.examples import Conversation
 from cache_builder.rows.chat import ChatEncoder
@@ -117,6 +126,48 @@ def test_consecutive_answers_are_separate_targets() -> None:
         "<|im_start|>assistant\n[See you<|im_end|>]\n"
     )
     assert shown(CHATML, messages) == expected
+
+
+def test_an_opening_turn_is_a_target_as_a_later_one_is() -> None:
+    """Its content may occur in the header, in its call, or behind a thought."""
+    for content in ("end", "d", "assistant", "im_start"):
+        answer = {"role": "assistant", "content": content}
+        opening = "<|im_start|>assistant\n[" + content + "<|im_end|>]\n"
+        assert shown(CHATML, [answer, TURNS[3]]) == opening + "<|im_start|>user\nBye<|im_end|>\n"
+        assert shown(CHATML, [TURNS[0], answer]).endswith(opening)
+    call = {"name": "weather", "arguments": {"city": "Lima"}}
+    calling = {"role": "assistant", "content": "weather", "tool_calls": [call]}
+    assert shown(TOOLS, [calling, TURNS[3]]) == (
+        '<|im_start|>assistant\n[weather<call>{"name": "weather", "arguments": {"city": "Lima"}}<|im_end|>]\n'
+        "<|im_start|>user\nBye<|im_end|>\n"
+    )
+    thinking = CHATML.replace("+ m['content']", "+ (m.reasoning_content or '') + m['content']")
+    thought = {"role": "assistant", "content": "Yo", "reasoning_content": "Hm. "}
+    assert shown(thinking, [thought, TURNS[3]]).startswith("<|im_start|>assistant\n[Hm. Yo<|im_end|>]")
+    assert shown(OPENED_THOUGHT, [TURNS[2], TURNS[3]]).startswith("<|im_start|>assistant\n[Yo<|im_end|>]")
+
+
+def test_an_opening_turn_under_another_header_is_refused() -> None:
+    other = CHATML.replace("m['role'] + '\\n'", "('bot' if m['role'] == 'assistant' else m['role']) + '\\n'")
+    with pytest.raises(CorpusError, match="got another text for message 1 of"):
+        ChatEncoder(byte_tokenizer(other)).encode([conversation(TURNS[2:4])])
+
+
+def test_an_opening_turn_without_generation_prompts() -> None:
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    assert shown(plain, TURNS[2:4]) == "assistant: [Yo\n]user: Bye\n"
+    with pytest.raises(CorpusError, match="got another text for message 1 of"):
+        shown(plain, [{"role": "assistant", "content": "s"}, TURNS[3]])
+
+
+def test_half_a_surrogate_pair_anywhere_is_refused() -> None:
+    role = [{"role": "us\ud800", "content": "Hi"}, TURNS[2]]
+    with pytest.raises(CorpusError) as caught:
+        ChatEncoder(byte_tokenizer(CHATML)).encode([conversation(role)])
+    assert str(caught.value) == (
+        "a rendered conversation must be valid Unicode, got an unpaired surrogate at character 15 of data.jsonl, "
+        "line 7; mend or drop the record"
+    )
 
 
 def test_an_opening_answer_is_a_target_without_its_header() -> None:

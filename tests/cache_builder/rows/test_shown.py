@@ -186,4 +186,6 @@ def test_arguments_take_the_form_that_the_template_is_written_for(as_text: bool)
     encoded = start + "```{{ c.function.arguments | tojson }}```" + end
     for template in (joined, printed, encoded):
         assert targets(template, messages) == [f"```{shown}```<|im_end|>"]
+        quoting = [*messages, {"role": "tool", "content": f"clock({arguments}) -> 12:00"}]
+        assert targets(template, quoting) == [f"```{shown}```<|im_end|>"]
     assert messages[1]["tool_calls"] == [call]  # nobody wrote into the record
