@@ -28,11 +28,14 @@ def quiet_environment(debug: bool, *, local: bool) -> None:
 
 @contextlib.contextmanager
 def child_environment(debug: bool) -> Iterator[None]:
-    """What processes started inside inherit: whose they are, and no warnings of other people's libraries.
+    """What processes started inside inherit: whose they are, a last word of a process that crashes, and no warnings of
+    other people's libraries.
 
     An engine whose processes know that ends when its owner does (`cache_builder.teachers.vllm_plugin`).
     """
     added = {PARENT_VARIABLE: str(os.getpid())}
+    if "PYTHONFAULTHANDLER" not in os.environ:
+        added["PYTHONFAULTHANDLER"] = "1"  # a process that crashes says by what (`EngineLog.cause`)
     if not debug and "PYTHONWARNINGS" not in os.environ:
         added["PYTHONWARNINGS"] = "ignore"
     os.environ.update(added)

@@ -22,6 +22,8 @@ CONSEQUENCES = (
     ": cancelled",
 )
 """Parts of errors that only report another one."""
+CRASH = re.compile(r"^Fatal Python error: (\w.*)", re.MULTILINE)
+"""What Python's fault handler prints where a signal such as SIGILL or SIGSEGV ends a process."""
 NO_WORD = "one of its processes ended without a word, as when the system kills it because memory runs out"
 
 
@@ -59,7 +61,9 @@ class EngineLog:
         return os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")
 
     def cause(self) -> str:
-        """The last error that is not the consequence of another, in one line; empty if there is none."""
+        """A crash, or else the last error that is not the consequence of another, in one line; empty if there is none."""
+        if crash := CRASH.search(self.text()):
+            return f"one of its processes crashed: {crash[1].strip()}"[:300]
         found = [match for line in self.text().splitlines() if (match := ERROR_LINE.search(line))]
         causes = [m for m in found if not any(part in m[0] for part in CONSEQUENCES)]
         return f"{causes[-1][1]}: {causes[-1][2].strip()}"[:300] if causes else ""

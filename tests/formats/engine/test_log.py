@@ -1,9 +1,11 @@
 """What child processes print goes to the log, ours to the screen, and the cause of a failure is found."""
 
 import os
+import signal
 import subprocess
 import sys
 
+from formats.engine.environment import child_environment
 from formats.engine.log import EngineLog
 
 TALK = "import sys; print('to out'); print('to err', file=sys.stderr)"
@@ -59,3 +61,16 @@ def test_a_process_that_left_no_line_is_no_root_cause_above():
             "one of its processes ended without a word, as when the system kills"
         )
     assert log.explain("ValueError: odd").startswith("ValueError: odd; --debug")
+
+
+def test_a_process_that_crashes_is_named(monkeypatch):
+    """By the signal's name, as Python's fault handler writes it, although another error follows from it."""
+    monkeypatch.delenv("PYTHONFAULTHANDLER", raising=False)
+    log = EngineLog(shown=False)
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
+    with child_environment(debug=False), log.inherited():
+        assert subprocess.run([sys.executable, "-c", crash]).returncode == -signal.SIGILL
+        os.write(2, b"ERROR 11-27 [core.py:1] RuntimeError: cancelled\n")
+    assert log.explain("RuntimeError: cancelled") == (
+        "one of its processes crashed: Illegal instruction; --debug shows its whole log"
+    )
