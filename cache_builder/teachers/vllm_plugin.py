@@ -82,9 +82,22 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="anneal-parent-watch", daemon=True).start()
 
 
+def ask_for_amx() -> None:
+    """Ask Linux for the tile registers that vLLM's attention uses on a CPU with AMX.
+
+    vLLM 0.32 looks whether the processor has them and leaves the asking to oneDNN, which asks at its first large
+    product. A model whose layers are smaller than that reaches the attention before, and SIGILL ends the process.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 def register() -> None:
     """Register the teacher variants; safe to call more than once."""
     end_with_parent()
+    ask_for_amx()
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
