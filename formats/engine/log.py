@@ -61,7 +61,7 @@ class EngineLog:
         return os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")
 
     def cause(self) -> str:
-        """A crash, or else the last error that is not the consequence of another, in one line; empty if there is none."""
+        """A crash, or else the last error that is no consequence of another, in one line; empty if there is none."""
         if crash := CRASH.search(self.text()):
             return f"one of its processes crashed: {crash[1].strip()}"[:300]
         found = [match for line in self.text().splitlines() if (match := ERROR_LINE.search(line))]
