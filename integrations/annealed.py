@@ -19,7 +19,7 @@ from integrations.settings import require_only
 from integrations.teacher import ancestor_of, vocabulary_of
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
-from trainer.data.label_terms import bare_objective, resolved
+from trainer.data.label_terms import bare_objective, reads_initial, resolved
 from trainer.data.sampler import EpochBatches, Source
 from trainer.loop.finite import FiniteWatch, least_of_ranks
 from trainer.loop.kl_budget import KlBudget
@@ -157,9 +157,9 @@ class Annealed(Trainer):
         self.head = OutputHead.of(self.model).install()  # type: ignore[arg-type]
         self.head.kernel = config.loss_kernel  # type: ignore[assignment]
         different = config.allow_different_student
-        ancestor = (
-            None if different or config.kl_coef == 0 else ancestor_of(cache, self.head.model, tokenizer)
-        )
+        with_kl = config.kl_coef > 0
+        reads_teacher = with_kl or reads_initial(config.weighting, target=True)
+        ancestor = ancestor_of(cache, self.head.model, tokenizer) if reads_teacher and not different else None
         size = vocabulary_of(cache, self.head.model, tokenizer, different_student=different)
         self.head.vocab_size = size if size < self.head.num_outputs else None
 
@@ -168,7 +168,7 @@ class Annealed(Trainer):
             made.vocab_size = size
             return made
 
-        draws, with_kl = config.tail_draws and config.kl_direction == "forward", config.kl_coef > 0
+        draws = config.tail_draws and config.kl_direction == "forward"
         self.objective = resolved(bare_objective(config), cache)
         self.kl_coef, self.kl_direction = config.kl_coef, config.kl_direction
         self.train_rows = JoinedRows(
@@ -197,7 +197,7 @@ class Annealed(Trainer):
         for each in held.values() if isinstance(held, dict) else () if held is None else (held,):
             self.require_rows(each, self.eval_rows, "evaluation")
         first: TrainerCallback
-        if with_kl:
+        if reads_teacher:
             first = Step0Check(
                 self,  # type: ignore[arg-type]
                 dataset(cache, "both"),

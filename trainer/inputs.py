@@ -11,7 +11,7 @@ from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
 from formats.named_path import short_name
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
-from trainer.data.label_terms import bare_objective, resolved
+from trainer.data.label_terms import bare_objective, reads_initial, resolved
 from trainer.data.mixture import amount_of
 from trainer.loading import load_model, load_tokenizer, open_cache, require_plain_weights
 from trainer.multimodal import encoders, encoders_note
@@ -44,8 +44,10 @@ class Inputs:
     """Those of `config.ewc_tasks`."""
     anchors: list[Path | None]
     """The directory of each of these tasks' model; None for the model that the run starts from."""
+    without_kl: list[TeacherCache]
+    """Those of them on which no KL acts."""
     tokens_only: list[TeacherCache]
-    """Those of them that only give text."""
+    """Those of these that only give text: no weight of the cross-entropy is read from them either."""
 
     @property
     def start(self) -> Ancestor:
@@ -55,27 +57,35 @@ class Inputs:
     @property
     def with_kl(self) -> list[TeacherCache]:
         """The caches of the training rows on which KL acts, the target first if it is one."""
-        return [cache for cache in (self.target, *self.mixed) if self._reads_teacher(cache)]
+        return [cache for cache in (self.target, *self.mixed) if not _among(cache, self.without_kl)]
+
+    @property
+    def checked(self) -> TeacherCache | None:
+        """The cache of the check before the first update: the first of the training rows whose teacher is read."""
+        read = [cache for cache in (self.target, *self.mixed) if not _among(cache, self.tokens_only)]
+        return next(iter([*self.with_kl, *read]), None)
 
     @property
     def kl_to(self) -> Ancestor | None:
         """The model to which KL holds: the teacher of the first cache that has a KL; None without one."""
         return teacher_of(self.with_kl[0], self.lineage) if self.with_kl else None
 
-    def _reads_teacher(self, cache: TeacherCache) -> bool:
-        return not any(cache is other for other in self.tokens_only)
-
     @property
     def ancestor(self) -> str | None:
-        """The name of the teacher to which KL holds, where it is an ancestor of the model that the run starts from."""
+        """The name of the teacher of `checked`, where it is an ancestor of the model that the run starts from."""
         older = {entry.weights for entry in self.lineage[:-1]}
-        return self.kl_to.name if self.kl_to is not None and self.kl_to.weights in older else None
+        teacher = None if self.checked is None else teacher_of(self.checked, self.lineage)
+        return teacher.name if teacher is not None and teacher.weights in older else None
 
     @property
     def with_teacher(self) -> list[TeacherCache]:
         """The caches whose teacher's numbers are read."""
         caches = [self.target, *self.mixed, *self.held_out.values(), *self.known]
-        return [cache for cache in caches if self._reads_teacher(cache)]
+        return [cache for cache in caches if not _among(cache, self.tokens_only)]
+
+
+def _among(cache: TeacherCache, caches: list[TeacherCache]) -> bool:
+    return any(cache is other for other in caches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +142,24 @@ def open_inputs(config: TrainConfig) -> Inputs:
     lineage = lineage_of(model_dir, config.model)
     teachers = {entry.weights for entry in lineage}
 
+    without_kl: list[TeacherCache] = []
     tokens_only: list[TeacherCache] = []
 
-    def opened(path: str, loss: str | None = None) -> TeacherCache:
-        """For training with `loss` on it, or for evaluation."""
-        tokens = loss is not None and reads_tokens_only(config, loss)
+    def opened(
+        path: str, loss: str | None = None, *, weighted: bool = True, target: bool = False
+    ) -> TeacherCache:
+        """For training with `loss` on it, its cross-entropy weighted or not, or for evaluation."""
+        plain = loss is not None and has_no_kl(config, loss)
+        tokens = plain and not (weighted and reads_initial(config.weighting, target=target))
         check = not config.allow_different_student
         cache = open_cache(
             path, model_dir, tokenizer, check_identity=check, teachers=teachers, tokens_only=tokens
         )
+        without_kl.extend([cache] if plain else [])
         tokens_only.extend([cache] if tokens else [])
         return cache
 
-    target = opened(config.cache, config.loss)
+    target = opened(config.cache, config.loss, target=True)
     return Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
@@ -152,10 +167,11 @@ def open_inputs(config: TrainConfig) -> Inputs:
         target=target,
         mixed=[opened(cache.path, cache.loss) for cache in config.caches],
         held_out={name: opened(path) for name, path in config.eval_caches.items()},
-        known=[opened(task.cache, "ce") for task in config.ewc_tasks],
+        known=[opened(task.cache, "ce", weighted=False) for task in config.ewc_tasks],
         anchors=[
             None if task.model is None else anchor_dir(task.model, tokenizer) for task in config.ewc_tasks
         ],
+        without_kl=without_kl,
         tokens_only=tokens_only,
     )
 
@@ -178,8 +194,10 @@ def anchor_dir(name: str, tokenizer: Any) -> Path:
     return path
 
 
-def reads_tokens_only(config: TrainConfig, loss: str) -> bool:
-    """Whether training with this `loss` on a cache reads nothing of its teacher."""
+def has_no_kl(config: TrainConfig, loss: str) -> bool:
+    """Whether training with this `loss` on a cache holds to no teacher. A weight of its cross-entropy may yet be read
+    from the cache (`reads_initial`).
+    """
     return loss == "ce" or (loss == "both" and config.kl_coef == 0)
 
 
@@ -200,15 +218,13 @@ def facts_of(config: TrainConfig, inputs: Inputs) -> tuple[dict[str, list[Teache
 
 
 def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
-    """The caches' rows at the run's temperature. Without a KL term nobody reads the teacher's payloads, so
-    they are not decoded either.
-    """
+    """The caches' rows at the run's temperature; without a KL term their items have no teacher."""
     tail_draws = config.tail_draws and config.kl_direction == "forward"
 
     objective = resolved(bare_objective(config), inputs.target)
 
     def rows(opened: TeacherCache, loss: str) -> CachedDataset:
-        loss = "ce" if reads_tokens_only(config, loss) else loss
+        loss = "ce" if has_no_kl(config, loss) else loss
         return CachedDataset(opened, config.temperature, loss, tail_draws=tail_draws, objective=objective)
 
     return Rows(
@@ -225,11 +241,12 @@ def rows_of(config: TrainConfig, inputs: Inputs) -> Rows:
 
 
 def rows_to_check(config: TrainConfig, inputs: Inputs, tail_draws: bool) -> CachedDataset | None:
-    """Rows for the check before the first update: those of the target, or of the first mixed cache that has a KL. Where
-    only tokens are used, the check is still made with the model that built the target, which must be its own teacher.
+    """Rows for the check before the first update: those of `inputs.checked`. Where only tokens are used, the check is
+    still made with the model that built the target, which must be its own teacher.
     """
-    if inputs.with_kl:
-        return CachedDataset(inputs.with_kl[0], config.temperature, tail_draws=tail_draws)
+    checked = inputs.checked
+    if checked is not None and (inputs.with_kl or checked.manifest.num_positions):
+        return CachedDataset(checked, config.temperature, tail_draws=tail_draws)
     built_by = inputs.target.identity.teacher.get("weights")
     has_teacher = inputs.target.manifest.num_positions > 0
     if built_by != inputs.start.weights or not has_teacher:

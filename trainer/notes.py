@@ -10,7 +10,7 @@ from formats.progress import counted
 from trainer.config import TrainConfig
 from trainer.data.label_terms import share_learnt
 from trainer.data.mixture import unit_weights
-from trainer.inputs import Inputs, Rows, Student, reads_tokens_only, teacher_of
+from trainer.inputs import Inputs, Rows, Student, has_no_kl, teacher_of
 from trainer.loss.chunks import why_no_triton
 from trainer.preflight.frozen import freeze_note
 from trainer.recipe import on_gpu
@@ -54,10 +54,10 @@ def notes(
 def anchor_note(config: TrainConfig, inputs: Inputs) -> str | None:
     """One line where KL holds to another model than the one that the run starts from; None elsewhere."""
     held = {}
-    if not reads_tokens_only(config, config.loss):
+    if not has_no_kl(config, config.loss):
         held[""] = teacher_of(inputs.target, inputs.lineage)
     for entry, cache in zip(config.caches, inputs.mixed, strict=True):
-        if not reads_tokens_only(config, entry.loss):
+        if not has_no_kl(config, entry.loss):
             held[entry.path] = teacher_of(cache, inputs.lineage)
     others = {path: teacher for path, teacher in held.items() if teacher.weights != inputs.start.weights}
     if not others:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 from processes import run_ranks
+from runs import copy_model, noise
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from formats.cache import TeacherCache
-from formats.errors import ConfigError
+from formats.errors import ConfigError, IdentityMismatchError
 from integrations.annealed import Annealed
 from integrations.joined_rows import segments
 from integrations.row_file import write_rows
@@ -34,7 +35,9 @@ def rows_in(cache: Path) -> dict[str, list[list[int]]]:
     }
 
 
-def trainer_of(model: Path, out: Path, cache: Path, rows, *, packing=False, on_missing="refuse", **changed):
+def trainer_of(
+    model: Path, out: Path, cache: Path, rows, *, packing=False, on_missing="refuse", settings=None, **changed
+):
     extra = {
         name: changed.pop(name)
         for name in ("eval_dataset", "compute_loss_func", "compute_metrics")
@@ -48,9 +51,24 @@ def trainer_of(model: Path, out: Path, cache: Path, rows, *, packing=False, on_m
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     trainer = Annealing(loaded, arguments, train_dataset=rows, processing_class=tokenizer, **extra)
-    config = TrainConfig(cache=str(cache), model="-", out="-")
+    config = TrainConfig(cache=str(cache), model="-", out="-", **settings or {})
     trainer.anneal_with(config, tokenizer, packing=packing, on_missing=on_missing)
     return trainer
+
+
+def test_weights_that_are_read_from_the_cache_need_the_models_own(tmp_path, tiny_llama_dir, pruned_cache):
+    """Without KL the tokens of any cache will do, but p0 must be that of the model."""
+    other = copy_model(tiny_llama_dir, tmp_path / "other", noise(3, 0.05))
+    rows, plain = Dataset.from_dict(rows_in(pruned_cache)), {"kl_coef": 0.0}
+    trainer_of(other, tmp_path, pruned_cache, rows, settings=plain).train()
+    for weight in ("stm", "talr"):
+        asked = plain | {"ce_weight": weight}
+        with pytest.raises(IdentityMismatchError, match="must be the teacher that built the cache"):
+            trainer_of(other, tmp_path, pruned_cache, rows, settings=asked)
+    asked = plain | {"ce_weight": "stm:0.001"}
+    known = trainer_of(tiny_llama_dir, tmp_path, pruned_cache, rows, settings=asked)
+    known.train()
+    assert known.step0.kl < 0.02
 
 
 def losses(trainer: Annealing) -> list[float]:

@@ -133,10 +133,11 @@ def test_a_run_without_anything_to_train_on_is_refused(tiny_llama_dir, tmp_path)
 
     rows = [TokenRow(row.input_ids, np.zeros(len(row), bool)) for row in random_rows(4, 1003)]
     cache = write_cache(tmp_path / "c", tiny_llama_dir, rows=rows, positions="all")
-    refused(
-        settings(cache, tiny_llama_dir, tmp_path / "run", "kl_coef=0"),
-        ConfigError,
-        "needs tokens that carry loss",
-    )
+    for more in ((), ("ce_weight=stm",)):
+        refused(
+            settings(cache, tiny_llama_dir, tmp_path / "run", "kl_coef=0", *more),
+            ConfigError,
+            "needs tokens that carry loss",
+        )
     assert not (tmp_path / "run").exists()
     assert train(settings(cache, tiny_llama_dir, tmp_path / "kl")).num_steps == 2

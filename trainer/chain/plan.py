@@ -17,6 +17,7 @@ from typing import Any
 from formats.errors import ConfigError, naming
 from trainer.chain.caches import CacheMaker
 from trainer.chain.config import ChainConfig
+from trainer.data.label_terms import reads_initial
 from trainer.recipe import resolve_training
 from trainer.sweep.plan import PlannedRun
 
@@ -94,6 +95,8 @@ def _sequence(
             twin = shared[number]
             if _settings(twin) == _settings(stage):
                 stage = twin
+        if stage.name.startswith("controls/"):
+            _require_readable(config, stage)
         found.append(stage)
     return found
 
@@ -211,6 +214,21 @@ def checked(stage: Stage, out: Path) -> Stage:
     return stage
 
 
+def _require_readable(config: ChainConfig, control: Stage) -> None:
+    """Refuse a weight that would be read from a cache whose teacher is a stage, of which a control knows nothing.
+
+    Raises:
+        ConfigError: naming the weight.
+    """
+    typed = control.config(Path(config.out))
+    for number, need in enumerate(control.needs):
+        if need.after is not None and reads_initial(typed.weighting, target=number == 0):
+            raise ConfigError(
+                f"{control.name}: ce_weight {typed.ce_weight} reads the cache's teacher, which is {need.after} and no "
+                "model of this control; use anchor: initial, or leave the control out of compare"
+            )
+
+
 def plan_mixture(
     config: ChainConfig,
     stages: Sequence[Stage],
@@ -240,6 +258,7 @@ def plan_mixture(
     if isinstance(steps, int) and steps > 0:
         settings["training"]["max_steps"] = steps * len(tasks)
     stage = Stage(name=name, settings=settings, varied={}, direct=True, task="+".join(tasks), needs=needs)
+    _require_readable(config, stage)
     return checked(stage, Path(config.out))
 
 

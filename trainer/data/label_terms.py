@@ -24,6 +24,9 @@ from trainer.objective import TOP, Choice, Objective
 
 FROM_CACHE = ("stm", "flow", "eaft0", "psft")
 """Names of `ce_weight` that need the initial model's numbers of every token that carries loss."""
+WITH_TAU = ("flow", "talr")
+"""Those whose number is found in the target cache where none is typed: the median over rows of the initial model's
+loss."""
 MEASURED_ROWS = 1024
 """Rows, evenly spread over the cache, whose median loss is the default of tau, and in which `stm` counts beforehand."""
 
@@ -86,6 +89,20 @@ def _top_entropy(topk: TopKLogprobs) -> np.ndarray:
     return np.maximum(-ragged.segment_sum(terms, ranked.offsets) / math.log(TOP), 0.0).astype(np.float32)
 
 
+def needs_tau(weighting: Choice) -> bool:
+    """Whether the number of a weight is still to be found in the target cache."""
+    return weighting.name in WITH_TAU and weighting.value is None
+
+
+def reads_initial(weighting: Choice, *, target: bool) -> bool:
+    """Whether the cross-entropy on a cache reads the initial model's numbers in it.
+
+    Args:
+        target: it is the cache of the text to learn, where the tau of `flow` and `talr` is found.
+    """
+    return weighting.name in FROM_CACHE or (target and needs_tau(weighting))
+
+
 def resolved(objective: Objective, cache: TeacherCache) -> Objective:
     """The same with every number known: tau of `flow` and `talr` is the median over rows of the initial model's loss.
 
@@ -93,7 +110,7 @@ def resolved(objective: Objective, cache: TeacherCache) -> Objective:
         ConfigError: no row carries loss.
     """
     choice = objective.weighting
-    if choice.name not in ("flow", "talr") or choice.value is not None:
+    if not needs_tau(choice):
         return objective
     losses = [mean_loss(row, row.teacher) for row in _measured(cache) if row.loss_mask.any()]
     if not losses or not (tau := float(np.median(losses))) > 0 or not math.isfinite(tau):

@@ -241,6 +241,23 @@ def test_kl_to_the_stage_before_needs_a_corpus(ask_chain, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_control_does_not_read_a_stage_out_of_a_cache(ask_chain, tmp_path) -> None:
+    """Weights of the cross-entropy are the initial model's numbers; a stage's own cache holds another model's."""
+    given = {"method": ["kl_coef=1"], "overrides": ["ce_weight=stm"]}
+    places = {name: tmp_path / f"{name}.jsonl" for name in ("one", "two")}
+    for place in places.values():
+        place.write_text('{"text": "a"}\n')
+    for compare, name in (("direct", "direct/2-two"), ("multitask", "multitask")):
+        config = ask_chain(tmp_path / "out", "one", "two", compare=[compare], **given)
+        corpora = {task: replace(config.tasks[task], train=str(place)) for task, place in places.items()}
+        built = replace(config, tasks=corpora)
+        with pytest.raises(
+            ConfigError, match=f"controls/{name}: ce_weight stm reads .* which is stages/1-one"
+        ):
+            plan_chain(built, build=print, look=lambda *words: None)
+        plan_chain(replace(built, anchor="initial"), build=print, look=lambda *words: None)
+
+
 def test_mistakes_are_found_before_anything_runs(ask_chain, tmp_path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match=r"stages/1-one: unknown setting training\.lerning_rate"):

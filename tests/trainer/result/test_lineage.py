@@ -140,6 +140,33 @@ def test_tokens_of_any_cache_train_as_those_of_an_allowed_one(chain, tmp_path, m
         evaluate(tmp_path / "plain-cacheS", {"S": chain / "cacheS"})
 
 
+@pytest.mark.parametrize("weight", ["stm", "psft", "flow:1", "eaft0", "talr"])
+def test_weights_that_are_read_from_the_cache_need_the_models_own(chain, tmp_path, weight):
+    """Without KL too: p0 of a stranger is not what the initial model knew, and a bare tau is a median of it."""
+    asked = ("kl_coef=0", f"ce_weight={weight}")
+    with pytest.raises(IdentityMismatchError, match=r"cacheS.*model weights"):
+        train(settings(chain / "cacheS", chain / "mA", tmp_path / "run", *asked))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_read_from_a_mixed_cache_need_the_models_own(chain, tmp_path):
+    """`loss: ce` reads p0 as well. With a given tau nothing of `talr` is read, and EWC's text has no weight."""
+    mixed = f"caches=[{{path: {chain / 'cacheS'}, weight: 0.5, loss: ce}}]"
+    with pytest.raises(IdentityMismatchError, match=r"cacheS.*model weights"):
+        train(settings(chain / "cacheB", chain / "base", tmp_path / "run", mixed, "ce_weight=stm"))
+    fisher = f"ewc={{coef: 1, cache: {chain / 'cacheS'}, num_rows: 4}}"
+    for name, *asked in (("talr", mixed, "ce_weight=talr"), ("stm", fisher, "ce_weight=stm:0.001")):
+        train(settings(chain / "cacheB", chain / "base", tmp_path / name, *asked, "verify_saved=false"))
+
+
+def test_weights_of_an_ancestor_are_checked_and_are_no_kl(chain, tmp_path):
+    """The cache's numbers are read, so they are compared with the model before the first update, as for KL."""
+    asked = ("kl_coef=0", "ce_weight=stm:0.001", "verify_saved=false")
+    report = train(settings(chain / "cacheB", chain / "mA", tmp_path / "run", *asked))
+    assert report.step0["ancestor"] == "base" and report.step0["kl"] > 0.02
+    assert record_of(tmp_path / "run")["kl_to"] is None
+
+
 def test_replay_and_fisher_text_may_be_of_any_model(chain, tmp_path):
     replay = f"caches=[{{path: {chain / 'cacheS'}, weight: 0.5, loss: ce}}]"
     fisher = f"ewc={{coef: 1, cache: {chain / 'cacheS'}, num_rows: 4}}"
