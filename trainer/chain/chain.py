@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_json
 from formats.errors import ConfigError, naming
@@ -171,9 +173,8 @@ def run_chain(
         singles: list[Stage] = []
         with runs.counted("chain", [out / name for name in [*(s.name for s in order), *mixtures(config)]]):
             if _run_all(plan, runs, order):
-                rows = {task: _num_rows(plan, task) for task in config.tasks}
                 singles = [
-                    plan_mixture(config, plan.stages, tasks, name, rows)
+                    plan_mixture(config, plan.stages, tasks, name, _lengths)
                     for name, tasks in mixtures(config).items()
                 ]
                 _run_all(plan, runs, singles)
@@ -187,10 +188,9 @@ def run_chain(
     return report
 
 
-def _num_rows(plan: ChainPlan, task: str) -> int:
-    """Rows of a task's training text."""
-    place = next(str(stage.settings["cache"]) for stage in plan.stages if stage.task == task)
-    return len(TeacherCache(place))
+def _lengths(place: str) -> np.ndarray:
+    """int [rows]: tokens of each row of a cache."""
+    return TeacherCache(place).lengths()
 
 
 def _run_all(plan: ChainPlan, runs: Runs, stages: Sequence[Stage]) -> bool:

@@ -9,15 +9,18 @@ Every one is an ordinary run directory, the same as `anneal train` makes with th
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from formats.errors import ConfigError, naming
 from trainer.chain.caches import CacheMaker
 from trainer.chain.config import ChainConfig
 from trainer.data.label_terms import reads_initial
+from trainer.data.packing import best_fit
 from trainer.recipe import resolve_training
 from trainer.sweep.plan import PlannedRun
 
@@ -234,25 +237,34 @@ def plan_mixture(
     stages: Sequence[Stage],
     tasks: Sequence[str],
     name: str,
-    rows: Mapping[str, int] | None,
+    lengths: Callable[[str], np.ndarray] | None,
 ) -> Stage:
-    """Direct fine-tuning of the initial model on several tasks at once: every row of all of them once per epoch, and as
-    many steps as the chain takes for them where steps are given.
+    """Direct fine-tuning of the initial model on several tasks at once: every row of all of them once per epoch, also
+    packed, and as many steps as the chain takes for them where steps are given.
 
     Args:
         stages: those of the chain, whose caches are taken: only their tokens count.
         tasks: which, in order.
         name: of the run.
-        rows: task -> rows of its cache; None before they are known, for checks alone.
+        lengths: place of a cache -> int [rows], tokens of each; None before they are known, for checks alone.
     """
     needs = [next(stage.needs[0] for stage in stages if stage.task == task) for task in tasks]
     settings = _shared(config)
     first, *others = zip(tasks, needs, strict=True)
     settings |= {"kl_coef": 0.0, "cache": first[1].place, "model": str(config.model)}
-    weights = {task: 1.0 if rows is None else rows[task] / rows[first[0]] for task, _ in others}
+    mixed = [*(settings.get("caches") or [])]
+    weights = [1.0] * len(others)
+    if lengths is not None:
+        lengths_of = [lengths(need.place) for need in needs]
+        longest = [int(lengths(str(entry["path"])).max()) for entry in mixed]
+        counts = _num_units(lengths_of, settings, longest)
+        weights = [count / counts[0] for count in counts[1:]]
     settings["caches"] = [
-        *(settings.get("caches") or []),
-        *({"path": need.place, "weight": weights[task], "loss": "ce"} for task, need in others),
+        *mixed,
+        *(
+            {"path": need.place, "weight": weight, "loss": "ce"}
+            for (_, need), weight in zip(others, weights, strict=True)
+        ),
     ]
     steps = settings["training"].get("max_steps")
     if isinstance(steps, int) and steps > 0:
@@ -260,6 +272,22 @@ def plan_mixture(
     stage = Stage(name=name, settings=settings, varied={}, direct=True, task="+".join(tasks), needs=needs)
     _require_readable(config, stage)
     return checked(stage, Path(config.out))
+
+
+def _num_units(
+    lengths_of: Sequence[np.ndarray], settings: Mapping[str, Any], longest: Sequence[int]
+) -> list[int]:
+    """Units of each cache in a run with these settings: rows, or the packs that its Trainer makes of them.
+
+    Args:
+        lengths_of: of each cache int [rows], tokens of each row.
+        longest: rows of the other caches of the run, one each, which set the length of a pack too.
+    """
+    if not settings.get("packing"):
+        return [len(lengths_N) for lengths_N in lengths_of]
+    longest = [*longest, *(int(lengths_N.max()) for lengths_N in lengths_of)]
+    capacity = settings.get("pack_length") or max(longest)
+    return [len(best_fit(lengths_N, capacity)) for lengths_N in lengths_of]
 
 
 def mixtures(config: ChainConfig) -> dict[str, list[str]]:

@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from caches import write_cache
 from pool_here import InThisProcess
 from recorded_progress import RecordedProgress
 from runs import same_weights, settings
 from safetensors.numpy import load_file
 
+from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
 from trainer import evaluate, train
 from trainer.chain.chain import plan_chain, run_chain
@@ -128,6 +130,28 @@ def test_controls_are_trained_on_what_they_say(annealed, task_caches, tiny_llama
     assert without["cache"] == task_caches["two"][0] and without["caches"] == []
     labels = [row.label for row in report.rows[1:]]
     assert labels == ["1-one", "2-two", "multitask", "without-one", "without-two"]
+
+
+def test_a_packed_control_sees_every_row_once(ask_chain, tiny_llama_dir, llama_cache, tmp_path) -> None:
+    """Under packing a weight is in packs, and packs of short rows hold more of them than packs of long ones."""
+    rows = {"one": 4, "two": 45}  # task -> tokens of each of its 16 rows
+    made = {
+        name: [TokenRow(np.full(length, 7), np.arange(length) > 0) for _ in range(16)]
+        for name, length in rows.items()
+    }
+    places = {
+        name: str(write_cache(tmp_path / name, tiny_llama_dir, rows=texts)) for name, texts in made.items()
+    }
+    asked = ["packing=true", "training.max_steps=-1", "training.num_train_epochs=1", "verify_saved=false"]
+    asked += ["training.per_device_train_batch_size=2", f"caches=[{{path: {llama_cache}, weight: 0}}]"]
+    config = ask_chain(tmp_path / "out", "one", "two", compare=["multitask"], overrides=asked)
+    tasks = {name: replace(task, train=places[name]) for name, task in config.tasks.items()}
+    report = run_chain(replace(config, tasks=tasks), pool=InThisProcess())
+    assert not report.failed
+    found = yaml.safe_load((tmp_path / "out/controls/multitask/anneal.yaml").read_text())
+    assert [cache["weight"] for cache in found["caches"]] == [0.0, 8.0]  # 2 packs of 11 and 5 rows, 16 of one
+    record = json.loads((tmp_path / "out/controls/multitask/anneal.json").read_text())
+    assert record["num_steps"] == 9
 
 
 def test_the_matrix_is_that_of_eval(annealed, task_caches, llama_eval_cache) -> None:
