@@ -17,7 +17,6 @@ import numpy as np
 from formats.cache import TeacherCache
 from formats.disk.durable import atomic_write_json
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError, naming
-from formats.identity.fingerprint import resolve_model
 from formats.named_path import short_name
 from formats.progress import Progress
 from trainer.chain.caches import Build, CacheMaker, Look, require_caches
@@ -26,6 +25,7 @@ from trainer.chain.readings import read_model
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
 from trainer.evaluation.evaluate import Result
+from trainer.merging.models import find_model
 from trainer.recipe import resolve_training
 from trainer.restore.config import AUTO_FACTOR, RestoreConfig
 from trainer.restore.report import REPORT_NAME, Restored, RestoreReport
@@ -44,11 +44,22 @@ KEPT_ARGUMENTS = (
     "adam_epsilon",
     "max_grad_norm",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
+    "optim_args",
+    "optim_target_modules",
     "bf16",
+    "fp16",
     "use_cpu",
 )
 """Arguments of the tuning run that restoring takes over."""
+OF_ONE = {
+    "optim": ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    "lr_scheduler_type": ("lr_scheduler_kwargs",),
+}
+"""Argument -> others that are about its value: they are not taken over where it is another one here."""
+KEPT_SETTINGS = ("packing", "pack_length", "group_by_length")
+"""Settings of the tuning run, beside `training`, that make its batches."""
 
 
 def tuning_run(model: Path) -> TrainConfig | None:
@@ -83,8 +94,8 @@ def run_restore(
         SweepStopped: SIGINT or SIGTERM ended it.
     """
     progress, out = progress or Progress(), Path(config.out)
-    initial = resolve_model(config.initial, what="--initial")
-    tuned = {label: resolve_model(model, what="TUNED") for label, model in config.tuned.items()}
+    tuned = {label: find_model(model, "TUNED") for label, model in config.tuned.items()}
+    initial = find_model(config.initial, "--initial")
     settings = {label: tuning_run(model) for label, model in tuned.items()}
     maker = CacheMaker(out=out, options=config.build, build=build, look=look)
     text = maker.place("text", config.text)
@@ -106,6 +117,7 @@ def run_restore(
     with held(out, "restoring"):
         maker.make(config.text, config.initial, text)
         rows = choose(config, initial, text, num_tokens, progress)
+        require_room(TeacherCache(text).lengths()[rows], settings)
         write_rows(
             TeacherCache(text), rows, place, {"rank": config.rank, "seed": config.seed, "tokens": num_tokens}
         )
@@ -175,7 +187,13 @@ def plan_run(
 ) -> PlacedRun:
     """One epoch of plain fine-tuning on the restoring text, with the batch of the tuning run."""
     given = dict(tuning.training) if tuning is not None else {}
-    training = {key: given[key] for key in KEPT_ARGUMENTS if given.get(key) is not None}
+    others = {
+        name
+        for key in OF_ONE
+        if config.training.get(key, given.get(key)) != given.get(key)
+        for name in OF_ONE[key]
+    }
+    training = {key: given[key] for key in KEPT_ARGUMENTS if given.get(key) is not None and key not in others}
     training |= {"seed": config.seed, "num_train_epochs": 1, "save_strategy": "no", **config.training}
     training["learning_rate"] = rate
     settings: dict[str, Any] = {
@@ -184,11 +202,33 @@ def plan_run(
         "kl_coef": 0.0,
         "save_dtype": "float32",
         "training": training,
+        **({} if tuning is None else {key: getattr(tuning, key) for key in KEPT_SETTINGS}),
     }
     run = PlacedRun(name=name, settings=settings, varied={}, direct=True)
     with naming(name):
         resolve_training(run.config(Path(config.out)))
     return run
+
+
+def require_room(lengths_N: np.ndarray, settings: Mapping[str, TrainConfig | None]) -> None:
+    """Refuse rows that the packs of a tuning run do not hold.
+
+    Args:
+        lengths_N: int [rows], tokens of each row of the restoring text.
+
+    Raises:
+        ConfigError: naming the run.
+    """
+    for label, tuning in settings.items():
+        if (
+            tuning is not None
+            and tuning.pack_length is not None
+            and int(lengths_N.max()) > tuning.pack_length
+        ):
+            raise ConfigError(
+                f"rows of --text must fit the packs of {label}'s tuning run (pack_length {tuning.pack_length}), got "
+                f"one of {int(lengths_N.max())} tokens; cut it with --build max_length={tuning.pack_length}"
+            )
 
 
 def shared_controls(controls: Mapping[str, PlacedRun], out: Path) -> dict[str, str]:

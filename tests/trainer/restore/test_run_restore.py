@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 from caches import write_cache
@@ -14,7 +15,7 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError
 from trainer import evaluate, train
 from trainer.restore.config import RestoreConfig
-from trainer.restore.restore import run_restore
+from trainer.restore.restore import plan_run, require_room, run_restore, tuning_run
 from trainer.restore.text import write_rows
 
 TRAINING = {
@@ -131,6 +132,56 @@ def test_rate_and_batch_come_from_the_tuning_run(places, tmp_path):
     assert report.learning_rates == {"tuned": pytest.approx(1.5e-3)}
     typed = yaml.safe_load((tmp_path / "out/restored/tuned/anneal.yaml").read_text())["training"]
     assert typed["per_device_train_batch_size"] == 8 and typed["learning_rate"] == pytest.approx(1.5e-3)
+
+
+def test_optimiser_schedule_and_packs_come_from_the_tuning_run(places, tmp_path):
+    """Whatever they are: a schedule that cannot do without its arguments, an optimiser that has some, packed rows."""
+    changed = ["packing=true", "pack_length=48", "training.optim=sgd", "training.optim_args='momentum=0.9'"]
+    changed += ["training.lr_scheduler_type=cosine_with_min_lr"]
+    changed += ["training.lr_scheduler_kwargs={min_lr_rate: 0.5}", "training.warmup_steps=1", "kl_coef=0"]
+    tuned = tmp_path / "tuned"
+    train(settings(places["cache"], places["base"], tuned, *changed))
+    config = asked(places, tmp_path / "out", {"tuned": str(tuned)}, tokens=60, training={})
+    assert not run_restore(config, pool=InThisProcess()).failed
+    for name in ("restored/tuned", "control/tuned"):
+        typed = yaml.safe_load((tmp_path / "out" / name / "anneal.yaml").read_text())
+        assert (typed["packing"], typed["pack_length"]) == (True, 48)
+        found = {key: typed["training"].get(key) for key in ("optim", "optim_args", "lr_scheduler_kwargs")}
+        assert found == {
+            "optim": "sgd",
+            "optim_args": "momentum=0.9",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.5},
+        }
+    other = {"optim": "adamw_torch", "lr_scheduler_type": "linear"}  # whose arguments they are not
+    given = plan_run(config, "x", str(tuned), tmp_path, 1.0, tuning_run(tuned)).settings["training"]
+    assert "optim_args" in given and "lr_scheduler_kwargs" in given
+    changed = replace(config, training=other)
+    given = plan_run(changed, "x", str(tuned), tmp_path, 1.0, tuning_run(tuned)).settings["training"]
+    assert not {"optim_args", "lr_scheduler_kwargs"} & given.keys()
+    tight = {"tuned": replace(tuning_run(tuned), pack_length=30)}
+    with pytest.raises(ConfigError, match=r"must fit the packs of tuned's .*30\), got one of 31 tokens"):
+        require_room(np.array([5, 31]), tight)
+
+
+def test_half_precision_comes_from_the_tuning_run(places, tmp_path):
+    """Which a CPU does not have: it is refused by name there, and not left out."""
+    tuning = replace(tuning_run(places["tuned"]), training={"fp16": True, "use_cpu": True})
+    config = asked(places, tmp_path / "out", {"tuned": str(places["tuned"])}, training={})
+    with pytest.raises(ConfigError, match=r"x: training\.fp16 needs a GPU"):
+        plan_run(config, "x", str(places["tuned"]), tmp_path, 1.0, tuning)
+
+
+def test_adapters_alone_are_refused_before_anything_else(places, tmp_path):
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text("{}")
+    config = asked(
+        {**places, "base": "./nowhere"}, tmp_path / "out", {"a": str(adapters)}, learning_rate=None
+    )
+    with pytest.raises(
+        ConfigError, match=r"^TUNED must be a whole model, got adapters alone in .*lora\.merge"
+    ):
+        run_restore(config)
 
 
 def test_what_is_missing_is_named(places, tmp_path):
