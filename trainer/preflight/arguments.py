@@ -85,7 +85,10 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     # --- optimiser ---
     "optim": _steers(member_of("OptimizerNames"), "its package must be installed"),
-    "optim_args": _steers(optional(text), "name=value,...; names that the optimiser reads"),
+    "optim_args": _steers(
+        optional(text),
+        "name=value,...; names that the optimiser reads; weight_decay is an argument of its own",
+    ),
     "optim_target_modules": _steers(optional(texts), "GaLore and APOLLO only"),
     "weight_decay": _steers(number(0)),
     "adam_beta1": _steers(number(0, below=1), "Adam's kin only"),

@@ -38,6 +38,8 @@ OPTIM_ARGS: Mapping[str, tuple[str, ...]] = {
     "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
 }
 """Beginning of an optimiser's name -> what it reads from `optim_args`; the others read nothing."""
+OPTIM_FLAGS = ("nesterov", "centered")
+"""Those of them that transformers takes for false whatever they say, unless it is a word for true."""
 
 
 KL_SETTINGS = ("kl_on", "kl_gate", "kl_target", "kl_budget")
@@ -193,7 +195,8 @@ def _check_optim_args(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> 
     if not given.get("optim_args"):
         return
     optim = word(resolved.get("optim", "adamw_torch_fused"))
-    known = optim_args_of(optim)
+    # transformers reads it and then gives every group of parameters a weight decay of its own.
+    known = tuple(name for name in optim_args_of(optim) if name != "weight_decay")
     takes = f"optim {optim} takes {', '.join(known) if known else 'none'}"
     for piece in str(given["optim_args"]).replace(" ", "").split(","):
         key, separator, value = piece.partition("=")
@@ -201,8 +204,14 @@ def _check_optim_args(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> 
             raise ConfigError(
                 f"training.optim_args must be name=value,name=value, got {given['optim_args']!r}"
             )
+        if key == "weight_decay":
+            raise ConfigError(
+                f"training.optim_args: weight_decay would have no effect, got {value}; use training.weight_decay"
+            )
         if key not in known:
             raise ConfigError(f"training.optim_args: {takes}, got {key}")
+        if key in OPTIM_FLAGS and value.lower() not in ("true", "false"):
+            raise ConfigError(f"training.optim_args: {key} must be true or false, got {value}")
 
 
 def check_arithmetic(
