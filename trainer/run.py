@@ -366,8 +366,10 @@ def publish(
             new_text=report.new_text,
             evaluation=report.evaluation,
         )
+        # The run's evaluation is of weights rounded as they will be served, and these are stored before rounding.
+        of_the_stored = report.evaluation if config.fake_quantize == "none" else {}
         measured = [
-            measured_text(name, inputs.held_out[name], found) for name, found in report.evaluation.items()
+            measured_text(name, inputs.held_out[name], found) for name, found in of_the_stored.items()
         ]
         add_measured(directory.path, measured)
         remove_fisher(directory.path, [n for n, task in enumerate(config.ewc_tasks) if task.keep_fisher])

@@ -8,7 +8,7 @@ from caches import write_cache
 from runs import same_weights, settings
 
 from formats.errors import ConfigError
-from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.evaluate import add_to_card, evaluate
 from trainer.quantization import WeightQuantization, as_stored
 from trainer.run import train
 
@@ -92,6 +92,13 @@ def test_distillation_brings_a_quantised_model_back(tiny_llama_dir, cache, tmp_p
     assert record["saved"]["kl_unrounded"] < 1e-6
     assert "fake_quantize: int4:32" in (tmp_path / "o" / "anneal.yaml").read_text()
     assert not same_weights(tmp_path / "o", tiny_llama_dir)
+    # What was measured under rounding is no property of the weights that are stored.
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert "| fake_quantize | int4:32; the weights here are those before rounding, KL and CE in this" in card
+    assert "measured" not in record and "model-index" not in card
+    add_to_card(tmp_path / "o", {"a": cache}, evaluate(tmp_path / "o", {"a": cache}))
+    (text,) = json.loads((tmp_path / "o" / "anneal.json").read_text())["measured"]["texts"]
+    assert text["kl"] != pytest.approx(after, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,14 @@ def kl_line(config: TrainConfig, kl_to: str | None) -> str:
     )
 
 
+def rounding_line(config: TrainConfig) -> str:
+    """What the card says of training under rounding, whose result is stored before it."""
+    return (
+        f"{config.fake_quantize}; the weights here are those before rounding, KL and CE in this table those of the "
+        "rounded ones"
+    )
+
+
 def card_head(
     base: str, tag: str, made: str, *, relation: str = "finetune", library: str = "transformers"
 ) -> list[str]:
@@ -128,6 +136,7 @@ def model_card(
         "kl_direction": config.kl_direction,
         **({} if config.kl_budget is None else {"kl_budget": f"{config.kl_budget:g} nats"}),
         **config.changed(),
+        **({} if config.fake_quantize == "none" else {"fake_quantize": rounding_line(config)}),
         "steps": num_steps,
         "learning rate": training.get("learning_rate"),
         "sequences per step (per process)": int(training.get("per_device_train_batch_size", 1))
