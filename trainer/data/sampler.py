@@ -1,11 +1,11 @@
 """Which rows form which batch: mixing, shuffling, length grouping and the split over ranks, in one place.
 
-An epoch is a list of units (rows or packs). Every source contributes `round(weight * units of the target)`
-of them, taken from an endless chain of seeded permutations, so that a replay cache of weight 0.1 shows
-other rows in the next epoch until all were seen. The sources are interleaved evenly, so that every optimizer step has
-each in its proportion, as far as it is long enough: a KL term is a mean over its step's tokens, and by chance alone a
-sixth of steps of eight units would have none of a source that gives a fifth. The list depends on the seed and the epoch
-alone.
+An epoch is a list of units (rows or packs). Every source contributes `round(weight * units of the target)` of them,
+taken from an endless chain of seeded permutations (of its own order, without shuffling), so that a replay cache of
+weight 0.1 shows other rows in the next epoch until all were seen. The sources are interleaved evenly, so that every
+optimizer step has each in its proportion, as far as it is long enough: a KL term is a mean over its step's tokens, and
+by chance alone a sixth of steps of eight units would have none of a source that gives a fifth. The list depends on the
+seed and the epoch alone.
 
 An optimizer step covers `batch_size * accumulation * world_size` consecutive units and micro-batch j of it
 goes to rank j % world_size: the same step, and the same gradient, however the batch is split over
@@ -121,12 +121,12 @@ class EpochBatches(torch.utils.data.Sampler[list[Unit]]):
         return -(-self.num_batches // self.world_size)
 
     def _drawn(self, which: int) -> list[Unit]:
-        """This epoch's units of one source: a window of the endless chain of its permutations."""
+        """This epoch's units of one source: a window of the endless chain of its permutations, or of its order."""
         units, count = self.sources[which].units, self.counts[which]
-        if not self.shuffle:
-            return [Unit(units[i % len(units)]) for i in range(count)]
-        drawn: list[Unit] = []
         position, stop = self.epoch * count, (self.epoch + 1) * count
+        if not self.shuffle:
+            return [Unit(units[i % len(units)]) for i in range(position, stop)]
+        drawn: list[Unit] = []
         while position < stop:
             turn, start = divmod(position, len(units))
             order = np.random.default_rng([self.seed, which, turn]).permutation(len(units))

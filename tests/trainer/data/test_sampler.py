@@ -56,9 +56,10 @@ def test_ranks_without_a_batch_get_a_filler():
     assert sorted(flat(ranks[0]) + flat(ranks[1])) == list(range(5))
 
 
-def test_mixing_draws_by_weight_and_covers_the_other_cache_over_the_epochs():
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_mixing_draws_by_weight_and_covers_the_other_cache_over_the_epochs(shuffle):
     sources = [Source(units=singles(0, 40)), Source(units=singles(40, 60), weight=0.25)]
-    sampler = EpochBatches(sources, 5)
+    sampler = EpochBatches(sources, 5, shuffle=shuffle)
     assert len(sampler) == 10  # 40 + 10 rows
     seen: Counter[int] = Counter()
     for epoch in range(4):
