@@ -178,7 +178,9 @@ ARGUMENTS: Mapping[str, Argument] = {
     "hub_revision": _refused(_HUB),
     # --- chance ---
     "seed": _steers(integer(0, below=LARGEST_SEED)),
-    "data_seed": _steers(optional(integer(0, below=LARGEST_SEED)), "of the order of rows; default: seed"),
+    "data_seed": _steers(
+        optional(integer(0, below=LARGEST_SEED)), "of the order of rows, not with sequential; default: seed"
+    ),
     "full_determinism": _steers(flag),
     # --- data ---
     "train_sampling_strategy": _steers(

@@ -287,6 +287,26 @@ def check_processes(resolved: Mapping[str, Any]) -> None:
                 )
 
 
+def check_order(config: TrainConfig, resolved: Mapping[str, Any]) -> None:
+    """Refuse settings of the order of rows where they are taken as they stand in the cache.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if word(resolved.get("train_sampling_strategy", "random")) != "sequential":
+        return
+    if config.group_by_length:
+        raise ConfigError(
+            "group_by_length would have no effect: it needs shuffled rows, got training.train_sampling_strategy: "
+            "sequential; remove one of them"
+        )
+    if (seed := resolved.get("data_seed")) is not None:
+        raise ConfigError(
+            f"training.data_seed would have no effect: it needs shuffled rows, got data_seed: {seed} with "
+            "training.train_sampling_strategy: sequential; remove one of them"
+        )
+
+
 def check_fake_quantize(config: TrainConfig, resolved: Mapping[str, Any]) -> None:
     """Refuse sharded weights under fake quantisation: groups of a sharded row are not those of the whole one.
 

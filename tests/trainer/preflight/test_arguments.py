@@ -236,6 +236,20 @@ def test_the_names_that_optimisers_read_are_those_of_transformers():
     )
 
 
+@pytest.mark.parametrize(
+    ("training", "more", "message"),
+    [
+        ({}, {"group_by_length": True}, "group_by_length would have no effect: it needs shuffled rows"),
+        ({"data_seed": 7}, {}, "training.data_seed would have no effect: .* got data_seed: 7"),
+        ({"data_seed": 0}, {}, "training.data_seed would have no effect: .* got data_seed: 0"),
+    ],
+)
+def test_what_is_about_shuffling_is_refused_without_it(training, more, message):
+    resolved(training, **more)
+    with pytest.raises(ConfigError, match=message):
+        resolved(training | {"train_sampling_strategy": "sequential"}, **more)
+
+
 def test_null_is_a_value_where_it_is_one_and_else_the_default():
     found = resolved({"save_total_limit": None, "learning_rate": None, "eval_steps": None})
     assert found["save_total_limit"] is None and found["learning_rate"] == DEFAULTS["learning_rate"]
