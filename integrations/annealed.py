@@ -97,6 +97,7 @@ class Annealed(Trainer):
 
     loss_is_scaled_for_ga = True
     is_evaluating = False
+    learns = True
     pack_length: int | None = None
     waiting: Sequence[Any] = ()
     objective: Objective

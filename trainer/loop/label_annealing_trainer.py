@@ -32,7 +32,7 @@ from trainer.data.sampler import EpochBatches, Source, sources_of
 from trainer.loop.guarded_trainer import GuardedTrainer
 from trainer.loop.kl_budget import KlBudget
 from trainer.loop.log_window import LogWindow, evaluating
-from trainer.loop.measure import Measurement, measure
+from trainer.loop.measure import Measurement, measure, metrics_of
 from trainer.loop.output_head import OutputHead
 from trainer.loop.signals import StopRequest
 from trainer.loop.step_control import StepControl, callback_states
@@ -69,6 +69,8 @@ class LabelAnnealingTrainer(GuardedTrainer):
 
     loss_is_scaled_for_ga = True
     is_evaluating = False
+    learns = True
+    """Whether some training row has a cross-entropy, which is then part of the loss of an evaluation."""
 
     def __init__(
         self,
@@ -94,6 +96,8 @@ class LabelAnnealingTrainer(GuardedTrainer):
         require_one_device(args, model)
         if train_dataset is not None:
             require_one_tail([train_dataset, *(dataset for dataset, _ in mixed)])
+            used = [train_dataset, *(dataset for dataset, weight in mixed if weight)]
+            self.learns = any(dataset.loss != "kl" for dataset in used)
         self.retained = Retained(self, model, retention)
         self.retained.check_optimiser(args)
         logits_type(loss_kernel, torch.float32, args.device)  # refused here, not at the first step
@@ -310,17 +314,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         result = self.measure_rows(dataloader, on_batch=on_batch).require_finite(metric_key_prefix)
-        metrics: dict[str, float] = {
-            "ce": result.ce,
-            "perplexity": result.perplexity,
-            "num_tokens": result.num_ce,
-            **{name: value for name, value in result.of_tokens().items() if value is not None},
-        }
-        loss = result.ce if result.num_ce else 0.0
-        if result.num_kl:
-            metrics |= {"kl": result.kl, "kept_mass": result.kept_mass}
-            loss += self.kl_coef * result.kl
-        metrics["loss"] = loss
+        metrics = metrics_of(result, self.kl_coef, learns=self.learns)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         num_samples = self.num_examples(dataloader)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=num_samples)  # type: ignore[arg-type]

@@ -167,3 +167,22 @@ def measure(
     finally:
         model.train(was_training)
     return Measurement.of_sums(reduce(sums))
+
+
+def metrics_of(found: Measurement, kl_coef: float, *, learns: bool) -> dict[str, float]:
+    """What an evaluation while training logs: means in nats, and `loss`, that of the run.
+
+    Args:
+        learns: whether the run has a cross-entropy; without one its loss is the KL alone.
+    """
+    metrics: dict[str, float] = {
+        "ce": found.ce,
+        "perplexity": found.perplexity,
+        "num_tokens": found.num_ce,
+        **{name: value for name, value in found.of_tokens().items() if value is not None},
+    }
+    loss = found.ce if learns and found.num_ce else 0.0
+    if found.num_kl:
+        metrics |= {"kl": found.kl, "kept_mass": found.kept_mass}
+        loss += kl_coef * found.kl
+    return metrics | {"loss": loss}

@@ -46,7 +46,7 @@ def check_before_start(trainer: "LabelAnnealingTrainer") -> None:
     if need is None or not isinstance(trainer.eval_dataset, dict):
         return
     counts = {name: counts_of(dataset) for name, dataset in trainer.eval_dataset.items()}
-    best_model.require_metric(str(args.metric_for_best_model), counts)
+    best_model.require_metric(str(args.metric_for_best_model), counts, learns=trainer.learns)
     if args.load_best_model_at_end:
         best_model.require_meetings(
             eval_steps=_resolved(args.eval_steps, max_steps),

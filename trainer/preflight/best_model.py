@@ -11,7 +11,7 @@ from formats.errors import ConfigError
 from trainer.preflight.combinations import BY_METRIC, word
 
 OF_LABELS = ("loss", "ce", "perplexity")
-"""Metrics that need tokens that carry loss."""
+"""Metrics that need tokens that carry loss; the loss only of a run that has a cross-entropy."""
 OF_TEACHER = ("kl",)
 """Metrics that need teacher positions."""
 METRICS = (*OF_LABELS, *OF_TEACHER)
@@ -138,24 +138,31 @@ def require_meetings(
         )
 
 
-def require_metric(metric: str, counts: Mapping[str, tuple[int, int]]) -> None:
+def require_metric(metric: str, counts: Mapping[str, tuple[int, int]], *, learns: bool = True) -> None:
     """Refuse a metric that the evaluation caches cannot give.
 
     Args:
         metric: `eval_{cache}_{metric}`.
         counts: name of a cache -> (tokens that carry loss, teacher positions).
+        learns: whether the run has a cross-entropy; its loss is the KL alone without one.
 
     Raises:
         ConfigError: says what the cache lacks.
     """
+    of_teacher = OF_TEACHER if learns else ("loss", *OF_TEACHER)
     for cache, (num_labels, num_positions) in counts.items():
         kind = metric.removeprefix(f"{PREFIX}{cache}_")
-        if kind in OF_LABELS and metric.endswith(f"{cache}_{kind}") and not num_labels:
+        if (
+            kind in OF_LABELS
+            and kind not in of_teacher
+            and metric.endswith(f"{cache}_{kind}")
+            and not num_labels
+        ):
             raise ConfigError(
                 f"training.metric_for_best_model {metric} needs tokens that carry loss, got none in {cache}; "
                 f"use {cache}_kl"
             )
-        if kind in OF_TEACHER and metric.endswith(f"{cache}_{kind}") and not num_positions:
+        if kind in of_teacher and metric.endswith(f"{cache}_{kind}") and not num_positions:
             raise ConfigError(
                 f"training.metric_for_best_model {metric} needs teacher positions, got none in {cache}; use {cache}_ce"
             )

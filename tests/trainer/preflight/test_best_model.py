@@ -11,7 +11,7 @@ from trainer import load_config, train
 from trainer.config_file import config_from_dict
 from trainer.data.dataset import CachedDataset
 from trainer.loop.label_annealing_trainer import LabelAnnealingTrainer
-from trainer.preflight.best_model import METRICS, full_name
+from trainer.preflight.best_model import METRICS, full_name, require_metric
 from trainer.recipe import resolve_training, training_arguments
 
 BASE = {"cache": "c", "model": "m", "out": "o"}
@@ -208,6 +208,28 @@ def test_the_result_is_the_checkpoint_of_the_least_value(
     result = found["kl"] if metric == "kl" else found["ce"] + 100 * found["kl"]
     assert result == pytest.approx(min(values), rel=1e-4)
     assert np.argmin(values) != 3  # otherwise the last would do as well
+
+
+def test_the_loss_of_a_run_without_cross_entropy_has_none(
+    tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path
+):
+    """`loss: kl`: what is evaluated and chosen by is the KL; a mixed text that is learnt brings the other term."""
+    overrides = ["loss=kl", "kl_coef=3", "training.eval_strategy=steps", "training.eval_steps=2"]
+    mixed = f"caches=[{{path: {pruned_cache}, weight: 0.5, loss: ce}}]"
+    for name, more, learns in (("kl", [], 0), ("both", [mixed], 1)):
+        asked = [*overrides, *more, "verify_saved=false", "training.max_steps=2"]
+        report = train(settings(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path / name, *asked))
+        (entry,) = [entry for entry in report.log_history if "eval_held_loss" in entry]
+        expected = 3 * entry["eval_held_kl"] + learns * entry["eval_held_ce"]
+        assert entry["eval_held_loss"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_the_loss_of_a_run_without_cross_entropy_needs_teachers_and_no_labels():
+    require_metric("eval_held_loss", {"held": (0, 5)}, learns=False)
+    with pytest.raises(ConfigError, match="needs teacher positions, got none in held; use held_ce"):
+        require_metric("eval_held_loss", {"held": (5, 0)}, learns=False)
+    with pytest.raises(ConfigError, match="needs tokens that carry loss, got none in held; use held_kl"):
+        require_metric("eval_held_loss", {"held": (0, 5)})
 
 
 def test_the_best_checkpoint_is_found_after_a_move(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path):
