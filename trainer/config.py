@@ -187,7 +187,8 @@ class TrainConfig(Objective):
     bfloat16 for a model that is stored so, whose weights stay as they are. At fine-tuning rates trained bfloat16
     weights swallow most updates."""
     save_dtype: str = "same"
-    """Dtype of the saved model; `same` is the dtype in which the initial model is stored."""
+    """Dtype of the saved model; `same` is the dtype in which the initial model is stored. Of whole models; adapters
+    alone are float32."""
     verify_saved: bool = True
     """Load the saved model once, on the CPU in float32, and publish it only if it computes what the trained
     one does. False saves the time, and the memory of one more copy of the model."""
@@ -270,6 +271,11 @@ class TrainConfig(Objective):
         if self.lora is not None and self.fake_quantize != "none":
             raise ConfigError(
                 "fake_quantize trains the weights that are quantised, got lora, which leaves them; remove one of them"
+            )
+        if self.lora is not None and not self.lora.merge and self.save_dtype not in ("same", "float32"):
+            raise ConfigError(
+                f"save_dtype is of whole models, got {self.save_dtype} with lora.merge: false, which saves adapters "
+                "alone, in float32 as they are trained; remove one of them"
             )
         if self.sfa is not None and self.training.get("load_best_model_at_end"):
             raise ConfigError(

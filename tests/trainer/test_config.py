@@ -91,6 +91,10 @@ def test_yaml_cannot_construct_objects():
         (["dtype=float8"], "dtype must be one of"),
         (["step0_rows=0"], "step0_rows must be at least 1"),
         (["lora.dropout=1"], "lora.dropout must be below 1"),
+        (
+            ["lora.merge=false", "save_dtype=bfloat16"],
+            "save_dtype is of whole models, got bfloat16 with lora.merge: false",
+        ),
         (["caches=[{path: a, weight: -1}]"], "caches.weight must be at least 0"),
         (["caches=[{path: a, loss: mse}]"], "caches.loss must be one of both, ce, kl"),
         (["caches=[{pth: a}]"], "unknown setting caches.pth; did you mean caches.path?"),
@@ -126,6 +130,13 @@ def test_bad_files_are_refused_in_one_line(tmp_path, content, message):
     assert message in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="readable YAML file"):
         load_config(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters_alone_are_float32(merge):
+    for dtype in ("same", "float32", *(["bfloat16"] if merge else [])):
+        overrides = [f"lora.merge={merge}", f"save_dtype={dtype}"]
+        assert load_config(flags=BASE, overrides=overrides).save_dtype == dtype
 
 
 def test_training_names_are_those_of_transformers():
