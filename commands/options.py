@@ -82,7 +82,8 @@ SplitOption = Annotated[
     str | None, typer.Option(show_default=False, help="Split of a data set.  [default: train]")
 ]
 RevisionOption = Annotated[
-    str | None, typer.Option(show_default=False, help="Revision of a Hugging Face model.")
+    str | None,
+    typer.Option(show_default=False, help="Revision of a Hugging Face model; a directory has none."),
 ]
 DtypeOption = Annotated[
     str,

@@ -72,6 +72,22 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None, *, what
         ) from None
 
 
+def refuse_idle_revision(name_or_path: str | Path, revision: str | None, *, what: str = "--model") -> None:
+    """Refuse a revision that a person gave of a directory, where it would say nothing.
+
+    Args:
+        what: how the model was given, for messages.
+
+    Raises:
+        ConfigError: there is a directory of that name, and a revision.
+    """
+    if revision is not None and Path(name_or_path).expanduser().is_dir():
+        raise ConfigError(
+            f"a revision is one of a Hugging Face name, got {revision} of the directory {name_or_path} ({what}); "
+            "remove it, or name the model as the Hub does"
+        )
+
+
 def _why_not_fetched(error: Exception) -> str:
     """What became of a model that `snapshot_download` did not get, and what to do, on one line."""
     from huggingface_hub import constants, errors

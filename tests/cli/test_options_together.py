@@ -24,6 +24,8 @@ def refused(anneal: Run, *words: str | Path) -> str:
         ("cache verify CACHE --seed 0", "--seed needs --model, got 0"),
         ("cache verify CACHE --engine-arg a=1", "--engine-arg needs --model, got a=1"),
         ("cache build CORPUS --model MODEL --out OUT --ray-workers 2", "--ray-workers needs --ray, got 2"),
+        ("cache build CORPUS --model MODEL --out OUT --revision x", "got x of the directory"),
+        ("cache estimate CORPUS --model MODEL --revision x", "got x of the directory"),
         ("sweep CACHE --model MODEL --out OUT TEXTS --merge-of all", "--merge-of needs --merge, got all"),
         ("sweep CACHE --model MODEL --out OUT TEXTS --search-runs 3", "--search-runs needs --search, got 3"),
         (

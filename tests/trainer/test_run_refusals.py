@@ -108,6 +108,10 @@ def test_a_cache_without_teacher_positions_is_refused(tiny_llama_dir, tmp_path):
 
 def test_models_that_are_none_are_refused(pruned_cache, tiny_llama_dir, tmp_path):
     refused(settings(pruned_cache, tmp_path / "nowhere", tmp_path / "run"), ConfigError, "--model must be")
+    refused(
+        settings(pruned_cache, tiny_llama_dir, tmp_path / "run", "revision=step9"),
+        ConfigError, "got step9 of the directory", "(--model); remove it",
+    )  # fmt: skip
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):

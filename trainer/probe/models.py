@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from formats.errors import ConfigError
-from formats.identity.fingerprint import resolve_model
+from formats.identity.fingerprint import refuse_idle_revision, resolve_model
 from formats.named_path import short_name, split_name
 
 
@@ -16,7 +16,7 @@ def named_models(words: Iterable[str]) -> dict[str, tuple[str, str | None]]:
             of the name.
 
     Raises:
-        ConfigError: two labels are the same.
+        ConfigError: two labels are the same, or a revision is one of a directory.
     """
     found: dict[str, tuple[str, str | None]] = {}
     for word in words:
@@ -24,6 +24,7 @@ def named_models(words: Iterable[str]) -> dict[str, tuple[str, str | None]]:
         model, revision = rest, None
         if "@" in rest and not Path(rest).exists():
             model, _, revision = rest.rpartition("@")
+        refuse_idle_revision(model, revision, what="MODEL")
         label = label or revision or short_name(model)
         if label in found:
             raise ConfigError(f"models must have different labels, got {label!r} twice; write LABEL=MODEL")

@@ -165,13 +165,15 @@ def test_measuring_is_that_of_eval(loaded, tiny_llama_dir, llama_eval_cache) -> 
     assert loaded.ce()["held"] == found["ce"]
 
 
-def test_labels() -> None:
+def test_labels(tmp_path) -> None:
     words = ["a/b", "x=a/b@main", "c/d@step1000", "./dir"]
     assert named_models(words) == {
         "b": ("a/b", None), "x": ("a/b", "main"), "step1000": ("c/d", "step1000"), "dir": ("./dir", None)
     }  # fmt: skip
     with pytest.raises(ConfigError, match="different labels, got 'b' twice"):
         named_models(["a/b", "c/b"])
+    with pytest.raises(ConfigError, match=r"got main of the directory .* \(MODEL\); remove it"):
+        named_models([f"x={tmp_path}@main"])
 
 
 def test_the_command(anneal, tiny_llama_dir, llama_eval_cache, tmp_path) -> None:
