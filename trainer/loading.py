@@ -11,7 +11,7 @@ from torch import nn
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError, one_line
-from formats.identity.config_file import read_config
+from formats.identity.config_file import is_adapter, read_config
 from formats.identity.teacher_identity import require_same_teacher, require_same_tokenizer
 from trainer.multimodal import auto_class, require_text_model
 
@@ -106,6 +106,18 @@ def load_tokenizer(model_dir: Path) -> Any:
         raise ConfigError(
             f"a model directory must hold its tokenizer, got none in {model_dir}: {one_line(error)}"
         ) from None
+
+
+def require_whole_model(model_dir: Path, what: str) -> None:
+    """Refuse adapters without the model that they belong to.
+
+    Raises:
+        ConfigError: the directory holds adapters alone.
+    """
+    if is_adapter(model_dir):
+        raise ConfigError(
+            f"{what} must be a whole model, got adapters alone in {model_dir}; train with lora.merge: true"
+        )
 
 
 def require_plain_weights(model_dir: Path, what: str) -> None:

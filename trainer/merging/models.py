@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.identity.config_file import is_adapter
 from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
-from trainer.loading import load_tokenizer, require_plain_weights
+from trainer.loading import load_tokenizer, require_plain_weights, require_whole_model
 from trainer.merging.methods import Merge
 from trainer.merging.settings import MergeConfig
 from trainer.merging.weights import open_safetensors, tied_names, wide
@@ -130,10 +129,7 @@ def find_model(name: str, what: str) -> Path:
         ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
     """
     path = resolve_model(name, what=what)
-    if is_adapter(path):
-        raise ConfigError(
-            f"{what} must be a whole model, got adapters alone in {path}; train with lora.merge: true"
-        )
+    require_whole_model(path, what)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{what} must be a finished model, got no config.json in {path}; finish its run")
     require_plain_weights(path, what)

@@ -23,6 +23,7 @@ from torch import nn
 
 from formats.errors import ConfigError
 from formats.progress import Progress
+from trainer.loading import require_whole_model
 from trainer.loop.measure import perplexity_of
 from trainer.probe.loaded_model import LoadedModel
 from trainer.result.stored_weights import StoredWeights
@@ -231,7 +232,7 @@ def probe_noise(
     """Label -> text -> what noise costs, one model after another.
 
     Raises:
-        ConfigError: no strength, a negative one, one twice, or as `spreads`.
+        ConfigError: no strength, a negative one, one twice, adapters alone, or as `spreads`.
         AnnealError: as `LoadedModel`.
     """
     if not gammas or any(not math.isfinite(gamma) or gamma < 0 for gamma in gammas):
@@ -242,6 +243,10 @@ def probe_noise(
         raise ConfigError(f"--gamma must name each strength once, got {list(gammas)}")
     if draws < 1:
         raise ConfigError(f"--draws must be at least 1, got {draws}; 4 pairs are usual")
+    for directory in models.values():
+        require_whole_model(directory, "MODEL")  # the noise would be on their factors
+    if initial is not None:
+        require_whole_model(initial, "--init")
     progress = progress or Progress()
     found = {}
     for label, directory in models.items():

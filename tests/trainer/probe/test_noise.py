@@ -15,7 +15,15 @@ from formats.errors import ConfigError
 from trainer import evaluate
 from trainer.probe.loaded_model import LoadedModel
 from trainer.probe.models import named_models
-from trainer.probe.noise import NoiseCurve, NoisePoint, noise_curves, noise_like, perturbed, spreads
+from trainer.probe.noise import (
+    NoiseCurve,
+    NoisePoint,
+    noise_curves,
+    noise_like,
+    perturbed,
+    probe_noise,
+    spreads,
+)
 from trainer.probe.noise_report import NoiseReport
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden_theory/head_trace.json").read_text())
@@ -174,6 +182,17 @@ def test_labels(tmp_path) -> None:
         named_models(["a/b", "c/b"])
     with pytest.raises(ConfigError, match=r"got main of the directory .* \(MODEL\); remove it"):
         named_models([f"x={tmp_path}@main"])
+
+
+def test_adapters_alone_are_refused(tiny_llama_dir, llama_eval_cache, tmp_path) -> None:
+    """Noise on their factors is not noise on the weights."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    texts, asked = {"held": str(llama_eval_cache)}, {"gammas": [0.1], "draws": 1}
+    line = f"must be a whole model, got adapters alone in {tmp_path}; train with lora.merge: true"
+    with pytest.raises(ConfigError, match=f"^MODEL {line}"):
+        probe_noise({"base": tiny_llama_dir, "tuned": tmp_path}, texts, **asked)
+    with pytest.raises(ConfigError, match=f"^--init {line}"):
+        probe_noise({"base": tiny_llama_dir}, texts, initial=tmp_path, **asked)
 
 
 def test_the_command(anneal, tiny_llama_dir, llama_eval_cache, tmp_path) -> None:
