@@ -133,8 +133,8 @@ SourceOption = Annotated[
     typer.Option(
         metavar="CACHE|TASK",
         autocompletion=completion.caches,
-        help="What the initial model knew: a cache of held-out text, or a task of bench.json (TASK or TASK:METRIC); "
-        "NAME=... gives it a name of its own. May be repeated.",
+        help="What the initial model knew: a cache of held-out text, or a task of bench.json (TASK, TASK:METRIC or "
+        "TASK:SHOTS); NAME=... gives it a name of its own. May be repeated.",
     ),
 ]
 TargetOption = Annotated[

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,10 +61,12 @@ def paired(
         metric: `metric` or `metric,filter`; by default the one that says whether an item is right.
 
     Returns:
-        task -> its items. Where both have a task under several equal settings, the one with the most items.
+        task -> its items. Of settings that both have a task under and that differ in their limit alone, those with the
+        most items.
 
     Raises:
-        ConfigError: a task that one of them has no result for, or no common task, or an unknown metric.
+        ConfigError: a task that one of them has no result for, or no common task, or an unknown metric, or a task
+            that both have under several settings.
         IdentityMismatchError: a task that they have under different settings only; the message names them.
         FormatError: items are missing or damaged.
     """
@@ -103,24 +106,34 @@ def _pair(first: BenchFile, second: BenchFile, task: str, metric: str | None) ->
     )
 
 
-def common_entries(files: Sequence[BenchFile], task: str) -> list[BenchEntry]:
-    """The result of each model for one task, all under equal settings; of several the one with the most items.
+def common_entries(files: Sequence[BenchFile], task: str, shots: int | None = None) -> list[BenchEntry]:
+    """The result of each model for one task, all under equal settings.
+
+    Args:
+        files: one of each model.
+        task: its name.
+        shots: examples in the prompt; None for whatever there is.
+
+    Of settings that differ in their limit alone, those with the most items: a larger limit holds the smaller one.
 
     Raises:
-        ConfigError: a model has no result of the task.
+        ConfigError: a model has no result of the task, or all have it under several settings.
         IdentityMismatchError: there are no settings that all have it under; the message names a difference.
     """
     of_task = []
     for results in files:
-        of_task.append({entry.key: entry for entry in results.entries.values() if entry.task == task})
+        found = [entry for entry in results.entries.values() if entry.task == task]
+        of_task.append({e.key: e for e in found if shots is None or e.settings.get("num_fewshot") == shots})
         if not of_task[-1]:
+            what = task if shots is None else f"{task} with {shots} shots"
             raise ConfigError(
-                f"a comparison needs results of all models, got none for {task} in {results.directory}; "
+                f"a comparison needs results of all models, got none for {what} in {results.directory}; "
                 "run anneal bench"
             )
-    shared = set(of_task[0]).intersection(*of_task[1:])
+    shared = sorted(set(of_task[0]).intersection(*of_task[1:]))
     if shared:
-        best = max(sorted(shared), key=lambda key: of_task[0][key].num_items)
+        best = max(shared, key=lambda key: of_task[0][key].num_items)
+        _require_one(task, of_task[0][best], [of_task[0][key] for key in shared])
         return [entries[best] for entries in of_task]
     at = next(i for i in range(1, len(files)) if not set(of_task[0]).intersection(*of_task[1 : i + 1]))
     first, second = list(of_task[0].values())[-1], list(of_task[at].values())[-1]
@@ -134,6 +147,32 @@ def common_entries(files: Sequence[BenchFile], task: str) -> list[BenchEntry]:
         f"{'; '.join(differing) or 'none that all models have'} ({files[0].directory}, {files[at].directory}); "
         "run anneal bench on all at once"
     )
+
+
+def _require_one(task: str, best: BenchEntry, shared: Sequence[BenchEntry]) -> None:
+    """Refuse to choose between settings that ask something else; a smaller limit asks less of the same.
+
+    Raises:
+        ConfigError: naming the settings that differ, with their values.
+    """
+    settings = [entry.settings for entry in shared]
+    differing = [
+        name
+        for name in sorted({name for of_one in settings for name in of_one} - {"limit"})
+        if any(not _agree(name, of_one.get(name), best.settings.get(name)) for of_one in settings)
+    ]
+    if differing:
+        values = [f"{name} {', '.join(sorted({repr(s.get(name)) for s in settings}))}" for name in differing]
+        way = f"{task}:SHOTS" if differing == ["num_fewshot"] else "anneal bench --out DIR and --bench DIR"
+        raise ConfigError(
+            f"{task}: results are compared under one setting, got several that all models have it under "
+            f"({'; '.join(values)}); choose with {way}"
+        )
+
+
+def _agree(name: str, value: Any, other: Any) -> bool:
+    """Whether two results agree on a setting; a seed that drew nothing is None and agrees with any."""
+    return value == other or (name == "seed" and None in (value, other))
 
 
 def metric_of(entry: BenchEntry, metric: str | None) -> tuple[str, str]:

@@ -5,7 +5,7 @@
 3. Models that differ in nothing but their seed become one line.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def compare(
     group: bool = True,
     work: str | Path | None = None,
     bench: str | Path | None = None,
+    bench_entries: Collection[str] | None = None,
     dtype: str = "float32",
     device: str | None = None,
     limit: int | None = None,
@@ -61,7 +62,7 @@ def compare(
     Args:
         models: label -> model directory or hub name.
         source: what the initial model knew: a cache of held-out text, or a task of bench.json (`TASK`,
-            `TASK:METRIC`); one word, several, or name -> word. A word that is no directory is a task.
+            `TASK:METRIC`, `TASK:SHOTS`); one word, several, or name -> word. A word that is no directory is a task.
         target: what the models learn, in the same way.
         initial: label -> the initial model, one entry; its line comes first and differences are to it.
         direct: label of direct fine-tuning, which shares are of; found by itself where exactly one line's record
@@ -71,6 +72,7 @@ def compare(
         group: models whose records differ only in seeds are one line, mean and spread.
         work: a folder for remembered evaluations; by default each model's own directory.
         bench: the folder given as `anneal bench --out`; by default each model's own directory.
+        bench_entries: keys of the results of tasks that count (`BenchEntry.key`); by default all that are there.
         dtype, device, limit: as for `evaluate`; they do not concern tasks.
         cards: tell in the cards of the models that this program made what was found on whole texts; by default where
             no `work` is given.
@@ -78,7 +80,8 @@ def compare(
 
     Raises:
         ConfigError: no models, two equal labels, not a finished model, an unknown task, metric or `direct`, none
-            for `direct_for`, no source text for `distance_for`, a cache without tokens that carry loss.
+            for `direct_for`, a task under several settings, no source text for `distance_for`, a cache without
+            tokens that carry loss.
         FormatError: a cache or bench.json is missing or broken.
         IdentityMismatchError: caches, or a model and a cache, come from different initial models; results are of
             other weights than those on disk, or under unequal settings.
@@ -125,7 +128,7 @@ def compare(
     readings: Readings = {}
     tasks = {key: word for key, word in words.items() if is_task(word)}
     if tasks:
-        results = load_results(directories, identities, bench)
+        results = load_results(directories, identities, bench, bench_entries)
         for (side, name), word in tasks.items():
             metric, found = read_task(results, str(word), side=side, name=name)
             readings[metric] = found

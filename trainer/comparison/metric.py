@@ -63,6 +63,18 @@ class Metric:
         return -change if self.higher_is_better else change
 
 
+def task_of(word: str) -> tuple[str, int | None, str | None]:
+    """(task, shots, metric) of `TASK`, `TASK:SHOTS`, `TASK:METRIC` or `TASK:SHOTS:METRIC`; None for what is not said.
+
+    The metric is `metric` or `metric,filter`; no metric of the harness is a number.
+    """
+    task, _, rest = word.partition(":")
+    number, _, after = rest.partition(":")
+    if number.isdecimal():
+        return task, int(number), after or None
+    return task, None, rest or None
+
+
 def is_task(word: str) -> bool:
     """Whether a source or target is a task rather than a cache: no directory, and not written like a place."""
     return not (Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~")))

@@ -5,26 +5,31 @@ items together.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from formats.errors import ConfigError, FormatError
+from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from trainer.bench.bench_file import BenchEntry, BenchFile, require_fresh
 from trainer.bench.paired import common_entries, metric_of
-from trainer.comparison.metric import Metric
+from trainer.comparison.metric import Metric, task_of
 from trainer.comparison.reading import Items, Reading
 
 BITS = "bits_per_byte"
 LOWER_IS_BETTER = (BITS, "brier_score", "ter")
 """Where bench.json gives no direction; perplexities besides."""
+OF_A_RUN = ("num_fewshot", "limit", "seed", "chat_template", "backend", "dtype", "engine_args", "lm_eval")
+"""Settings of a result that are no part of its task."""
+IF_USED = ("seed", "chat_template")
+"""Those that a result leaves out where they do nothing."""
 
 
 def load_results(
     directories: Mapping[str, Path],
     identities: Mapping[str, Mapping[str, str]],
     bench: str | Path | None = None,
+    entries: Collection[str] | None = None,
 ) -> dict[str, BenchFile]:
     """Label -> results.
 
@@ -32,6 +37,7 @@ def load_results(
         directories: label -> model.
         identities: label -> `model_identity` of what is on disk now.
         bench: what was given as `anneal bench --out`; None reads beside the models.
+        entries: keys of the entries that count (`BenchEntry.key`); None for all that are there.
 
     Raises:
         FormatError: a model has no results, or not ours.
@@ -42,6 +48,9 @@ def load_results(
         place = directory if bench is None else Path(bench) / label
         found[label] = BenchFile.read(place)
         require_fresh(found[label], identities[label], str(directory))
+        if entries is not None:
+            known = found[label].entries
+            found[label].entries = {key: entry for key, entry in known.items() if key in entries}
     return found
 
 
@@ -52,15 +61,17 @@ def read_task(
 
     Args:
         results: label -> from `load_results`.
-        word: `TASK` or `TASK:METRIC`, the metric as `metric` or `metric,filter`; by default the one that says whether
-            an item is right.
+        word: `TASK`, `TASK:SHOTS`, `TASK:METRIC` or `TASK:SHOTS:METRIC`, the metric as `metric` or `metric,filter`;
+            by default the one that says whether an item is right.
 
     Raises:
-        ConfigError: a model has no such task or metric, or the metric has no direction.
-        IdentityMismatchError: no settings that all models have the task under.
+        ConfigError: a model has no such task or metric, all have it under several settings, or the metric has no
+            direction.
+        IdentityMismatchError: no settings that all models have the task under, or its parts were run under unequal
+            ones.
         FormatError: items are missing, damaged, or not the same for all.
     """
-    task, _, wanted = word.partition(":")
+    task, shots, wanted = task_of(word)
     files = list(results.values())
     tasks = _parts(files, task)
     if not tasks:
@@ -68,8 +79,9 @@ def read_task(
             f"--{side} takes caches and tasks, got {word}: there is no such directory, and no result of a task of "
             f"that name in {files[0].directory}; run anneal bench"
         )
-    entries = [common_entries(files, part) for part in tasks]
-    key = ",".join(metric_of(entries[0][0], wanted or None))
+    entries = [common_entries(files, part, shots) for part in tasks]
+    _require_one_setting(task, [of_part[0] for of_part in entries])
+    key = ",".join(metric_of(entries[0][0], wanted))
     higher = _direction(entries[0][0], key)
     metric = Metric(
         side=side, name=name, kind="task", measure=key, higher_is_better=higher, where=" ".join(tasks)
@@ -88,6 +100,32 @@ def _parts(files: list[BenchFile], task: str) -> list[str]:
     if task in names or any(task == entry.task for file in files for entry in file.entries.values()):
         return [task]
     return sorted(name for name in names if name.startswith(task + "_"))
+
+
+def _require_one_setting(task: str, parts: Sequence[BenchEntry]) -> None:
+    """Refuse parts that were run in different ways.
+
+    Raises:
+        IdentityMismatchError: naming the first setting and two parts.
+    """
+    limit = max(part.settings.get("limit") or 0 for part in parts)
+    for name in OF_A_RUN:
+        found = {part.task: part.settings.get(name) for part in parts}
+        if name == "limit":  # a part that has fewer items is whole under it
+            found |= {
+                part.task: limit or None
+                for part in parts
+                if found[part.task] is None and part.num_items <= limit
+            }
+        elif name in IF_USED:
+            found = {part: value for part, value in found.items() if value not in (None, "")}
+        first = next(iter(found), "")
+        for part, value in found.items():
+            if value != found[first]:
+                raise IdentityMismatchError(
+                    f"{task}: its parts are one metric under equal settings, got {name} {found[first]!r} in {first} "
+                    f"and {value!r} in {part}; name one part, or run anneal bench on all of them at once"
+                )
 
 
 def _direction(entry: BenchEntry, key: str) -> bool:

@@ -12,7 +12,7 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError, naming
 from formats.named_path import short_name
 from formats.progress import Progress
-from trainer.comparison.metric import is_task
+from trainer.comparison.metric import is_task, task_of
 from trainer.sweep.config import SweepConfig
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def bench_settings(config: SweepConfig) -> "BenchSettings | None":
         return None
     from trainer.bench.settings import BenchSettings
 
-    tasks = tuple(dict.fromkeys(word.partition(":")[0] for word in words))
+    asked = [task_of(word) for word in words]
+    tasks = tuple(dict.fromkeys(task if shots is None else f"{task}:{shots}" for task, shots, _ in asked))
     given: dict[str, Any] = {"tasks": tasks, **config.bench, "out": str(Path(config.out) / "bench")}
     return BenchSettings(**given)
 
@@ -95,8 +96,12 @@ def comparison_of(
     if (settings := bench_settings(config)) is not None:
         from trainer.bench.bench import bench_models
 
-        bench_models({**initial, **models}, settings, progress)
+        measured = bench_models({**initial, **models}, settings, progress)
         options["bench"] = settings.out
+        # Results of earlier settings stand there too.
+        options["bench_entries"] = {
+            entry.key for model in measured.models for entry in model.entries.values()
+        }
     options |= {"source": config.source, "target": config.target, "initial": initial, "progress": progress}
     options["dtype"] = config.eval_dtype
     known = [name for name in yardsticks if name in models]

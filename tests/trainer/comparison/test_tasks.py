@@ -90,7 +90,13 @@ def test_unequal_or_stale_results_are_refused(models):
 
 
 def write_items(
-    model, flags: np.ndarray, choices: int, *, task: str = "forty", words: np.ndarray | None = None
+    model,
+    flags: np.ndarray,
+    choices: int,
+    *,
+    task: str = "forty",
+    words: np.ndarray | None = None,
+    **changed,
 ):
     """bench.json with single items: right-or-wrong flags, or summed log-likelihoods over `words`."""
     results, _ = BenchFile.open_for(model, model_identity(model))
@@ -117,12 +123,12 @@ def write_items(
     data = table_bytes(pa.table(arrays, names=names))
     entry = BenchEntry(
         task=task,
-        settings={"num_fewshot": 0, "limit": None},
+        settings={"num_fewshot": 0, "limit": None, "seed": None} | changed,
         metrics={f"{name},none": {"value": value, "stderr": 0.05, "higher_is_better": words is None}},
         primary=f"{name},none",
         num_items=number,
         num_truncated=0,
-        samples=f"bench/{task}.parquet",
+        samples=f"bench/{'-'.join([task, *(f'{key}={value}' for key, value in changed.items())])}.parquet",
         samples_sha256=hashlib.sha256(data).hexdigest(),
     )
     results.add(entry, data)
@@ -178,6 +184,49 @@ def test_parts_of_a_task_are_pooled(answered):
     assert cell.value == pytest.approx(after.mean())
     assert cell.flips == count_flips(before, after, np.repeat([4, 2], [60, 20]))
     assert found.metrics[0].where == "know_a know_b" and cell.details["num_items"] == 80
+
+
+def test_a_task_under_several_settings_is_not_chosen_from_without_a_word(answered):
+    models, flags = answered
+    one = {"annealed": models["annealed"]}, {"initial": models["initial"]}
+    for label in ("initial", "annealed"):
+        write_items(models[label], 1 - flags[label][0], 4, task="know_a", num_fewshot=2)
+        write_items(models[label], flags[label][1][:5], 2, task="know_b", limit=5, seed=0)
+    with pytest.raises(
+        ConfigError,
+        match=r"know_a: results are compared under one setting, .*num_fewshot 0, 2\); choose with know_a:SHOTS",
+    ):
+        compare(one[0], source="know_a", target="text", initial=one[1])
+    for word, expected in (("know_a:0", flags["annealed"][0]), ("know_a:2:acc", 1 - flags["annealed"][0])):
+        found = compare(one[0], source={"know": word}, target="text", initial=one[1])
+        assert found.line("annealed").cells["source:know"].value == pytest.approx(expected.mean())
+    # A smaller limit is less of the same.
+    found = compare(one[0], source="know_b", target="text", initial=one[1])
+    assert found.line("annealed").cells["source:know_b"].details["num_items"] == 20
+    with pytest.raises(ConfigError, match=r"got none for know_a with 3 shots in"):
+        compare(one[0], source="know_a:3", target="text", initial=one[1])
+    for label in ("initial", "annealed"):
+        write_items(models[label], flags[label][1], 2, task="know_b", dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"dtype 'bfloat16', None\); choose with anneal bench --out DIR"):
+        compare(one[0], source="know_b", target="text", initial=one[1])
+
+
+def test_parts_of_a_task_are_read_under_one_setting(answered):
+    models, flags = answered
+    one = {"annealed": models["annealed"]}, {"initial": models["initial"]}
+    for label in ("initial", "annealed"):
+        (models[label] / "bench.json").unlink()
+        write_items(models[label], flags[label][0][:30], 4, task="know_a", limit=30, seed=0)
+        write_items(models[label], flags[label][1], 2, task="know_b")  # fewer than the limit
+        write_items(models[label], flags[label][0], 0, task="text")
+    found = compare(one[0], source="know", target="text", initial=one[1])
+    assert found.line("annealed").cells["source:know"].details["num_items"] == 50
+    for label in ("initial", "annealed"):
+        write_items(models[label], flags[label][1], 2, task="know_c", num_fewshot=1)
+    with pytest.raises(
+        IdentityMismatchError, match=r"know: its parts .* num_fewshot 0 in know_a and 1 in know_c"
+    ):
+        compare(one[0], source="know", target="text", initial=one[1])
 
 
 def test_damaged_items_are_refused(answered):
