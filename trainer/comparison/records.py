@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from formats.errors import AnnealError
 from formats.identity.fingerprint import sha256_json
 from trainer.config_file import RESOLVED_NAME, parse_yaml
 from trainer.evaluation.recorded_method import AppliedMethod
+from trainer.preflight.continuation import WEIGHTS
 from trainer.result.run_directory import RECORD_NAME
 
 SEEDS = ("seed", "data_seed")
@@ -28,8 +30,18 @@ def is_direct(method: AppliedMethod | None, of_some: bool = False) -> bool:
     return all(of_some and name.split(" ")[0] in ("LoRA", "freeze") for name, _ in method.parts)
 
 
-def recipe_of(directory: Path, recipes: Mapping[str, str]) -> str | None:
-    """A hash of how a model was made, equal for runs that differ in `training.seed`, `training.data_seed` and `out`.
+@dataclass(frozen=True)
+class Recipe:
+    """How a model was made, apart from its seed."""
+
+    digest: str
+    """Equal for models that were made alike: of the same settings, from the same weights and texts."""
+    seeds: tuple[Any, ...]
+    """Of the order of rows and of the model; of a merge those of its models."""
+
+
+def recipe_of(directory: Path, recipes: Mapping[str, Recipe]) -> Recipe | None:
+    """How a model was made, equal for runs that differ in `training.seed`, `training.data_seed` and `out` alone.
 
     Args:
         directory: of the model.
@@ -42,13 +54,36 @@ def recipe_of(directory: Path, recipes: Mapping[str, str]) -> str | None:
         record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
         if "merge" in record:
             merge = dict(record["merge"])
-            tuned = [str(model["weights"]) for model in merge.pop("tuned")]
-            return sha256_json(["merge", merge, [recipes.get(weights, weights) for weights in tuned]])
+            weights = [str(model["weights"]) for model in merge.pop("tuned")]
+            digests = [recipes[w].digest if w in recipes else w for w in weights]
+            seeds = tuple(recipes[w].seeds if w in recipes else w for w in weights)
+            contents = [_initial_weights(record), record.get("by")]
+            return Recipe(sha256_json(["merge", merge, digests, contents]), seeds)
         text = (directory / RESOLVED_NAME).read_text(encoding="utf-8")
-        settings = parse_yaml(text, str(directory / RESOLVED_NAME))
-        return sha256_json(["run", _without_seeds(dict(settings))])
+        settings = dict(parse_yaml(text, str(directory / RESOLVED_NAME)))
+        training = dict(settings.get("training") or {})
+        seed = training.get("seed") or 0
+        data_seed = training.get("data_seed")
+        return Recipe(
+            sha256_json(["run", _without_seeds(settings), _was_read(record)]),
+            (seed, seed if data_seed is None else data_seed),
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, AnnealError):
         return None
+
+
+def _was_read(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run read by what was in it, as far as its record says: paths may hold something else by now."""
+    run = record.get("run") or {}
+    found = {key: value for key, value in run.items() if key.startswith("the ")}  # its caches
+    weights = run.get(WEIGHTS) or _initial_weights(record)
+    return {**found, **(record.get("ewc") or {}), WEIGHTS: weights}
+
+
+def _initial_weights(record: Mapping[str, Any]) -> str | None:
+    """As the identity has them: of a run, that of its cache."""
+    weights = ((record.get("identity") or {}).get("teacher") or {}).get("weights")
+    return None if weights is None else str(weights)
 
 
 def _without_seeds(settings: dict[str, Any]) -> dict[str, Any]:
@@ -69,9 +104,9 @@ def groups_of(
         weights: label -> fingerprint of its weights.
         alone: the initial model, which is a line of its own.
 
-    Two labels of equal weights stay apart: the same model twice is not a second seed.
+    Two labels of equal weights stay apart, and so do two of equal seeds: neither is a second seed.
     """
-    recipes: dict[str, str] = {}
+    recipes: dict[str, Recipe] = {}
     for _ in range(2):  # runs first, then merges of them
         for label, directory in directories.items():
             if label != alone and (recipe := recipe_of(directory, recipes)) is not None:
@@ -79,9 +114,11 @@ def groups_of(
     together: dict[str, list[str]] = {}
     for label in directories:
         recipe = recipes.get(weights[label]) if label != alone else None
-        key = recipe if recipe is not None else f"alone {label}"
-        if any(weights[label] == weights[other] for other in together.get(key, ())):
-            key = f"alone {label}"
+        key = f"alone {label}"
+        if recipe is not None:
+            others = [weights[other] for other in together.get(recipe.digest, ())]
+            if not any(weights[label] == w or recipe.seeds == recipes[w].seeds for w in others):
+                key = recipe.digest
         together.setdefault(key, []).append(label)
     found: dict[str, list[str]] = {}
     for labels in together.values():

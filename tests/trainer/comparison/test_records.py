@@ -20,10 +20,11 @@ def run(folder: Path, name: str, seed: int | None = None, data_seed: int | None 
     return path
 
 
-def merge(folder: Path, name: str, tuned: str, alpha: float) -> Path:
+def merge(folder: Path, name: str, tuned: str, alpha: float, initial: str = "w0") -> Path:
     path = folder / name
     path.mkdir()
     record = {"merge": {"method": "wise-ft", "alpha": alpha, "tuned": [{"name": tuned, "weights": tuned}]}}
+    record |= {"identity": {"teacher": {"weights": initial}}}
     (path / "anneal.json").write_text(json.dumps(record))
     return path
 
@@ -71,6 +72,32 @@ def test_the_same_weights_twice_are_not_two_seeds(tmp_path):
     assert groups_of(found, {"a": "v", "b": "w"}) == {
         "a": ["a", "b"]
     }  # nothing in common: the first one's label
+
+
+def test_other_texts_weights_or_the_same_seed_are_not_a_second_seed(tmp_path):
+    cache, weights, ewc = "the training cache", "weights of the model", "the cache of ewc"
+    facts = [
+        {"run": {cache: "c1", weights: "w0"}},
+        {"run": {cache: "c2", weights: "w0"}},
+        {"run": {cache: "c1", weights: "w1"}},
+        {"run": {cache: "c1", weights: None}, "identity": {"teacher": {"weights": "w2"}}},
+        {"run": {cache: "c1", weights: "w0"}, "ewc": {ewc: "c3"}},
+    ]
+    found = {}
+    for number, fact in enumerate(facts):
+        found[f"r{number}"] = run(tmp_path, f"r{number}", number)
+        (found[f"r{number}"] / "anneal.json").write_text(json.dumps(fact))
+    found["again"] = run(tmp_path, "again", 0)
+    (found["again"] / "anneal.json").write_text(json.dumps(facts[0]))
+    found["seed"] = run(tmp_path, "seed", 7)
+    (found["seed"] / "anneal.json").write_text(json.dumps(facts[0]))
+    found["m-r0"] = merge(tmp_path, "m-r0", "r0", 0.5)
+    found["m-seed"] = merge(tmp_path, "m-seed", "seed", 0.5)
+    found["m-other"] = merge(tmp_path, "m-other", "r0", 0.5, initial="w1")
+    groups = groups_of(found, {label: label for label in found})
+    assert sorted(map(tuple, groups.values())) == [
+        ("again",), ("m-other",), ("m-r0", "m-seed"), ("r0", "seed"), ("r1",), ("r2",), ("r3",), ("r4",),
+    ]  # fmt: skip
 
 
 def test_a_name_that_is_taken_is_not_given_twice(tmp_path):
