@@ -40,7 +40,7 @@ class Models:
             FormatError: a weight file is torn.
             IdentityMismatchError: a tuned model comes from another initial model, or has another tokenizer.
         """
-        initial_dir = find_model(config.initial, "--initial")
+        initial_dir = find_model(config.initial, "--initial", config.revision)
         tuned_dirs = [find_model(name, "TUNED") for name in config.tuned]
         initial, tuned = open_safetensors(initial_dir), [open_safetensors(path) for path in tuned_dirs]
         identity = identity_of(initial_dir, config.initial, load_tokenizer(initial_dir))
@@ -122,13 +122,13 @@ def merge_tensor(
 # --- which models belong together ---------------------------------------------------------------------
 
 
-def find_model(name: str, what: str) -> Path:
+def find_model(name: str, what: str, revision: str | None = None) -> Path:
     """The directory of a model.
 
     Raises:
         ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
     """
-    path = resolve_model(name, what=what)
+    path = resolve_model(name, revision, what=what)
     require_whole_model(path, what)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{what} must be a finished model, got no config.json in {path}; finish its run")

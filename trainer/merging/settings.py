@@ -53,6 +53,8 @@ class MergeConfig:
     """Directories of models that were fine-tuned from the initial one."""
     initial: str
     """The initial model: directory or hub name."""
+    revision: str | None = None
+    """Of the initial model, where that is a hub name: branch, tag or commit."""
     out: str
     """Directory for the result: new or empty."""
     method: str

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, naming
+from formats.identity.fingerprint import resolve_model
 from formats.named_path import short_name
 from formats.progress import Progress
 from trainer.comparison.metric import is_task, task_of
@@ -69,10 +70,15 @@ def bench_settings(config: SweepConfig) -> "BenchSettings | None":
 
 
 def initial_of(config: SweepConfig, models: Mapping[str, Path]) -> dict[str, str]:
-    """Label -> the initial model."""
-    model = str(config.base["model"])
+    """Label -> the initial model; of a revision its directory, which every run starts from.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    model, revision = str(config.base["model"]), config.base.get("revision")
     label = short_name(model)
-    return {label if label and label not in models else "initial": model}
+    place = model if revision is None else str(resolve_model(model, revision))
+    return {label if label and label not in models else "initial": place}
 
 
 def comparison_of(

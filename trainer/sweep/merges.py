@@ -43,6 +43,7 @@ class PlannedMerge:
         return MergeConfig(
             tuned=[str(run.directory(out)) for run in self.runs],
             initial=str(config.base["model"]),
+            revision=config.base.get("revision"),
             out=str(self.directory(out)),
             method=self.method,
             **self.strengths,
