@@ -104,6 +104,12 @@ def combinations(config: SweepConfig, entry: RunEntry) -> Iterator[dict[str, Any
         yield dict(zip(axes, values, strict=True))
 
 
+def kl_settings(config: SweepConfig) -> list[dict[str, Any]]:
+    """The product of the values in `every` of settings of the KL term, which direct fine-tuning has not."""
+    axes = {key: values for key, values in config.every.items() if key in OF_KL}
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
 def refuse_idle(entry: RunEntry) -> None:
     """Refuse an entry that sets a setting of the KL term and has none."""
     for name in OF_KL:

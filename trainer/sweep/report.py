@@ -29,7 +29,7 @@ class SweepReport:
     selection: "Selection | None" = None
     """What the rules pick; None where there is nothing to pick from."""
     searches: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    """What `--search` found, one for each learning rate or other setting that is crossed."""
+    """What `--search` found, one for each learning rate, temperature or other setting that is crossed."""
 
     def text(self) -> str:
         """For people."""

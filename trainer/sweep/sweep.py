@@ -5,10 +5,11 @@ merges; the table. The same command continues a sweep that was stopped, and ends
 """
 
 import contextlib
+import itertools
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from formats.progress import Progress, counted
 from trainer.sweep.compared import check_yardsticks, comparison_of, gain_kept, selection_of
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.merges import PlannedMerge, make_merges, plan_merges
-from trainer.sweep.plan import PlannedRun, estimated_tokens, make_run, plan_runs
+from trainer.sweep.plan import PlannedRun, estimated_tokens, kl_settings, make_run, plan_runs
 from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.report import REPORT_NAME, SweepReport
 from trainer.sweep.runs import Runs, is_finished, require_same
@@ -125,8 +126,8 @@ def run_sweep(
         runs.complete(plan.runs)
         planned, searches = list(plan.runs), list[dict[str, object]]()
         if config.search:
-            for probes in groups(plan.runs):
-                found, more = search_one(config, probes, runs, progress)
+            for probes, of_kl in itertools.product(groups(plan.runs), kl_settings(config)):
+                found, more = search_one(config, probes, runs, progress, of_kl)
                 searches.append(found)
                 names = {run.name for run in planned}
                 planned += [run for run in more if run.name not in names]
@@ -205,14 +206,18 @@ def groups(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
 
 
 def search_one(
-    config: SweepConfig, direct: Sequence[PlannedRun], runs: Runs, progress: Progress
+    config: SweepConfig,
+    direct: Sequence[PlannedRun],
+    runs: Runs,
+    progress: Progress,
+    of_kl: Mapping[str, object],
 ) -> tuple[dict[str, object], list[PlannedRun]]:
-    """Search beside these direct runs; what was found, and the runs that it took."""
+    """Search beside these direct runs with these settings of the KL term; what was found, and the runs it took."""
     out = Path(config.out)
     made: list[PlannedRun] = []
 
     def share_of(kl_coef: float) -> float | None:
-        probes = [make_run(config, {**run.varied, "kl_coef": kl_coef}) for run in direct]
+        probes = [make_run(config, {**run.varied, **of_kl, "kl_coef": kl_coef}) for run in direct]
         for probe in probes:
             require_same(probe, out)
         made.extend(probes)
@@ -233,6 +238,7 @@ def search_one(
         return statistics.fmean(found) if len(found) == len(shares) else None
 
     varied = {k: value for k, value in direct[0].varied.items() if k not in ("kl_coef", "training.seed")}
+    varied |= of_kl
     where = f" ({', '.join(f'{key} {value}' for key, value in sorted(varied.items()))})" if varied else ""
     nothing: dict[str, object] = {"settings": varied, "keeps": None, "loses": None, "tried": []}
     if not all(is_finished(run.directory(out)) for run in direct):

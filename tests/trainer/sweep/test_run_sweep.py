@@ -12,39 +12,14 @@ import yaml
 from caches import write_cache
 from pool_here import InThisProcess
 from recorded_progress import RecordedProgress
-from runs import QUICK, copy_model, noise, same_weights, settings
+from runs import copy_model, noise, same_weights, settings
 
 from formats.errors import AnnealError, ConfigError
 from trainer import train
 from trainer.comparison.compare import compare
-from trainer.sweep.config import sweep_from_options
 from trainer.sweep.pools import ENDED
 from trainer.sweep.runs import SweepStopped
 from trainer.sweep.sweep import plan_sweep, run_sweep
-
-
-@pytest.fixture(scope="module")
-def texts(tiny_llama_dir, tmp_path_factory) -> dict[str, dict[str, str]]:
-    folder = tmp_path_factory.mktemp("texts")
-    found = {}
-    for side, seed in (("source", 1), ("target", 2)):
-        found[side] = {side: str(write_cache(folder / side, tiny_llama_dir, num_rows=3, seed=seed))}
-    return found
-
-
-@pytest.fixture(scope="module")
-def ask(llama_cache, tiny_llama_dir, texts):
-    """A sweep of two-step runs, by options."""
-
-    def asked(out: Path, **options):
-        overrides = [*QUICK, *options.pop("overrides", [])]
-        place = str(options.pop("place", llama_cache))
-        return sweep_from_options(
-            place, model=str(tiny_llama_dir), out=str(out), overrides=overrides, **{**texts, **options}
-        )
-
-    return asked
-
 
 OPTIONS = {"grid": ["kl_coef=1"], "also": ["l2.coef=0.1"], "merge": ["wise-ft:0.5"]}
 
@@ -363,3 +338,16 @@ def test_a_run_that_is_stopped_before_it_can_save_has_not_failed(ask, tmp_path):
     with pytest.raises(SweepStopped, match="stopped by SIGINT with 0 of 1 runs finished"):
         run_sweep(ask(out), pool=Importing(), progress=seen)
     assert not any("failed" in line for line in seen.notes) and not (out / "failed").exists()
+
+
+def test_a_search_is_made_at_every_setting_of_the_kl_term_that_is_crossed(ask, tmp_path):
+    asked = {"search": True, "search_runs": 2, "keep_gain": 0.5, "every": ["temperature=1,2"]}
+    report = run_sweep(ask(tmp_path / "out", **asked), pool=InThisProcess())
+    assert [found["settings"] for found in report.searches] == [{"temperature": 1}, {"temperature": 2}]
+    assert all(
+        f"(temperature {t})" in found["line"] for t, found in zip((1, 2), report.searches, strict=True)
+    )
+    names = [run.name for run in report.runs]
+    assert names[0] == "direct" and {"kl_coef=1", "kl_coef=1,temperature=2"} < set(names)
+    for run in report.runs[1:]:
+        assert run.config(tmp_path).temperature == (2 if "temperature=2" in run.name else 1)
