@@ -13,7 +13,7 @@ from formats.errors import ConfigError, naming
 from formats.identity.fingerprint import resolve_model
 from formats.named_path import short_name
 from formats.progress import Progress
-from trainer.comparison.metric import is_task, task_of
+from trainer.comparison.metric import SIDES, is_task, task_of
 from trainer.sweep.config import SweepConfig
 
 if TYPE_CHECKING:
@@ -27,18 +27,29 @@ def check_yardsticks(config: SweepConfig) -> None:
     is trained.
 
     Raises:
-        AnnealError: naming the one that is no cache, or no task.
+        AnnealError: naming the one that is no cache, no task, or a cache of another model than the initial one.
     """
-    for side in ("source", "target"):
-        for name, word in getattr(config, side).items():
-            if is_task(word):
-                continue
-            with naming(f"{side}.{name} must be a cache"):
-                TeacherCache(word)
+    from trainer.evaluation.evaluate import require_related
+    from trainer.loading import load_tokenizer, open_cache
+
+    texts = [
+        (side, name, word)
+        for side in SIDES
+        for name, word in getattr(config, side).items()
+        if not is_task(word)
+    ]
+    for side, name, word in texts:
+        with naming(f"{side}.{name} must be a cache"):
+            TeacherCache(word)
+    model = resolve_model(config.base["model"], config.base.get("revision"))
+    tokenizer = load_tokenizer(model)
+    for side, name, word in texts:
+        with naming(f"{side}.{name} must be of the initial model"):
+            open_cache(word, model, tokenizer)
     for entry in config.merges:
         for word in entry.strengths.get("by", ()):
             with naming(f"merges.{entry.method}.by must be a cache"):
-                TeacherCache(word)
+                require_related(TeacherCache(word), model, tokenizer, kl=False)
     if (settings := bench_settings(config)) is not None:
         from trainer.bench.catalogue import load_catalogue
         from trainer.bench.harness import import_harness

@@ -16,6 +16,7 @@ from pathlib import Path
 from formats.disk.durable import atomic_write_json, locked
 from formats.errors import ConfigError, naming
 from formats.progress import Progress, counted
+from trainer.objective import Objective
 from trainer.sweep.compared import check_yardsticks, comparison_of, gain_kept, selection_of
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.merges import PlannedMerge, make_merges, plan_merges
@@ -23,7 +24,7 @@ from trainer.sweep.plan import PlannedRun, estimated_tokens, kl_settings, make_r
 from trainer.sweep.pools import LocalPool, Pool
 from trainer.sweep.report import REPORT_NAME, SweepReport
 from trainer.sweep.runs import Runs, is_finished, require_same
-from trainer.sweep.search import search
+from trainer.sweep.search import START, search
 from trainer.sweep.shares import measure_in_shares
 
 
@@ -77,30 +78,50 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     """
     require_directory(Path(config.out))
     runs = plan_runs(config)
-    check_yardsticks(config)
-    check_inputs(config, runs)
+    check_inputs(config, [*runs, *first_probes(config, runs)])
     for run in runs:
         require_same(run, Path(config.out))
+    check_yardsticks(config)  # a model that was replaced since is said above
     return SweepPlan(config=config, runs=runs, merges=plan_merges(config, runs))
 
 
 def check_inputs(config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
-    """Find the model and open every cache of every run, each combination once.
+    """Find the model, open every cache of every run and find the rows and positions that it acts on, each combination
+    once.
 
     Raises:
         AnnealError: as `train`; the message names the first run.
     """
-    from trainer.inputs import open_inputs
+    from trainer.inputs import open_inputs, rows_of
 
     seen = set()
     for run in runs:
         settings = run.config(Path(config.out)).to_dict()
-        names = ("cache", "model", "revision", "caches", "eval_caches", "ewc", "allow_different_student")
-        key = json.dumps({name: settings[name] for name in names}, sort_keys=True)
+        names = [
+            "cache",
+            "model",
+            "revision",
+            "caches",
+            "eval_caches",
+            "ewc",
+            "allow_different_student",
+            "loss",
+        ]
+        names += list(Objective.__dataclass_fields__)
+        with_kl = settings["kl_coef"] > 0
+        key = json.dumps([with_kl, {name: settings[name] for name in names}], sort_keys=True)
         if key not in seen:
             seen.add(key)
             with naming(f"run {run.name}"):
-                open_inputs(run.config(Path(config.out)))
+                rows_of(run.config(Path(config.out)), open_inputs(run.config(Path(config.out))))
+
+
+def first_probes(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs with which the searches begin; none without `search`."""
+    if not config.search:
+        return []
+    starts = itertools.product(groups(runs), kl_settings(config))
+    return [make_run(config, {**probes[0].varied, **of_kl, "kl_coef": START}) for probes, of_kl in starts]
 
 
 def run_sweep(
