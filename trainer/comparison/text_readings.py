@@ -84,7 +84,7 @@ def read_texts(
         ConfigError: a cache has no tokens that carry loss.
     """
     keys = keys_of(caches, dtype=dtype, device=device, limit=limit)
-    names = {_phase(metric, caches): metric for metric in caches}
+    names = _phases(caches)
 
     def compute(pending: Sequence[str], remember: Callable[[str, Result], None]) -> Mapping[str, Result]:
         return evaluate(
@@ -114,10 +114,14 @@ def keys_of(
     }
 
 
-def _phase(metric: Metric, caches: Mapping[Metric, TeacherCache]) -> str:
-    """What a phase of the progress is called: the text's name, with its side where both sides have one."""
-    twice = sum(other.name == metric.name for other in caches) > 1
-    return f"{metric.side} {metric.name}" if twice else metric.name
+def _phases(caches: Mapping[Metric, TeacherCache]) -> dict[str, Metric]:
+    """What a phase of the progress is called -> the metric: the text's name, with its side where both sides have one.
+
+    A text may be called as another one's phase would be; then all are called by their keys, which differ.
+    """
+    names = [metric.name for metric in caches]
+    found = {f"{m.side} {m.name}" if names.count(m.name) > 1 else m.name: m for m in caches}
+    return found if len(found) == len(caches) else {metric.key: metric for metric in caches}
 
 
 def _reading(result: Result, metric: Metric) -> Reading:

@@ -171,6 +171,19 @@ def test_several_texts_of_a_side(sweep, texts, tiny_llama_dir, tmp_path):
     assert (tmp_path / "page.html").read_text().count("<figure") == 3  # the whole, and two pairs
 
 
+def test_no_text_is_lost_by_what_it_is_called(sweep, texts):
+    sides = {
+        "source": {"target text": texts["source"], "text": texts["target"]},
+        "target": {"text": texts["target"]},
+    }
+    seen = RecordedProgress()
+    found = compare({"a": sweep["kl-4"]}, **sides, limit=2, progress=seen)
+    assert [metric.key for metric in found.metrics] == ["source:target text", "source:text", "target:text"]
+    values = {key: cell.value for key, cell in found.models[0].cells.items()}
+    assert values["source:target text"] != values["source:text"] == values["target:text"]
+    assert len(seen.phases) == len(set(seen.phases)) == 2  # one text is read once
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
