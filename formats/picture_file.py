@@ -49,11 +49,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path, dpi: int) -> Path:
-    """Write a figure as PNG, SVG or PDF, by the ending of `path`.
+    """Write a figure as PNG, SVG or PDF, by the ending of `path`. Words are drawn as typed: a `$` is no formula.
 
     Raises:
         ConfigError: the file cannot be written.
     """
+    _take_as_typed(figure)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=dpi)
     try:
@@ -61,3 +62,17 @@ def save_figure(figure: Any, path: Path, dpi: int) -> Path:
     except OSError as error:
         raise _unwritable(path, error.strerror or str(error)) from None
     return path
+
+
+def _take_as_typed(figure: Any) -> None:
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatterMathtext
+
+    powers = set()  # of ten, which are formulas
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        formatters = (axis.get_major_formatter(), axis.get_minor_formatter())
+        if any(isinstance(formatter, LogFormatterMathtext) for formatter in formatters):
+            powers |= set(axis.get_ticklabels(which="both"))
+    for text in figure.findobj(Text):
+        if text not in powers:
+            text.set_parse_math(False)

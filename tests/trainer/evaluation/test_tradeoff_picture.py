@@ -2,6 +2,7 @@
 
 import sys
 
+import matplotlib
 import pytest
 
 from formats.errors import ConfigError
@@ -31,6 +32,18 @@ def test_a_picture_is_written(tmp_path, ending):
         data.startswith(b"\x89PNG") if ending == "png" else b"kept against learnt" in data or b"<svg" in data
     )
     assert len(data) > 10_000
+
+
+def test_a_dollar_in_a_name_is_drawn_as_typed(tmp_path):
+    names = ("cost $x_{$", "$a^$", "b$")
+    results = {name: {"source": 1.0 + n, "target": 3.0 - n} for n, name in enumerate(names)}
+    words = {"title": "t $\\bad{$", "source_label": "s $^$", "target_label": "t $_$"}
+    families = {"f $\\x$": list(names[:2])}
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        path = plot_tradeoff(results, tmp_path / "p.svg", initial="b$", families=families, **words)
+    drawn = path.read_text()
+    for word in ("cost $x_{$", "$a^$", "b$ model", "f $\\x$", *words.values()):
+        assert f">{word}</text>" in drawn
 
 
 def test_incomplete_results_are_refused(tmp_path):
