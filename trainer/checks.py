@@ -10,11 +10,19 @@ from typing import Any
 from formats.errors import ConfigError
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is one that a computation can take; an integer beyond the floats is none."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_number(name: str, value: Any, *, integer: bool = False) -> None:
     """Refuse what is not a finite number (an integer, if asked for); true and false are none."""
     kinds: tuple[type, ...] = (int,) if integer else (int, float)
     valid = isinstance(value, kinds) and not isinstance(value, bool)
-    if not valid or not math.isfinite(value):
+    if not valid or not is_finite(value):
         raise ConfigError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
 
 

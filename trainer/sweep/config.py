@@ -96,7 +96,9 @@ class MergeEntry:
             )
         for strength, values in self.strengths.items():
             for value in values:
-                if strength not in TEXTS:
+                if strength in TEXTS:
+                    check_path(f"merges.{self.method}.{strength}", value, "a value, or be left out")
+                else:
                     check_number(f"merges.{self.method}.{strength}", value)
                 MergeConfig(tuned=["a"], initial="b", out="c", method=self.method, **{strength: value})
         words = [self.of] if isinstance(self.of, str) else self.of
@@ -152,7 +154,7 @@ class SweepConfig:
             raise ConfigError(f"bench must hold settings of anneal bench but out, got {self.bench!r}")
         refuse_unknown(self.bench, [entry.name for entry in fields(BenchSettings)], "bench.")
         for key in ("out", "output_dir"):
-            if key in self.base or key in (self.base.get("training") or {}):
+            if key in self.base or key in mapping_of("base.training", self.base.get("training") or {}):
                 raise ConfigError(f"base must not set {key}: {OF_THE_SWEEP['out']}; remove it")
         common = {**self.base, **{key.split(".")[0]: values for key, values in self.every.items()}}
         for key in ("l2", "ewc", "sfa"):

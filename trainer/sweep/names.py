@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from formats.named_path import short_name
+from trainer.checks import is_finite
 
 LONGEST = 150
 """Characters of a name; the staging directories of a run add some, and file systems end at 255 bytes."""
@@ -51,8 +52,8 @@ def value_text(value: Any) -> str:
     """A value as it stands in names."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
-    if isinstance(value, int | float):
-        return number_text(value)
+    if isinstance(value, int | float):  # of what is not finite, for the message that refuses it
+        return number_text(value) if is_finite(value) else f"{value}"[:20]
     if isinstance(value, str):
         return safe(short_name(value))
     if isinstance(value, list | tuple):

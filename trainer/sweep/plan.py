@@ -152,7 +152,9 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
         varied=varied,
         direct=direct,
         entry=entry,
-        crossed=tuple(sorted((key, json.dumps(value, sort_keys=True)) for key, value in common.items())),
+        crossed=tuple(
+            sorted((key, json.dumps(value, sort_keys=True, default=str)) for key, value in common.items())
+        ),
     )
     with naming(f"run {name}"):
         resolve_training(run.config(Path(config.out)))
