@@ -34,7 +34,7 @@ OF_KL = (
 """Settings that do nothing where kl_coef is 0."""
 
 
-WHERE = tuple(name for name in Objective.__dataclass_fields__ if name.startswith("kl_"))
+WHERE = ("kl_budget", *(name for name in Objective.__dataclass_fields__ if name.startswith("kl_")))
 """Those that say where and how it acts, which `anneal train` refuses at kl_coef 0."""
 
 
@@ -72,8 +72,13 @@ def plan_runs(config: SweepConfig) -> list[PlannedRun]:
     """Every run once, direct fine-tuning first.
 
     Raises:
-        ConfigError: a setting or value that `anneal train` refuses; the message names the run. Two runs of one name.
+        ConfigError: a setting or value that `anneal train` refuses; the message names the run. Two runs of one name. A
+            search beside `kl_budget`.
     """
+    if config.search and (config.base.get("kl_budget") is not None or "kl_budget" in config.every):
+        raise ConfigError(
+            "a search is for the kl_coef of a whole run, got kl_budget, which moves it; remove kl_budget or --search"
+        )
     direct = RunEntry(settings={"kl_coef": (0.0,)})
     found: dict[str, PlannedRun] = {}
     seen: set[str] = set()
@@ -130,8 +135,9 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
     if varied["kl_coef"] == 0:
         varied = {key: value for key, value in varied.items() if key not in OF_KL}
         idle = {key: settings.pop(key) for key in WHERE if key in settings}
-        Objective(**idle)  # left out of this run, but not unchecked
-    if varied["kl_coef"] == 0 and any(any(entry.settings.get("kl_coef", ())) for entry in config.runs):
+        config_from_dict({"cache": "-", "model": "-", "out": "-", **idle})  # left out here, but not unchecked
+    others = config.search or any(any(entry.settings.get("kl_coef", ())) for entry in config.runs)
+    if varied["kl_coef"] == 0 and others:
         without_kl(settings)
     for name, value in varied.items():
         section, _, rest = name.partition(".")

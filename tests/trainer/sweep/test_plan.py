@@ -360,3 +360,18 @@ def test_settings_of_a_config_file_stay_under_those_of_the_sweeps_own(tmp_path):
     config = sweep_from_options(str(sweep), base_file=train, out="OUT", **TEXTS)
     assert config.base["training"] == {"learning_rate": 1e-3, "max_steps": 7}
     assert config.base["lora"] == {"r": 4, "alpha": 8} and config.base["kl_on"] == "target"
+
+
+def test_settings_of_the_kl_term_in_the_base_are_left_out_of_direct_fine_tuning():
+    config = sweep_from_options(
+        "C", model="M", out="OUT", **TEXTS, overrides=["loss=ce"], retain=["X:1"], search=True
+    )
+    (direct,) = plan_runs(config)
+    assert direct.settings["caches"] == [] and direct.direct
+    with_budget = {"base": {**BASE, "kl_budget": 0.02}, "out": "OUT", **TEXTS}
+    runs = plan_runs(sweep_from_dict({**with_budget, "runs": [{"kl_coef": [1]}]}))
+    assert [run.settings.get("kl_budget") for run in runs] == [None, 0.02]
+    with pytest.raises(ConfigError, match="kl_budget must be above 0"):
+        plan_runs(sweep_from_dict({**with_budget, "base": {**BASE, "kl_budget": -1}}))
+    with pytest.raises(ConfigError, match=r"a search is .*, got kl_budget"):
+        plan_runs(sweep_from_dict({**with_budget, "search": True}))
