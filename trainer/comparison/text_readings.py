@@ -14,6 +14,7 @@ import numpy as np
 from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError
 from formats.progress import Progress
+from trainer.bench.model_identity import model_identity
 from trainer.comparison.evaluation_file import EvaluationFile
 from trainer.comparison.metric import PERPLEXITY, Metric
 from trainer.comparison.reading import Items, Reading
@@ -82,11 +83,17 @@ def read_texts(
 
     Raises:
         ConfigError: a cache has no tokens that carry loss.
+        IdentityMismatchError: the model is another one than `memory` is of: it was replaced meanwhile.
     """
     keys = keys_of(caches, dtype=dtype, device=device, limit=limit)
     names = _phases(caches)
 
     def compute(pending: Sequence[str], remember: Callable[[str, Result], None]) -> Mapping[str, Result]:
+        def remember_if_same(name: str, result: Result) -> None:
+            require_unchanged(directory, memory.model)
+            remember(name, result)
+
+        require_unchanged(directory, memory.model)
         return evaluate(
             directory,
             {name: caches[names[name]].path for name in pending},
@@ -96,11 +103,26 @@ def read_texts(
             progress=progress,
             label=f"{label}: ",
             per_row=True,
-            on_result=remember,
+            on_result=remember_if_same,
         )
 
     found = memory.complete({name: keys[metric] for name, metric in names.items()}, compute, forget)
     return {metric: _reading(found[name], metric) for name, metric in names.items()}
+
+
+def require_unchanged(directory: Path, model: Mapping[str, str]) -> None:
+    """Refuse a model that is another one by now, whose results would be remembered as those of the first.
+
+    Raises:
+        IdentityMismatchError: naming what has changed.
+    """
+    now = model_identity(directory)
+    for key in model:
+        if now.get(key) != model[key]:
+            raise IdentityMismatchError(
+                f"a model must stay as it is while it is compared, got other {key} in {directory} than at the start "
+                f"({model[key][:12]}, now {str(now.get(key))[:12]}); start again when nothing writes to it"
+            )
 
 
 def keys_of(

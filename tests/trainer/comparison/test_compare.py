@@ -110,6 +110,32 @@ def test_a_killed_comparison_goes_on_where_it_was(sweep, texts, tiny_llama_dir, 
     )
 
 
+@pytest.mark.parametrize("when", ["kl-4: source", "kl-1: source", "kl-1: target"])
+def test_a_model_that_is_replaced_meanwhile_is_refused_and_not_remembered(
+    sweep, texts, tiny_llama_dir, tmp_path, when
+):
+    models = {label: shutil.copytree(path, tmp_path / label) for label, path in sweep.items()}
+    other = copy_model(tiny_llama_dir, tmp_path / "other", noise(7, 0.5))
+
+    class Replaces(RecordedProgress):
+        def start(self, what, total, done=0, *, unit="row"):
+            if what == when:
+                shutil.copy(other / "model.safetensors", models["kl-1"])
+            super().start(what, total, done, unit=unit)
+
+    work = tmp_path / "work"
+    with pytest.raises(
+        IdentityMismatchError, match=r"must stay as it is while it is compared, got other weights in .*kl-1"
+    ):
+        compare(models, **texts, initial={"base": tiny_llama_dir}, progress=Replaces(), work=work)
+    shutil.copy(sweep["kl-1"] / "model.safetensors", models["kl-1"])
+    again = compare(models, **texts, initial={"base": tiny_llama_dir}, work=work)
+    expected = evaluate(sweep["kl-1"], texts)
+    for side in ("source", "target"):
+        cell = again.line("kl-1").cells[f"{side}:{side}"]
+        assert cell.value == pytest.approx(expected[side]["perplexity"], rel=1e-9)
+
+
 def test_rows_add_up_and_give_the_interval(sweep, texts, tiny_llama_dir, tmp_path):
     """Sums over rows against the whole, and each row against an evaluation of that row alone."""
     whole = evaluate(sweep["kl-1"], texts, per_row=True)["source"]
