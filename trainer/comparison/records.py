@@ -128,12 +128,12 @@ def groups_of(
 
 def without_seed(name: str) -> str:
     """The name that a sweep's run, or a merge of it, shares with those of other seeds."""
-    return re.sub(r",seed=\d+", "", name)
+    return re.sub(r",(data_)?seed=\d+", "", name)
 
 
 def _common_name(labels: list[str], taken: set[str]) -> str:
-    """The labels without the `,seed=N` of a sweep; else what they begin with, without a dangling `-seed`; the first
-    label where that says nothing.
+    """The labels without the `,seed=N` and `,data_seed=N` of a sweep; else what they begin with, without a dangling
+    `-seed`; the first label where that says nothing.
     """
     if len(labels) == 1:
         return labels[0]

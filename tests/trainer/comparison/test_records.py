@@ -66,6 +66,18 @@ def test_names_of_a_sweep_lose_their_seed(tmp_path):
     }
 
 
+def test_orders_of_rows_of_a_sweep_are_one_line_under_the_name_that_they_share(tmp_path):
+    labels = [f"direct,data_seed={seed}" for seed in (10, 11)]
+    labels += [f"kl_coef=1,data_seed={seed}" for seed in (10, 11)]
+    found = {
+        label: run(tmp_path, label, 0, int(label[-2:]), kl_coef=float("kl" in label)) for label in labels
+    }
+    assert groups_of(found, {label: label for label in found}) == {
+        "direct": labels[:2],
+        "kl_coef=1": labels[2:],
+    }
+
+
 def test_the_same_weights_twice_are_not_two_seeds(tmp_path):
     found = {"a": run(tmp_path, "a", 0), "b": run(tmp_path, "b", 1)}
     assert groups_of(found, {"a": "w", "b": "w"}) == {"a": ["a"], "b": ["b"]}
