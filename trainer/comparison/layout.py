@@ -95,7 +95,7 @@ def flips_table(comparison: Lines) -> Table | None:
 
 def notes_of(comparison: Lines) -> list[str]:
     """What stands below the tables, a sentence each."""
-    lines = ["* Pareto front: no other model here is better on both sides"]
+    lines = ["* Pareto front: no other model here is nowhere worse and somewhere better"]
     if comparison.initial is not None:
         lines.append(
             f"nats and gain: against {comparison.initial}, higher is better; +- half of the paired 95 % interval"

@@ -160,8 +160,8 @@ class Lines:
 
     @cached_property
     def front(self) -> list[str]:
-        """Labels that no other line beats on both sides; without an initial model to relate several metrics to, on
-        every metric.
+        """Labels than which no other line is nowhere worse and somewhere better, on the two sides; without an initial
+        model to relate several metrics to, on all metrics.
         """
         axes = self.axes()
         if axes:

@@ -178,7 +178,7 @@ def mean(values: Iterable[float]) -> float | None:
 
 
 def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Labels that no other point beats on both axes, of (lost, gained); from the largest gain. O(n log n)."""
+    """Labels on the front of (lost, gained), as `pareto_front` says it; from the largest gain. O(n log n)."""
     named = {label: {"source": lost, "target": gained} for label, (lost, gained) in points.items()}
     return pareto_front(named, {"source": False, "target": True})
 

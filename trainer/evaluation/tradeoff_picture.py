@@ -2,7 +2,7 @@
 
 One point per model; by default both axes are perplexities, so the lower left corner is the best of both. Models of one
 family (such as one method at several strengths) are joined in the given order; the dashed line is the Pareto
-front: what no other point beats on both axes. matplotlib is imported when a picture is drawn.
+front: than which no other point is nowhere worse and somewhere better. matplotlib is imported when a picture is drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,9 @@ LOWER_IS_BETTER: Mapping[str, bool] = {"source": False, "target": False}
 def pareto_front(
     points: Mapping[str, Point], higher_is_better: Mapping[str, bool] = LOWER_IS_BETTER
 ) -> list[str]:
-    """Labels that no other point beats on both axes, from the best on the target. O(n log n).
+    """Labels than which no other point is nowhere worse and somewhere better, from the best on the target. O(n log n).
+
+    Equal points are on it together, or not at all.
 
     Args:
         higher_is_better: `source` and `target` -> the direction; by default both axes are perplexities.
@@ -38,9 +40,9 @@ def pareto_front(
         for label, point in points.items()
     }
     best = float("inf")
-    front = []
+    front: list[str] = []
     for label in sorted(cost, key=lambda name: cost[name]):
-        if cost[label][1] < best:
+        if cost[label][1] < best or (front and cost[label] == cost[front[-1]]):
             front.append(label)
             best = cost[label][1]
     return front

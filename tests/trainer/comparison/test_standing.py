@@ -102,5 +102,4 @@ def test_the_front_against_all_pairs():
         )
     ]
     fast = front_of(cloud)
-    assert {cloud[label] for label in fast} == {cloud[label] for label in slow}
-    assert len(fast) == len({cloud[label] for label in fast})  # of equal points one stands for all
+    assert sorted(fast) == sorted(slow) and len(fast) > len({cloud[label] for label in fast})

@@ -22,6 +22,12 @@ def test_the_front_holds_what_nothing_beats():
     assert pareto_front({"a": {"source": 1.0, "target": 1.0}, "b": {"source": 2.0, "target": 2.0}}) == ["a"]
 
 
+def test_equal_points_are_on_the_front_together():
+    one, worse, better = ({"source": s, "target": 1.0} for s in (1.0, 1.5, 0.5))
+    assert pareto_front({"a": one, "b": dict(one), "c": worse}) == ["a", "b"]
+    assert pareto_front({"a": one, "b": dict(one), "c": better}) == ["c"]
+
+
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_picture_is_written(tmp_path, ending):
     path = tmp_path / f"tradeoff.{ending}"
