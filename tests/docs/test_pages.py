@@ -57,6 +57,15 @@ def test_lines_fit() -> None:
     assert sorted(long) == [], "break lines: python docs/wrap_pages.py README.md docs/*.md"
 
 
+def test_the_columns_of_an_estimate_are_explained() -> None:
+    from cache_builder.tools.expected_angle import UNCERTAINTY
+
+    text = " ".join((ROOT / "docs" / "settings.md").read_text(encoding="utf-8").split())
+    for column in ("draws at", "entries", "missed mass", "codec KL", "angle"):
+        assert f"`{column}`" in text
+    assert f"foretold within a factor of {UNCERTAINTY:g}" in text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     broken = []
