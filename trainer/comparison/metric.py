@@ -77,4 +77,9 @@ def task_of(word: str) -> tuple[str, int | None, str | None]:
 
 def is_task(word: str) -> bool:
     """Whether a source or target is a task rather than a cache: no directory, and not written like a place."""
-    return not (Path(word).expanduser().is_dir() or "/" in word or word.startswith((".", "~")))
+    return could_be_task(word) and not Path(word).is_dir()
+
+
+def could_be_task(word: str) -> bool:
+    """Whether it is not written like a place, whatever there is of that name."""
+    return not ("/" in word or word.startswith((".", "~")))

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from formats.cache import TeacherCache
-from formats.errors import ConfigError, IdentityMismatchError
+from formats.disk.manifest import MANIFEST_NAME
+from formats.errors import ConfigError, FormatError, IdentityMismatchError
 from formats.progress import Progress
 from trainer.bench.model_identity import model_identity
 from trainer.comparison.evaluation_file import EvaluationFile
-from trainer.comparison.metric import PERPLEXITY, Metric
+from trainer.comparison.metric import PERPLEXITY, Metric, could_be_task
 from trainer.comparison.reading import Items, Reading
 from trainer.evaluation.evaluate import Result, evaluate, require_related
 from trainer.loading import default_device, load_tokenizer, open_cache
@@ -36,7 +37,7 @@ def open_texts(words: Mapping[tuple[str, str], str]) -> dict[Metric, TeacherCach
         metric = Metric(
             side=side, name=name, kind="text", measure=PERPLEXITY, higher_is_better=False, where=str(word)
         )
-        found[metric] = TeacherCache(word)
+        found[metric] = open_text(word)
     weights = {metric: cache.identity.teacher.get("weights") for metric, cache in found.items()}
     if None not in weights.values() and len(set(weights.values())) > 1:
         one, *others = found
@@ -47,6 +48,20 @@ def open_texts(words: Mapping[tuple[str, str], str]) -> dict[Metric, TeacherCach
             + "; build both with the initial model"
         )
     return found
+
+
+def open_text(word: str) -> TeacherCache:
+    """The cache that a source or target names.
+
+    Raises:
+        FormatError: there is none; of a directory that has the name of a task, with what to write for the task.
+    """
+    try:
+        return TeacherCache(word)
+    except FormatError as error:
+        if type(error) is FormatError and could_be_task(word) and not (Path(word) / MANIFEST_NAME).exists():
+            raise FormatError(f"{error}, or write {word}:METRIC for the task of that name") from None
+        raise
 
 
 def require_readable(caches: Mapping[Metric, TeacherCache], directory: Path, *, is_initial: bool) -> None:

@@ -29,6 +29,7 @@ def check_yardsticks(config: SweepConfig) -> None:
     Raises:
         AnnealError: naming the one that is no cache, no task, or a cache of another model than the initial one.
     """
+    from trainer.comparison.text_readings import open_text
     from trainer.evaluation.evaluate import require_related
     from trainer.loading import load_tokenizer, open_cache
 
@@ -40,7 +41,7 @@ def check_yardsticks(config: SweepConfig) -> None:
     ]
     for side, name, word in texts:
         with naming(f"{side}.{name} must be a cache"):
-            TeacherCache(word)
+            open_text(word)
     model = resolve_model(config.base["model"], config.base.get("revision"))
     tokenizer = load_tokenizer(model)
     for side, name, word in texts:

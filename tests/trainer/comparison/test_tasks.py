@@ -174,6 +174,21 @@ def test_items_are_paired(answered, tmp_path):
     assert "Items against initial" in page
 
 
+def test_a_task_behind_a_folder_of_its_name_can_be_meant(answered, tmp_path, monkeypatch):
+    models, flags = answered
+    (tmp_path / "know_a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    one = {"annealed": models["annealed"]}, {"initial": models["initial"]}
+    with pytest.raises(
+        FormatError, match=r"got know_a; check the path, or write know_a:METRIC for the task of that name$"
+    ):
+        compare(one[0], source="know_a", target="text", initial=one[1])
+    found = compare(one[0], source={"know": "know_a:acc"}, target="text", initial=one[1])
+    assert found.line("annealed").cells["source:know"].value == pytest.approx(flags["annealed"][0].mean())
+    with pytest.raises(FormatError, match=r"got .*know_a; check the path$"):
+        compare(one[0], source=str(tmp_path / "know_a"), target="text", initial=one[1])
+
+
 def test_parts_of_a_task_are_pooled(answered):
     models, flags = answered
     found = compare(
