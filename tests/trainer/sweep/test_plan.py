@@ -56,6 +56,18 @@ def test_every_and_seeds_are_crossed_with_all_runs_and_direct_is_not_repeated_pe
         assert settings.out == f"OUT/runs/{run.name}"
 
 
+def test_a_base_with_a_coefficient_is_a_run_of_its_own_unless_something_else_names_one():
+    base = {"base": {"cache": "c", "model": "m", "kl_coef": 2}, "source": {"a": "s"}, "target": {"b": "t"}}
+    for more, expected in (
+        ({}, ["direct", "kl_coef=2"]),
+        ({"runs": [{"l2.coef": 0.1}]}, ["direct", "kl_coef=2", "l2.coef=0.1"]),
+        ({"runs": [{"kl_coef": 4}]}, ["direct", "kl_coef=4"]),
+        ({"every": {"kl_coef": [1]}}, ["direct", "kl_coef=1"]),
+        ({"search": True}, ["direct"]),
+    ):
+        assert names(sweep_from_dict({"out": "o", **base, **more})) == expected
+
+
 def test_names_do_not_depend_on_the_order_in_which_settings_are_typed():
     words = [
         "grid kl_coef=1,2",
