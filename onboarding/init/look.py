@@ -41,6 +41,8 @@ class Look:
     """Share of the tokens that carry loss."""
     context: int | None
     """Tokens that the model was made for."""
+    has_template: bool
+    """Whether the model has a chat template."""
     num_parameters: int | None
     """Of the model, from its files' headers; None where they are no safetensors."""
     gpu_gib: float
@@ -79,6 +81,7 @@ def look_at(corpus: str, model: str) -> Look:
         lengths=np.sort(np.asarray(lengths, np.int64)),
         loss_share=with_loss / sum(lengths),
         context=model_context(directory),
+        has_template=bool(tokenizer.chat_template),
         num_parameters=_parameters(directory),
         gpu_gib=_gpu_gib(),
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,

@@ -21,6 +21,8 @@ ROOM = 0.7
 ROWS_PER_STEP = 32
 STEPS_PER_EPOCH = 8
 """At least, where the corpus is known to be small."""
+DIALOGUES = "--generate 256 --max-length 160"
+"""What a chat model writes to be held to: short ones hold more than as many tokens of long ones (docs/results.md)."""
 TOKENS_PER_BATCH = 8192
 """Of a micro-batch, padding included, that most machines hold."""
 
@@ -113,9 +115,20 @@ def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
     lines += [
         "# eval_caches:  # held-out text, built by the same model; then training.eval_strategy: epoch",
         "#   held-out: CACHE",
-        "",
     ]
-    return "\n".join(lines)
+    if look.has_template:
+        model, tuned = _word(look.model), _word(out)
+        lines += [
+            "#",
+            "# A chat model keeps more of what it does when it is told to if it also holds to dialogues that it writes",
+            "# itself, and more yet averaged with the initial model; a step takes twice the time (docs/generate.md):",
+            "#",
+            f"#     anneal cache build {DIALOGUES} --model {model} --out self{engine}",
+            f"#     anneal train --config {_word(path)} --retain self:1 --set loss=ce --kl-coef 3 "
+            f"--set training.gradient_accumulation_steps={2 * plan.accumulation}",
+            f"#     anneal merge {tuned} --initial {model} --method wise-ft --alpha 0.5 --out {_word(out + '-half')}",
+        ]
+    return "\n".join([*lines, ""])
 
 
 def _packing(look: Look, plan: Plan) -> str:

@@ -52,6 +52,21 @@ def test_from_init_to_a_trained_model(tmp_path, corpus, tiny_llama_dir, anneal, 
     assert code == 0, err
     code, out, err = anneal(*train, "--set", "training.max_steps=2", "--set", "training.use_cpu=true")
     assert code == 0 and "step 0" in err and (tmp_path / "tuned" / "model.safetensors").is_file(), err
+    (tmp_path / "tuned").rename(tmp_path / "plain")
+    (write_dialogues, retain, average) = [
+        shlex.split(line)[2:]
+        for line in (tmp_path / "train.yaml").read_text().splitlines()
+        if line.startswith("#     anneal")
+    ]
+    write_dialogues[write_dialogues.index("--generate") + 1] = "4"
+    for words in (
+        [*write_dialogues, "--engine", "transformers"],
+        [*retain, "--set", "training.max_steps=2", "--set", "training.use_cpu=true"],
+        average,
+    ):
+        code, _, err = anneal(*words)
+        assert code == 0, err
+    assert (tmp_path / "tuned-half" / "model.safetensors").is_file()
     code, _, err = anneal("init", corpus, "--model", tiny_llama_dir)
     assert code == 1 and "--file must name a new file" in err and err.count("\n") == 1
 
@@ -65,6 +80,7 @@ LOOK = Look(
     lengths=np.sort(np.arange(100, 612)),
     loss_share=0.4,
     context=4096,
+    has_template=False,
     num_parameters=135_000_000,
     gpu_gib=0.0,
     memory_gib=64.0,
