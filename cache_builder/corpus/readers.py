@@ -40,7 +40,7 @@ BATCH_ROWS = 1024
 # A document is held in memory as a whole while it is tokenised.
 MAX_DOCUMENT_BYTES = 256 * 2**20
 LARGEST_WINDOW = 2**31
-"""Bytes; what `zstd --long=31` writes, the most there is."""
+"""Bytes: the longest window of any zstd file, 31 bits."""
 Columns = Collection[str] | None
 
 

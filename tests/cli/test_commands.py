@@ -149,7 +149,7 @@ def test_compare_prints_a_table_json_a_picture_and_a_page(
     assert lines[0] == ["source", "old", "target", cache.name, "source", "KL", "on"]
     assert lines[1][:4] == ["model", "method", "ppl", "nats"]
     assert lines[2][:2] == ["*", tiny_llama_dir.name] and "initial model" in shown.stdout
-    assert lines[3][:4] == ["half", "WiSE-FT", "alpha", "0.5"] and "+0.000" in lines[3]
+    assert lines[3][:5] == ["*", "half", "WiSE-FT", "alpha", "0.5"] and "+0.000" in lines[3]
     assert "name it with --direct LABEL" in shown.stdout
     assert picture.read_bytes().startswith(b"\x89PNG") and page.read_text().startswith("<!doctype html>")
     assert shown.stderr.splitlines()[-2:] == [f"picture in {picture}", f"page in {page}"]

@@ -173,7 +173,7 @@ def test_another_engine_may_not_go_on(tmp_path: Path) -> None:
         (make_dialogues(), "--generate-from: none there, dialogue now"),
         (make_recipe(temperature=0.5), "--generate-temperature: 1.0 there, 0.5 now"),
         (make_recipe(seed=1), "--seed: 0 there, 1 now"),
-        (make_recipe(prompts=PROMPTS[:2]), "--prompts: "),
+        (make_recipe(prompts=PROMPTS[:2]), "--prompts or --generate-from: "),
         (replace(make_recipe(), stop_tokens=(2,)), "corpus stop_tokens: [2, 3] there, [2] now"),
     ],
 )

@@ -64,8 +64,13 @@ def test_a_second_run_computes_nothing_and_a_change_computes_again(model: Path, 
     # Items that are gone or damaged are computed again.
     for result in results:
         (model / result["samples"]).write_bytes(b"")
-    with pytest.raises(FormatError, match="items of forty must be those"):
+    with pytest.raises(ConfigError, match="forty: results are compared under one setting"):
         paired(load_bench(model), load_bench(model))
+    alone = load_bench(model)
+    for key in list(alone.entries)[1:]:
+        del alone.entries[key]
+    with pytest.raises(FormatError, match="items of forty must be those"):
+        paired(alone, alone)
     assert bench_models({"a": model}, settings(moved)).models[0].ran == ("forty",)
 
 
