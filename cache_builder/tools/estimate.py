@@ -137,9 +137,13 @@ class EstimateReport:
         )
         best = None if self.recommended is None else self.estimates[self.recommended]
         if best is not None:
+            asked = self.estimates[self.configured]
+            smaller = asked.bytes_per_position < best.bytes_per_position
+            enough = smaller and asked.angle < UNCERTAINTY * MAX_ANGLE
             lines.append(
                 f"recommended: --min-prob {best.min_prob:g} --tail-draws {best.tail_draws} "
                 f"(the fewest bytes below {MAX_ANGLE:g} degree)"
+                + ("; the configured one is smaller, and as good as far as this can tell" if enough else "")
             )
         else:
             closest = min(self.estimates, key=lambda e: e.angle)

@@ -67,6 +67,7 @@ def test_the_kernels_find_what_the_operations_find():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5400)  # ten minutes of one quiet core
 @pytest.mark.parametrize(
     ("name", "chosen"), [("test_reduce.py", ""), ("test_draw_from_tails.py", "hand or ends")]
 )

@@ -1,6 +1,7 @@
 """The estimate's figures are those of a build at that setting, and the recommendation follows its rule."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -108,6 +109,10 @@ def test_the_recommendation_is_the_smallest_within_one_degree(tmp_path: Path) ->
     assert f"--min-prob {best.min_prob:g} --tail-draws {best.tail_draws} (the fewest bytes" in report.text()
     sizes = {(e.min_prob, e.tail_draws): e.bytes_per_position for e in report.estimates}
     assert len(sizes) == len(report.estimates), "every pair once"
+    for angle, said in ((1.9, True), (2.1, False)):  # a smaller one within the error of what is foretold
+        asked = replace(best, angle=angle, bytes_per_position=best.bytes_per_position - 1)
+        near = replace(report, estimates=(*report.estimates, asked), configured=len(report.estimates))
+        assert ("; the configured one is smaller, and as good" in near.text()) is said
 
 
 def test_where_no_setting_is_good_enough_it_says_so(tmp_path: Path) -> None:
