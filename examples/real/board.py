@@ -71,6 +71,7 @@ SCORED = (
     "kl_coef=4",
     "own-kl,kl_coef=3,caches=own-train-0.25-kl,loss=ce",
     "both-kl,kl_coef=1,caches=own-train-0.25-kl",
+    "dialogues,kl_coef=10,caches=dialogues-train-1-kl,loss=ce,gradient_accumulation_steps=2",
     "dialogues,kl_coef=3,caches=dialogues-train-1-kl,loss=ce,gradient_accumulation_steps=2",
     "kl_coef=1,lora.r=16",
     "lora.r=16",

@@ -124,7 +124,7 @@ def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
             "# itself, and more yet averaged with the initial model; a step takes twice the time (docs/generate.md):",
             "#",
             f"#     anneal cache build {DIALOGUES} --model {model} --out self{engine}",
-            f"#     anneal train --config {_word(path)} --retain self:1 --set loss=ce --kl-coef 3 "
+            f"#     anneal train --config {_word(path)} --retain self:1 --set loss=ce --kl-coef 10 "
             f"--set training.gradient_accumulation_steps={2 * plan.accumulation}",
             f"#     anneal merge {tuned} --initial {model} --method wise-ft --alpha 0.5 --out {_word(out + '-half')}",
         ]
