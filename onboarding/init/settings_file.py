@@ -120,8 +120,9 @@ def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
         model, tuned = _word(look.model), _word(out)
         lines += [
             "#",
-            "# A chat model keeps more of what it does when it is told to if it also holds to dialogues that it writes",
-            "# itself, and more yet averaged with the initial model; a step takes twice the time (docs/generate.md):",
+            "# A chat model keeps more of what it does when told to if it holds to dialogues that it writes itself; a",
+            "# step takes twice the time. Averaged with the initial model it keeps more yet, and has learnt a little",
+            "# less (docs/generate.md):",
             "#",
             f"#     anneal cache build {DIALOGUES} --model {model} --out self{engine}",
             f"#     anneal train --config {_word(path)} --retain self:1 --set loss=ce --kl-coef 10 "
