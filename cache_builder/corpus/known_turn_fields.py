@@ -2,22 +2,26 @@
 
 from cache_builder.corpus.field import CALL, CONDITIONAL, HONOURED, PART, REFUSED, TURN, Field, is_false
 
+_LOSS = (
+    "weight",
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "loss_scale",
+    "loss_weight",
+    "loss_mask",
+)
+"""Of a turn, and of a part of its content."""
+_THOUGHT = ("reasoning_content", "reasoning", "thinking", "thought", "refusal")
+"""The same."""
+
 TURN_FIELDS: tuple[Field, ...] = (
     # --- turns ----------------------------------------------------------------------------------------------
     Field(
         key="turn loss",
         place=TURN,
-        names=(
-            "weight",
-            "train",
-            "training",
-            "trainable",
-            "loss",
-            "loss_scale",
-            "loss_weight",
-            "loss_mask",
-            "step_loss_mask",
-        ),
+        names=(*_LOSS, "step_loss_mask"),
         verdict=CONDITIONAL,
         effect="0 or false: the assistant's turn is context, no target; 1 or true: a target; other numbers, and "
         "loss on other roles, are refused",
@@ -66,17 +70,7 @@ TURN_FIELDS: tuple[Field, ...] = (
     Field(
         key="turn content",
         place=TURN,
-        names=(
-            "reasoning_content",
-            "reasoning",
-            "thinking",
-            "thought",
-            "refusal",
-            "channel",
-            "recipient",
-            "documents",
-            "tools",
-        ),
+        names=(*_THOUGHT, "channel", "recipient", "documents", "tools"),
         verdict=CONDITIONAL,
         effect="handed to the template; refused if it does not show in the rendering",
         known="transformers, TRL, Axolotl, OpenAI, templates of Qwen3, gpt-oss and DeepSeek",
@@ -136,18 +130,7 @@ TURN_FIELDS: tuple[Field, ...] = (
     Field(
         key="part loss",
         place=PART,
-        names=(
-            "weight",
-            "train",
-            "training",
-            "trainable",
-            "loss",
-            "loss_scale",
-            "loss_weight",
-            "loss_mask",
-            "masked",
-            "train_detail",
-        ),
+        names=(*_LOSS, "masked", "train_detail"),
         verdict=REFUSED,
         effect="loss on parts of a turn",
         known="Axolotl",
@@ -157,7 +140,7 @@ TURN_FIELDS: tuple[Field, ...] = (
     Field(
         key="part thought",
         place=PART,
-        names=("reasoning_content", "reasoning", "thinking", "thought", "refusal"),
+        names=_THOUGHT,
         verdict=REFUSED,
         effect="a thought beside the text of a part",
         known="Anthropic",

@@ -116,17 +116,17 @@ def _message(message: Message, where: str) -> Message:
     if content is None and any(is_given(message.get(name)) for name in names("turn calls", "turn content")):
         content = ""
     elif isinstance(content, list):
-        for part in content:
-            # By a name that no template reads, so that it is counted as a turn's own unread fields are.
-            unread = part if isinstance(part, Mapping) else {}
-            message |= {f"content.{name}": value for name, value in unread.items() if _is_unread(name, value)}
-        content = _joined(content, where)
+        parts, content = content, _joined(content, where)
+        # By a name that no template reads, so that it is counted as a turn's own unread fields are.
+        for name, value in ((name, value) for part in parts for name, value in part.items()):
+            if name not in ("type", *names("part text")) and is_given(value):
+                message[f"content.{name}"] = value
     if not isinstance(content, str):
         raise CorpusError(
             f"content must be a string, got {kind_of(content)} in {where}; mend or drop the record"
         )
     message["content"] = unicode_text(content, "content", where)
-    for name in ("reasoning_content", "reasoning", "thinking", "thought", "refusal"):
+    for name in names("part thought"):  # called the same in a turn
         if name in message:
             if not isinstance(message[name], str):
                 raise CorpusError(
@@ -145,10 +145,6 @@ def _joined(parts: list[Any], where: str) -> str:
             raise CorpusError(f"content must be text, got a part of type {kind} in {where}; drop the record")
         refuse_fields({key: value for key, value in part.items() if value is not None}, PART, where)
     return "".join(part["text"] for part in parts)
-
-
-def _is_unread(name: str, value: Any) -> bool:
-    return name not in ("type", *names("part text")) and is_given(value)
 
 
 def _take_loss(message: Message, where: str, *, is_context: bool) -> bool:

@@ -157,9 +157,8 @@ class ChatEncoder:
         header = prompted[len(before) :] if prompted.startswith(before) else ""
         if not header:
             return self._first_content_start(full, upto, conversation)
-        while (
-            header and header not in upto
-        ):  # it promises what the turn does not keep, such as an opened <think>
+        # It may promise what the turn does not keep, such as an opened <think>.
+        while header and header not in upto:
             header = header[: self._end_of_header(header[:-1])]
         start = upto.find(header) + len(header)
         if not header or header in before or full[:start] != upto[:start]:

@@ -114,12 +114,11 @@ class TokenisedRows(Iterator[TokenRow]):
         layout = self._corpus.layout
         announced = {*self._corpus.columns, *layout.required, *layout.optional}
         for records in batches(self._corpus, self._config.batch_size):
-            for name, value in chain.from_iterable(record.values.items() for record in records):
-                if name not in announced and is_given(value):
-                    stats.unread_columns[name] = stats.unread_columns.get(name, 0) + 1
-            for name in chain.from_iterable(record.left_out for record in records):
-                if name not in announced:
-                    stats.unread_columns[name] = stats.unread_columns.get(name, 0) + 1
+            for record in records:
+                given = (name for name, value in record.values.items() if is_given(value))
+                for name in chain(given, record.left_out):
+                    if name not in announced:
+                        stats.unread_columns[name] = stats.unread_columns.get(name, 0) + 1
             examples = [
                 convert(
                     record,

@@ -62,9 +62,10 @@ class EngineLog:
 
     def cause(self) -> str:
         """A crash, or else the last error that is no consequence of another, in one line; empty if there is none."""
-        if crash := CRASH.search(self.text()):
+        text = self.text()
+        if crash := CRASH.search(text):
             return f"one of its processes crashed: {crash[1].strip()}"[:300]
-        found = [match for line in self.text().splitlines() if (match := ERROR_LINE.search(line))]
+        found = [match for line in text.splitlines() if (match := ERROR_LINE.search(line))]
         causes = [m for m in found if not any(part in m[0] for part in CONSEQUENCES)]
         return f"{causes[-1][1]}: {causes[-1][2].strip()}"[:300] if causes else ""
 

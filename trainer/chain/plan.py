@@ -20,7 +20,7 @@ from formats.errors import ConfigError, naming
 from trainer.chain.caches import CacheMaker
 from trainer.chain.config import ChainConfig
 from trainer.data.label_terms import reads_initial
-from trainer.data.packing import best_fit
+from trainer.data.packing import best_fit, capacity_of
 from trainer.recipe import resolve_training
 from trainer.sweep.plan import PlannedRun
 
@@ -255,9 +255,8 @@ def plan_mixture(
     mixed = [*(settings.get("caches") or [])]
     weights = [1.0] * len(others)
     if lengths is not None:
-        lengths_of = [lengths(need.place) for need in needs]
-        longest = [int(lengths(str(entry["path"])).max()) for entry in mixed]
-        counts = _num_units(lengths_of, settings, longest)
+        others_of = [lengths(str(entry["path"])) for entry in mixed]
+        counts = _num_units([lengths(need.place) for need in needs], settings, others_of)
         weights = [count / counts[0] for count in counts[1:]]
     settings["caches"] = [
         *mixed,
@@ -275,18 +274,17 @@ def plan_mixture(
 
 
 def _num_units(
-    lengths_of: Sequence[np.ndarray], settings: Mapping[str, Any], longest: Sequence[int]
+    lengths_of: Sequence[np.ndarray], settings: Mapping[str, Any], others_of: Sequence[np.ndarray]
 ) -> list[int]:
     """Units of each cache in a run with these settings: rows, or the packs that its Trainer makes of them.
 
     Args:
         lengths_of: of each cache int [rows], tokens of each row.
-        longest: rows of the other caches of the run, one each, which set the length of a pack too.
+        others_of: the same of the other caches of the run, which set the length of a pack too.
     """
     if not settings.get("packing"):
         return [len(lengths_N) for lengths_N in lengths_of]
-    longest = [*longest, *(int(lengths_N.max()) for lengths_N in lengths_of)]
-    capacity = settings.get("pack_length") or max(longest)
+    capacity = capacity_of([*lengths_of, *others_of], settings.get("pack_length"))
     return [len(best_fit(lengths_N, capacity)) for lengths_N in lengths_of]
 
 

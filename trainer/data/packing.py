@@ -5,9 +5,20 @@ Rows are taken longest first and each goes into the open sequence with the least
 O(rows * capacity / 64) bit operations, below a second for a million rows of 2048 tokens.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from formats.errors import ConfigError
+
+
+def capacity_of(lengths_of: Iterable[np.ndarray], pack_length: int | None) -> int:
+    """Tokens of a pack: `pack_length`, or the longest row of all caches of a run.
+
+    Args:
+        lengths_of: of each cache int [rows], tokens of each row.
+    """
+    return pack_length or max(int(lengths.max()) for lengths in lengths_of)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:

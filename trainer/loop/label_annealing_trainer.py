@@ -27,7 +27,7 @@ from formats.errors import ConfigError
 from trainer import checkpoint
 from trainer.data.collator import LabelAnnealingCollator, count_targets
 from trainer.data.dataset import CachedDataset, UnitDataset, require_one_tail
-from trainer.data.packing import best_fit
+from trainer.data.packing import best_fit, capacity_of
 from trainer.data.sampler import EpochBatches, Source, sources_of
 from trainer.loop.guarded_trainer import GuardedTrainer
 from trainer.loop.kl_budget import KlBudget
@@ -162,7 +162,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
             layout, start = [], 0
             for dataset in datasets:
                 if self.packing and lengths is not None:
-                    capacity = self.pack_length or int(lengths.max())
+                    capacity = capacity_of([lengths], self.pack_length)
                     packs = best_fit(lengths[start : start + len(dataset)], capacity)
                     layout.append([[start + row for row in pack] for pack in packs])
                 else:

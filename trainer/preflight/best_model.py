@@ -150,14 +150,10 @@ def require_metric(metric: str, counts: Mapping[str, tuple[int, int]], *, learns
         ConfigError: says what the cache lacks.
     """
     of_teacher = OF_TEACHER if learns else ("loss", *OF_TEACHER)
+    of_labels = tuple(kind for kind in OF_LABELS if kind not in of_teacher)
     for cache, (num_labels, num_positions) in counts.items():
         kind = metric.removeprefix(f"{PREFIX}{cache}_")
-        if (
-            kind in OF_LABELS
-            and kind not in of_teacher
-            and metric.endswith(f"{cache}_{kind}")
-            and not num_labels
-        ):
+        if kind in of_labels and metric.endswith(f"{cache}_{kind}") and not num_labels:
             raise ConfigError(
                 f"training.metric_for_best_model {metric} needs tokens that carry loss, got none in {cache}; "
                 f"use {cache}_kl"

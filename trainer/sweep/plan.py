@@ -82,7 +82,7 @@ def plan_runs(config: SweepConfig) -> list[PlannedRun]:
     direct = RunEntry(settings={"kl_coef": (0.0,)})
     found: dict[str, PlannedRun] = {}
     seen: set[str] = set()
-    for entry in [direct, *own_run(config), *config.runs]:
+    for entry in [direct, *entries_of(config)]:
         refuse_idle(entry)
         for varied in combinations(config, entry):
             run = make_run(config, varied, entry.name)
@@ -99,18 +99,16 @@ def plan_runs(config: SweepConfig) -> list[PlannedRun]:
     return list(found.values())
 
 
-def own_run(config: SweepConfig) -> list[RunEntry]:
-    """The base as a run of its own, where it has a `kl_coef` that nothing else of the sweep takes up: an ordinary
-    settings file of `anneal train` is a base too.
+def entries_of(config: SweepConfig) -> list[RunEntry]:
+    """The entries of a sweep, and before them the base as a run of its own where it has a `kl_coef` that nothing else
+    takes up: an ordinary settings file of `anneal train` is a base too.
     """
     crossed, common = config.every.get("kl_coef", ()), config.base.get("kl_coef", 0)
-    taken = (
-        config.search
-        or any("kl_coef" in entry.settings for entry in config.runs)
-        or (crossed and config.runs)
-    )
+    entries = list(config.runs)
+    if config.search or any("kl_coef" in entry.settings for entry in entries) or (crossed and entries):
+        return entries
     values = crossed or ((common,) if common else ())
-    return [] if taken or not values else [RunEntry(settings={"kl_coef": tuple(values)})]
+    return [RunEntry(settings={"kl_coef": tuple(values)}), *entries] if values else entries
 
 
 def combinations(config: SweepConfig, entry: RunEntry) -> Iterator[dict[str, Any]]:
@@ -150,8 +148,7 @@ def make_run(config: SweepConfig, varied: Mapping[str, Any], entry: str | None =
         varied = {key: value for key, value in varied.items() if key not in OF_KL}
         idle = {key: settings.pop(key) for key in WHERE if key in settings}
         config_from_dict({"cache": "-", "model": "-", "out": "-", **idle})  # left out here, but not unchecked
-    entries = [*own_run(config), *config.runs]
-    others = config.search or any(any(entry.settings.get("kl_coef", ())) for entry in entries)
+    others = config.search or any(any(entry.settings.get("kl_coef", ())) for entry in entries_of(config))
     if varied["kl_coef"] == 0 and others:
         without_kl(settings)
     for name, value in varied.items():

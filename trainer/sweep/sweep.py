@@ -96,7 +96,8 @@ def check_inputs(config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
 
     seen = set()
     for run in runs:
-        settings = run.config(Path(config.out)).to_dict()
+        typed = run.config(Path(config.out))
+        settings = typed.to_dict()
         names = [
             "cache",
             "model",
@@ -113,7 +114,7 @@ def check_inputs(config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
         if key not in seen:
             seen.add(key)
             with naming(f"run {run.name}"):
-                rows_of(run.config(Path(config.out)), open_inputs(run.config(Path(config.out))))
+                rows_of(typed, open_inputs(typed))
 
 
 def first_probes(config: SweepConfig, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
