@@ -38,6 +38,7 @@ from trainer.loop.signals import StopRequest
 from trainer.loop.step_control import StepControl, callback_states
 from trainer.loss.chunks import logits_type
 from trainer.objective import Objective
+from trainer.preflight import best_model
 from trainer.preflight.arguments import require_one_device
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
@@ -128,6 +129,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
         )
         self.budget = None if kl_budget is None else KlBudget(self, kl_coef, kl_budget)
         if self.budget is not None:
+            best_model.require_steady(args.metric_for_best_model)
             self.add_callback(self.budget)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ConfigError(
@@ -314,7 +316,8 @@ class LabelAnnealingTrainer(GuardedTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         result = self.measure_rows(dataloader, on_batch=on_batch).require_finite(metric_key_prefix)
-        metrics = metrics_of(result, self.kl_coef, learns=self.learns)
+        kl_coef = self.kl_coef if self.budget is None else self.budget.coef.item()
+        metrics = metrics_of(result, kl_coef, learns=self.learns)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         num_samples = self.num_examples(dataloader)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=num_samples)  # type: ignore[arg-type]

@@ -83,6 +83,23 @@ def settle(given: Mapping[str, Any], resolved: dict[str, Any], caches: Iterable[
     resolved["metric_for_best_model"], resolved["greater_is_better"] = metric, False
 
 
+def require_steady(metric: str | None) -> None:
+    """Refuse to choose by the loss of a run with `kl_budget`: its coefficient is another one in every evaluation.
+
+    Args:
+        metric: full name; None where nothing is chosen.
+
+    Raises:
+        ConfigError: it is a loss.
+    """
+    if metric is not None and metric.endswith("loss"):
+        name = metric.removeprefix(PREFIX)
+        raise ConfigError(
+            f"metric_for_best_model must mean the same in every evaluation, got {name} beside kl_budget, which moves "
+            f"its coefficient; use {name.removesuffix('loss')}ce"
+        )
+
+
 def _meet(given: Mapping[str, Any], resolved: dict[str, Any], need: str) -> None:
     """Let evaluations and checkpoints meet where only one of them was typed; refuse where they cannot."""
     evaluates, saves = word(resolved["eval_strategy"]), word(resolved["save_strategy"])

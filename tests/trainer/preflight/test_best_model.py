@@ -232,6 +232,27 @@ def test_the_loss_of_a_run_without_cross_entropy_needs_teachers_and_no_labels():
         require_metric("eval_held_loss", {"held": (0, 5)})
 
 
+def test_with_a_budget_the_loss_chooses_nothing(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path):
+    """Its coefficient moves: what is logged is the loss of the moment, and two of them are not compared."""
+    budget = [
+        "kl_budget=0.02",
+        "training.eval_strategy=steps",
+        "training.eval_steps=2",
+        "training.logging_steps=1",
+    ]
+    report = train(settings(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path / "run", *budget))
+    coefs = {entry["step"]: entry["kl_coef"] for entry in report.log_history if "kl_coef" in entry}
+    found = [entry for entry in report.log_history if "eval_held_loss" in entry]
+    for entry in found:
+        expected = entry["eval_held_ce"] + coefs[entry["step"]] * entry["eval_held_kl"]
+        assert entry["eval_held_loss"] == pytest.approx(expected, rel=1e-5)
+    assert len({coefs[entry["step"]] for entry in found}) == len(found) > 1
+    best = [*budget, "training.load_best_model_at_end=true"]
+    with pytest.raises(ConfigError, match=r"got held_loss beside kl_budget, .* use held_ce"):
+        train(settings(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path / "best", *best))
+    assert not (tmp_path / "best").exists()
+
+
 def test_the_best_checkpoint_is_found_after_a_move(tiny_llama_dir, pruned_cache, llama_eval_cache, tmp_path):
     """A run is interrupted, its directory moved, and continued: the best so far is still the best."""
     from trainer.loop.step_control import StepControl
