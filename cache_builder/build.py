@@ -126,7 +126,6 @@ def _build(
     step("settings")
     open_rows = _rows_of(directory, source, config, make_sampler, progress, step)
     plan, planned_here = _plan(directory, source, open_rows, config, progress, existed=existed, step=step)
-    indices = _selected(config, plan)
     capture = make_capture(
         directory,
         source.settings,
@@ -137,6 +136,7 @@ def _build(
         step=step,
     )
     try:
+        indices = selected_shards(config.shards, len(plan.shards))
         manifest = _capture_and_finish(capture, indices, source, config.heartbeat_seconds, progress, step)
     except AnnealError:
         unused = not capture.started and not directory.num_bytes() and not directory.has_workers()
@@ -320,15 +320,20 @@ def _make_plan(
     return plan
 
 
-def _selected(config: BuildConfig, plan: Plan) -> list[int]:
-    if config.shards is None:
-        return list(range(len(plan.shards)))
-    first, last = config.shards
-    if first >= len(plan.shards):
+def selected_shards(wanted: tuple[int, int] | None, num_shards: int) -> list[int]:
+    """The shards of a plan that a build is to capture; all of them where nobody asks for some.
+
+    Raises:
+        ConfigError: the plan has none of them.
+    """
+    if wanted is None:
+        return list(range(num_shards))
+    first, last = wanted
+    if first >= num_shards:
         raise ConfigError(
-            f"--shards must lie within the {len(plan.shards)} shards of the plan, got {first}:{last}"
+            f"--shards must begin within the {counted(num_shards, 'shard')} of the plan, got {first}:{last}"
         )
-    return list(range(first, min(last, len(plan.shards))))
+    return list(range(first, min(last, num_shards)))
 
 
 def require_same_cache(directory: BuildDirectory, settings: BuildSettings) -> None:

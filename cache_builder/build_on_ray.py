@@ -158,6 +158,19 @@ class RayCapture(Capture):
             self._progress.wrote(num_bytes, num_tokens)
 
 
+def require_corpus(config: BuildConfig) -> None:
+    """Refuse rows that the model is to write.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    if config.generate is not None:
+        raise ConfigError(
+            "--ray captures a corpus, got --generate, whose rows one engine writes; build without --ray (several "
+            "commands with the same --out share the capture)"
+        )
+
+
 def build_cache_with_ray(
     config: BuildConfig,
     address: str | None = None,
@@ -181,11 +194,7 @@ def build_cache_with_ray(
         WorkerDied: workers keep dying on one shard.
         AnnealError: whatever `build_cache` raises.
     """
-    if config.generate is not None:
-        raise ConfigError(
-            "--ray captures a corpus, got --generate, whose rows one engine writes; build without --ray (several "
-            "commands with the same --out share the capture)"
-        )
+    require_corpus(config)
     with connected(address, runtime_env):
         import ray
 

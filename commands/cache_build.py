@@ -176,6 +176,10 @@ def cache_build(
         overwrite=overwrite,
         shards=parse_shards(shards),
     )
+    if ray is not None:
+        from cache_builder.build_on_ray import require_corpus
+
+        require_corpus(config)
     progress = ConsoleProgress()
     if dry_run:
         show(plan_build(config, progress=progress).text())

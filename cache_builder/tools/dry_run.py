@@ -1,6 +1,6 @@
 """`anneal cache build --dry-run`: the whole corpus through the tokenizer, and nothing else."""
 
-from cache_builder.build import require_same_cache
+from cache_builder.build import require_same_cache, selected_shards
 from cache_builder.commit.build_directory import BuildDirectory, State
 from cache_builder.commit.plan import require_work
 from cache_builder.commit.staging import cut
@@ -43,6 +43,7 @@ def plan_build(
         progress.advance(len(group), tokens)
     progress.finish()
     require_work(num_positions, num_rows)
+    selected_shards(config.shards, num_shards)
     return PlanReport(
         out=str(config.directory),
         state=state.value,
@@ -69,13 +70,15 @@ def _of_recipe(config: BuildConfig, source: BuildSource, recipe: Recipe, state: 
     num_rows = recipe.config.num_rows
     num_positions = num_new if settings.capture.positions == "loss" else num_tokens - num_rows
     by_tokens = max(settings.tokens_per_shard // recipe.max_length, 1)
+    num_shards = -(-num_rows // min(by_tokens, settings.rows_per_shard))
+    selected_shards(config.shards, num_shards)
     return PlanReport(
         out=str(config.directory),
         state=state.value,
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_positions=num_positions,
-        num_shards=-(-num_rows // min(by_tokens, settings.rows_per_shard)),
+        num_shards=num_shards,
         estimated_bytes=rough_bytes(num_tokens, num_positions, settings.capture),
         identity=settings.identity,
         corpus={"notes": recipe.prompts.notes()},

@@ -17,6 +17,7 @@ from deterministic_build import (
 )
 
 from cache_builder.build import BuildError
+from cache_builder.tools.dry_run import plan_build
 from formats.errors import (
     AnnealError,
     ConfigError,
@@ -147,6 +148,22 @@ def test_bad_input_leaves_the_place_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(CorpusError):
         build(tmp_path / "empty", num_rows=0)
     assert os.listdir(tmp_path / "empty") == []
+
+
+def test_shards_beyond_the_plan_leave_the_place_as_it_was(tmp_path: Path) -> None:
+    """They left an unfinished build, which refused other settings; the dry run said nothing."""
+    for out in (tmp_path / "c", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=r"within the 6 shards of the plan, got 6:9"):
+            build(out, shards=(6, 9))
+        with pytest.raises(ConfigError, match=r"within the 6 shards of the plan, got 6:9"):
+            plan_build(make_config(out, shards=(6, 9)), source=make_source(60))
+    assert os.listdir(tmp_path) == ["empty"] and os.listdir(tmp_path / "empty") == []
+    build(tmp_path / "c", shards=(0, 2))
+    before = contents(tmp_path / "c")
+    with pytest.raises(ConfigError, match="within the 6 shards"):
+        build(tmp_path / "c", shards=(6, 9))
+    assert contents(tmp_path / "c") == before
 
 
 def test_an_engine_that_does_not_start_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

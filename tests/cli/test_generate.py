@@ -144,6 +144,7 @@ def test_training_retains_it(anneal: Run, place: Path) -> None:
         (("--generate", 2, "--text-column", "c"), "takes no text_column, got c"),
         (("--generate", 2, "--generate-temperature", 0), "generate_temperature must be a number of at least"),
         (("--generate", 2, "--ray", "local"), "--ray captures a corpus, got --generate"),
+        (("--generate", 2, "--ray", "local", "--dry-run"), "--ray captures a corpus, got --generate"),
         (("--generate", 2, "--prompts", "none.txt"), "prompts must be an existing file"),
         (("--generate", 2, "--template-arg", "tools_in_user=1"), "a template argument must be one that"),
         (
