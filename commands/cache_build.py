@@ -214,7 +214,7 @@ def cache_estimate(
         int,
         typer.Option(min=1, help="Tokens with KL per training step, which the expected angle falls with."),
     ] = 65_536,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
     revision: RevisionOption = None,
     engine_arg: EngineArgOption = None,
     as_json: JsonOption = False,

@@ -65,7 +65,9 @@ def cache_verify(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(show_default=False, help="With --model: seed of the choice of rows.  [default: 0]"),
+        typer.Option(
+            min=0, show_default=False, help="With --model: seed of the choice of rows.  [default: 0]"
+        ),
     ] = None,
     engine_arg: EngineArgOption = None,
     as_json: JsonOption = False,

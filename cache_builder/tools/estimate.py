@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.commit.capture import EngineStartError
+from cache_builder.commit.capture import started
 from cache_builder.commit.plan import require_work
 from cache_builder.config import BuildConfig
 from cache_builder.report import records_line
@@ -29,7 +29,7 @@ from cache_builder.tools.deviation import compare
 from cache_builder.tools.expected_angle import STEP_TOKENS, UNCERTAINTY, expected_angle
 from cache_builder.tools.round_trip import stored_and_read
 from formats.disk.token_row import TokenRow
-from formats.errors import AnnealError, ConfigError
+from formats.errors import ConfigError
 from formats.logprobs import ragged
 from formats.logprobs.tail_draws import TailDraws, starts
 from formats.logprobs.topk import TopKLogprobs
@@ -253,12 +253,7 @@ def _capture(
     progress: Progress,
 ) -> list[TopKLogprobs]:
     progress.note(f"starting the engine ({config.engine})")
-    try:
-        teacher = make_teacher(config, source)
-    except AnnealError:
-        raise
-    except Exception as error:
-        raise EngineStartError(f"the engine must start, got {type(error).__name__}: {error}") from error
+    teacher = started(lambda: make_teacher(config, source))
     progress.start("capture", len(sample))
     captured = []
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_builder.commit.capture import started
 from cache_builder.rows.tokenizer_files import load_tokenizer
 from cache_builder.teachers.engines import make_teacher
 from cache_builder.teachers.protocol import TeacherConfig
@@ -134,6 +135,7 @@ def verify_cache(
         FormatError: not a cache at all. Damage within a cache is reported, not raised.
         IdentityMismatchError: `model` is not the teacher of this cache.
         ConfigError: the engine is not installed, or `rows` is below 1.
+        EngineStartError: it did not start.
     """
     progress = progress or Progress()
     if rows < 1:
@@ -158,7 +160,7 @@ def verify_cache(
     name = engine or OTHER_ENGINE.get(str(teacher.get("engine")), "transformers")
     progress.note(f"computing {len(stored)} rows again with {name}")
     config = _teacher_config(opened, stored, model_dir, engine_args or {})
-    running = make_teacher(name, config)
+    running = started(lambda: make_teacher(name, config))
     progress.start("recompute", len(stored))
     try:
         found = running.describe()

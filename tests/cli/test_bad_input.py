@@ -106,6 +106,22 @@ def test_another_rate_of_tail_draws(anneal: Run, corpus: Path, cache: Path, tiny
     assert "--tail-draws: 8 there, 4 now" in error and "--overwrite" in error
 
 
+def test_a_seed_below_zero_draws_no_rows(
+    anneal: Run, corpus: Path, cache: Path, tiny_llama_dir: Path
+) -> None:
+    for words in (("cache", "verify", cache), ("cache", "estimate", corpus)):
+        code, printed, err = anneal(*words, "--model", tiny_llama_dir, "--seed", "-1")
+        assert (code, printed) == (2, "") and "--seed" in err and "Traceback" not in err
+
+
+def test_verification_by_an_engine_that_does_not_start(
+    anneal: Run, cache: Path, tiny_llama_dir: Path
+) -> None:
+    words = ("--engine", "transformers", "--engine-arg", "device=nowhere")
+    code, printed, err = anneal("cache", "verify", cache, "--model", tiny_llama_dir, *words)
+    assert (code, printed) == (1, "") and "the engine must start, got RuntimeError" in one_line(err)
+
+
 def test_wrong_usage_exits_with_two(anneal: Run, corpus: Path) -> None:
     code, _, err = anneal("cache", "build", corpus)
     assert code == 2 and "--model" in err
