@@ -11,7 +11,7 @@ from cache_builder.teachers.model_config import attention_softcap, checkpoint_dt
 from cache_builder.teachers.protocol import TeacherConfig
 from formats.errors import ConfigError, one_line
 
-LOADING_ARGS = ("attn_implementation", "device", "revision", "trust_remote_code")
+LOADING_ARGS = ("attn_implementation", "device", "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ def load_frozen(config: TeacherConfig) -> LoadedModel:
     if unknown:
         raise ConfigError(
             f"engine arguments of transformers are {', '.join(LOADING_ARGS)}, got {', '.join(unknown)}"
+            + ("; use --revision" if "revision" in unknown else "")
         )
     if isinstance(args.get("trust_remote_code"), str):
         args["trust_remote_code"] = args["trust_remote_code"].lower() in ("1", "true", "yes")
@@ -130,7 +131,7 @@ def _kind_of_model(model: str, args: dict[str, Any]) -> Any:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    known = {name: args[name] for name in ("revision", "trust_remote_code") if name in args}
+    known = {name: args[name] for name in ("trust_remote_code",) if name in args}
     kind = type(AutoConfig.from_pretrained(model, **known))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText

@@ -23,7 +23,7 @@ from formats.logprobs.topk import TopKLogprobs
 class TransformersTeacher(HeldModel):
     """A `transformers.AutoModelForCausalLM` as a teacher.
 
-    Engine arguments: `device` (default: cuda when available, else cpu), `attn_implementation`, `revision`,
+    Engine arguments: `device` (default: cuda when available, else cpu), `attn_implementation`,
     `trust_remote_code`.
 
     Raises:

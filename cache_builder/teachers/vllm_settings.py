@@ -34,6 +34,7 @@ CPU_BACKENDS = ("CPU_", "AMX_")
 """How the names of attention backends begin that run on a CPU."""
 RESERVED_ARGS = {
     "model": "--model",
+    "revision": "--revision",
     "dtype": "--dtype",
     "seed": "--seed",
     "max_model_len": "--max-length",

@@ -38,7 +38,7 @@ from formats.errors import ConfigError
         ({"enforce_eager": "True"}, {"enforce_eager": True}),
         ({"quantization": "fp8"}, {"quantization": "fp8"}),
         ({"quantization": "none"}, {"quantization": None}),
-        ({"revision": "1234"}, {"revision": "1234"}),
+        ({"code_revision": "1234"}, {"code_revision": "1234"}),
         ({"max_num_batched_tokens": "8192"}, {"max_num_batched_tokens": 8192}),
         ({"max_num_batched_tokens": 8192}, {"max_num_batched_tokens": 8192}),
         ({"hf_overrides": '{"rope_theta": 1e6}'}, {"hf_overrides": {"rope_theta": 1e6}}),
@@ -73,6 +73,7 @@ def test_one_of_several_is_named(name, given, expected):
         ({"enforce_eager": "maybe"}, "enforce_eager must be bool, got 'maybe'"),
         ({"mamba_backend": "cuda"}, "mamba_backend must be one of TRITON, FLASHINFER, CPU, got 'cuda'"),
         ({"max_model_len": "100"}, "max_model_len is set by anneal, got '100'; use --max-length"),
+        ({"revision": "1234"}, "revision is set by anneal, got '1234'; use --revision"),
         ({"dtype": "half"}, "use --dtype"),
         ({"scheduler-cls": "my.Own"}, "scheduler_cls is set by anneal, got 'my.Own'; leave it out"),
         (
