@@ -7,6 +7,7 @@ byte; the others are written anew, which passes their rows through the codec onc
 Memory: 40 bytes per row.
 """
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,7 @@ def merge_caches(
 ) -> MergeReport:
     """Write the rows of all `caches`, in this order, to the new directory `out`.
 
-    An interrupted merge starts again when the command is repeated.
+    An interrupted merge starts again when the command is repeated; one that fails leaves nothing behind.
 
     Raises:
         IdentityMismatchError: two caches differ in more than their corpus; names the parts.
@@ -94,7 +95,18 @@ def merge_caches(
 
 
 def _merge(opened: Sequence[TeacherCache], directory: BuildDirectory, progress: Progress) -> MergeReport:
+    existed = directory.out.exists()
     _take_output(directory)
+    try:
+        return _joined(opened, directory, progress)
+    except (AnnealError, OSError):
+        with contextlib.suppress(OSError):  # what the next merge would throw away
+            directory.discard()
+            directory.leave_as_found(existed=existed)
+        raise
+
+
+def _joined(opened: Sequence[TeacherCache], directory: BuildDirectory, progress: Progress) -> MergeReport:
     keep = _first_occurrences(opened)
     shards: list[ShardInfo] = []
     num_copied = num_duplicates = 0

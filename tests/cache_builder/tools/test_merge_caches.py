@@ -235,6 +235,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(merge_module.shutil, "copyfile", full)
     with pytest.raises(ValueError, match=r"write .*c, got No space left on device at shard"):
         merge_caches([a, b], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
     monkeypatch.undo()
     merge_caches([a, b], tmp_path / "c")
 
@@ -245,8 +246,11 @@ def test_a_damaged_part_is_noticed(tmp_path: Path) -> None:
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    with pytest.raises(ValueError, match="shard-00001"):
-        merge_caches([a, b], tmp_path / "c")
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "c", tmp_path / "empty"):
+        with pytest.raises(ValueError, match="shard-00001"):
+            merge_caches([a, b], out)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "empty"] and os.listdir(tmp_path / "empty") == []
 
 
 def test_a_flat_teacher_is_inspected_and_merged(tmp_path: Path) -> None:
