@@ -1,4 +1,4 @@
-"""`--ray [ADDRESS]`: a pool of engines on a Ray cluster, each capturing one shard of the plan at a time.
+"""`--ray ADDRESS`: a pool of engines on a Ray cluster, each capturing one shard of the plan at a time.
 
 The driver plans, hands out shard numbers and finishes; a worker is an ordinary `Capture` over the shared
 output directory. So a killed worker costs the shard it was on, a killed driver costs nothing that is

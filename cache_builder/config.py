@@ -12,6 +12,7 @@ from cache_builder.teachers.engine_args import by_name
 from cache_builder.teachers.protocol import DTYPES, ENGINES, HEAD_DTYPES
 from formats.capture_settings import CaptureSettings
 from formats.codec.config import CodecConfig
+from formats.disk.output_file import refuse_address
 from formats.errors import ConfigError
 
 DEFAULT_ROWS_PER_SHARD = 4096
@@ -87,6 +88,7 @@ class BuildConfig:
             object.__setattr__(self, name, str(getattr(self, name)))
             if not getattr(self, name) and not (name == "corpus" and self.generate is not None):
                 raise ConfigError(f"{name} must be given, got an empty string")
+        refuse_address("--out", self.out)
         if self.generate is not None:
             self._refuse_settings_of_a_corpus()
         elif self.seed is not None and self.limit is None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from formats.disk.output_file import refuse_address
 from formats.errors import ConfigError
 
 
@@ -46,9 +47,11 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_path(name: str, value: Any, what: str) -> None:
-    """Refuse what cannot name a file or directory."""
+    """Refuse what cannot name a file or directory, and an output that would be at an address."""
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name} must name {what}, got {value!r}")
+    if name in ("out", "--out"):
+        refuse_address("--out", value)
 
 
 def check_fraction(name: str, value: Any, advice: str) -> None:

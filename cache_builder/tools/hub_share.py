@@ -16,6 +16,7 @@ from cache_builder.tools.hub_card import HubError, card_of
 from formats.cache import TeacherCache
 from formats.disk.durable import fsync_directory
 from formats.disk.manifest import MANIFEST_NAME
+from formats.disk.output_file import refuse_address
 from formats.errors import ConfigError, one_line
 from formats.front_matter import CARD_NAME, HUB_NAME
 from formats.progress import Progress, counted
@@ -120,6 +121,7 @@ def pull_cache(
             empty `out` that was there.
     """
     progress = progress or Progress()
+    refuse_address("a pull's DIRECTORY", out)
     out = Path(out).expanduser().resolve()
     inside = out / PULLING
     if not inside.is_dir() and BuildDirectory(out).state() is not State.EMPTY:

@@ -21,6 +21,7 @@ from cache_builder.commit.build_directory import DISCARD_NAME, BuildDirectory, S
 from formats.cache import TeacherCache
 from formats.disk.durable import TEMPORARY_SUFFIX, atomic_write_bytes
 from formats.disk.manifest import Manifest, ShardInfo
+from formats.disk.output_file import refuse_address
 from formats.disk.shard import ShardReader, ShardWriter
 from formats.disk.token_row import KEY_BYTES
 from formats.errors import AnnealError, ConfigError, IdentityMismatchError
@@ -80,6 +81,7 @@ def merge_caches(
         raise ConfigError(f"a merge takes at least two caches, got {len(caches)}")
     if remote := [str(path) for path in caches if "://" in str(path)]:
         raise ConfigError(f"merged caches must be local directories, got {remote[0]}; download it first")
+    refuse_address("--out", out)
     opened = [TeacherCache(path) for path in caches]
     for other in opened[1:]:
         _require_mergeable(opened[0], other)

@@ -1,12 +1,29 @@
-"""Where one file that a command writes may go: into a folder that is there, and not among the files of a cache.
+"""Where a command may write. One file: into a folder that is there, and not among the files of a cache.
 
 A directory that a command fills (`--out`) is made with its parents. For a file a missing folder is a slip of the pen.
+Nothing is written to an address: of s3://bucket/x a path would make the folders `s3:` and `bucket` here.
 """
 
 from pathlib import Path
 
 from formats.disk.manifest import MANIFEST_NAME
 from formats.disk.unfinished_build import BUILD_DIRECTORY
+from formats.errors import ConfigError
+
+
+def refuse_address(name: str, out: str | Path) -> None:
+    """Refuse an output directory that is the address of another place.
+
+    Args:
+        name: of the option, for the message.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if "://" in str(out):
+        raise ConfigError(
+            f"{name} must be a directory on this machine, got the address {out}; write it here and copy it there"
+        )
 
 
 def misplaced(path: Path) -> str | None:

@@ -241,13 +241,17 @@ def test_a_teacher_that_breaks_its_contract_is_refused(tmp_path: Path, fault: st
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"shards": (3, 3)}, "shards must be first:last"),
         ({"corpus": ""}, "corpus must be given"),
+        (
+            {"out": "s3://bucket/cache"},
+            "--out must be a directory on this machine, got the address s3://bucket",
+        ),
         ({"rows_per_shard": 0}, "rows_per_shard"),
         ({"heartbeat_seconds": 0.0}, "heartbeat_seconds"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, change: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        make_config(tmp_path, **change)
+        make_config(**{"out": tmp_path, **change})
 
 
 def test_a_failing_disk_is_one_line_with_the_state(tmp_path: Path, monkeypatch) -> None:

@@ -105,6 +105,7 @@ def test_yaml_cannot_construct_objects():
         (["kl_coef.x=1", "kl_coef.x.y=2"], "is a plain value"),
         (["cache="], "cache is required; give the CACHE argument"),
         (["model=null"], "model is required; give --model"),
+        (["out=s3://bucket/m"], "--out must be a directory on this machine, got the address s3://bucket/m"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(overrides, message):

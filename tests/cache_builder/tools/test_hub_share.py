@@ -143,6 +143,8 @@ def test_what_does_not_exist(cache: Path, tmp_path: Path) -> None:
 def test_calls_that_need_no_hub(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="new or empty"):
         pull_cache("someone/teacher", cache)
+    with pytest.raises(ConfigError, match="got the address s3://bucket/cache"):
+        pull_cache("someone/teacher", "s3://bucket/cache")
     with pytest.raises(AnnealError):
         push_cache(tmp_path, "someone/teacher")
     with pytest.raises(AnnealError, match="someone/teacher"):  # the tests are offline

@@ -162,6 +162,8 @@ def test_bad_calls(tmp_path: Path) -> None:
         merge_caches([a, b], a)
     with pytest.raises(ConfigError, match="local directories"):
         merge_caches([a, "s3://bucket/cache"], tmp_path / "c")
+    with pytest.raises(ConfigError, match="got the address s3://bucket/cache"):
+        merge_caches([a, b], "s3://bucket/cache")
     with pytest.raises(FormatError):
         merge_caches([a, tmp_path / "nothing"], tmp_path / "c")
     (tmp_path / "mine").mkdir()
