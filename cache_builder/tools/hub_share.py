@@ -17,7 +17,7 @@ from formats.cache import TeacherCache
 from formats.disk.durable import fsync_directory
 from formats.disk.manifest import MANIFEST_NAME
 from formats.disk.output_file import refuse_address
-from formats.errors import ConfigError, one_line
+from formats.errors import AnnealError, ConfigError, one_line
 from formats.front_matter import CARD_NAME, HUB_NAME
 from formats.progress import Progress, counted
 
@@ -112,11 +112,11 @@ def pull_cache(
     progress: Progress | None = None,
 ) -> Path:
     """Download a cache from the data set repository `repo_id` into the new directory `out`, and check all of
-    it.
+    it. Other files of the repository are left there.
 
     Raises:
         ConfigError: `out` holds something.
-        HubError: no such repository, no access, no network.
+        HubError: no such repository, no access, no network; a repository without a cache.
         FormatError: what arrived is no cache, or damaged; it stays in the hidden directory beside `out`, or within an
             empty `out` that was there.
     """
@@ -126,27 +126,40 @@ def pull_cache(
     inside = out / PULLING
     if not inside.is_dir() and BuildDirectory(out).state() is not State.EMPTY:
         raise ConfigError(f"a pull needs a new or empty directory, got {out}; choose another")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     # An empty directory may be one that cannot be replaced: a mount, or where the shell is.
     staging = inside if out.is_dir() else out.with_name(f".{out.name}{PULLING}")
     try:
+        found = HfApi(token=token).dataset_info(repo_id, revision=revision)
+        if MANIFEST_NAME not in {file.rfilename for file in found.siblings or ()}:
+            raise HubError(f"{repo_id} must hold a cache, got a data set without a {MANIFEST_NAME}")
+
+        def fetch(names: list[str]) -> None:
+            snapshot_download(
+                repo_id,
+                repo_type="dataset",
+                revision=found.sha,  # of one commit, whatever is pushed meanwhile
+                token=token,
+                local_dir=staging,
+                allow_patterns=names,
+            )
+
         out.parent.mkdir(parents=True, exist_ok=True)
-        snapshot_download(
-            repo_id,
-            repo_type="dataset",
-            revision=revision,
-            token=token,
-            local_dir=staging,
-            allow_patterns=[MANIFEST_NAME, "*.arrow", "*.json", CARD_NAME],
-        )
+        fetch([MANIFEST_NAME])
+        names = [*files_of(TeacherCache(staging)), CARD_NAME]
+        fetch(names)
+    except AnnealError:
+        raise
     except Exception as error:
         raise HubError(
             f"{repo_id} must be a data set that can be downloaded, got: {one_line(error, whole=True)}"
         ) from error
     progress.note("checking what arrived")
     TeacherCache(staging).validate(full=True)
-    shutil.rmtree(staging / ".cache", ignore_errors=True)
+    for path in staging.iterdir():  # the client's own, and of an interrupted pull of something else
+        if path.name not in names:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     try:
         if staging == inside:
             for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST_NAME):

@@ -99,6 +99,28 @@ def test_a_broken_download_is_one_line_and_continues(cache: Path, tmp_path: Path
     TeacherCache(out).validate(full=True)
 
 
+def test_a_pull_brings_the_files_of_the_cache_alone(cache: Path, tmp_path: Path) -> None:
+    """Files that lay beside it came along: of the repository, and of another one whose pull was interrupted."""
+    out = tmp_path / "d"
+    with HubStandIn() as server:
+        call(server, "push", str(cache), "someone/teacher", home=tmp_path)
+        server.files["someone/teacher"] |= {
+            "more/huge.arrow": b"rows",
+            "shard-00009.arrow": b"",
+            "x.json": b"",
+        }
+        server.files["someone/rows"] = {"data/rows.arrow": b"rows", "README.md": b"rows"}
+        server.commits["someone/rows"] = "1" * 40
+        none = call(server, "pull", "someone/rows", str(out), home=tmp_path)
+        assert none["error"] == "someone/rows must hold a cache, got a data set without a manifest.json"
+        assert not [path for path in tmp_path.iterdir() if path.name.endswith(".pulling")]
+        (tmp_path / ".d.pulling").mkdir()
+        (tmp_path / ".d.pulling" / "shard-00008.arrow").write_bytes(b"of another one")
+        assert call(server, "pull", "someone/teacher", str(out), home=tmp_path) == {"result": str(out)}
+    found = contents(out)
+    assert found.pop("README.md") and found == contents(cache)
+
+
 def test_into_the_current_directory(cache: Path, tmp_path: Path, monkeypatch) -> None:
     """It cannot be replaced as a new name can: it is filled, and stays the directory that the shell is in."""
     here = tmp_path / "here"
