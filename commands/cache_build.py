@@ -122,7 +122,12 @@ def cache_build(
         ),
     ] = None,
     ray_workers: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Engines in the Ray pool.")
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="At most so many engines in the Ray pool.  [default: as many as there is room for]",
+        ),
     ] = None,
 ) -> None:
     """Run the initial model over CORPUS once and store its logprobs.
