@@ -95,7 +95,7 @@ def collect() -> Facts:
         hidden=os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        cache_gib=round(shutil.disk_usage(_existing(_hub_cache())).free / 2**30, 1),
+        cache_gib=round(shutil.disk_usage(_existing(hub_cache())).free / 2**30, 1),
     )
 
 
@@ -166,9 +166,12 @@ def _driver() -> tuple[str | None, int]:
     return lines[0], len(lines)
 
 
-def _hub_cache() -> str:
-    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
-    return os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+def hub_cache() -> str:
+    """As huggingface_hub says it, whose variables these are."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return os.path.abspath(os.path.expandvars(os.path.expanduser(named or os.path.join(home, "hub"))))
 
 
 def _existing(path: str) -> str:

@@ -3,11 +3,13 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
-from onboarding.doctor.facts import Facts
+from onboarding.doctor.facts import Facts, hub_cache
 from onboarding.doctor.findings import NOTE, judge
 
 CPU = Facts(
@@ -104,6 +106,27 @@ def test_what_is_only_worth_a_note(facts, subject):
     report = judge(facts)
     assert report.wrong == []
     assert subject in [finding.subject for finding in report.findings if finding.verdict == NOTE]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"XDG_CACHE_HOME": "/elsewhere"},
+        {"HF_HOME": "~/models"},
+        {"HF_HOME": "$HOME/models", "XDG_CACHE_HOME": "/elsewhere"},
+        {"HUGGINGFACE_HUB_CACHE": "/elsewhere"},
+        {"HF_HUB_CACHE": "/there", "HUGGINGFACE_HUB_CACHE": "/elsewhere"},
+    ],
+)
+def test_models_are_kept_where_the_client_keeps_them(monkeypatch, variables):
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code = "from huggingface_hub.constants import HF_HUB_CACHE as place; print(place)"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert hub_cache() == asked.stdout.strip()
 
 
 def test_this_machine_made_wrong(tmp_path, monkeypatch, anneal):
