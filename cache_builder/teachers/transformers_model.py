@@ -12,6 +12,7 @@ from cache_builder.teachers.protocol import TeacherConfig
 from formats.errors import ConfigError, one_line
 
 LOADING_ARGS = ("attn_implementation", "device", "trust_remote_code")
+SPOKEN = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,10 @@ def load_frozen(config: TeacherConfig) -> LoadedModel:
             f"engine arguments of transformers are {', '.join(LOADING_ARGS)}, got {', '.join(unknown)}"
             + ("; use --revision" if "revision" in unknown else "")
         )
-    if isinstance(args.get("trust_remote_code"), str):
-        args["trust_remote_code"] = args["trust_remote_code"].lower() in ("1", "true", "yes")
+    if isinstance(trusted := args.get("trust_remote_code"), str):
+        args["trust_remote_code"] = SPOKEN.get(trusted.lower())
+    if args.get("trust_remote_code", False) not in (True, False):
+        raise ConfigError(f"engine argument trust_remote_code must be true or false, got {trusted!r}")
     device = torch.device(args.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
     model_config = read_model_config(config.model)
     dtype = resolve_dtype(

@@ -156,6 +156,8 @@ def test_refusals(tiny_llama_dir, tmp_path):
         TransformersTeacher(config(tiny_llama_dir, max_length=2000))
     with pytest.raises(ConfigError, match=r"engine arguments of transformers are .*got devise"):
         TransformersTeacher(config(tiny_llama_dir, engine_args={"devise": "cpu"}))
+    with pytest.raises(ConfigError, match=r"trust_remote_code must be true or false, got 'ture'"):
+        TransformersTeacher(config(tiny_llama_dir, engine_args={"trust_remote_code": "ture"}))
     with pytest.raises(ConfigError, match=r"got revision; use --revision"):
         TransformersTeacher(config(tiny_llama_dir, engine_args={"revision": "main"}))
     with pytest.raises(ConfigError, match=r"must be a model directory, got no config\.json"):
