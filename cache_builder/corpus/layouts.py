@@ -133,8 +133,17 @@ RECOGNISED = (
 )
 
 
-def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layout:
+def recognise(
+    values: Mapping[str, Any],
+    text_column: str | None = None,
+    *,
+    what: str = "the corpus",
+    remedy: str = "rename them, or pass --text-column NAME",
+) -> Layout:
     """The layout of a corpus whose first record is `values`.
+
+    Args:
+        what: it is, and what to do where no layout fits, for the message.
 
     Raises:
         CorpusError: no layout fits, or `text_column` is not a column (the message lists the columns); or a column
@@ -157,8 +166,7 @@ def recognise(values: Mapping[str, Any], text_column: str | None = None) -> Layo
                 return layout
     refuse_unknown_layout(values)
     raise CorpusError(
-        f"the corpus must have the columns of a known layout ({RECOGNISED}), got columns: {found}; "
-        "rename them, or pass --text-column NAME"
+        f"{what} must have the columns of a known layout ({RECOGNISED}), got columns: {found}; {remedy}"
     )
 
 

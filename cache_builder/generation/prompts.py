@@ -152,7 +152,7 @@ class PromptReader:
         for record in _records(source):
             if LINE not in record.values:
                 record = _with_answer(record)
-                layout = layout or recognise(record.values)
+                layout = layout or recognise(record.values, what="prompts", remedy="rename them")
             found = self._of_record(record, layout)
             if len(found) == 0:
                 num_empty += 1

@@ -247,7 +247,7 @@ def test_prompts_without_room_are_skipped_and_counted(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"chosen": "a", "rejected": "b"}, "known layout"),
-        ({"question": "Hi"}, "known layout"),
+        ({"question": "Hi"}, "got columns: question; rename them"),
         ({"messages": [ANSWER]}, "a turn that is not the assistant's, got none in prompts.jsonl, line 1"),
         ({"messages": []}, "at least one message"),
         ({"prompt": 3}, "prompt"),
@@ -257,6 +257,7 @@ def test_what_is_no_prompt_is_refused_in_one_line(tmp_path: Path, record: dict, 
     with pytest.raises(AnnealError) as caught:
         read(tmp_path, [record], byte_tokenizer(CHATML))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert "--text-column" not in str(caught.value)  # which prompts do not take
 
 
 def test_a_file_that_is_not_there_is_refused() -> None:
