@@ -135,7 +135,6 @@ def cache_build(
     The same command continues a build that was stopped or killed.
     """
     from cache_builder import BuildConfig, GenerationConfig, build_cache, plan_build
-    from formats.identity.fingerprint import refuse_idle_revision
 
     generation = None
     if generate is not None:
@@ -155,7 +154,6 @@ def cache_build(
         require_owner("--generate N", False, of_generate)
         if corpus is None:
             raise ConfigError("a build needs a CORPUS or --generate N, got neither; see --help")
-    refuse_idle_revision(model, revision)
     require_owner("--ray", ray is not None, {"--ray-workers": ray_workers})
     config = BuildConfig(
         corpus=corpus or "",
@@ -230,9 +228,7 @@ def cache_estimate(
     gradient is within one degree.
     """
     from cache_builder import BuildConfig, estimate_cache
-    from formats.identity.fingerprint import refuse_idle_revision
 
-    refuse_idle_revision(model, revision)
     config = BuildConfig(
         corpus=corpus,
         model=model,

@@ -30,7 +30,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
     known = {entry.name for entry in fields(BuildConfig)} - {
         "corpus",
-        "model",
+        *("model", "revision"),  # of the command itself
         "out",
         "generate",
         "codec",

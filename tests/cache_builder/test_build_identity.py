@@ -236,3 +236,11 @@ def test_vllm_resumes_with_the_same_bytes(config: BuildConfig, tmp_path: Path) -
     fresh = changed(first, out=str(tmp_path / "fresh"))
     build_cache(fresh)
     assert contents(Path(first.out)) == contents(Path(fresh.out))
+
+
+def test_a_revision_of_a_directory_is_refused(config: BuildConfig) -> None:
+    with pytest.raises(
+        ConfigError, match="a revision is one of a Hugging Face name, got v1 of the directory"
+    ):
+        build_cache(changed(config, revision="v1"))
+    assert not Path(config.out).exists()

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
+from formats.identity.fingerprint import (
+    ModelFingerprint,
+    TokenizerFingerprint,
+    refuse_idle_revision,
+    resolve_model,
+)
 from trainer.loading import load_tokenizer, require_plain_weights, require_whole_model
 from trainer.merging.methods import Merge
 from trainer.merging.settings import MergeConfig
@@ -126,8 +131,10 @@ def find_model(name: str, what: str, revision: str | None = None) -> Path:
     """The directory of a model.
 
     Raises:
-        ConfigError: there is none; or it holds adapters alone, an unfinished run or quantised weights.
+        ConfigError: there is none, or a revision of a directory; or it holds adapters alone, an unfinished run or
+            quantised weights.
     """
+    refuse_idle_revision(name, revision, what=what)
     path = resolve_model(name, revision, what=what)
     require_whole_model(path, what)
     if not (path / "config.json").is_file():
@@ -161,6 +168,6 @@ def require_descendant(tuned: Path, identity: dict[str, Any]) -> None:
     for part, meaning in (("vocabulary", "vocabulary"), ("pipeline", "tokenizer pipeline")):
         if found[part] != identity["tokenizer"][part]:
             raise IdentityMismatchError(
-                f"tuned models must use the tokenizer of --initial, got another {meaning} in {tuned}; merge "
+                f"tuned models must use the tokenizer of --initial, got another {meaning} in {tuned}; give "
                 "models that were fine-tuned from --initial"
             )

@@ -93,6 +93,10 @@ def test_finished_stages_get_the_whole_report(anneal, releases, tiny_llama_dir, 
             "got engin;",
         ),
         (
+            ["--out", "{tmp}", "--task", "a=b.txt,{text}", "--build", "revision=v1", "--model", "{model}"],
+            "got revision;",
+        ),
+        (
             ["--out", "{tmp}", "--task", "a={text},{text}", "--build", "max_length=8", "--model", "{model}"],
             "--build settings need a corpus",
         ),

@@ -300,6 +300,12 @@ def test_bad_settings_are_refused_in_one_line(models, tmp_path, options, message
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_revision_of_a_directory_is_refused(models, tmp_path):
+    given = {"initial": str(models["initial"]), "out": str(tmp_path / "out"), "method": "soup"}
+    with pytest.raises(ConfigError, match=r"got v1 of the directory .* \(--initial\)"):
+        merge(MergeConfig(tuned=[str(models["initial"])], revision="v1", **given))
+
+
 def test_ties_without_peft_says_how_to_install_it(models, tmp_path, monkeypatch):
     import sys
 
