@@ -129,6 +129,10 @@ class ChainConfig:
             *((f"tasks.{name}.method", task.method) for name, task in self.tasks.items()),
         ]:
             check_settings(where, settings)
+        if self.anchor != "previous" and not any(self.method_of(task).get("kl_coef") for task in self.tasks):
+            raise ConfigError(
+                f"anchor is what KL holds to, got {self.anchor} and no method with kl_coef; add it, or remove anchor"
+            )
 
     def _check_finished(self) -> None:
         given = {
@@ -137,6 +141,7 @@ class ChainConfig:
             "compare": self.compare,
             "training": self.training,
             "base": self.base,
+            "anchor": self.anchor if self.anchor != "previous" else None,
         }
         for name, value in given.items():
             if value:

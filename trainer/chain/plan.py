@@ -19,6 +19,7 @@ import numpy as np
 from formats.errors import ConfigError, naming
 from trainer.chain.caches import CacheMaker
 from trainer.chain.config import ChainConfig
+from trainer.config_file import mapping_of
 from trainer.data.label_terms import reads_initial
 from trainer.data.packing import best_fit, capacity_of
 from trainer.recipe import resolve_training
@@ -121,7 +122,10 @@ def _stage(
     task = name.rsplit("/", 1)[-1].partition("-")[2]
     out, model = Path(config.out), str(config.model)
     start = model if before is None else str(before.directory(out))
-    settings = _shared(config) | copy.deepcopy(dict(method))
+    settings, own = _shared(config), copy.deepcopy(dict(method))
+    if "training" in own:
+        own["training"] = settings["training"] | mapping_of("method.training", own["training"] or {})
+    settings |= own
     builder = _builder(config, settings, before)
     need = made if made is not None and builder is None else train_need(config, maker, task, builder)
     settings |= {"cache": need.place, "model": start}

@@ -53,6 +53,7 @@ def test_a_stage_may_have_a_method_of_its_own() -> None:
         ({"anchor": "base"}, "anchor must be one of previous, initial, got 'base'"),
         ({"replay": 1.0}, r"replay must lie in \[0, 1\), got 1"),
         ({"compare": ["single"]}, "compare must be one of direct, multitask, never-seen"),
+        ({"anchor": "initial", "method": {"l2": {"coef": 1}}}, "got initial and no method with kl_coef"),
         ({"metric": "bleu"}, "metric must be one of ce, accuracy"),
         ({"method": {"cache": "x"}}, "method must not set cache: it is that of each task"),
         ({"base": {"training": {}}}, "base must not set training"),
@@ -76,6 +77,8 @@ def test_finished_models_take_no_training() -> None:
     assert chain_from_dict({"out": "o", "tasks": tasks}).finished == 1
     with pytest.raises(ConfigError, match="replay is for stages that are trained here"):
         chain_from_dict({"out": "o", "tasks": tasks, "replay": 0.5})
+    with pytest.raises(ConfigError, match="anchor is for stages that are trained here"):
+        chain_from_dict({"out": "o", "tasks": tasks, "anchor": "initial"})
 
 
 @pytest.mark.parametrize("word", ["law", "law=train", "=a,b", "law=,b"])

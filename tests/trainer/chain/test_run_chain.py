@@ -64,6 +64,14 @@ def test_a_control_shares_the_stages_that_are_the_same_runs(averaged) -> None:
     assert pool.names == expected
 
 
+def test_arguments_of_a_method_are_over_those_of_all_runs(ask_chain, tmp_path) -> None:
+    asked = {"method": ["training.learning_rate=0.25", "l2.coef=1"], "compare": ["direct"]}
+    plan = plan_chain(ask_chain(tmp_path, "one", "two", methods={"two": {"training": None}}, **asked))
+    own, shared = (plan.stages[n].settings["training"] for n in (0, 1))
+    assert own == shared | {"learning_rate": 0.25} and shared["max_steps"] == 2
+    assert [stage.settings["training"] for stage in plan.direct] == [shared, shared]
+
+
 def test_sfa_holds_to_the_stage_before(averaged) -> None:
     """p = 1: theta = (1 - beta) direct + beta theta_o, theta_o being the last task's model and not the initial one."""
     out, _, _ = averaged
