@@ -25,7 +25,9 @@ from trainer.chain.readings import read_model
 from trainer.config import TrainConfig
 from trainer.config_file import RESOLVED_NAME, load_config
 from trainer.evaluation.evaluate import Result
-from trainer.merging.models import find_model
+from trainer.loading import load_tokenizer
+from trainer.merging.models import find_model, identity_of, require_descendant
+from trainer.preflight.combinations import NO_WARMUP, word
 from trainer.recipe import resolve_training
 from trainer.restore.config import AUTO_FACTOR, RestoreConfig
 from trainer.restore.report import REPORT_NAME, Restored, RestoreReport
@@ -56,6 +58,8 @@ KEPT_ARGUMENTS = (
 OF_ONE = {
     "optim": ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
+    "bf16": ("fp16",),
+    "fp16": ("bf16",),
 }
 """Argument -> others that are about its value: they are not taken over where it is another one here."""
 KEPT_SETTINGS = ("packing", "pack_length", "group_by_length")
@@ -96,6 +100,9 @@ def run_restore(
     progress, out = progress or Progress(), Path(config.out)
     tuned = {label: find_model(model, "TUNED") for label, model in config.tuned.items()}
     initial = find_model(config.initial, "--initial")
+    identity = identity_of(initial, config.initial, load_tokenizer(initial))
+    for model in tuned.values():
+        require_descendant(model, identity)
     settings = {label: tuning_run(model) for label, model in tuned.items()}
     maker = CacheMaker(out=out, options=config.build, build=build, look=look)
     text = maker.place("text", config.text)
@@ -193,6 +200,11 @@ def plan_run(
         if config.training.get(key, given.get(key)) != given.get(key)
         for name in OF_ONE[key]
     }
+    schedules = {word(which.get("lr_scheduler_type")) for which in (given, {**given, **config.training})}
+    if len(schedules) > 1 and not schedules.isdisjoint(NO_WARMUP):
+        others.add(
+            "warmup_steps"
+        )  # that of a schedule with a warm-up, for one without, or the other way round
     training = {key: given[key] for key in KEPT_ARGUMENTS if given.get(key) is not None and key not in others}
     training |= {"seed": config.seed, "num_train_epochs": 1, "save_strategy": "no", **config.training}
     training["learning_rate"] = rate

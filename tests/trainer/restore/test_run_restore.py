@@ -12,7 +12,7 @@ from pool_here import InThisProcess
 from runs import copy_model, noise, same_weights, settings
 
 from formats.cache import TeacherCache
-from formats.errors import ConfigError
+from formats.errors import ConfigError, IdentityMismatchError
 from trainer import evaluate, train
 from trainer.restore.config import RestoreConfig
 from trainer.restore.restore import plan_run, require_room, run_restore, tuning_run
@@ -169,6 +169,32 @@ def test_half_precision_comes_from_the_tuning_run(places, tmp_path):
     config = asked(places, tmp_path / "out", {"tuned": str(places["tuned"])}, training={})
     with pytest.raises(ConfigError, match=r"x: training\.fp16 needs a GPU"):
         plan_run(config, "x", str(places["tuned"]), tmp_path, 1.0, tuning)
+
+
+def test_precision_and_warm_up_of_another_kind_are_not_taken_over(places, tmp_path):
+    """Of what was typed here nothing is refused for what was typed there."""
+
+    def planned(tuning: dict, **typed) -> dict:
+        config = asked(places, tmp_path / "out", {"tuned": "t"}, training=typed)
+        run = replace(tuning_run(places["tuned"]), training=tuning)
+        return plan_run(config, "x", "t", tmp_path, 1.0, run).settings["training"]
+
+    cosine, constant = (
+        {"lr_scheduler_type": n, "warmup_steps": w} for n, w in (("cosine", 9), ("constant", 0))
+    )
+    assert "warmup_steps" not in planned(cosine, lr_scheduler_type="constant")
+    assert "warmup_steps" not in planned(constant, lr_scheduler_type="linear")
+    assert planned(cosine, lr_scheduler_type="linear")["warmup_steps"] == 9
+    assert planned(constant)["warmup_steps"] == 0
+    with pytest.raises(ConfigError, match=r"fp16 needs a GPU"):  # and not: exclude each other
+        planned({"bf16": True}, fp16=True)
+
+
+def test_a_model_of_another_family_is_refused(places, tmp_path):
+    other = {**places, "base": copy_model(places["base"], tmp_path / "other", noise(1))}
+    with pytest.raises(IdentityMismatchError, match=r"tuned models must come from --initial, got .*tuned"):
+        run_restore(asked(other, tmp_path / "out", {"tuned": str(places["tuned"])}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_alone_are_refused_before_anything_else(places, tmp_path):
