@@ -39,7 +39,7 @@ from trainer.retention.anchor import Held
 from trainer.retention.fisher import Fisher, estimate_fisher
 from trainer.retention.fisher_file import KEY, WEIGHTS, save_tensors
 
-LABELS, SEED = "sampled", 0
+LABELS, SEED, ROWS = "sampled", 0, 256
 
 
 class FisherOfModels:
@@ -48,28 +48,34 @@ class FisherOfModels:
     Args:
         sources: per model a cache of text that it knows, or the `ewc-fisher` directory of a run that started from it.
         models: of the merge.
-        num_rows: rows of a cache that are read.
+        num_rows: rows of a cache that are read; None for `ROWS`.
         work: a directory that does not exist; it is made, and `close` removes it.
         progress: a line per model.
 
     Raises:
-        ConfigError: a directory is neither, is of another model or lacks a tensor; or a text has no labels.
+        ConfigError: a directory is neither, is of another model or lacks a tensor; a text has no labels; or rows of
+            none are asked for.
         FormatError: a cache is broken.
         IdentityMismatchError: it is of another tokenizer.
     """
 
     def __init__(
-        self, sources: Sequence[str], models: Models, num_rows: int, work: Path, progress: Progress
+        self, sources: Sequence[str], models: Models, num_rows: int | None, work: Path, progress: Progress
     ) -> None:
-        self.models, self.work, self.num_rows, self.progress = models, work, num_rows, progress
+        self.models, self.work, self.num_rows, self.progress = models, work, num_rows or ROWS, progress
         self.keys: list[dict[str, Any]] = []
         """What each F was estimated from, for the record."""
         self._open: list[Any] = []
+        texts = [s for s in sources if not (is_complete(Path(s)) and (Path(s) / KEY).is_file())]
         for place, source in enumerate(sources):
-            if not (is_complete(Path(source)) and (Path(source) / KEY).is_file()):
+            if source in texts:
                 TeacherCache(source)  # the cheapest mistakes first
             else:
                 _require_of(Path(source), models.tuned_dirs[place])
+        if num_rows is not None and not texts:
+            raise ConfigError(
+                f"--fisher-rows is of texts, got {num_rows} beside F that runs kept; leave it out, or give a cache"
+            )
         work.mkdir()
         for place, source in enumerate(sources):
             self._add(place, Path(source))

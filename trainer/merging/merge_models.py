@@ -131,7 +131,7 @@ def fisher_of(
     """F of every model, for fisher; it is removed when `opened` is closed."""
     if config.method != "fisher":
         return None
-    assert config.fisher is not None and config.fisher_rows is not None
+    assert config.fisher is not None
     found = FisherOfModels(config.fisher, models, config.fisher_rows, staging / ".fisher", progress)
     opened.callback(found.close)
     return found

@@ -27,7 +27,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "task-arithmetic": {"scale": 1.0, "weights": None},
     "ties": {"scale": 1.0, "density": 0.2, "trim": "model", "weights": None},
     "soup": {"by": None, "weights": None},
-    "fisher": {"fisher": None, "weights": None, "fisher_rows": 256},
+    "fisher": {"fisher": None, "weights": None, "fisher_rows": None},
 }
 """Method -> what it takes, and what that is when it is not given."""
 TRIMS = ("model", "tensor")
@@ -75,7 +75,7 @@ class MergeConfig:
     fisher: Sequence[str] | None = None
     """fisher: per tuned model a cache of text that it knows, or the `ewc-fisher` directory of a run from that model."""
     fisher_rows: int | None = None
-    """fisher: rows of a cache from which F is estimated."""
+    """fisher: rows of each cache from which F is estimated; None for 256."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tuned", tuple(self.tuned))
@@ -152,7 +152,8 @@ class MergeConfig:
                 "of text that each knows, in the order of the models"
             )
         object.__setattr__(self, "fisher", tuple(sources))
-        check_at_least("--fisher-rows", self.fisher_rows, 1, "256 are usual", integer=True)
+        if self.fisher_rows is not None:
+            check_at_least("--fisher-rows", self.fisher_rows, 1, "256 are usual", integer=True)
 
     def settings(self) -> dict[str, Any]:
         """What the method takes, as `anneal.json` holds it: numbers, texts and lists of numbers."""

@@ -212,7 +212,11 @@ def test_what_a_run_keeps_is_taken_for_its_model(tiny_llama_dir, pruned_cache, m
     assert not same_weights(out, tiny_llama_dir) and not same_weights(out, tmp_path / "run")
     with pytest.raises(AnnealError, match="--fisher must be of its model, got that of other weights"):
         merged(run, tmp_path / "no", [texts[1], source], "initial run")
+    with pytest.raises(AnnealError, match="--fisher-rows is of texts, got 7 beside F that runs kept"):
+        merged(run, tmp_path / "no", [source], "initial", fisher_rows=7)
     assert not (tmp_path / "no").exists()
+    record = json.loads((merged(run, tmp_path / "kept", [source], "initial") / "anneal.json").read_text())
+    assert "fisher_rows" not in record["merge"] and record["merge"]["tuned"][0]["fisher"]["num_rows"] == 4
 
 
 def partial(folder: Path, model_dir: Path) -> Path:
