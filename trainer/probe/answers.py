@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from formats.errors import ConfigError
-from formats.progress import Progress
+from formats.progress import Progress, counted
 from formats.table import aligned
 from trainer.loading import default_device, load_model, load_tokenizer, quiet_transformers
 from trainer.loss.token_measures import NUM_BINS
@@ -61,7 +61,7 @@ def read_questions(path: str | Path) -> list[Question]:
         ConfigError: the file cannot be read, or a line is not of that form; names it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"--questions must name a readable .jsonl file, got {path}: {reason}") from None
@@ -196,7 +196,7 @@ def probe_answers(
     """Label -> means over the questions, one model after another.
 
     Raises:
-        ConfigError: not a model, or a question without tokens.
+        ConfigError: not a model, or a question without tokens or longer than a model's context.
     """
     quiet_transformers()
     progress = progress or Progress()
@@ -206,6 +206,7 @@ def probe_answers(
         tokenizer = load_tokenizer(directory)
         tokens = [choice_tokens(tokenizer, question) for question in questions]
         model = load_model(directory, dtype=dtype).to(device).eval()
+        _require_room(model, questions, tokens)
         after, scores = [], []
         progress.start(f"{label}: questions", len(questions), unit="question")
         progress.running()
@@ -219,6 +220,19 @@ def probe_answers(
         found[label] = means_of(questions, firsts, after, scores)
         del model
     return found
+
+
+def _require_room(
+    model: Any, questions: Sequence[Question], tokens: Sequence[tuple[list[int], list[list[int]]]]
+) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for question, (prompt, choices) in zip(questions, tokens, strict=True):
+        length = len(prompt) + max(map(len, choices))
+        if context is not None and length > context:
+            raise ConfigError(
+                f"a question and its choices must fit the model's context of {context} tokens, got {length} of "
+                f"{question.prompt[:40]!r}...; shorten it"
+            )
 
 
 TITLES = ("format", "entropy", "entropy of choices", "accuracy", "per token", "class ppl", "ECE", "Brier")
@@ -245,7 +259,8 @@ def answers_text(found: Mapping[str, AnswerMeans]) -> str:
     error = 100 * math.sqrt(0.25 / number)
     return (
         aligned(rows)
-        + f"\n\n{number} questions: the standard error of an accuracy is at most {error:.1f} percentage points\n"
+        + f"\n\n{counted(number, 'question')}: the standard error of an accuracy is at most {error:.1f} percentage "
+        "points\n"
         "format: probability of the first tokens of the choices\n"
         "per token: accuracy by probability per token, on which class ppl, ECE and Brier rest"
     )

@@ -34,8 +34,9 @@ REGIMES = {
     "slowly decreasing": "the best rate falls by one step of the grid in all",
     "quickly decreasing": "the best rate falls by more than one step of the grid",
     "rising": "the best rate rises",
+    "back and forth": "the best rate of the last model is that of the first, and others have another",
 }
-"""Their Fig. 7, and the one that it does not have."""
+"""Their Fig. 7, and those that it does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ def regime_of(places: Sequence[int]) -> str | None:
     if fall < 0:
         return "rising"
     if fall == 0:
-        return "constant"
+        return "constant" if len(set(places)) == 1 else "back and forth"
     return "slowly decreasing" if fall == 1 else "quickly decreasing"
 
 

@@ -128,6 +128,21 @@ def test_bad_questions_name_their_line(tmp_path, line, message) -> None:
         read_questions(file)
 
 
+def test_a_text_may_hold_other_ends_of_lines(tmp_path) -> None:
+    """As JSON does, and every file of records."""
+    file, prompt = tmp_path / "q.jsonl", "one\u2028two\x85three"
+    entry = {"prompt": prompt, "choices": ["b", "c"], "answer": 0}
+    file.write_bytes(json.dumps(entry, ensure_ascii=False).encode() + b"\r\n")
+    assert [question.prompt for question in read_questions(file)] == [prompt]
+
+
+def test_a_question_longer_than_the_context_is_refused(tiny_llama_dir) -> None:
+    context = json.loads((tiny_llama_dir / "config.json").read_text())["max_position_embeddings"]
+    long = Question(prompt="one two " * context, choices=(" b", " c"), answer=0)
+    with pytest.raises(ConfigError, match=f"context of {context} tokens, got .* of 'one two "):
+        probe_answers({"m": tiny_llama_dir}, [long])
+
+
 def test_missing_and_empty_files(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"readable \.jsonl file"):
         read_questions(tmp_path / "nothing.jsonl")

@@ -96,6 +96,7 @@ def test_the_best_rate_and_whether_forgetting_rises(texts) -> None:
         ([2, 2, 1], "slowly decreasing"),
         ([2, 1, 0], "quickly decreasing"),
         ([0, 1], "rising"),
+        ([2, 1, 2], "back and forth"),
         ([1], None),
     ],
 )
