@@ -139,3 +139,11 @@ def test_eval_measures_the_rounded_model(tiny_llama_dir, cache):
         evaluate(tiny_llama_dir, {"a": cache}, quantize=q)["a"]["kl"] for q in ("none", "int4:32")
     )
     assert plain < 1e-6 < 1e-4 < rounded
+
+
+def test_the_factors_of_adapters_are_not_rounded(cache, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"^what --quantize rounds must be a whole model, got adapters alone"
+    ):
+        evaluate(tmp_path, {"a": cache}, quantize="int4:4")

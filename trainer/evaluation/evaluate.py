@@ -26,6 +26,7 @@ from trainer.loading import (
     load_tokenizer,
     on_device,
     quiet_transformers,
+    require_whole_model,
 )
 from trainer.preflight.vocabulary import shared_vocabulary
 from trainer.result.lineage import known_teachers, own_weights
@@ -86,7 +87,7 @@ def evaluate(
         and every other mean for a cache without labels.
 
     Raises:
-        ConfigError: not a model, no tokenizer, two caches of one name, an unknown dtype.
+        ConfigError: not a model, no tokenizer, two caches of one name, an unknown dtype, adapters alone to quantise.
         FormatError: a cache is missing, unfinished or broken.
         IdentityMismatchError: another vocabulary or tokenizer, or a cache of a model that this one does not
             come from.
@@ -106,6 +107,8 @@ def evaluate(
     named = name_caches(caches)
     quiet_transformers()
     directory = resolve_model(model_dir)
+    if quantization is not None:  # it would be their factors that are rounded
+        require_whole_model(directory, "what --quantize rounds")
     opened = {name: TeacherCache(path) for name, path in named.items()}
     tokenizer = load_tokenizer(directory)
     for cache in opened.values():
