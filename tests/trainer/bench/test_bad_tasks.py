@@ -12,6 +12,7 @@ from warm_process import anneal
 
 from formats.errors import ConfigError
 from trainer import BenchSettings, bench_models
+from trainer.bench.backends import choose_backend
 from trainer.bench.catalogue import load_catalogue
 from trainer.bench.suites import SUITES, TaskRequest
 
@@ -145,11 +146,26 @@ def test_code_runs_only_with_permission(tmp_path: Path) -> None:
         ({"task_dirs": 5}, "--task-dir must be a text or a list of texts, got 5"),
         ({"task_dirs": ("nowhere",)}, "--task-dir must be a directory of task files, got nowhere"),
         ({"backend": "transformers", "engine_args": {"seed": 1}}, "--engine-arg is for the vllm backend"),
+        ({"engine_args": {"seed": 1}}, "--engine-arg must not set seed, got 1; use --seed"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(more: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BenchSettings(**{"tasks": ("forty",), **more})
+
+
+@pytest.mark.parametrize(
+    ("more", "asked"), [({"backend": "vllm"}, "--backend vllm"), ({"engine_args": {"a": 1}}, "--engine-arg")]
+)
+def test_vllm_runs_no_adapters_however_it_is_asked_for(tmp_path: Path, monkeypatch, more, asked) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for installed, message in (
+        (tmp_path, "runs full models, got adapters alone"),
+        (None, "needs vLLM, which is"),
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=installed: found)
+        with pytest.raises(ConfigError, match=f"^{asked} {message}"):
+            choose_backend(BenchSettings(tasks=("forty",), **more), {"a": tmp_path})
 
 
 def test_one_task_and_one_folder_need_no_list(tmp_path: Path) -> None:
