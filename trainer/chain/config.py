@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import ConfigError
+from formats.named_path import split_name
 from trainer.checks import check_number, check_one_of, check_path
 from trainer.config import TrainConfig
 from trainer.config_file import apply_override, first_missing, mapping_of, read_config_file, refuse_unknown
@@ -119,6 +120,10 @@ class ChainConfig:
             )
         for control in self.compare:
             check_one_of("compare", control, CONTROLS)
+        if "never-seen" in self.compare and len(self.tasks) < 2:
+            raise ConfigError(
+                "compare never-seen is a model without one of the tasks, got one task; remove it"
+            )
         if self.finished:
             self._check_finished()
             return
@@ -244,15 +249,26 @@ def chain_from_options(
     """
     plain: dict[str, Any] = read_config_file(file) if file is not None else {}
     plain |= {key: {} for key in MAPPINGS} | _mappings(plain)
+    typed: dict[str, str] = {}
+
+    def once(name: str, word: str) -> None:
+        if name in typed:
+            raise ConfigError(
+                f"texts must have different names, got {name!r} in {typed[name]} and {word}; rename one"
+            )
+        typed[name] = word
+
     for word in tasks:
         name, separator, texts = word.partition("=")
         train, comma, heldout = texts.partition(",")
         if not (separator and comma and name and train and heldout):
             raise ConfigError(f"--task takes NAME=TRAIN,HELDOUT, got {word!r}")
+        once(name, word)
         plain["tasks"][name] = {"train": train, "heldout": heldout}
     for word in general:
-        name, separator, text = word.partition("=")
-        plain["general"].update({name: text} if separator else {"general": word})
+        name, text = split_name(word)
+        once(name or "general", word)
+        plain["general"][name or "general"] = text
     for assignment in method:
         apply_override(plain["method"], assignment)
     for assignment in build:

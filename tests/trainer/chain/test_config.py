@@ -54,6 +54,7 @@ def test_a_stage_may_have_a_method_of_its_own() -> None:
         ({"replay": 1.0}, r"replay must lie in \[0, 1\), got 1"),
         ({"compare": ["single"]}, "compare must be one of direct, multitask, never-seen"),
         ({"anchor": "initial", "method": {"l2": {"coef": 1}}}, "got initial and no method with kl_coef"),
+        ({"tasks": {"one": TASK}, "compare": ["never-seen"]}, "compare never-seen .* got one task"),
         ({"metric": "bleu"}, "metric must be one of ce, accuracy"),
         ({"method": {"cache": "x"}}, "method must not set cache: it is that of each task"),
         ({"base": {"training": {}}}, "base must not set training"),
@@ -85,3 +86,11 @@ def test_finished_models_take_no_training() -> None:
 def test_a_task_on_the_command_line_has_two_texts(word: str) -> None:
     with pytest.raises(ConfigError, match="--task takes NAME=TRAIN,HELDOUT"):
         chain_from_options(None, tasks=[word], out="o", model="m")
+
+
+@pytest.mark.parametrize(
+    "texts", [{"general": ["a", "b"]}, {"general": ["x=a", "x=b"]}, {"tasks": ["x=a,b", "x=c,d"]}]
+)
+def test_no_text_takes_the_place_of_another(texts) -> None:
+    with pytest.raises(ConfigError, match=r"texts must have different names, got '(general|x)' in"):
+        chain_from_options(None, **{"tasks": ["one=a,b"], **texts}, out="o", model="m")
