@@ -98,6 +98,11 @@ class BenchSettings:
             if not name or (colon and not shots.isdecimal()):
                 raise ConfigError(f"--tasks takes NAME or NAME:SHOTS, got {word!r}; for example mmlu:5")
             asked.append(TaskRequest(name, int(shots) if colon else None))
+        if self.num_fewshot is not None and all(request.num_fewshot is not None for request in asked):
+            raise ConfigError(
+                f"--num-fewshot is for tasks whose shots are not named otherwise, got {self.num_fewshot} and no such "
+                "task; leave it out"
+            )
         found: dict[str, TaskRequest] = {}
         for request in asked:
             if request.num_fewshot is None:

@@ -141,6 +141,7 @@ def test_code_runs_only_with_permission(tmp_path: Path) -> None:
         ({"backend": "sglang"}, "--backend must be one of"),
         ({"dtype": "int8"}, "--dtype must be one of"),
         ({"limit": 0}, "--limit must be at least 1"),
+        ({"tasks": ("forty:2",), "num_fewshot": 3}, "--num-fewshot is for tasks whose .*, got 3 and no such task"),
         ({"num_fewshot": -1}, "--num-fewshot must be at least 0"),
         ({"apply_chat_template": "maybe"}, "--apply-chat-template must be one of"),
         ({"task_dirs": 5}, "--task-dir must be a text or a list of texts, got 5"),
