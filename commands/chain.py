@@ -170,7 +170,7 @@ def chain_command(
         found = _chain(asked, dry_run, limit, as_json)
         if found is None:
             return
-        report, columns, rows = found, found.columns, found.rows
+        report, columns, rows = found, found.columns, found.shown
     show_report(report, as_json=as_json)
     if plot is not None and rows:
         from trainer.chain.heat_map import draw_matrix

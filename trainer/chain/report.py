@@ -70,6 +70,14 @@ class ChainReport:
         """In the order of the chain."""
         return list(self.config.tasks)
 
+    @property
+    def shown(self) -> list[Row]:
+        """Every model once: stages that the control `direct` shares are rows of both."""
+        found: dict[tuple[str, str], Row] = {}
+        for row in self.rows:
+            found.setdefault((row.label, row.directory), row)
+        return list(found.values())
+
     def matrix(self, kind: str = "stage") -> np.ndarray | None:
         """R, [stages + 1, tasks], of the chain or of the control `direct`; None while a stage is missing."""
         rows = [row for row in self.rows if row.kind in ("initial", kind)]
@@ -101,7 +109,7 @@ class ChainReport:
 
     def table(self) -> str:
         """A line per model, a column per text."""
-        return cells_table(self.rows, self.columns, self.metric, " after")
+        return cells_table(self.shown, self.columns, self.metric, " after")
 
     def summary_text(self) -> str:
         """The summaries side by side, and the formulas of those that are shown."""

@@ -62,6 +62,8 @@ def test_a_control_shares_the_stages_that_are_the_same_runs(averaged) -> None:
         "controls/direct/3-three",
     ]
     assert pool.names == expected
+    labels = [line.split()[0] for line in report.table().splitlines()[2:]]
+    assert labels == [name.removeprefix("stages/").removeprefix("controls/") for name in expected]
 
 
 def test_arguments_of_a_method_are_over_those_of_all_runs(ask_chain, tmp_path) -> None:
