@@ -137,6 +137,8 @@ def _train(
     check_before_start(trainer)
     require_disk(trainer, out, result_bytes)
     directory.require_same_run(run_facts(trainer, config, *facts_of(config, inputs)))
+    if args.process_index == 0:  # not at the end alone: checkpoints are models too
+        directory.write_record(lineage=to_record(inputs.lineage))
     check_before_first_step(trainer, config, inputs, rows, directory)
     how_far = partial(measure_new_text, trainer, config, inputs, student.vocab_size)
     reporters = Reporters(trainer, args.report_to, lambda: how_far()["kl"])
@@ -352,7 +354,6 @@ def publish(
         (directory.staging / "README.md").write_text(card, encoding="utf-8")
         directory.publish(
             cache=identity.digest(),
-            lineage=to_record(inputs.lineage),
             distance=distance,
             frozen=frozen_record(trainer.evaluation_model(), config.freeze),
             ewc=ewc_contents(

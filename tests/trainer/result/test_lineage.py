@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 from caches import write_cache
-from runs import copy_model, noise, same_weights, settings
+from runs import begin, copy_model, finish, noise, same_weights, settings
 
 from formats.cache import TeacherCache
 from formats.errors import IdentityMismatchError
@@ -236,3 +237,13 @@ def test_a_checkpoint_comes_from_where_its_run_comes_from(chain, tmp_path):
     train(settings(chain / "cacheA", checkpoint, tmp_path / "next", "kl_coef=0", "training.max_steps=1"))
     weights = [base, ModelFingerprint.of(checkpoint).weights]
     assert [entry.weights for entry in ancestors_of(tmp_path / "next")] == weights
+
+
+def test_a_checkpoint_of_a_run_under_way_comes_from_its_model(chain, tmp_path):
+    """And not from whoever built the cache, of which direct fine-tuning reads the tokens alone."""
+    run = begin(chain / "base", chain / "cacheS", tmp_path / "run", "kl_coef=0", KILL_AT="step:3")
+    assert run.wait() == -signal.SIGKILL, run.text("stderr")[-2000:]
+    known = known_teachers(tmp_path / "run" / "checkpoint-2")
+    assert known == {weights_of(chain / "base"): "base"}
+    finish(chain / "base", chain / "cacheS", tmp_path / "run", "kl_coef=0")
+    assert [entry["name"] for entry in record_of(tmp_path / "run")["lineage"]] == ["base"]
