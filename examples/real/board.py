@@ -73,6 +73,8 @@ SCORED = (
     "both-kl,kl_coef=1,caches=own-train-0.25-kl",
     "dialogues,kl_coef=10,caches=dialogues-train-1-kl,loss=ce,gradient_accumulation_steps=2",
     "dialogues,kl_coef=3,caches=dialogues-train-1-kl,loss=ce,gradient_accumulation_steps=2",
+    "dialogues,kl_coef=10,caches=dialogues-train-0.25-kl,loss=ce",
+    "dialogues,kl_coef=10,lora.r=16,caches=dialogues-train-1-kl,loss=ce,gradient_accumulation_steps=2",
     "kl_coef=1,lora.r=16",
     "lora.r=16",
     "l2.coef=0.1",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cache_builder.rows.tokenizer_files import DEFAULT_MAX_LENGTH
 from formats.disk.durable import atomic_write_bytes
-from formats.disk.output_file import misplaced
+from formats.disk.output_file import misplaced, refuse_address
 from formats.errors import ConfigError
 from formats.progress import counted
 from onboarding.init.look import Look
@@ -165,11 +165,17 @@ def write(look: Look, path: Path, *, cache: str, out: str) -> Plan:
     """Choose settings and write them to a new file.
 
     Raises:
-        ConfigError: the file is there already, or cannot be written.
+        ConfigError: the file is there already, or cannot be written; or cache and model would share a directory.
     """
     if path.exists():
         raise ConfigError(
             f"--file must name a new file, got {path}, which exists; remove it or choose another"
+        )
+    for name, place in (("--cache", cache), ("--out", out)):
+        refuse_address(name, place)
+    if Path(cache).resolve() == Path(out).resolve():
+        raise ConfigError(
+            f"--cache and --out must be two directories, got {cache} for both; name another one"
         )
     if reason := misplaced(path):
         raise ConfigError(f"--file must name a file that can be written, got {path}: {reason}")

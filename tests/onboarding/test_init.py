@@ -69,6 +69,13 @@ def test_from_init_to_a_trained_model(tmp_path, corpus, tiny_llama_dir, anneal, 
     assert (tmp_path / "tuned-half" / "model.safetensors").is_file()
     code, _, err = anneal("init", corpus, "--model", tiny_llama_dir)
     assert code == 1 and "--file must name a new file" in err and err.count("\n") == 1
+    for more, message in (
+        (["--out", "cache"], "--cache and --out must be two directories, got cache for both"),
+        (["--cache", "s3://bucket/c"], "--cache must be a directory on this machine, got the address"),
+    ):
+        code, _, err = anneal("init", corpus, "--model", tiny_llama_dir, "--file", "other.yaml", *more)
+        assert code == 1 and message in err and err.count("\n") == 1
+        assert not (tmp_path / "other.yaml").exists()
 
 
 LOOK = Look(

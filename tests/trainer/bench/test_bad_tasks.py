@@ -147,6 +147,7 @@ def test_code_runs_only_with_permission(tmp_path: Path) -> None:
         ({"task_dirs": 5}, "--task-dir must be a text or a list of texts, got 5"),
         ({"task_dirs": ("nowhere",)}, "--task-dir must be a directory of task files, got nowhere"),
         ({"backend": "transformers", "engine_args": {"seed": 1}}, "--engine-arg is for the vllm backend"),
+        ({"out": "s3://bucket/o"}, "--out must be a directory on this machine, got the address s3://bucket/o"),
         ({"engine_args": {"seed": 1}}, "--engine-arg must not set seed, got 1; use --seed"),
     ],
 )  # fmt: skip

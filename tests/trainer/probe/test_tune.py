@@ -134,6 +134,10 @@ def test_kl_is_to_each_model_itself(tiny_llama_dir, texts, tmp_path) -> None:
         ({"training": {"learning_rate": 1.0}}, "--lr gives the learning rates"),
         ({"learning_rates": [1e-3, 1e-3]}, "each number once"),
         ({"source": {}}, "--source needs held-out text"),
+        (
+            {"out": "s3://bucket/o"},
+            "--out must be a directory on this machine, got the address s3://bucket/o",
+        ),
     ],
 )
 def test_bad_settings(texts, changes, message) -> None:
