@@ -68,7 +68,9 @@ class RestoreConfig:
             if self.learning_rate <= 0:
                 raise ConfigError(f"--lr must be above 0, got {self.learning_rate:g}; 3e-5 is the paper's")
         check_at_least("--seed", self.seed, 0, "0 is usual", integer=True)
-        for name, option in (("learning_rate", "--lr"), ("seed", "--seed")):
+        of_options = {"learning_rate": "--lr", "seed": "--seed"}
+        of_options |= dict.fromkeys(("num_train_epochs", "max_steps"), "--tokens")
+        for name, option in of_options.items():
             if name in self.training:
                 raise ConfigError(
                     f"{option} says it, so training.{name} must be left out, got {self.training[name]}"

@@ -222,6 +222,12 @@ def test_what_is_missing_is_named(places, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["max_steps", "num_train_epochs"])
+def test_how_much_is_trained_is_said_by_tokens_alone(places, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"^--tokens says it, so training.{name} must be left out, got 3"):
+        asked(places, tmp_path / "out", {"a": "b"}, training={name: 3})
+
+
 def test_a_model_that_was_tuned_again_is_not_measured_by_its_old_run(places, tmp_path):
     tuned, out = shutil.copytree(places["tuned"], tmp_path / "tuned"), tmp_path / "out"
     config = asked(places, out, {"again": str(tuned)})
