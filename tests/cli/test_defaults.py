@@ -20,12 +20,18 @@ from commands.sweep import sweep_command
 from commands.train import train_command
 from trainer import BenchSettings, TrainConfig, compare, evaluate, select
 from trainer.chain.config import ChainConfig
+from trainer.merging.fisher import ROWS
 from trainer.merging.settings import DEFAULTS
 from trainer.restore.config import RestoreConfig
 from trainer.sweep.config import SweepConfig
 
 TOLD = re.compile(r"\[default: ([^ ,\]]+)\]")
 RENAMED = {"tail_draws": "draw_rate", "generate_temperature": "temperature"}
+
+OF_MERGING = {name: value for found in DEFAULTS.values() for name, value in found.items()} | {
+    "fisher_rows": ROWS
+}
+"""Rows are the default of texts: they are not recorded where a merge has none."""
 
 
 def defaults_of(home: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +64,7 @@ def shown_by(command: Callable[..., Any]) -> dict[str, str]:
         (compare_command, compare, 1),
         (select_command, select, 1),
         (eval_command, evaluate, 2),
-        (merge_command, {name: value for found in DEFAULTS.values() for name, value in found.items()}, 5),
+        (merge_command, OF_MERGING, 5),
         (restore_command, RestoreConfig, 2),
         (sweep_command, SweepConfig, 4),
         (train_command, TrainConfig, 3),
