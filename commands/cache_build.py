@@ -179,12 +179,12 @@ def cache_build(
         overwrite=overwrite,
         shards=parse_shards(shards),
     )
-    if ray is not None:
-        from cache_builder.build_on_ray import require_corpus
-
-        require_corpus(config)
     progress = ConsoleProgress()
     if dry_run:
+        if ray is not None:
+            from cache_builder.build_on_ray import require_corpus
+
+            require_corpus(config)
         show(plan_build(config, progress=progress).text())
     elif ray is not None:
         from cache_builder import build_cache_with_ray

@@ -47,11 +47,15 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_path(name: str, value: Any, what: str) -> None:
-    """Refuse what cannot name a file or directory, and an output that would be at an address."""
+    """Refuse what cannot name a file or directory."""
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name} must name {what}, got {value!r}")
-    if name in ("out", "--out"):
-        refuse_address("--out", value)
+
+
+def check_output(name: str, value: Any, what: str) -> None:
+    """Refuse what cannot name the directory of a result, an address among it."""
+    check_path(name, value, what)
+    refuse_address("--out", value)
 
 
 def check_fraction(name: str, value: Any, advice: str) -> None:

@@ -16,6 +16,7 @@ from trainer.checks import (
     check_number,
     check_one_of,
     check_optional_text,
+    check_output,
     check_path,
     check_texts,
 )
@@ -206,7 +207,7 @@ class TrainConfig(Objective):
         super().__post_init__()
         check_path("cache", self.cache, "a cache directory, such as one made by `anneal cache build`")
         check_path("model", self.model, "the initial model, the one that built the cache (--model)")
-        check_path("out", self.out, "the directory for the result (--out)")
+        check_output("out", self.out, "the directory for the result (--out)")
         check_optional_text("revision", self.revision, "a branch, tag or commit of a hub model")
         check_optional_text(
             "attn_implementation", self.attn_implementation, "the name of an attention kernel"

@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.cache import TeacherCache
 from formats.errors import IdentityMismatchError
-from formats.identity.fingerprint import TokenizerFingerprint, refuse_idle_revision, resolve_model
+from formats.identity.fingerprint import TokenizerFingerprint, resolve_model
 from formats.named_path import short_name
 from trainer.config import TrainConfig
 from trainer.data.dataset import CachedDataset
@@ -136,7 +136,6 @@ def open_inputs(config: TrainConfig) -> Inputs:
     paths = [config.cache, *(cache.path for cache in config.caches), *config.eval_caches.values()]
     for path in [*paths, *(task.cache for task in config.ewc_tasks)]:
         TeacherCache(path)  # the cheapest mistakes first
-    refuse_idle_revision(config.model, config.revision)
     model_dir = resolve_model(config.model, config.revision)
     require_plain_weights(model_dir, "--model")
     tokenizer = load_tokenizer(model_dir)

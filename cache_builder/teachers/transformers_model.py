@@ -134,8 +134,7 @@ def _kind_of_model(model: str, args: dict[str, Any]) -> Any:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    known = {name: args[name] for name in ("trust_remote_code",) if name in args}
-    kind = type(AutoConfig.from_pretrained(model, **known))
+    kind = type(AutoConfig.from_pretrained(model, trust_remote_code=args.get("trust_remote_code")))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM

@@ -153,7 +153,8 @@ def verify_cache(
         return VerifyReport(**base, problems=damaged)
     if model is None:
         return VerifyReport(**base)
-    model_dir = resolve_model(model, teacher.get("revision"))
+    is_here = Path(model).expanduser().is_dir()  # the recorded revision is then of another place
+    model_dir = resolve_model(model, None if is_here else teacher.get("revision"))
     base["compared"] = tuple(require_same_teacher(opened.identity, model_dir, load_tokenizer(model_dir)))
     chosen = np.random.default_rng(seed).permutation(len(opened))[:rows]
     stored = [opened[int(index)] for index in np.sort(chosen)]

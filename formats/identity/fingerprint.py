@@ -51,8 +51,9 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None, *, what
         what: how it was given, for messages.
 
     Raises:
-        ConfigError: there is no such directory, or the Hub could not be asked.
+        ConfigError: there is no such directory, a revision of one, or the Hub could not be asked.
     """
+    refuse_idle_revision(name_or_path, revision, what=what)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path

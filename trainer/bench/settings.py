@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.errors import ConfigError
 from trainer.bench.suites import SUITES, TaskRequest
-from trainer.checks import check_at_least, check_one_of, check_path, check_texts
+from trainer.checks import check_at_least, check_one_of, check_output, check_texts
 
 BACKENDS = ("auto", "vllm", "transformers")
 BENCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -69,7 +69,7 @@ class BenchSettings:
             if value is not None:
                 check_at_least(name, value, low, "leave it out for the default", integer=True)
         if self.out is not None:
-            check_path("--out", self.out, "a directory")
+            check_output("--out", self.out, "a directory")
         if self.suite is not None:
             check_one_of("--suite", self.suite, sorted(SUITES))
         if not self.tasks and self.suite is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from formats.errors import ConfigError
 from formats.named_path import split_name
-from trainer.checks import check_number, check_one_of, check_path
+from trainer.checks import check_number, check_one_of, check_output, check_path
 from trainer.config import TrainConfig
 from trainer.config_file import apply_override, first_missing, mapping_of, read_config_file, refuse_unknown
 
@@ -93,7 +93,7 @@ class ChainConfig:
     """`ce`: nats; `accuracy`: share of tokens that are the most likely one."""
 
     def __post_init__(self) -> None:
-        check_path("out", self.out, "the directory of the chain (--out)")
+        check_output("out", self.out, "the directory of the chain (--out)")
         if not self.tasks:
             raise ConfigError(
                 "a chain needs tasks, got none; write `tasks: {NAME: {train: ..., heldout: ...}}`"

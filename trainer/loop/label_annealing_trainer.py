@@ -250,8 +250,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
             # DDP and FSDP average over ranks what ought to be summed; a smaller denominator undoes it.
             share = num_items_in_batch[:2] / self.args.world_size
             counts = {"num_ce": share[0], "num_kl": share[1]}
-        kl_coef = self.kl_coef if self.budget is None else self.budget.coef
-        counts |= {"kl_coef": kl_coef, "kl_direction": self.kl_direction, "objective": self.objective}
+        counts |= {"kl_coef": self.coef_now, "kl_direction": self.kl_direction, "objective": self.objective}
         output = self.head.loss(model, inputs, **counts)
         if num_items_in_batch is not None:
             self.finite.see("loss", output.loss, self.state.global_step + 1)
@@ -291,6 +290,11 @@ class LabelAnnealingTrainer(GuardedTrainer):
             on_batch=on_batch or (lambda: None),
         )
 
+    @property
+    def coef_now(self) -> float | torch.Tensor:
+        """The coefficient of the moment; with a budget on the device."""
+        return self.kl_coef if self.budget is None else self.budget.coef
+
     def evaluation_model(self) -> nn.Module:
         """The model to call without gradients: sharded under FSDP, else the one inside DDP."""
         if not self.accelerator._models and self.model_wrapped is self.model:
@@ -316,8 +320,7 @@ class LabelAnnealingTrainer(GuardedTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         result = self.measure_rows(dataloader, on_batch=on_batch).require_finite(metric_key_prefix)
-        kl_coef = self.kl_coef if self.budget is None else self.budget.coef.item()
-        metrics = metrics_of(result, kl_coef, learns=self.learns)
+        metrics = metrics_of(result, float(self.coef_now), learns=self.learns)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         num_samples = self.num_examples(dataloader)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=num_samples)  # type: ignore[arg-type]

@@ -66,13 +66,12 @@ class FisherOfModels:
         self.keys: list[dict[str, Any]] = []
         """What each F was estimated from, for the record."""
         self._open: list[Any] = []
-        texts = [s for s in sources if not (is_complete(Path(s)) and (Path(s) / KEY).is_file())]
         for place, source in enumerate(sources):
-            if source in texts:
-                TeacherCache(source)  # the cheapest mistakes first
-            else:
+            if _is_kept(Path(source)):
                 _require_of(Path(source), models.tuned_dirs[place])
-        if num_rows is not None and not texts:
+            else:
+                TeacherCache(source)  # the cheapest mistakes first
+        if num_rows is not None and all(_is_kept(Path(source)) for source in sources):
             raise ConfigError(
                 f"--fisher-rows is of texts, got {num_rows} beside F that runs kept; leave it out, or give a cache"
             )
@@ -86,7 +85,7 @@ class FisherOfModels:
 
         directory = self.models.tuned_dirs[place]
         model = load_model(directory, dtype="float32")
-        if is_complete(source):
+        if _is_kept(source):
             key = json.loads((source / KEY).read_text(encoding="utf-8"))
             fisher = load_file(source / WEIGHTS)
         else:
@@ -178,6 +177,11 @@ def by_stored_name(model: Any, fisher: Mapping[str, torch.Tensor], source: Path)
     for names in tied_groups(model):
         whole |= {name: whole[names[0]] for name in names}
     return {name: value.clone().contiguous() for name, value in stored_form(model, whole).items()}
+
+
+def _is_kept(source: Path) -> bool:
+    """Whether it is F that a run kept, and no text."""
+    return is_complete(source) and (source / KEY).is_file()
 
 
 def _require_of(kept: Path, model_dir: Path) -> None:

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 
 from formats.errors import ConfigError, IdentityMismatchError
-from formats.identity.fingerprint import (
-    ModelFingerprint,
-    TokenizerFingerprint,
-    refuse_idle_revision,
-    resolve_model,
-)
+from formats.identity.fingerprint import ModelFingerprint, TokenizerFingerprint, resolve_model
 from trainer.loading import load_tokenizer, require_plain_weights, require_whole_model
 from trainer.merging.methods import Merge
 from trainer.merging.settings import MergeConfig
@@ -134,7 +129,6 @@ def find_model(name: str, what: str, revision: str | None = None) -> Path:
         ConfigError: there is none, or a revision of a directory; or it holds adapters alone, an unfinished run or
             quantised weights.
     """
-    refuse_idle_revision(name, revision, what=what)
     path = resolve_model(name, revision, what=what)
     require_whole_model(path, what)
     if not (path / "config.json").is_file():

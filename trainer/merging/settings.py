@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from formats.errors import ConfigError
-from trainer.checks import check_at_least, check_fraction, check_number, check_one_of, check_path, check_texts
+from trainer.checks import (
+    check_at_least,
+    check_fraction,
+    check_number,
+    check_one_of,
+    check_output,
+    check_path,
+    check_texts,
+)
 
 FORMULAS: Mapping[str, tuple[str, str]] = {
     "wise-ft": ("WiSE-FT", "(1 - alpha) * theta0 + alpha * theta1"),
@@ -84,7 +92,7 @@ class MergeConfig:
         for path in self.tuned:
             check_path("TUNED", path, "a tuned model's directory")
         check_path("--initial", self.initial, "the model that the tuned ones were trained from")
-        check_path("--out", self.out, "the directory for the result")
+        check_output("--out", self.out, "the directory for the result")
         check_one_of("--method", self.method, tuple(DEFAULTS))
         self._take_defaults()
         if self.alpha is not None:

@@ -22,7 +22,7 @@ from formats.table import aligned
 from trainer.chain.caches import Build, CacheMaker, Look, require_caches
 from trainer.chain.plan import PlacedRun
 from trainer.chain.readings import read_model
-from trainer.checks import check_path
+from trainer.checks import check_output
 from trainer.evaluation.weight_distance import weight_distance
 from trainer.recipe import resolve_training
 from trainer.sweep.names import number_text
@@ -63,7 +63,7 @@ class TuneConfig:
     build: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_path("--out", self.out, "a directory")
+        check_output("--out", self.out, "a directory")
         for name, numbers, low, rule in (
             ("--lr", self.learning_rates, 1e-30, "above 0"),
             ("--kl-coef", self.kl_coefs, 0.0, "of at least 0"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from formats.errors import ConfigError
 from trainer.chain.config import NAME
-from trainer.checks import check_at_least, check_number, check_one_of, check_path
+from trainer.checks import check_at_least, check_number, check_one_of, check_output, check_path
 
 RANKS = ("low-ppl", "random")
 AUTO_FACTOR = 1.5
@@ -49,7 +49,7 @@ class RestoreConfig:
     def __post_init__(self) -> None:
         check_path("--initial", self.initial, "the model that the tuned ones come from")
         check_path("--text", self.text, "a cache or corpus of general text")
-        check_path("--out", self.out, "the directory of the result")
+        check_output("--out", self.out, "the directory of the result")
         if not self.tuned:
             raise ConfigError("restoring needs a tuned model, got none")
         if not self.source:

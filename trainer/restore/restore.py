@@ -201,10 +201,9 @@ def plan_run(
         for name in OF_ONE[key]
     }
     schedules = {word(which.get("lr_scheduler_type")) for which in (given, {**given, **config.training})}
+    # A warm-up is of its schedule: one without takes none over, nor does one from a schedule without.
     if len(schedules) > 1 and not schedules.isdisjoint(NO_WARMUP):
-        others.add(
-            "warmup_steps"
-        )  # that of a schedule with a warm-up, for one without, or the other way round
+        others.add("warmup_steps")
     training = {key: given[key] for key in KEPT_ARGUMENTS if given.get(key) is not None and key not in others}
     training |= {"seed": config.seed, "num_train_epochs": 1, "save_strategy": "no", **config.training}
     training["learning_rate"] = rate

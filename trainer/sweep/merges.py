@@ -18,7 +18,8 @@ from trainer.merging.methods import require_peft
 from trainer.merging.settings import DEFAULTS, MergeConfig
 from trainer.preflight.continuation import contents_of
 from trainer.result.run_directory import read_record
-from trainer.sweep.config import MergeEntry, SweepConfig
+from trainer.sweep.config import SweepConfig
+from trainer.sweep.entries import MergeEntry
 from trainer.sweep.names import safe, shortened, value_text
 from trainer.sweep.plan import PlannedRun
 from trainer.sweep.runs import is_finished

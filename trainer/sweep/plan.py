@@ -19,7 +19,8 @@ from trainer.config_file import SECTIONS, config_from_dict
 from trainer.data.mixture import amount_of, unit_weights
 from trainer.objective import Objective
 from trainer.recipe import DEFAULTS, resolve_training
-from trainer.sweep.config import RunEntry, SweepConfig
+from trainer.sweep.config import SweepConfig
+from trainer.sweep.entries import RunEntry
 from trainer.sweep.names import run_name
 
 OF_KL = (
