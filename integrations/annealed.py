@@ -109,6 +109,7 @@ class Annealed(Trainer):
     loader_of_rows = _OURS.loader_of_rows
     measure_rows = _OURS.measure_rows
     evaluation_model = _OURS.evaluation_model
+    coef_now = _OURS.coef_now
     evaluation_loop = _OURS.evaluation_loop
     pause = _OURS.pause
     restart_log_window = _OURS.restart_log_window

@@ -71,6 +71,13 @@ def test_weights_that_are_read_from_the_cache_need_the_models_own(tmp_path, tiny
     assert known.step0.kl < 0.02
 
 
+def test_with_a_budget_the_loss_chooses_nothing(tmp_path, tiny_llama_dir, pruned_cache):
+    rows, chosen = Dataset.from_dict(rows_in(pruned_cache)), {"metric_for_best_model": "loss"}
+    with pytest.raises(ConfigError, match=r"got loss beside kl_budget, .* use ce"):
+        trainer_of(tiny_llama_dir, tmp_path, pruned_cache, rows, settings={"kl_budget": 0.02}, **chosen)
+    trainer_of(tiny_llama_dir, tmp_path, pruned_cache, rows, settings={}, **chosen)
+
+
 def losses(trainer: Annealing) -> list[float]:
     """CE and KL of every step."""
     trainer.train()

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from trainer.preflight.best_model import require_steady
 from trainer.running import RunningTrainer
 
 RATE = 0.1
@@ -47,9 +48,13 @@ class KlBudget(TrainerCallback, ExportableState):
         trainer: whose ranks share the steps.
         start: first coefficient.
         budget: nats.
+
+    Raises:
+        ConfigError: the loss of such a run would choose the best checkpoint.
     """
 
     def __init__(self, trainer: RunningTrainer, start: float, budget: float) -> None:
+        require_steady(trainer.args.metric_for_best_model)
         self.trainer, self.start, self.budget = trainer, start, budget
         self.coef = self._tensor(start)
         """0-d, on the device: the coefficient of the current step."""

@@ -38,7 +38,6 @@ from trainer.loop.signals import StopRequest
 from trainer.loop.step_control import StepControl, callback_states
 from trainer.loss.chunks import logits_type
 from trainer.objective import Objective
-from trainer.preflight import best_model
 from trainer.preflight.arguments import require_one_device
 from trainer.retention.method import RetentionMethod
 from trainer.retention.retained import Retained
@@ -129,7 +128,6 @@ class LabelAnnealingTrainer(GuardedTrainer):
         )
         self.budget = None if kl_budget is None else KlBudget(self, kl_coef, kl_budget)
         if self.budget is not None:
-            best_model.require_steady(args.metric_for_best_model)
             self.add_callback(self.budget)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ConfigError(

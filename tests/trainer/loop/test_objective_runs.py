@@ -152,6 +152,7 @@ class Standing:
     """What a `KlBudget` asks of a trainer on one process."""
 
     class args:
+        metric_for_best_model = None
         device, world_size = torch.device("cpu"), 1
 
 
