@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 from cache_builder.commit.build_directory import BuildDirectory, State
 from cache_builder.commit.capture import Capture
 from cache_builder.commit.finish import finish
-from cache_builder.commit.plan import BuildSettings, Plan
+from cache_builder.commit.plan import BuildSettings, Plan, selected_shards
 from cache_builder.commit.shard_committer import Step, no_step
 from cache_builder.commit.signals import BuildInterrupted, interruptible
 from cache_builder.commit.staging import StagedShard
 from cache_builder.config import BuildConfig
+from cache_builder.foresee import foresee
 from cache_builder.generation.generate import GeneratedRows
 from cache_builder.report import BuildReport
 from cache_builder.source import BuildSource, open_source
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 PLAN_CLAIM, FINISH_CLAIM = "plan", "finish"
 POLL_SECONDS = 1.0
+KEPT = "the cache that was there is there still"
 
 
 class BuildError(AnnealError):
@@ -79,13 +81,14 @@ def build_cache(
         try:
             return _build(config, directory, progress, source, make_teacher, make_sampler, make_capture, step)
         except BuildInterrupted as signal:
-            signal.message = f"interrupted: {directory.how_far()}"
+            left = KEPT if was_finished and directory.state() is State.FINISHED else directory.how_far()
+            signal.message = f"interrupted: {left}"
             raise
         except OSError as error:
             finished = directory.state() is State.FINISHED
             if finished and not was_finished:  # another worker cleared up under our hands
                 return _complete(directory, was_complete=False)
-            left = "the cache that was there is there still" if finished else directory.how_far()
+            left = KEPT if finished else directory.how_far()
             raise BuildError(
                 f"writing to {error.filename or directory} failed: {error.strerror or error}; {left}"
             ) from error
@@ -109,6 +112,8 @@ def _build(
     settings = source.settings
     if state is not State.EMPTY and (config.overwrite or directory.is_discarding()):
         _refuse_if_busy(directory)
+        if not directory.is_discarding():
+            foresee(config, source, state, progress)  # what is refused then leaves all as it was
         directory.discard()
         progress.note(f"discarded {state.value} in {directory}")
         state = State.EMPTY
@@ -318,22 +323,6 @@ def _make_plan(
     if plan.notes:
         progress.note("; ".join(plan.notes))
     return plan
-
-
-def selected_shards(wanted: tuple[int, int] | None, num_shards: int) -> list[int]:
-    """The shards of a plan that a build is to capture; all of them where nobody asks for some.
-
-    Raises:
-        ConfigError: the plan has none of them.
-    """
-    if wanted is None:
-        return list(range(num_shards))
-    first, last = wanted
-    if first >= num_shards:
-        raise ConfigError(
-            f"--shards must begin within the {counted(num_shards, 'shard')} of the plan, got {first}:{last}"
-        )
-    return list(range(first, min(last, num_shards)))
 
 
 def require_same_cache(directory: BuildDirectory, settings: BuildSettings) -> None:

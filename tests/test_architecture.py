@@ -47,7 +47,7 @@ FLOORS = {
             "commit",
             "generation",
         ),
-        *("source", "start", "build", "build_on_ray", "tools"),
+        *("source", "foresee", "start", "build", "build_on_ray", "tools"),
     ],
     "trainer": [
         *("checks", "objective", "quantization", "checkpoint", "multimodal", "loading", "retention.settings"),

@@ -27,7 +27,7 @@ engine_stand_ins.install()
 from cache_builder.teachers import vllm_pooler  # noqa: E402  (after what it imports)
 
 SECONDS = 50
-BUDGETS_GIB = (0.5, 1.0, 2.0, 4.0)
+BUDGETS_GIB = (0.125, 0.25, 0.5, 1.0)
 LOGIT_SPREAD = 5.0
 LEAST_RATIO = 0.9
 """Capture of an 8B model against its plain prefill: the aim."""

@@ -14,6 +14,7 @@ from formats.disk.sealed_json import seal, unseal
 from formats.disk.unfinished_build import PLAN_NAME
 from formats.errors import ConfigError, CorpusError, FormatError
 from formats.identity.teacher_identity import Difference, TeacherIdentity, short
+from formats.progress import counted
 
 FORMAT = "anneal-build"
 VERSION = 3
@@ -199,6 +200,22 @@ def unsealed(data: bytes, name: str) -> dict[str, Any]:
             "start over with --overwrite"
         )
     return content
+
+
+def selected_shards(wanted: tuple[int, int] | None, num_shards: int) -> list[int]:
+    """The shards of a plan that a build is to capture; all of them where nobody asks for some.
+
+    Raises:
+        ConfigError: the plan has none of them.
+    """
+    if wanted is None:
+        return list(range(num_shards))
+    first, last = wanted
+    if first >= num_shards:
+        raise ConfigError(
+            f"--shards must begin within the {counted(num_shards, 'shard')} of the plan, got {first}:{last}"
+        )
+    return list(range(first, min(last, num_shards)))
 
 
 def require_work(num_positions: int, num_rows: int) -> None:

@@ -1,7 +1,9 @@
 """What a build refuses: another command, a place that is taken, an engine or a disk that fails."""
 
 import os
+import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from deterministic_build import (
 )
 
 from cache_builder.build import BuildError
+from cache_builder.commit.signals import BuildInterrupted
 from cache_builder.tools.dry_run import plan_build
 from formats.errors import (
     AnnealError,
@@ -78,6 +81,46 @@ def test_overwrite_discards_the_cache_and_spares_the_rest(tmp_path: Path, finish
     build(tmp_path / "fresh", source=other)
     kept = contents(tmp_path / "c")
     assert kept.pop("notes of mine.txt") and kept == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("refused", ["a record", "the shards"])
+def test_what_overwrite_is_refused_for_does_not_cost_what_is_there(tmp_path, finished, refused) -> None:
+    """A record far down the corpus, and shards that the new plan has not, were found after the old cache was gone."""
+    if finished:
+        build(tmp_path / "c")
+    else:
+        with pytest.raises(Stop):
+            build(tmp_path / "c", step=stop_at("claimed 2"))
+    before = contents(tmp_path / "c")
+    other, shards = make_source(30, seed=5), None
+    if refused == "a record":
+
+        def open_rows():
+            yield from make_source(30, seed=5).open_rows()
+            raise CorpusError("record 31 must be text, got 3")
+
+        other = replace(other, open_rows=open_rows)
+    else:
+        shards = (500, 600)
+    with pytest.raises((CorpusError, ConfigError), match=r"record 31|--shards must begin within"):
+        build(tmp_path / "c", source=other, overwrite=True, shards=shards)
+    assert contents(tmp_path / "c") == before
+
+
+def test_an_interrupted_check_before_overwriting_says_that_the_cache_is_there(tmp_path: Path) -> None:
+    build(tmp_path / "c")
+    before = contents(tmp_path / "c")
+
+    def open_rows():
+        signal.raise_signal(signal.SIGINT)
+        yield from make_source(30, seed=5).open_rows()
+
+    other = replace(make_source(30, seed=5), open_rows=open_rows)
+    with pytest.raises(BuildInterrupted) as stopped:
+        build(tmp_path / "c", source=other, overwrite=True)
+    assert stopped.value.message == "interrupted: the cache that was there is there still"
+    assert contents(tmp_path / "c") == before
 
 
 def test_a_cache_that_cannot_be_discarded_is_not_taken_for_the_new_one(tmp_path: Path) -> None:
