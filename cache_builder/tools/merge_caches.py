@@ -238,8 +238,11 @@ def _merged_identity(identities: Sequence[TeacherIdentity]) -> TeacherIdentity:
             for corpus in corpora
         ],
     }
-    if all(_is_counted(corpus) for corpus in corpora):
-        data["corpus"]["counts"] = {"num_records": sum(corpus["counts"]["num_records"] for corpus in corpora)}
+    ours = [corpus for corpus in corpora if _num_records(corpus) is not None or _is_generated(corpus)]
+    if len(ours) == len(corpora):
+        numbers = [number for corpus in ours if (number := _num_records(corpus)) is not None]
+        if numbers:
+            data["corpus"]["counts"] = {"num_records": sum(numbers)}
         data["corpus"]["notes"] = [
             f"{corpus.get('source', 'unknown')}: {note}"
             for corpus in corpora
@@ -252,7 +255,20 @@ def _merged_identity(identities: Sequence[TeacherIdentity]) -> TeacherIdentity:
     return TeacherIdentity.from_dict(data)
 
 
-def _is_counted(corpus: Mapping[str, Any]) -> bool:
-    """Whether a build counted the records: what others write there is theirs, and not added up."""
-    counts, notes = corpus.get("counts"), corpus.get("notes") or []
-    return isinstance(counts, dict) and type(counts.get("num_records")) is int and isinstance(notes, list)
+def _num_records(corpus: Mapping[str, Any]) -> int | None:
+    """How many records a build counted: what others write there is theirs, and not added up."""
+    counts = corpus.get("counts")
+    number = counts.get("num_records") if isinstance(counts, dict) and _has_notes(corpus) else None
+    return number if type(number) is int else None
+
+
+def _is_generated(corpus: Mapping[str, Any]) -> bool:
+    """Whether the model wrote the rows, of this cache or of those that it was merged from."""
+    merged = corpus.get("merged")
+    if isinstance(merged, list):
+        return all(isinstance(part, dict) and _is_generated(part) for part in merged)
+    return _has_notes(corpus) and "generate" in corpus
+
+
+def _has_notes(corpus: Mapping[str, Any]) -> bool:
+    return isinstance(corpus.get("notes") or [], list)

@@ -61,17 +61,26 @@ def _records(corpus: dict[str, Any]) -> list[str]:
     """What became of the records of the corpus, a line each; nothing in caches that did not count them, or whose
     writer has words of its own there."""
     counts = corpus.get("counts")
-    if isinstance(counts, dict) and "num_ended" in counts:
-        rows, heat = corpus.get("generate", counts.get("num_rows")), corpus.get("generate_temperature", 1)
-        if type(rows) is not int or type(heat) not in (int, float):
-            return []
-        made = f"rows that the model wrote itself: {rows:,}"
-        told = f" (temperature {heat:g}, seed {corpus.get('seed', 0)})"
-        return ["", made + told, *(f"  {note}" for note in _notes(corpus))]
-    if not isinstance(counts, dict) or type(counts.get("num_records")) is not int:
+    lines = _written_rows(corpus)
+    if isinstance(counts, dict) and type(counts.get("num_records")) is int:
+        lines.append(f"records of the corpus: {counts['num_records']:,}")
+        notes = _notes(corpus) or ["none skipped, none cut"]
+    else:
+        notes = _notes(corpus) if lines else []
+    return ["", *lines, *(f"  {note}" for note in notes)] if lines else []
+
+
+def _written_rows(corpus: dict[str, Any]) -> list[str]:
+    """A line for every part of a merged corpus, however deep, whose rows the model wrote itself."""
+    merged = corpus.get("merged")
+    if isinstance(merged, list):
+        return [line for part in merged if isinstance(part, dict) for line in _written_rows(part)]
+    written, heat = corpus.get("generate"), corpus.get("generate_temperature", 1)
+    if type(written) is not int or type(heat) not in (int, float):
         return []
-    notes = _notes(corpus) or ["none skipped, none cut"]
-    return ["", f"records of the corpus: {counts['num_records']:,}", *(f"  {note}" for note in notes)]
+    return [
+        f"rows that the model wrote itself: {written:,} (temperature {heat:g}, seed {corpus.get('seed', 0)})"
+    ]
 
 
 def _notes(corpus: dict[str, Any]) -> list[Any]:

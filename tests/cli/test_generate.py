@@ -101,6 +101,24 @@ def test_prompts_come_in_turn_and_positions_may_be_all(anneal: Run, place: Path)
     assert code == 1 and "--generate-temperature: 0.7 there, 1.0 now" in err
 
 
+def test_a_merged_cache_says_which_rows_the_model_wrote(anneal: Run, place: Path) -> None:
+    for seed in (5, 6):
+        words = (*BUILD, "--generate", 2 + seed, "--seed", seed, "--positions", "all", "--out")
+        assert anneal(*words, place / f"own-{seed}")[0] == 0
+    (place / "lines.jsonl").write_text('{"text": "def f():"}\n{"text": "a = 1"}\n')
+    assert anneal(*BUILD, "--positions", "all", place / "lines.jsonl", "--out", place / "lines")[0] == 0
+    code, _, err = anneal("cache", "merge", place / "own-5", place / "own-6", "--out", place / "both")
+    assert code == 0, err
+    code, _, err = anneal("cache", "merge", place / "both", place / "lines", "--out", place / "three")
+    assert code == 0, err
+    for name in ("both", "three"):
+        shown = anneal("cache", "inspect", place / name)[1]
+        for seed in (5, 6):
+            assert f"rows that the model wrote itself: {2 + seed} (temperature 1, seed {seed})" in shown
+        assert ("records of the corpus: 2" in shown) == (name == "three")
+        assert shown.count("rows end by themselves") == 2
+
+
 def test_training_retains_it(anneal: Run, place: Path) -> None:
     """Cross-entropy on the target, KL on what the model wrote: the whole method in three commands."""
     target = place / "target"
