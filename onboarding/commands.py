@@ -35,6 +35,12 @@ def init(
     file: Annotated[str, typer.Option(metavar="FILE", help="The settings file to write.")] = "train.yaml",
     cache: Annotated[str, typer.Option(metavar="DIR", help="Where the cache will be.")] = "cache",
     out: Annotated[str, typer.Option(metavar="DIR", help="Where the tuned model will be.")] = "tuned",
+    text_column: Annotated[
+        str | None, typer.Option(show_default=False, help="Train on this column as plain text.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(show_default=False, help="Split of a data set.  [default: train]")
+    ] = None,
 ) -> None:
     """Look at a corpus and a model, and write settings for both.
 
@@ -44,7 +50,7 @@ def init(
     from onboarding.init.settings_file import write
 
     path = Path(file)
-    write(look_at(corpus, model), path, cache=cache, out=out)
+    write(look_at(corpus, model, text_column=text_column, split=split), path, cache=cache, out=out)
     lines = path.read_text(encoding="utf-8").splitlines()
     commands = [line.removeprefix("#").strip() for line in lines if line.startswith("#   anneal ")]
     print("\n".join([f"{path} written; next:", *commands]))

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ class Look:
     """What was seen."""
 
     corpus: str
+    """As given."""
+    text_column: str | None
+    """As given."""
+    split: str | None
     """As given."""
     model: str
     """As given."""
@@ -55,7 +59,7 @@ class Look:
         return int(self.lengths[min(math.ceil(share * len(self.lengths)), len(self.lengths)) - 1])
 
 
-def look_at(corpus: str, model: str) -> Look:
+def look_at(corpus: str, model: str, *, text_column: str | None = None, split: str | None = None) -> Look:
     """Tokenise the first records of a corpus and read a model's headers; no weights are loaded.
 
     Raises:
@@ -65,17 +69,18 @@ def look_at(corpus: str, model: str) -> Look:
     """
     directory = resolve_model(model)
     tokenizer = load_tokenizer(directory)
-    config = CorpusConfig(source=corpus, limit=SAMPLE, max_length=LONGEST)
-    opened = open_corpus(config)
-    rows = tokenise(opened, tokenizer)
+    read = CorpusConfig(source=corpus, text_column=text_column, split=split)
+    rows = tokenise(open_corpus(replace(read, limit=SAMPLE, max_length=LONGEST)), tokenizer)
     lengths, with_loss = [], 0
     for row in rows:
         lengths.append(len(row))
         with_loss += int(row.loss_mask.sum())
     return Look(
         corpus=corpus,
+        text_column=text_column,
+        split=split,
         model=model,
-        described=_described(corpus, tokenizer),
+        described=_described(read, tokenizer),
         num_records=rows.stats.num_records,
         whole=rows.stats.num_records < SAMPLE,
         lengths=np.sort(np.asarray(lengths, np.int64)),
@@ -88,9 +93,9 @@ def look_at(corpus: str, model: str) -> Look:
     )
 
 
-def _described(corpus: str, tokenizer: Any) -> list[str]:
+def _described(corpus: CorpusConfig, tokenizer: Any) -> list[str]:
     """How records become rows, and the first row; without what depends on a length that is not chosen yet."""
-    lines = preview(open_corpus(CorpusConfig(source=corpus)), tokenizer, max_chars=400).splitlines()
+    lines = preview(open_corpus(corpus), tokenizer, max_chars=400).splitlines()
     return [line for line in lines if not line.startswith(("corpus: ", "longer than "))]
 
 

@@ -69,7 +69,11 @@ def _rounded(tokens: int) -> int:
 
 def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
     """The file."""
-    build = f"anneal cache build {_word(look.corpus)} --model {_word(look.model)} --out {_word(cache)}"
+    asked = (("--text-column", look.text_column), ("--split", look.split))
+    reading = "".join(f" {option} {_word(value)}" for option, value in asked if value is not None)
+    build = (
+        f"anneal cache build {_word(look.corpus)}{reading} --model {_word(look.model)} --out {_word(cache)}"
+    )
     engine = "" if find_spec("vllm") else " --engine transformers"
     sample = "the whole corpus" if look.whole else f"the first {look.num_records} records"
     lines = [

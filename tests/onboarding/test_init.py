@@ -41,6 +41,23 @@ def test_look(corpus, tiny_llama_dir):
     assert look.num_parameters == sum(p.numel() for p in model.parameters()) and look.context == 1024
 
 
+def test_column_and_split_are_those_of_the_build(tmp_path, tiny_llama_dir, anneal, monkeypatch):
+    """A corpus that is refused with the advice to name its column: init takes the name, and its command runs."""
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 3), ("test", 5)):
+        lines = [json.dumps({"its body": f"add {number} " * 9, "id": number}) for number in range(count)]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    words = ("init", "data", "--model", tiny_llama_dir)
+    code, _, err = anneal(*words)
+    assert code == 1 and "pass --text-column NAME" in err and err.count("\n") == 1
+    code, out, err = anneal(*words, "--text-column", "its body", "--split", "test")
+    assert code == 0, err
+    build = shlex.split(out.splitlines()[1])[1:]
+    code, out, err = anneal(*build, "--engine", "transformers")
+    assert code == 0 and "5 rows" in out, err
+
+
 def test_from_init_to_a_trained_model(tmp_path, corpus, tiny_llama_dir, anneal, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = anneal("init", corpus, "--model", tiny_llama_dir)
@@ -80,6 +97,8 @@ def test_from_init_to_a_trained_model(tmp_path, corpus, tiny_llama_dir, anneal, 
 
 LOOK = Look(
     corpus="talk.jsonl",
+    text_column=None,
+    split=None,
     model="owner/model",
     described=["format: messages"],
     num_records=512,
