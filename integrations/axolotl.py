@@ -91,10 +91,11 @@ class AnnealPlugin(BasePlugin):
         """Our trainer, where there is a cache.
 
         Raises:
-            ConfigError: a key that cannot be honoured, or a setting out of range.
+            ConfigError: a key that cannot be honoured or has no effect, or a setting out of range.
             FormatError: the cache is missing, unfinished or broken.
         """
         if not cfg.anneal_cache:
+            refuse_idle(cfg)
             return None
         refuse(cfg)
         settings_of(cfg)
@@ -137,6 +138,20 @@ def settings_of(cfg: Any) -> TrainConfig:
     given = {name: cfg.get(PREFIX + name) for name in SETTINGS}
     values = {name: default_of(name) if value is None else value for name, value in given.items()}
     return checked(SimpleNamespace(**values), cfg.anneal_cache, on_missing=cfg.anneal_on_missing or "refuse")
+
+
+def refuse_idle(cfg: Any) -> None:
+    """Refuse keys that do nothing without `anneal_cache`.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    for name, entry in AnnealArgs.model_fields.items():
+        value = cfg.get(name)
+        if name != "anneal_cache" and value is not None and value != entry.default:
+            raise ConfigError(
+                f"{name} needs anneal_cache, got {value!r} without it; name the cache, or remove it"
+            )
 
 
 def refuse(cfg: Any) -> None:

@@ -173,11 +173,24 @@ class AnnealSFTTrainer(Annealed, SFTTrainer):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As SFTTrainer."""
+        self._require_cache("training")
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As SFTTrainer."""
+        self._require_cache("evaluation")
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As SFTTrainer."""
+        self._require_cache("prediction")
+        return super().predict(*args, **kwargs)
+
+    def _require_cache(self, what: str) -> None:
         if self.args.cache_dir is None:
             raise ConfigError(
-                "training needs cache_dir, got none; build a cache from the rows that write_rows writes"
+                f"{what} needs cache_dir, got none; build a cache from the rows that write_rows writes"
             )
-        return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> Any:
         totals = super()._get_num_items_in_batch(batch_samples, device)

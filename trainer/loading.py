@@ -13,7 +13,7 @@ from formats.cache import TeacherCache
 from formats.errors import ConfigError, IdentityMismatchError, one_line
 from formats.identity.config_file import is_adapter, read_config
 from formats.identity.teacher_identity import require_same_teacher, require_same_tokenizer
-from trainer.multimodal import auto_class, require_text_model
+from trainer.multimodal import auto_class, base_of, require_text_model
 
 QUANTISED_KEYS = ("quantization_config", "compression_config")
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -67,6 +67,23 @@ def load_model(model_dir: Path, *, dtype: str, attn_implementation: str | None =
         ) from None
     require_text_model(model)
     return model
+
+
+def context_of(model_dir: Path) -> int | None:
+    """Tokens that a model was made for, where its configuration says so; no weights are loaded.
+
+    Raises:
+        ConfigError: no configuration that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(base_of(model_dir)).get_text_config()
+    except LOADING_ERRORS as error:
+        raise ConfigError(
+            f"--model must be a causal language model, got {model_dir}: {one_line(error)}"
+        ) from None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def default_device(asked: str | None = None) -> str:

@@ -31,12 +31,12 @@ def auto_class(model_dir: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    config = AutoConfig.from_pretrained(_base_of(model_dir))
+    config = AutoConfig.from_pretrained(base_of(model_dir))
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
-def _base_of(model_dir: Path) -> str:
+def base_of(model_dir: Path) -> str:
     """Where the configuration is: beside adapters alone there is none, they name the model that they were made for."""
     if is_adapter(model_dir):
         return str(read_adapter_config(model_dir)["base_model_name_or_path"])

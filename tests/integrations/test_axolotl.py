@@ -36,6 +36,7 @@ from formats.errors import AnnealError, ConfigError
 from integrations.axolotl import REFUSED, AnnealArgs, AnnealPlugin
 from integrations.settings import SETTINGS
 from trainer import train
+from trainer.config import TrainConfig
 
 ROWS = 24
 SAME = {
@@ -179,6 +180,11 @@ def test_lora_is_that_of_anneal_train(tmp_path, corpus, cache, tiny_llama_dir, m
 def test_without_a_cache_the_plugin_does_nothing(tmp_path, corpus, tiny_llama_dir):
     cfg = configuration(tmp_path, corpus, tiny_llama_dir)
     assert AnnealPlugin().get_trainer_cls(cfg) is None
+    for name, value in (("anneal_kl_coef", 4.0), ("anneal_eval_cache", "held"), ("anneal_tail_draws", False)):
+        with pytest.raises(ConfigError, match=f"{name} needs anneal_cache, got {value!r} without it"):
+            AnnealPlugin().get_trainer_cls(type(cfg)({**cfg, name: value}))
+    same = type(cfg)({**cfg, "anneal_kl_coef": TrainConfig.kl_coef, "anneal_on_missing": "refuse"})
+    assert AnnealPlugin().get_trainer_cls(same) is None
 
 
 def test_settings_are_those_of_anneal_train():

@@ -1,6 +1,7 @@
 """TRL's data set types find their rows in a cache; what does not fit is refused by name, before anything is trained."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,13 @@ def test_a_cache_of_the_corpus_has_the_rows_of_trl(kind, tmp_path, tiny_llama_di
         assert sorted(rows_of_corpus(tmp_path / f"{name}.parquet", tokenizer)) == sorted(expected)
     with pytest.raises(ConfigError, match="must be a new file"):
         trainer.write_rows(tmp_path / "packed.parquet")
-    with pytest.raises(ConfigError, match="training needs cache_dir"):
-        trainer.train()
+    for what, act in (
+        ("training", trainer.train),
+        ("evaluation", partial(trainer.evaluate, trainer.train_dataset)),
+        ("prediction", partial(trainer.predict, trainer.train_dataset)),
+    ):
+        with pytest.raises(ConfigError, match=f"{what} needs cache_dir"):
+            act()
 
 
 def test_from_a_corpus_to_a_trained_model(tmp_path, tiny_llama_dir, anneal, capsys):

@@ -26,7 +26,7 @@ import torch
 from formats.errors import ConfigError
 from formats.progress import Progress, counted
 from formats.table import aligned
-from trainer.loading import default_device, load_model, load_tokenizer, quiet_transformers
+from trainer.loading import context_of, default_device, load_model, load_tokenizer, quiet_transformers
 from trainer.loss.token_measures import NUM_BINS
 
 
@@ -202,11 +202,11 @@ def probe_answers(
     progress = progress or Progress()
     device = default_device()
     found = {}
+    for directory in models.values():  # before any model has answered
+        _require_room(directory, questions, _tokens(directory, questions))
     for label, directory in models.items():
-        tokenizer = load_tokenizer(directory)
-        tokens = [choice_tokens(tokenizer, question) for question in questions]
+        tokens = _tokens(directory, questions)
         model = load_model(directory, dtype=dtype).to(device).eval()
-        _require_room(model, questions, tokens)
         after, scores = [], []
         progress.start(f"{label}: questions", len(questions), unit="question")
         progress.running()
@@ -222,10 +222,15 @@ def probe_answers(
     return found
 
 
+def _tokens(directory: Path, questions: Sequence[Question]) -> list[tuple[list[int], list[list[int]]]]:
+    tokenizer = load_tokenizer(directory)
+    return [choice_tokens(tokenizer, question) for question in questions]
+
+
 def _require_room(
-    model: Any, questions: Sequence[Question], tokens: Sequence[tuple[list[int], list[list[int]]]]
+    directory: Path, questions: Sequence[Question], tokens: Sequence[tuple[list[int], list[list[int]]]]
 ) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(directory)
     for question, (prompt, choices) in zip(questions, tokens, strict=True):
         length = len(prompt) + max(map(len, choices))
         if context is not None and length > context:

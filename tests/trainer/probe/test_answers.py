@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from runs import copy_model
 
 from formats.errors import ConfigError
 from trainer.loading import load_tokenizer
+from trainer.probe import answers
 from trainer.probe.answers import (
     Question,
     calibration_error,
@@ -141,6 +144,17 @@ def test_a_question_longer_than_the_context_is_refused(tiny_llama_dir) -> None:
     long = Question(prompt="one two " * context, choices=(" b", " c"), answer=0)
     with pytest.raises(ConfigError, match=f"context of {context} tokens, got .* of 'one two "):
         probe_answers({"m": tiny_llama_dir}, [long])
+
+
+def test_no_model_answers_before_all_have_room(tiny_llama_dir, tmp_path, monkeypatch) -> None:
+    """The second one's smaller context was found out after the first one had answered everything."""
+    small = Path(shutil.copytree(tiny_llama_dir, tmp_path / "small"))
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    monkeypatch.setattr(answers, "load_model", lambda *args, **options: pytest.fail("weights were loaded"))
+    question = Question(prompt="one two three four five six seven eight nine", choices=(" b", " c"), answer=0)
+    with pytest.raises(ConfigError, match="context of 8 tokens"):
+        probe_answers({"m": tiny_llama_dir, "small": small}, [question])
 
 
 def test_missing_and_empty_files(tmp_path) -> None:
