@@ -1,7 +1,8 @@
 """evaluations.json: what a model's evaluations on caches found, so that none is paid for twice.
 
 MODEL/evaluations.json           one entry per cache and settings
-WORK/LABEL-HASH.json             the same beside each other, where the models' directories are not to be written to
+WORK/LABEL-HASH.json             the same beside each other, where the models' directories are not to be written to; the
+                                 label, for people, is the one that the model had first
 
 An entry is found by everything that decides its numbers: the weights, configuration and vocabulary of the model, the
 digest of the cache, dtype, row limit, kind of device and the versions of this program's evaluation, torch and
@@ -45,8 +46,9 @@ class EvaluationFile:
         self.model = dict(model)
         self.path = directory / EVALUATIONS_NAME
         if work is not None:
-            name = re.sub(r"[^\w.-]+", "_", label)[:60]
-            self.path = Path(work) / f"{name}-{sha256_json(self.model)[:16]}.json"
+            name, digest = re.sub(r"[^\w.-]+", "_", label)[:60], sha256_json(self.model)[:16]
+            known = sorted(Path(work).glob(f"*-{digest}.json"))
+            self.path = known[0] if known else Path(work) / f"{name}-{digest}.json"
 
     @staticmethod
     def key(cache: TeacherCache, *, dtype: str, device: str, limit: int | None) -> dict[str, Any]:

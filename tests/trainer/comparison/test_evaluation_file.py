@@ -72,6 +72,16 @@ def test_a_folder_of_its_own_tells_models_of_one_label_apart(tmp_path, cache):
     assert not EvaluationFile(tmp_path, MODEL, "a", tmp_path / "file").add(key(cache), RESULT)
 
 
+def test_another_label_finds_what_is_known_of_the_model(tmp_path, cache):
+    """Renamed, or given as --initial too, it was evaluated once more."""
+    work = tmp_path / "work"
+    assert EvaluationFile(tmp_path / "m", MODEL, "a", work).add(key(cache), RESULT)
+    other = EvaluationFile(tmp_path / "m", MODEL, "b", work)
+    assert other.find(key(cache)) == RESULT
+    assert other.add(key(cache, limit=2), RESULT)
+    assert [path.name.startswith("a-") for path in work.iterdir()] == [True]
+
+
 def test_what_two_comparisons_of_one_model_find_is_both_remembered(tmp_path, cache):
     """Each reads what is known and writes it again with its own result."""
 
