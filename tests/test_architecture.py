@@ -50,7 +50,16 @@ FLOORS = {
         *("source", "foresee", "start", "build", "build_on_ray", "tools"),
     ],
     "trainer": [
-        *("checks", "objective", "quantization", "checkpoint", "multimodal", "loading", "retention.settings"),
+        *(
+            "checks",
+            "plain_yaml",
+            "objective",
+            "quantization",
+            "checkpoint",
+            "multimodal",
+            "loading",
+            "retention.settings",
+        ),
         *("preflight.values", "preflight.arguments"),
         *("config", "config_file", "schedule", "preflight", "recipe", "data", "loss"),
         *("loop.signals", "loop.output_head", "loop.measure", "running", "retention", "loop"),

@@ -5,17 +5,15 @@ and `[q_proj, v_proj]` mean what they look like, and so does `1e-5`, which YAML 
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from formats.disk.durable import atomic_write_bytes
 from formats.errors import ConfigError
 from trainer.config import LoraSettings, MixedCache, TrainConfig
+from trainer.plain_yaml import parse_yaml, yaml_text
 from trainer.preflight.arguments import ARGUMENTS
 from trainer.retention.settings import EwcSettings, L2Settings, SfaSettings
 
@@ -24,41 +22,6 @@ RETAINED_WEIGHT = 0.25
 """Rows of a text to retain per row of the new one, as in docs/results.md and arXiv 2605.26097 (32 beside 128)."""
 SECTIONS: Mapping[str, Any] = {"lora": LoraSettings, "l2": L2Settings, "ewc": EwcSettings, "sfa": SfaSettings}
 """Nested groups of settings, each None unless it is given."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML whose scalars follow YAML 1.2: `1e-5` is a number, `save_strategy: no` is a word."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in entries if tag.rsplit(":", 1)[1] not in ("float", "bool")]
-    for key, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)|[0-9]+\.[0-9]*|\.inf|\.Inf|\.nan|\.NaN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The YAML value in `text`.
-
-    Raises:
-        ConfigError: the text is not YAML; the message gives the place, in one line.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: no tags that construct objects
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{where} must be valid YAML, got a fault{place}: {problem}") from None
 
 
 def refuse_unknown(keys: Iterable[str], known: Iterable[str], prefix: str = "") -> None:
@@ -238,5 +201,4 @@ def add_retained(settings: dict[str, Any], retain: Iterable[str]) -> None:
 
 def save_config(settings: Mapping[str, Any], path: Path) -> None:
     """Write plain settings as YAML, in their own order, atomically."""
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, default_flow_style=False)
-    atomic_write_bytes(path, text.encode())
+    atomic_write_bytes(path, yaml_text(settings).encode())

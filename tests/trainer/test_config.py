@@ -6,7 +6,8 @@ import pytest
 
 from formats.errors import ConfigError
 from trainer.config import LoraSettings, MixedCache, TrainConfig
-from trainer.config_file import config_from_dict, load_config, parse_yaml, save_config
+from trainer.config_file import config_from_dict, load_config, save_config
+from trainer.plain_yaml import parse_yaml
 
 BASE = {"cache": "c", "model": "m", "out": "o"}
 
@@ -60,11 +61,50 @@ def test_the_resolved_settings_make_the_same_run(tmp_path):
     [("1e-5", 1e-5), ("5E-06", 5e-6), ("-1e3", -1000.0), ("3", 3), (".5", 0.5), ("true", True),
      ("'1e-5'", "1e-5"),
      ("[a, 2]", ["a", 2]), ("null", None), ("1e5x", "1e5x"), ("2026", 2026),
-     ("no", "no"), ("on", "on"), ("False", False)],
+     ("no", "no"), ("on", "on"), ("False", False),
+     ("010", 10), ("0x1F", 31), ("-3", -3), (".5e-3", 5e-4), ("1:30", "1:30"), ("1_000", "1_000"),
+     ("0b1", "0b1"), ("2026-11-28", "2026-11-28"), ("=", "="), ("0o17", 15)],
 )  # fmt: skip
 def test_values_mean_what_they_look_like(text, value):
     found = parse_yaml(text, "a value")
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "010", "1:30", "no", "2026-11-28", "0o17", "true", "1_0", "null", ""]
+)
+def test_a_text_that_looks_like_something_else_comes_back_as_it_was(text, tmp_path):
+    save_config({"cache": text, text: 1}, tmp_path / "anneal.yaml")
+    assert parse_yaml((tmp_path / "anneal.yaml").read_text(), "a file") == {"cache": text, text: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (
+            "training: {seed: 1}\nkl_coef: 2\ntraining: {max_steps: 3}",
+            "line 3, column 1: training stands twice",
+        ),
+        ("{training: {seed: 1, seed: 2}}", "column 22: seed stands twice; keep one of them"),
+        ("runs: [{kl_coef: 1, 'kl_coef': 4}]", "kl_coef stands twice"),
+        ("{1: a, 01: b}", "01 stands twice"),
+    ],
+)
+def test_no_key_of_two_is_dropped(text, place):
+    with pytest.raises(ConfigError, match=place):
+        parse_yaml(text, "run.yaml")
+
+
+def test_a_key_over_a_merged_one_is_no_second():
+    text = "a: &base {kl_coef: 1, loss: ce}\nb: {<<: *base, kl_coef: 2}"
+    assert parse_yaml(text, "run.yaml")["b"] == {"kl_coef": 2, "loss": "ce"}
+
+
+@pytest.mark.parametrize("text", ["!!int x", "a: !!float x", "1" * 5000, "[" * 5000])
+def test_a_value_that_cannot_be_read_is_one_line(text):
+    with pytest.raises(ConfigError, match=r"run.yaml must be valid YAML") as refused:
+        parse_yaml(text, "run.yaml")
+    assert "\n" not in str(refused.value)
 
 
 def test_yaml_cannot_construct_objects():

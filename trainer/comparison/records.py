@@ -9,8 +9,9 @@ from typing import Any
 
 from formats.errors import AnnealError
 from formats.identity.fingerprint import sha256_json
-from trainer.config_file import RESOLVED_NAME, parse_yaml
+from trainer.config_file import RESOLVED_NAME
 from trainer.evaluation.recorded_method import AppliedMethod
+from trainer.plain_yaml import parse_yaml
 from trainer.preflight.continuation import WEIGHTS
 from trainer.result.run_directory import RECORD_NAME
 

@@ -33,12 +33,12 @@ from trainer.config_file import (
     apply_override,
     first_missing,
     mapping_of,
-    parse_yaml,
     put_over,
     read_config_file,
     refuse_unknown,
 )
 from trainer.merging.settings import DEFAULTS
+from trainer.plain_yaml import parse_yaml
 from trainer.sweep.entries import MergeEntry, RunEntry, Values
 
 NESTED = ("training", *SECTIONS)
