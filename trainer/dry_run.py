@@ -7,11 +7,16 @@ from typing import Any
 
 from formats.errors import ConfigError
 from trainer.config import TrainConfig
+from trainer.inputs import facts_of
 from trainer.notes import notes
 from trainer.preflight.before_start import check_before_start
+from trainer.preflight.continuation import require_same_run, run_facts
+from trainer.preflight.disk import require_disk
 from trainer.preflight.liger import settle_liger
 from trainer.preflight.memory import GIB, StepMemory, batch_shape, capacity_bytes, require_room, step_memory
 from trainer.recipe import training_arguments
+from trainer.result.dry_save import dry_save
+from trainer.result.run_directory import look_into
 from trainer.run import make_trainer, prepare
 
 
@@ -61,16 +66,22 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
     """Check settings, caches and model as `train` does, and count what a step holds.
 
     Raises:
-        ConfigError: as `train`, or the step cannot fit.
+        ConfigError: as `train`, whose result must find its place in `config.out`, or the step cannot fit.
         FormatError: a cache is missing, unfinished or broken.
         IdentityMismatchError: a cache was built with another model, tokenizer or template.
     """
     resolved, inputs, rows, student, retention = prepare(config)
+    out = Path(config.out)
+    record, checkpoint = look_into(out, inputs.target.identity.to_dict())
+    result_bytes = dry_save(student.model, inputs.tokenizer, inputs.model_dir, out, student.layout)
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes the directory that it is given
         args = training_arguments(resolved, Path(scratch))
         settle_liger(args, student.model)
         trainer = make_trainer(config, student, args, inputs.tokenizer, rows, retention)
     check_before_start(trainer)
+    require_disk(trainer, out, result_bytes)
+    if checkpoint is not None:
+        require_same_run(record.get("run", {}), run_facts(trainer, config, *facts_of(config, inputs)))
     num_steps, per_epoch = trainer.planned_steps()
     unknown = None
     try:

@@ -1,7 +1,9 @@
 """What `train` refuses before its first step."""
 
 import dataclasses
+import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,12 @@ from runs import settings
 
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError, IncompleteCacheError
 from formats.writer import CacheWriter
-from trainer import train
+from trainer import plan_training, train
 
 
-def refused(config, error: type[AnnealError], *words: str) -> None:
+def refused(config, error: type[AnnealError], *words: str, begin=train) -> None:
     with pytest.raises(error) as found:
-        train(config)
+        begin(config)
     message = str(found.value)
     assert "\n" not in message and all(word in message for word in words), message
     assert not Path(config.out).exists() or not list(Path(config.out).glob("*.safetensors"))
@@ -119,16 +121,39 @@ def test_models_that_are_none_are_refused(pruned_cache, tiny_llama_dir, tmp_path
     refused(settings(pruned_cache, bare, tmp_path / "run"), ConfigError, "must hold its tokenizer")
 
 
-def test_unusable_output_directories_are_refused(pruned_cache, tiny_llama_dir, tmp_path):
+@pytest.mark.parametrize("begin", [train, plan_training])
+def test_unusable_output_directories_are_refused(begin, pruned_cache, tiny_llama_dir, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
-    refused(settings(pruned_cache, tiny_llama_dir, other), ConfigError, "thesis.tex", "choose another")
+    to_other = settings(pruned_cache, tiny_llama_dir, other)
+    refused(to_other, ConfigError, "thesis.tex", "choose another", begin=begin)
     assert [path.name for path in other.iterdir()] == ["thesis.tex"]
     file = tmp_path / "file"
     file.write_text("")
-    refused(settings(pruned_cache, tiny_llama_dir, file), ConfigError, "--out must be")
-    refused(settings(pruned_cache, tiny_llama_dir, file / "below"), ConfigError, "--out must be")
+    for place in (file, file / "below"):
+        refused(settings(pruned_cache, tiny_llama_dir, place), ConfigError, "--out must be", begin=begin)
+
+
+def test_a_dry_run_knows_the_run_that_is_there(pruned_cache, tiny_llama_dir, tmp_path):
+    out = tmp_path / "run"
+    saved = ("training.save_strategy=steps", "training.save_steps=1", "keep_checkpoints=true")
+    asked = settings(pruned_cache, tiny_llama_dir, out, *saved)
+    train(asked)
+    refused_dry = partial(refused, begin=plan_training)
+    with pytest.raises(ConfigError, match=r"holds a finished run"):
+        plan_training(asked)
+    record = json.loads((out / "anneal.json").read_text())
+    (out / "anneal.json").write_text(json.dumps({**record, "status": "running"}))
+    for name in ("model.safetensors", "config.json"):
+        (out / name).unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert plan_training(asked).num_steps == 2
+    slower = settings(pruned_cache, tiny_llama_dir, out, *saved, "training.learning_rate=1e-4")
+    refused_dry(slower, ConfigError, "training.learning_rate")
+    another = write_cache(tmp_path / "another", tiny_llama_dir, num_rows=3, seed=5)
+    refused_dry(settings(another, tiny_llama_dir, out, *saved), ConfigError, str(another.name))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_a_run_without_anything_to_train_on_is_refused(tiny_llama_dir, tmp_path):

@@ -12,6 +12,7 @@ that fails takes away what it wrote, and what a killed one left is started over,
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -73,7 +74,6 @@ class RunDirectory:
         was_there = path.is_dir()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            contents = sorted(entry.name for entry in path.iterdir())
             if owner:
                 probe = path / f".probe-{os.getpid()}"
                 probe.write_bytes(b"")
@@ -82,34 +82,12 @@ class RunDirectory:
             raise ConfigError(
                 f"--out must be a directory that can be written, got {path}: {error.strerror}"
             ) from None
-        record = _read_record(path)
-        if record is None and RECORD_NAME in contents and not read_record(path):
-            raise ConfigError(
-                f"--out must be new, empty or an interrupted run, got {path} whose {RECORD_NAME} is damaged; "
-                "choose another directory"
-            )
-        if record is None and contents and contents != [RESOLVED_NAME]:
-            raise ConfigError(
-                f"--out must be new, empty or an interrupted run, got {path} which holds {contents[0]}"
-                f"{' and more' if len(contents) > 1 else ''}; choose another directory"
-            )
-        if record is not None and record.get("status") == "complete":
-            raise ConfigError(
-                f"--out must be new, empty or an interrupted run, got {path} which holds a finished run; "
-                "choose another directory"
-            )
-        checkpoint = newest_checkpoint(path)
+        record, checkpoint = look_into(path, identity)
         if checkpoint is None:
             fresh = {"status": "running", "identity": dict(identity)}
             directory = cls(path, fresh, None, owner, was_there)
             directory._begin(settings)
             return directory
-        assert record is not None
-        if record.get("identity") != dict(identity):
-            raise ConfigError(
-                "an interrupted run continues with its own cache, but --out holds a run on another "
-                "one; use the same cache or another --out"
-            )
         directory = cls(path, record, checkpoint, owner, was_there)
         directory._lock_it()
         if owner:
@@ -224,6 +202,55 @@ class RunDirectory:
         shutil.rmtree(self.path / UNPUBLISHED_NAME, ignore_errors=True)  # of an attempt that was refused
         fsync_directory(self.path)
         self.write_record(status="complete", **record)
+
+
+def look_into(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """The record and the newest checkpoint of the interrupted run in `--out`, if there is one; nothing is written.
+
+    Args:
+        path: `--out`, which need not exist.
+        identity: of the target cache.
+
+    Raises:
+        ConfigError: it is no directory, or holds something else, a finished run, or a run on another cache.
+    """
+    contents = []
+    try:
+        if path.exists():
+            contents = sorted(entry.name for entry in path.iterdir())
+        place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            code = errno.EACCES if place.is_dir() else errno.ENOTDIR
+            raise OSError(code, os.strerror(code))
+    except OSError as error:
+        raise ConfigError(
+            f"--out must be a directory that can be written, got {path}: {error.strerror}"
+        ) from None
+    record = _read_record(path)
+    if record is None and RECORD_NAME in contents and not read_record(path):
+        raise ConfigError(
+            f"--out must be new, empty or an interrupted run, got {path} whose {RECORD_NAME} is damaged; "
+            "choose another directory"
+        )
+    if record is None and contents and contents != [RESOLVED_NAME]:
+        raise ConfigError(
+            f"--out must be new, empty or an interrupted run, got {path} which holds {contents[0]}"
+            f"{' and more' if len(contents) > 1 else ''}; choose another directory"
+        )
+    if record is not None and record.get("status") == "complete":
+        raise ConfigError(
+            f"--out must be new, empty or an interrupted run, got {path} which holds a finished run; "
+            "choose another directory"
+        )
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None or record is None:
+        return {}, None
+    if record.get("identity") != dict(identity):
+        raise ConfigError(
+            "an interrupted run continues with its own cache, but --out holds a run on another "
+            "one; use the same cache or another --out"
+        )
+    return record, checkpoint
 
 
 def read_record(directory: Path) -> dict[str, Any]:
