@@ -93,7 +93,8 @@ class LoraSettings:
     dropout: float = 0.0
     """Dropout on the adapters' input, in [0, 1)."""
     target_modules: str | Sequence[str] = "all-linear"
-    """Modules that get an adapter: `all-linear` (all but the output head), a name ending, or a list."""
+    """Modules that get an adapter: `all-linear` (all but the output head), a name ending, a list of them, or a regular
+    expression that matches whole names."""
     merge: bool = True
     """Merge the adapter into the saved model, which any engine can serve, and keep it in `adapter/` as well.
     False saves the adapter alone."""

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from trainer.loading import load_model
 from trainer.multimodal import encoders
 
 ADAPTER_DIRECTORY = "adapter"
+ALL_LINEAR = "all-linear"
+"""All linear modules but the output head."""
 MERGE_TOLERANCE = 1e-3
 """Largest deviation of a merged module's output, relative to what its adapter adds (float32: 1e-6)."""
 
@@ -26,21 +29,21 @@ def attach_adapters(model: Any, settings: LoraSettings, seed: int = 0) -> Any:
         seed: of the adapters' random factors; nothing else of the process decides them.
 
     Raises:
-        ConfigError: peft is missing, no module matches, or the adapters could not be merged exactly although
-            the settings ask for it.
+        ConfigError: peft is missing, no module matches, a name matches none, or the adapters could not be merged
+            exactly although the settings ask for it.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ConfigError(f"lora needs peft, which is not installed; {how_to_install('lora')}") from None
-    targets = settings.target_modules
+    targets = targets_in(model, settings.target_modules)
     beside = "|".join(map(re.escape, encoders(model)))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets,
         exclude_modules=rf"(?:{beside})(?:\..*)?" if beside else None,
     )
     try:
@@ -49,8 +52,46 @@ def attach_adapters(model: Any, settings: LoraSettings, seed: int = 0) -> Any:
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {one_line(error)}") from None
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # factors of no size that there is
+        raise ConfigError(f"lora.r {settings.r} is more than this machine holds: {one_line(error)}") from None
     require_sound_adapters(adapted, merged=settings.merge)
     return adapted
+
+
+def targets_in(model: nn.Module, targets: str | Sequence[str]) -> str | list[str]:
+    """What `lora.target_modules` says, as peft takes it: a list is of name endings, a text a regular expression.
+
+    Raises:
+        ConfigError: a name that no module outside the encoders ends in, which peft would leave out beside others, or a
+            text that is neither such a name nor a regular expression.
+    """
+    if targets == ALL_LINEAR:
+        return ALL_LINEAR
+    beside = tuple(f"{name}." for name in encoders(model))
+    names = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(beside)]
+
+    def has(ending: str) -> bool:
+        return any(name == ending or name.endswith(f".{ending}") for name in names)
+
+    if isinstance(targets, str):
+        if has(targets):
+            return [targets]
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError(
+                f"lora.target_modules must be {ALL_LINEAR}, a name ending, a regular expression or a list of name "
+                f"endings, got {targets!r}: {error}"
+            ) from None
+        return targets
+    for ending in targets:
+        if not has(ending):
+            some = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if "proj" in name))
+            raise ConfigError(
+                f"lora.target_modules must name modules, got {ending!r}, in which none ends"
+                f"{f'; there are {some}' if some else ''}"
+            )
+    return list(targets)
 
 
 def require_sound_adapters(model: nn.Module, *, merged: bool = True) -> None:
