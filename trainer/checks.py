@@ -10,6 +10,10 @@ from typing import Any
 from formats.disk.output_file import refuse_address
 from formats.errors import ConfigError
 
+LARGEST_NUMBER = 2.0**127
+"""Half of float32's largest, about."""
+LARGEST_INTEGER = 2**63 - 1
+
 
 def is_finite(value: float) -> bool:
     """Whether a number is one that a computation can take; an integer beyond the floats is none."""
@@ -20,11 +24,18 @@ def is_finite(value: float) -> bool:
 
 
 def check_number(name: str, value: Any, *, integer: bool = False) -> None:
-    """Refuse what is not a finite number (an integer, if asked for); true and false are none."""
+    """Refuse what is not a finite number (an integer, if asked for); true and false are none. What float32, or an
+    integer of 64 bits, does not hold would be infinite, or an error, where it is computed with.
+    """
     kinds: tuple[type, ...] = (int,) if integer else (int, float)
     valid = isinstance(value, kinds) and not isinstance(value, bool)
     if not valid or not is_finite(value):
         raise ConfigError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
+    largest = LARGEST_INTEGER if integer else LARGEST_NUMBER
+    if abs(value) > largest:
+        raise ConfigError(
+            f"{name} must be {'an integer' if integer else 'a number'} of at most {largest:g}, got {value:g}"
+        )
 
 
 def check_at_least(name: str, value: Any, low: float, advice: str, *, integer: bool = False) -> None:
@@ -48,8 +59,14 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_path(name: str, value: Any, what: str) -> None:
     """Refuse what cannot name a file or directory."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise ConfigError(f"{name} must name {what}, got {value!r}")
+
+
+def check_label(name: str, value: Any) -> None:
+    """Refuse what cannot name a text in tables, logs and records: no text, an empty one, or several lines."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise ConfigError(f"{name} must have names that are a line of text, got {value!r}; quote a number")
 
 
 def check_output(name: str, value: Any, what: str) -> None:

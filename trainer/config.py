@@ -13,6 +13,7 @@ from formats.errors import ConfigError
 from trainer.checks import (
     check_at_least,
     check_flag,
+    check_label,
     check_number,
     check_one_of,
     check_optional_text,
@@ -260,6 +261,7 @@ class TrainConfig(Objective):
                 f"caches.share must leave something to the target cache, got shares that sum to {shares:g}; lower them"
             )
         for name, path in self.eval_caches.items():
+            check_label("eval_caches", name)
             check_path(f"eval_caches.{name}", path, "a cache directory")
         if self.pack_length is not None and not self.packing:
             raise ConfigError("pack_length needs packing, got packing: false; add packing: true")

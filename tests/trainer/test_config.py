@@ -8,6 +8,7 @@ from formats.errors import ConfigError
 from trainer.config import LoraSettings, MixedCache, TrainConfig
 from trainer.config_file import config_from_dict, load_config, save_config
 from trainer.plain_yaml import parse_yaml
+from trainer.recipe import resolve_training
 
 BASE = {"cache": "c", "model": "m", "out": "o"}
 
@@ -241,3 +242,31 @@ def test_the_example_of_retention_methods_is_valid(tmp_path):
     )
     save_config(config.to_dict(), tmp_path / "anneal.yaml")
     assert load_config(tmp_path / "anneal.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("temperature=1e308", r"temperature must be a number of at most 1.70141e\+38, got 1e\+308"),
+        ("l2.coef=1e300", r"l2.coef must be a number of at most"),
+        ("caches=[{path: a, weight: 1e308}]", r"caches.weight must be a number of at most"),
+        (
+            "lora.r=9223372036854775808",
+            r"lora.r must be an integer of at most 9.22337e\+18, got 9.22337e\+18",
+        ),
+        ("training.max_steps=9223372036854775808", r"training.max_steps must be an integer of at most"),
+        ('cache="a\\0b"', r"cache must name a cache directory, .*, got 'a\\x00b'"),
+        ('out="a\\0b"', r"out must name the directory for the result \(--out\), got 'a\\x00b'"),
+        (
+            "eval_caches={2024: a}",
+            r"eval_caches must have names that are a line of text, got 2024; quote a number",
+        ),
+        ("eval_caches={'': a}", r"eval_caches must have names that are a line of text, got ''"),
+        ("eval_caches={null: a}", r"eval_caches must have names that are a line of text, got None"),
+        ('eval_caches={"a\\nb": a}', r"eval_caches must have names that are a line of text, got 'a\\nb'"),
+    ],
+)
+def test_what_no_computation_or_table_takes_is_refused_by_name(override, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        resolve_training(load_config(flags=BASE, overrides=[override]))
+    assert "\n" not in str(refused.value)

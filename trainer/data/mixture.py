@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from formats.errors import ConfigError
 
+MOST_UNITS = 2**31
+"""Of one cache in an epoch: their order is held in memory."""
+
 
 class Share(float):
     """A share of the tokens of the whole mixture, where a plain number is units per unit of the target."""
@@ -53,7 +56,7 @@ def unit_weights(
 
 
 def require_drawn(amount: float, weight: float, num_target: int) -> None:
-    """Refuse an amount that rounds to no unit of an epoch.
+    """Refuse an amount that rounds to no unit of an epoch, or to more than there can be.
 
     Args:
         amount: as it was asked for.
@@ -63,8 +66,13 @@ def require_drawn(amount: float, weight: float, num_target: int) -> None:
     Raises:
         ConfigError: names the amount.
     """
+    name = "share" if isinstance(amount, Share) else "weight"
+    if weight * num_target > MOST_UNITS:
+        raise ConfigError(
+            f"caches.{name} {amount:g} comes to {weight * num_target:.3g} rows or packs of an epoch, of which there "
+            f"can be {MOST_UNITS:,}; lower it"
+        )
     if weight > 0 and round(weight * num_target) == 0:
-        name = "share" if isinstance(amount, Share) else "weight"
         raise ConfigError(
             f"caches.{name} {amount:g} comes to {weight * num_target:.2f} rows or packs of an epoch's {num_target} of "
             "the target cache, and so to none; raise it, or leave the cache out"

@@ -21,6 +21,7 @@ from trainer.checks import (
     check_at_least,
     check_flag,
     check_fraction,
+    check_label,
     check_number,
     check_one_of,
     check_output,
@@ -97,6 +98,7 @@ class SweepConfig:
                     f"{name} must name at least one cache or task, got {texts!r}; write --{name} NAME=CACHE"
                 )
             for key, value in texts.items():
+                check_label(name, key)
                 check_path(f"{name}.{key}", value, "a cache directory or a task")
         if not isinstance(self.bench, Mapping) or "out" in self.bench:
             raise ConfigError(f"bench must hold settings of anneal bench but out, got {self.bench!r}")

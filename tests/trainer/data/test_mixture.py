@@ -134,6 +134,14 @@ def test_a_share_or_weight_of_nothing_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("amount", [1e30, Share(1 - 1e-14)])
+def test_more_rows_than_there_can_be_are_refused(amount, texts):
+    with pytest.raises(
+        ConfigError, match=r"comes to .* rows or packs of an epoch, of which there can be 2,147"
+    ):
+        sources_of([[[0]] * 50, [[0]] * 300], texts[:2], [1.0, amount])
+
+
 def test_a_weight_is_one_unless_something_is_given():
     plain, weighed, shared = config(
         {"path": "a"}, {"path": "b", "weight": 0.2}, {"path": "c", "share": 0.2}

@@ -26,6 +26,7 @@ HUGE, DAY = 10**400, datetime.date(2020, 1, 1)
         ({"base": {**BASE, "training": [1]}}, "base.training"),
         ({"base": {**BASE, "lora": {"r": HUGE}}}, "lora.r"),
         ({"keep_gain": HUGE}, "keep_gain"),
+        *(({"source": {name: "S"}}, "source") for name in (None, 2024, "", " ", "a\nb")),
     ],
 )  # fmt: skip
 def test_they_are_refused_by_name(asked, named):
