@@ -193,7 +193,6 @@ def sweep_command(
         eval_dtype=eval_dtype,
     )
     require_owner("--merge", bool(merge), {"--merge-of": merge_of})
-    require_owner("--search", asked.search, {"--search-runs": search_runs})
     require_writable(plot, page)
     if dry_run:
         show_report(plan_sweep(asked), as_json=as_json)

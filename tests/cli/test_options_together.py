@@ -27,7 +27,10 @@ def refused(anneal: Run, *words: str | Path) -> str:
         ("cache build CORPUS --model MODEL --out OUT --revision x", "got x of the directory"),
         ("cache estimate CORPUS --model MODEL --revision x", "got x of the directory"),
         ("sweep CACHE --model MODEL --out OUT TEXTS --merge-of all", "--merge-of needs --merge, got all"),
-        ("sweep CACHE --model MODEL --out OUT TEXTS --search-runs 3", "--search-runs needs --search, got 3"),
+        (
+            "sweep CACHE --model MODEL --out OUT TEXTS --search-runs 3",
+            "search_runs (--search-runs) needs search: true (--search), got 3",
+        ),
         (
             "sweep CACHE --model MODEL --out OUT TEXTS --bench limit=5",
             "bench (limit) needs a task among source",

@@ -202,6 +202,10 @@ def sweep_from_dict(plain: Mapping[str, Any]) -> SweepConfig:
     if (missing := first_missing(SweepConfig, values)) is not None:
         flag = "CACHE and --model" if missing == "base" else f"--{missing}"
         raise ConfigError(f"a sweep needs {missing}; give {flag} or `{missing}:` in the sweep's file")
+    if "search_runs" in values and not values.get("search"):
+        raise ConfigError(
+            f"search_runs (--search-runs) needs search: true (--search), got {values['search_runs']!r}; remove it"
+        )
     values["base"] = mapping_of("base", values["base"])
     values["runs"] = [_run_entry(entry) for entry in _list("runs", values.get("runs", []))]
     values["merges"] = [_merge_entry(entry) for entry in _list("merges", values.get("merges", []))]
@@ -302,6 +306,9 @@ def sweep_from_options(
     plain["merges"] = [*_list("merges", plain.get("merges") or []), *merges]
     if seeds is not None:
         plain["seeds"] = parse_yaml(seeds, "--seeds")
+    for side in ("source", "target"):  # beside those of the file
+        if side in values and plain.get(side) is not None:
+            values[side] = {**mapping_of(side, plain[side]), **(values[side] or {})}
     given = {key: value for key, value in values.items() if value not in (None, {})}
     return sweep_from_dict(plain | given)
 

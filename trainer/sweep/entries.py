@@ -10,6 +10,8 @@ from trainer.config_file import refuse_unknown
 from trainer.merging.settings import DEFAULTS, TEXTS, MergeConfig
 
 Values = tuple[Any, ...]
+TAKEN = ("direct", "all")
+"""Words of `merges.of` that are no names of entries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,11 @@ class RunEntry:
             raise ConfigError("an entry of runs must set something, got none; for example {kl_coef: [1, 4]}")
         if self.name is not None and not (isinstance(self.name, str) and self.name):
             raise ConfigError(f"the name of an entry of runs must be a text, got {self.name!r}")
+        if self.name in TAKEN:
+            raise ConfigError(
+                f"the name of an entry of runs must not be {self.name!r}, which merges.of has another meaning for; "
+                "choose another one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,7 @@ def plan_runs(config: SweepConfig) -> list[PlannedRun]:
         raise ConfigError(
             "a search is for the kl_coef of a whole run, got kl_budget, which moves it; remove kl_budget or --search"
         )
+    refuse_idle_every(config)
     direct = RunEntry(settings={"kl_coef": (0.0,)})
     found: dict[str, PlannedRun] = {}
     seen: set[str] = set()
@@ -134,6 +135,29 @@ def refuse_idle(entry: RunEntry) -> None:
         if name in entry.settings and "kl_coef" not in entry.settings:
             raise ConfigError(
                 f"{name} acts on the KL term, and an entry without kl_coef has none; add kl_coef to the entry"
+            )
+
+
+def refuse_idle_every(config: SweepConfig) -> None:
+    """Refuse what is crossed with every run and reaches none: all set it themselves, or none has the KL term that it
+    acts on. A search has one.
+    """
+    entries = entries_of(config)
+    with_kl = config.search or any(any(entry.settings.get("kl_coef", ())) for entry in entries)
+    with_kl = with_kl or any(config.every.get("kl_coef", ()))
+    for key in config.every:
+        if key in OF_KL and not with_kl:
+            raise ConfigError(
+                f"every {key} would have no effect: it acts on the KL term, and no run has one; add runs with kl_coef "
+                "(--grid kl_coef=1,4)"
+            )
+        # The one entry of a sweep without others takes the values of kl_coef that are crossed.
+        reached = (
+            not config.runs and not config.search if key == "kl_coef" else key not in OF_KL or config.search
+        )
+        if not reached and all(key in entry.settings for entry in entries):
+            raise ConfigError(
+                f"every {key} would have no effect: each run has a value of its own; keep one of them"
             )
 
 
