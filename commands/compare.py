@@ -21,6 +21,7 @@ from commands.options import (
     TargetOption,
     WorkOption,
 )
+from commands.parsing import require_owner
 from commands.terminal import named, note, show_report
 from formats.errors import ConfigError
 from formats.progress import ConsoleProgress
@@ -68,13 +69,24 @@ def compare_command(
 def _compared(
     models: list[str], source: list[str], target: list[str], initial: str | None, **options: Any
 ) -> Any:
-    """`trainer.compare` of what was typed."""
-    from trainer import compare
+    """`trainer.compare` of what was typed.
 
+    Raises:
+        ConfigError: an option of texts where there are tasks alone, or of tasks where there are texts alone.
+    """
+    from trainer import compare
+    from trainer.comparison.metric import is_task
+
+    sources, targets = named(source, "--source", "NAME=CACHE"), named(target, "--target", "NAME=CACHE")
+    tasks = [is_task(word) for word in (*sources.values(), *targets.values())]
+    dtype = None if options["dtype"] == "float32" else options["dtype"]
+    of_texts = {"--work": options["work"], "--limit": options["limit"], "--dtype": dtype}
+    require_owner("a cache among --source and --target", not all(tasks), of_texts)
+    require_owner("a task among --source and --target", any(tasks), {"--bench": options["bench"]})
     return compare(
         named(models, "models", "LABEL=DIR"),
-        source=named(source, "--source", "NAME=CACHE"),
-        target=named(target, "--target", "NAME=CACHE"),
+        source=sources,
+        target=targets,
         initial=named([initial], "models", "LABEL=DIR") if initial is not None else None,
         progress=ConsoleProgress(),
         **options,

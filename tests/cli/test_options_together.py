@@ -27,6 +27,14 @@ def refused(anneal: Run, *words: str | Path) -> str:
         ("cache build CORPUS --model MODEL --out OUT --revision x", "got x of the directory"),
         ("cache estimate CORPUS --model MODEL --revision x", "got x of the directory"),
         ("sweep CACHE --model MODEL --out OUT TEXTS --merge-of all", "--merge-of needs --merge, got all"),
+        ("compare MODEL TEXTS --bench OUT", "--bench needs a task among --source and --target, got"),
+        ("compare MODEL --source piqa --target asdiv --work OUT", "--work needs a cache among --source"),
+        ("compare MODEL --source piqa --target asdiv --limit 3", "--limit needs a cache among --source"),
+        (
+            "select MODEL --initial MODEL --source piqa --target asdiv --dtype bfloat16",
+            "--dtype needs a cache among --source and --target, got bfloat16",
+        ),
+        ("compare MODEL TEXTS --work CACHE/manifest.json", "--work must be a folder to remember"),
         (
             "sweep CACHE --model MODEL --out OUT TEXTS --search-runs 3",
             "search_runs (--search-runs) needs search: true (--search), got 3",
@@ -42,7 +50,8 @@ def test_an_option_that_needs_another(
 ) -> None:
     texts = f"--source s={cache} --target t={cache}"
     places = {"CACHE": cache, "MODEL": tiny_llama_dir, "OUT": tmp_path / "out", "CORPUS": "corpus.jsonl"}
-    typed = [str(places.get(word, word)) for word in words.replace("TEXTS", texts).split()]
+    words = words.replace("TEXTS", texts).replace("CACHE/", f"{cache}/")
+    typed = [str(places.get(word, word)) for word in words.split()]
     assert message in refused(anneal, *typed)
     assert list(tmp_path.iterdir()) == []
 

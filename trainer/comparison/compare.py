@@ -89,6 +89,10 @@ def compare(
     progress = progress or Progress()
     if not models:
         raise ConfigError("a comparison needs at least one model, got none; name its directory")
+    if work is not None and any(
+        place.exists() and not place.is_dir() for place in (Path(work), *Path(work).parents)
+    ):
+        raise ConfigError(f"--work must be a folder to remember evaluations in, got {work}: Not a directory")
     known = dict(initial or {})
     for label in known:
         if label in models:
