@@ -62,6 +62,12 @@ def load_model(model_dir: Path, *, dtype: str, attn_implementation: str | None =
     try:
         model = auto_class(model_dir).from_pretrained(model_dir, **options)
     except LOADING_ERRORS as error:
+        if attn_implementation is not None:
+            load_model(model_dir, dtype=dtype)  # a model that is at fault itself says so
+            raise ConfigError(
+                f"attn_implementation must be an attention kernel that works here, got {attn_implementation!r}: "
+                f"{one_line(error)}"
+            ) from None
         raise ConfigError(
             f"--model must be a causal language model, got {model_dir}: {one_line(error)}"
         ) from None

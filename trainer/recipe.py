@@ -119,6 +119,7 @@ def resolve_training(config: TrainConfig) -> dict[str, Any]:
     combinations.refuse_idle(given, resolved, has_evaluation=bool(config.eval_caches))
     combinations.check_processes(resolved)
     combinations.check_order(config, resolved)
+    combinations.check_attention(config, on_gpu=on_gpu(resolved))
     combinations.check_fake_quantize(config, resolved)
     combinations.check_arithmetic(
         resolved, dtype=config.dtype, full_fine_tuning=config.lora is None, on_gpu=on_gpu(resolved)

@@ -14,6 +14,7 @@ from runs import settings
 from formats.errors import AnnealError, ConfigError, FormatError, IdentityMismatchError, IncompleteCacheError
 from formats.writer import CacheWriter
 from trainer import plan_training, train
+from trainer.loading import load_model
 
 
 def refused(config, error: type[AnnealError], *words: str, begin=train) -> None:
@@ -119,6 +120,25 @@ def test_models_that_are_none_are_refused(pruned_cache, tiny_llama_dir, tmp_path
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_llama_dir / name, bare)
     refused(settings(pruned_cache, bare, tmp_path / "run"), ConfigError, "must hold its tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        ("abc", "attn_implementation must be an attention kernel that works here, got 'abc': "),
+        ("flex_attention", "flex_attention needs a GPU to train, got a run on the CPU"),
+    ],
+)
+def test_an_attention_kernel_that_is_none_here_is_refused_by_name(
+    kernel, reason, pruned_cache, tiny_llama_dir, tmp_path
+):
+    words = (f"attn_implementation={kernel}", "training.use_cpu=true")
+    refused(settings(pruned_cache, tiny_llama_dir, tmp_path / "run", *words), ConfigError, reason)
+    broken = shutil.copytree(tiny_llama_dir, tmp_path / "broken")
+    (broken / "config.json").write_text('{"model_type": "nothing-known"}')
+    with pytest.raises(ConfigError, match="--model must be a causal language model"):
+        load_model(broken, dtype="float32", attn_implementation="sdpa")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("begin", [train, plan_training])

@@ -307,6 +307,18 @@ def check_order(config: TrainConfig, resolved: Mapping[str, Any]) -> None:
         )
 
 
+def check_attention(config: TrainConfig, *, on_gpu: bool) -> None:
+    """Refuse flex attention on a CPU, where PyTorch has no gradient of it.
+
+    Raises:
+        ConfigError: says what to use instead.
+    """
+    if config.attn_implementation == "flex_attention" and not on_gpu:
+        raise ConfigError(
+            "attn_implementation: flex_attention needs a GPU to train, got a run on the CPU; use sdpa, or leave it out"
+        )
+
+
 def check_fake_quantize(config: TrainConfig, resolved: Mapping[str, Any]) -> None:
     """Refuse sharded weights under fake quantisation: groups of a sharded row are not those of the whole one.
 
