@@ -297,3 +297,7 @@ def test_gradient_checkpoints_of_adapters_give_the_same_gradient(tiny_llama_dir,
     with pytest.raises(ConfigError, match=r"gradient_checkpointing_kwargs are .*; got reentrant"):
         train(settings(pruned_cache, tiny_llama_dir, tmp_path / "wrong", "training.gradient_checkpointing=true",
                        "training.gradient_checkpointing_kwargs={reentrant: true}"))  # fmt: skip
+    named = r"gradient_checkpointing_kwargs.use_reentrant must be true or false, got 'no'"
+    with pytest.raises(ConfigError, match=named):  # a word, which would count as true
+        train(settings(pruned_cache, tiny_llama_dir, tmp_path / "word", "training.gradient_checkpointing=true",
+                       "training.gradient_checkpointing_kwargs={use_reentrant: no}"))  # fmt: skip

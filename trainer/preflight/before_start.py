@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from formats.errors import ConfigError, one_line
+from trainer.checks import check_flag
 from trainer.preflight import best_model
 from trainer.preflight.combinations import word
 from trainer.preflight.memory import lasting_memory, require_room
@@ -22,6 +23,8 @@ CHECKPOINTING = frozenset(
     | {"debug", "preserve_rng_state", "early_stop"}
 )
 """Names of gradient_checkpointing_kwargs."""
+CHECKPOINTING_FLAGS = frozenset({"use_reentrant", "preserve_rng_state", "debug", "early_stop", "offload"})
+"""Those that are true or false."""
 
 
 def check_before_start(trainer: "LabelAnnealingTrainer") -> None:
@@ -93,6 +96,8 @@ def _check_checkpointing(trainer: "LabelAnnealingTrainer") -> None:
         if name not in CHECKPOINTING:
             known = ", ".join(sorted(CHECKPOINTING))
             raise ConfigError(f"training.gradient_checkpointing_kwargs are {known}; got {name}")
+        if name in CHECKPOINTING_FLAGS:  # a word such as `no` would count as true
+            check_flag(f"training.gradient_checkpointing_kwargs.{name}", given[name])
 
 
 def counts_of(dataset: Any) -> tuple[int, int]:
