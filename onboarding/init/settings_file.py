@@ -23,6 +23,8 @@ STEPS_PER_EPOCH = 8
 """At least, where the corpus is known to be small."""
 DIALOGUES = "--generate 256 --max-length 160"
 """What a chat model writes to be held to: short ones hold more than as many tokens of long ones (docs/results.md)."""
+PLAIN_TEXT = 0.9
+"""More of the tokens carry loss where there are no questions; the first one of a row never does."""
 TOKENS_PER_BATCH = 8192
 """Of a micro-batch, padding included, that most machines hold."""
 
@@ -129,11 +131,17 @@ def text_of(look: Look, plan: Plan, *, cache: str, out: str, path: str) -> str:
             "# less (docs/generate.md):",
             "#",
             f"#     anneal cache build {DIALOGUES} --model {model} --out self{engine}",
-            f"#     anneal train --config {_word(path)} --retain self:1 --set loss=ce --kl-coef 10 "
+            f"#     anneal train --config {_word(path)} --retain self:1 --set loss=ce --kl-coef {_hold(look)} "
             f"--set training.gradient_accumulation_steps={2 * plan.accumulation}",
             f"#     anneal merge {tuned} --initial {model} --method wise-ft --alpha 0.5 --out {_word(out + '-half')}",
         ]
     return "\n".join([*lines, ""])
+
+
+def _hold(look: Look) -> int:
+    """The coefficient of KL to dialogues: 10 costs nothing of what answers in chat teach, and a fifth of what plain
+    text does (docs/results.md)."""
+    return 3 if look.loss_share > PLAIN_TEXT else 10
 
 
 def _packing(look: Look, plan: Plan) -> str:

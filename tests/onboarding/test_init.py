@@ -156,6 +156,14 @@ def test_without_vllm_the_commands_build_with_transformers(monkeypatch):
         assert ("--max-length 1216 --engine transformers" in text_of(LOOK, plan_for(LOOK), **words)) is wanted
 
 
+def test_plain_text_is_held_less():
+    """A coefficient that costs nothing of answers in chat costs a fifth of what plain text teaches."""
+    words = {"cache": "c", "out": "o", "path": "train.yaml"}
+    for share, wanted in ((0.4, 10), (0.997, 3)):
+        look = replace(LOOK, has_template=True, loss_share=share)
+        assert f"--set loss=ce --kl-coef {wanted} " in text_of(look, plan_for(look), **words)
+
+
 def test_one_row_a_step():
     """`1 rows`, and a batch of one that was to be halved."""
     look = replace(LOOK, whole=True, lengths=np.array([3]))
