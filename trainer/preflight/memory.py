@@ -128,8 +128,11 @@ def step_memory(trainer: "LabelAnnealingTrainer", *, activations: bool = True) -
 def batch_shape(trainer: "LabelAnnealingTrainer") -> tuple[int, int]:
     """(sequences, tokens of each) of the largest micro-batch."""
     datasets: list[Any] = [trainer.train_dataset, *(dataset for dataset, _ in trainer.mixed)]
-    longest = max(int(dataset.lengths().max()) for dataset in datasets)
-    return trainer.args.train_batch_size, (trainer.pack_length if trainer.packing else None) or longest
+    lengths_of = [dataset.lengths() for dataset in datasets]
+    length = max(int(lengths.max()) for lengths in lengths_of)
+    if trainer.packing and trainer.pack_length:  # a pack has no more than all rows of its text
+        length = min(trainer.pack_length, max(int(lengths.sum()) for lengths in lengths_of))
+    return trainer.args.train_batch_size, length
 
 
 def num_copies(methods: Sequence[Any]) -> int:

@@ -100,6 +100,13 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(tmp_path, tiny_l
     )
 
 
+def test_a_pack_is_no_longer_than_all_rows(tmp_path, tiny_llama_dir, llama_cache):
+    """A length far above them made the estimate compute for minutes what no step can hold."""
+    packs = ("packing=true", "pack_length=1000000000")
+    trainer = trainer_of(llama_cache, tiny_llama_dir, tmp_path, *BATCH, *packs)
+    assert memory.batch_shape(trainer) == (4, int(trainer.train_dataset.lengths().sum()))
+
+
 def test_retention_keeps_initial_weights_and_importance(tmp_path, tiny_llama_dir, llama_cache):
     overrides = (*BATCH, "l2.coef=0.1", "ewc.coef=1", f"ewc.cache={llama_cache}")
     said = memory.lasting_memory(trainer_of(llama_cache, tiny_llama_dir, tmp_path, *overrides))
