@@ -31,11 +31,10 @@ def check_number(name: str, value: Any, *, integer: bool = False) -> None:
     valid = isinstance(value, kinds) and not isinstance(value, bool)
     if not valid or not is_finite(value):
         raise ConfigError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
-    largest = LARGEST_INTEGER if integer else LARGEST_NUMBER
-    if abs(value) > largest:
-        raise ConfigError(
-            f"{name} must be {'an integer' if integer else 'a number'} of at most {largest:g}, got {value:g}"
-        )
+    if integer and abs(value) > LARGEST_INTEGER:
+        raise ConfigError(f"{name} must be an integer of at most {LARGEST_INTEGER}, got {value}")
+    if abs(value) > LARGEST_NUMBER:
+        raise ConfigError(f"{name} must be a number of at most {LARGEST_NUMBER:g}, got {value:g}")
 
 
 def check_at_least(name: str, value: Any, low: float, advice: str, *, integer: bool = False) -> None:
