@@ -4,8 +4,11 @@ Shown by `anneal cache build --dry-run`, and gone through before `--overwrite` d
 refused for must not cost the cache that is there.
 """
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 from cache_builder.commit.build_directory import State
-from cache_builder.commit.plan import require_work, selected_shards
+from cache_builder.commit.plan import BuildSettings, require_work, selected_shards
 from cache_builder.commit.staging import cut
 from cache_builder.config import BuildConfig
 from cache_builder.generation.recipe import Recipe
@@ -20,9 +23,35 @@ def foresee(config: BuildConfig, source: BuildSource, state: State, progress: Pr
     Raises:
         ConfigError, CorpusError: as planning the build would.
     """
+    settings, recipe = source.settings, source.recipe
+    if recipe is None:
+        sizes, corpus = _of_corpus(source, progress)
+    else:
+        sizes, corpus = _of_recipe(settings, recipe), {"notes": recipe.prompts.notes()}
+    selected_shards(config.shards, sizes.num_shards)
+    return PlanReport(
+        out=str(config.directory),
+        state=state.value,
+        **sizes._asdict(),
+        estimated_bytes=rough_bytes(sizes.num_tokens, sizes.num_positions, settings.capture),
+        identity=settings.identity,
+        corpus=corpus,
+        at_most=recipe is not None,
+        announcements=source.announcements,
+        sample=source.sample() if source.sample else "",
+    )
+
+
+class _Sizes(NamedTuple):
+    num_rows: int
+    num_tokens: int
+    num_positions: int
+    num_shards: int
+
+
+def _of_corpus(source: BuildSource, progress: Progress) -> tuple[_Sizes, Mapping[str, Any]]:
+    """Every row counted, and what the tokeniser says of them."""
     settings = source.settings
-    if source.recipe is not None:
-        return _of_recipe(config, source, source.recipe, state)
     rows = source.open_rows()
     progress.start("tokenise", None)
     num_rows = num_tokens = num_positions = num_shards = 0
@@ -35,46 +64,14 @@ def foresee(config: BuildConfig, source: BuildSource, state: State, progress: Pr
         progress.advance(len(group), tokens)
     progress.finish()
     require_work(num_positions, num_rows)
-    selected_shards(config.shards, num_shards)
-    return PlanReport(
-        out=str(config.directory),
-        state=state.value,
-        num_rows=num_rows,
-        num_tokens=num_tokens,
-        num_positions=num_positions,
-        num_shards=num_shards,
-        estimated_bytes=rough_bytes(
-            num_tokens,
-            num_positions,
-            settings.capture,
-        ),
-        identity=settings.identity,
-        corpus=source.describe(rows),
-        announcements=source.announcements,
-        sample=source.sample() if source.sample else "",
-    )
+    return _Sizes(num_rows, num_tokens, num_positions, num_shards), source.describe(rows)
 
 
-def _of_recipe(config: BuildConfig, source: BuildSource, recipe: Recipe, state: State) -> PlanReport:
+def _of_recipe(settings: BuildSettings, recipe: Recipe) -> _Sizes:
     """Rows that are not written yet: how many tokens they can have at most."""
-    settings = source.settings
     num_tokens, num_new = recipe.most_tokens()
     num_rows = recipe.config.num_rows
     num_positions = num_new if settings.capture.positions == "loss" else num_tokens - num_rows
     by_tokens = max(settings.tokens_per_shard // recipe.max_length, 1)
     num_shards = -(-num_rows // min(by_tokens, settings.rows_per_shard))
-    selected_shards(config.shards, num_shards)
-    return PlanReport(
-        out=str(config.directory),
-        state=state.value,
-        num_rows=num_rows,
-        num_tokens=num_tokens,
-        num_positions=num_positions,
-        num_shards=num_shards,
-        estimated_bytes=rough_bytes(num_tokens, num_positions, settings.capture),
-        identity=settings.identity,
-        corpus={"notes": recipe.prompts.notes()},
-        at_most=True,
-        announcements=source.announcements,
-        sample=source.sample() if source.sample else "",
-    )
+    return _Sizes(num_rows, num_tokens, num_positions, num_shards)

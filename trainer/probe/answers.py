@@ -202,10 +202,11 @@ def probe_answers(
     progress = progress or Progress()
     device = default_device()
     found = {}
-    for directory in models.values():  # before any model has answered
-        _require_room(directory, questions, _tokens(directory, questions))
+    tokens_of = {label: _tokens(directory, questions) for label, directory in models.items()}
+    for label, directory in models.items():  # before any model has answered
+        _require_room(directory, questions, tokens_of[label])
     for label, directory in models.items():
-        tokens = _tokens(directory, questions)
+        tokens = tokens_of[label]
         model = load_model(directory, dtype=dtype).to(device).eval()
         after, scores = [], []
         progress.start(f"{label}: questions", len(questions), unit="question")
