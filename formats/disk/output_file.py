@@ -26,6 +26,11 @@ def refuse_address(name: str, out: str | Path) -> None:
         )
 
 
+def is_in_a_file(path: Path) -> bool:
+    """Whether a file stands where `path`, or a folder that it would lie in, is to be a directory."""
+    return any(place.exists() and not place.is_dir() for place in (path, *path.parents))
+
+
 def misplaced(path: Path) -> str | None:
     """Why a file cannot be written to `path`, in a few words; None where it can, as far as names tell."""
     if path.is_dir():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from formats.cache import TeacherCache
+from formats.disk.output_file import is_in_a_file
 from formats.errors import ConfigError
 from formats.identity.config_file import ADAPTER_FILE, is_adapter
 from formats.identity.fingerprint import resolve_model
@@ -89,9 +90,7 @@ def compare(
     progress = progress or Progress()
     if not models:
         raise ConfigError("a comparison needs at least one model, got none; name its directory")
-    if work is not None and any(
-        place.exists() and not place.is_dir() for place in (Path(work), *Path(work).parents)
-    ):
+    if work is not None and is_in_a_file(Path(work)):
         raise ConfigError(f"--work must be a folder to remember evaluations in, got {work}: Not a directory")
     known = dict(initial or {})
     for label in known:

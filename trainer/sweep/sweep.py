@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.disk.durable import atomic_write_json, locked
+from formats.disk.output_file import is_in_a_file
 from formats.errors import ConfigError, naming
 from formats.progress import Progress, counted
 from trainer.objective import Objective
@@ -186,7 +187,7 @@ def require_directory(out: Path) -> None:
     Raises:
         ConfigError: it is a file, or below one.
     """
-    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+    if is_in_a_file(out):
         raise ConfigError(f"--out must be a directory that can be written, got {out}: Not a directory")
 
 
