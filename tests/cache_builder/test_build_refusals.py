@@ -36,14 +36,19 @@ DIFFERENT = [
 ]
 
 
+def build_or_stop(out: Path, *, finished: bool) -> None:
+    """Leave a finished cache, or a build that stopped on its way."""
+    if finished:
+        build(out)
+    else:
+        with pytest.raises(Stop):
+            build(out, step=stop_at("claimed 2"))
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize(("change", "words"), DIFFERENT)
 def test_another_command_into_the_same_directory_is_refused(tmp_path, finished, change, words) -> None:
-    if finished:
-        build(tmp_path / "c")
-    else:
-        with pytest.raises(Stop):
-            build(tmp_path / "c", step=stop_at("claimed 2"))
+    build_or_stop(tmp_path / "c", finished=finished)
     before = contents(tmp_path / "c")
     with pytest.raises(ConfigError) as caught:
         build(tmp_path / "c", source=make_source(60, **change))
@@ -70,11 +75,7 @@ def test_another_engine_cannot_continue_a_build(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_overwrite_discards_the_cache_and_spares_the_rest(tmp_path: Path, finished: bool) -> None:
-    if finished:
-        build(tmp_path / "c")
-    else:
-        with pytest.raises(Stop):
-            build(tmp_path / "c", step=stop_at("claimed 2"))
+    build_or_stop(tmp_path / "c", finished=finished)
     (tmp_path / "c" / "notes of mine.txt").write_text("keep")
     other = make_source(30, seed=5)
     build(tmp_path / "c", source=other, overwrite=True)
@@ -87,11 +88,7 @@ def test_overwrite_discards_the_cache_and_spares_the_rest(tmp_path: Path, finish
 @pytest.mark.parametrize("refused", ["a record", "the shards"])
 def test_what_overwrite_is_refused_for_does_not_cost_what_is_there(tmp_path, finished, refused) -> None:
     """A record far down the corpus, and shards that the new plan has not, were found after the old cache was gone."""
-    if finished:
-        build(tmp_path / "c")
-    else:
-        with pytest.raises(Stop):
-            build(tmp_path / "c", step=stop_at("claimed 2"))
+    build_or_stop(tmp_path / "c", finished=finished)
     before = contents(tmp_path / "c")
     other, shards = make_source(30, seed=5), None
     if refused == "a record":
